@@ -1,0 +1,197 @@
+"""The BLAS libraries behind the products, and their thread count.
+
+NumPy's own BLAS is always there. Intel MKL is used through ctypes where the PyPI wheel `mkl` is installed (the extra
+`[mkl]`). `matmul` is the product of the provider in use; `use` switches it at run time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.errors import InputError
+
+Array = np.ndarray
+
+matmul: Callable[..., Array] = np.matmul
+"""The matrix product of the provider in use, with np.matmul's meaning: (..., m, k) . (..., k, n) -> (..., m, n)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A BLAS library: its name for tables, its product, its thread control."""
+
+    name: str
+    version: str
+    matmul: Callable[..., Array]
+    set_threads: Callable[[int], None]
+    get_threads: Callable[[], int]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}".strip()
+
+
+def use(name: str) -> Provider:
+    """Make `auto`, `numpy` or `mkl` the provider of every product from now on.
+
+    `auto` is MKL where it is installed and the processor is Intel's, else NumPy's: on other processors MKL was the
+    slower of the two (docs/performance.md).
+    """
+    global matmul, _current
+    if name == "auto":
+        name = "mkl" if _mkl_library() is not None and _is_intel() else "numpy"
+    if name not in ("numpy", "mkl"):
+        raise InputError(f"--blas {name!r}: choose auto, numpy or mkl")
+    _current = numpy_provider() if name == "numpy" else mkl_provider()
+    matmul = _current.matmul
+    return _current
+
+
+def current() -> Provider:
+    """The provider in use (NumPy's until `use` says otherwise)."""
+    return _current if _current is not None else numpy_provider()
+
+
+def set_threads(count: int) -> None:
+    """Let the BLAS in use compute with `count` threads from now on."""
+    if count < 1:
+        raise InputError(f"--threads {count}: at least 1")
+    current().set_threads(count)
+    if current().name == "mkl":
+        numpy_provider().set_threads(count)
+
+
+def get_threads() -> int:
+    return current().get_threads()
+
+
+_current: Provider | None = None
+
+
+@cache
+def numpy_provider() -> Provider:
+    """NumPy's own BLAS (OpenBLAS in the PyPI wheels, Accelerate on a Mac)."""
+    from threadpoolctl import ThreadpoolController
+
+    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+    ours = [library for library in libraries if "mkl" not in library.internal_api] or libraries
+    if not ours:
+        name = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]  # type: ignore[index]
+        return Provider(f"numpy/{name}", "", np.matmul, lambda count: None, lambda: 1)
+    library = ours[0]
+    return Provider(
+        f"numpy/{library.internal_api}",
+        str(library.version or ""),
+        np.matmul,
+        library.set_num_threads,
+        lambda: int(library.num_threads),
+    )
+
+
+@cache
+def mkl_provider() -> Provider:
+    """Intel MKL from the wheel `mkl`, called by ctypes (which releases the GIL)."""
+    library = _mkl_library()
+    if library is None:
+        raise InputError("--blas mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
+    library.MKL_Set_Num_Threads(get_threads())
+    return Provider(
+        "mkl",
+        importlib.metadata.version("mkl"),
+        _mkl_matmul(library),
+        lambda count: library.MKL_Set_Num_Threads(count),
+        lambda: int(library.MKL_Get_Max_Threads()),
+    )
+
+
+@cache
+def _mkl_library() -> Any:
+    """The loaded library, or None if the wheel is not installed."""
+    try:
+        files = importlib.metadata.files("mkl") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(file.locate())).resolve() for file in files if "mkl_rt" in file.name]
+    if not found:
+        return None
+    for runtime in sorted(found[0].parent.glob("*iomp5*")):
+        if runtime.suffix in (".so", ".dylib", ".dll"):
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    try:
+        return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise InputError(f"--blas mkl: {found[0].name} does not load: {error}") from None
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "intel" in platform.processor().lower()
+
+
+_ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
+
+
+def _mkl_matmul(library: Any) -> Callable[..., Array]:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    products = {}
+    for kind, name, real in (("f", "cblas_sgemm", ctypes.c_float), ("d", "cblas_dgemm", ctypes.c_double)):
+        gemm = getattr(library, name)
+        gemm.argtypes = [integer] * 6 + [real, pointer, integer, pointer, integer, real, pointer, integer]
+        gemm.restype = None
+        products[kind] = gemm
+
+    def product(a: Array, b: Array) -> Array:
+        """a . b by MKL for float matrices; stacks of matrices go one by one, all else to NumPy."""
+        gemm = products.get(a.dtype.char)
+        if gemm is None or a.dtype != b.dtype or a.ndim < 2 or b.ndim < 2 or 0 in a.shape or 0 in b.shape:
+            return np.matmul(a, b)
+        if a.ndim == 2 and b.ndim == 2:
+            out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+            _gemm_into(gemm, a, b, out)
+            return out
+        stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        if a.shape[-2] * a.shape[-1] * b.shape[-1] < 1 << 16:
+            return np.matmul(a, b)
+        out = np.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype)
+        a, b = np.broadcast_to(a, (*stack, *a.shape[-2:])), np.broadcast_to(b, (*stack, *b.shape[-2:]))
+        for index in np.ndindex(*stack):
+            _gemm_into(gemm, a[index], b[index], out[index])
+        return out
+
+    return product
+
+
+def _gemm_into(gemm: Any, a: Array, b: Array, out: Array) -> None:
+    transpose_a, a, lda = _layout(a)
+    transpose_b, b, ldb = _layout(b)
+    (m, k), n = a.shape, b.shape[1]
+    gemm(
+        _ROW_MAJOR, transpose_a, transpose_b, m, n, k,
+        1.0, _address(a), lda, _address(b), ldb, 0.0, _address(out), n,
+    )  # fmt: skip
+
+
+def _layout(a: Array) -> tuple[int, Array, int]:
+    """(transposed?, the matrix, leading dimension): copied only if neither axis has unit stride."""
+    rows, columns = a.shape
+    down, across = a.strides
+    item = a.itemsize
+    if (across == item or columns == 1) and (rows == 1 or (down >= columns * item and down % item == 0)):
+        return _NO_TRANSPOSE, a, down // item if rows > 1 else max(columns, 1)
+    if (down == item or rows == 1) and (columns == 1 or (across >= rows * item and across % item == 0)):
+        return _TRANSPOSE, a, across // item if columns > 1 else max(rows, 1)
+    return _NO_TRANSPOSE, np.ascontiguousarray(a), columns
+
+
+def _address(a: Array) -> int:
+    return a.__array_interface__["data"][0]

@@ -1,0 +1,337 @@
+"""Equation + shapes + strides -> plan: which views, which (batched) matrix product.
+
+A two-operand equation sorts its letters into four groups: *batch* (in both operands and the output), *rows* (operand 0
+and output), *columns* (operand 1 and output) and *contracted* (both operands, not the output). Groups whose strides
+line up become one axis of a matrix product without moving a byte; row or column letters that do not line up become
+loops of the batched product. What is left over is copied, and the plan says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import blas
+from einsum_transformer.engine.equation import Equation
+
+Array = np.ndarray
+Run = Callable[..., Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one equation runs for operands of given shapes, strides and types."""
+
+    run: Run
+    how: str
+    """One line for people: the product's sizes, its loops, and any copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What lowering knows of an operand: no data, only its term and memory layout."""
+
+    term: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    def stride(self, letter: str) -> int:
+        return self.strides[self.term.index(letter)]
+
+    def size(self, letter: str) -> int:
+        return self.shape[self.term.index(letter)]
+
+    def by_stride(self, letters: Sequence[str]) -> list[str]:
+        """Letters from the outermost to the innermost; letters of size 1 lie anywhere, so they go first."""
+        return sorted(letters, key=lambda letter: (self.size(letter) != 1, -abs(self.stride(letter))))
+
+    def lines_up(self, outer: str, inner: str) -> bool:
+        """Whether the two axes, in this order, can be one axis of a view."""
+        if self.size(outer) == 1 or self.size(inner) == 1:
+            return True
+        return self.stride(outer) == self.stride(inner) * self.size(inner)
+
+    def merges(self, letters: Sequence[str]) -> bool:
+        live = [letter for letter in letters if self.size(letter) != 1]
+        return all(self.lines_up(outer, inner) for outer, inner in zip(live, live[1:]))
+
+    def chunks(self, letters: Sequence[str]) -> list[list[str]]:
+        """`letters`, outermost first, cut wherever two neighbours do not line up."""
+        chunks: list[list[str]] = []
+        for letter in self.by_stride(letters):
+            if chunks and self.merges([*chunks[-1], letter]):
+                chunks[-1].append(letter)
+            else:
+                chunks.append([letter])
+        return chunks
+
+
+def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
+    """One operand: a diagonal view, then a sum, then a transposed view."""
+    diagonal = _diagonal(operand)
+    term = "".join(dict.fromkeys(operand.term))
+    summed = tuple(i for i, letter in enumerate(term) if letter not in equation.output)
+    kept = [letter for letter in term if letter in equation.output]
+    permutation = tuple(kept.index(letter) for letter in equation.output)
+    reduce = np.logical_or.reduce if dtype == bool else np.add.reduce
+
+    def run(a: Array) -> Array:
+        if diagonal is not None:
+            a = diagonal(a)
+        if summed:
+            a = reduce(a, axis=summed, dtype=dtype)
+            # A sum over every axis is a scalar; an einsum always answers with an array, as NumPy's does.
+            a = np.asarray(a)
+        return a.transpose(permutation)
+
+    steps = [*(["diagonal"] if diagonal is not None else []), *(["sum"] if summed else []), "view"]
+    return Plan(run, " + ".join(steps))
+
+
+def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtype, order: str = "K") -> Plan:
+    """Two operands: clean each (diagonal, letters only it has), then a product."""
+    clean_left, left, note_left = _clean(left, equation.output + right.term, dtype)
+    clean_right, right, note_right = _clean(right, equation.output + left.term, dtype)
+    contracted = [letter for letter in left.term if letter in right.term and letter not in equation.output]
+    if not contracted:
+        plan = _elementwise(equation.output, left, right)
+    elif any((letter in left.term) != (letter in right.term) for letter in equation.output) or not equation.output:
+        plan = _gemm(equation.output, left, right, contracted, order)
+    else:
+        plan = _row_dots(equation.output, left, right)
+    if clean_left is None and clean_right is None:
+        return plan
+    inner = plan.run
+
+    def run(a: Array, b: Array) -> Array:
+        return inner(clean_left(a) if clean_left else a, clean_right(b) if clean_right else b)
+
+    return Plan(run, " + ".join(filter(None, [note_left, note_right, plan.how])))
+
+
+def _diagonal(operand: Operand) -> Run | None:
+    """The view that walks every repeated letter's axes together, or None if no letter repeats."""
+    letters = dict.fromkeys(operand.term)
+    if len(letters) == len(operand.term):
+        return None
+    shape = tuple(operand.size(letter) for letter in letters)
+    pairs = list(zip(operand.term, operand.strides))
+    strides = tuple(sum(stride for other, stride in pairs if other == letter) for letter in letters)
+    return lambda a: np.lib.stride_tricks.as_strided(a, shape, strides, writeable=False)
+
+
+def _clean(operand: Operand, wanted: str, dtype: np.dtype) -> tuple[Run | None, Operand, str]:
+    """Take the diagonal of repeated letters and sum the letters nobody else has."""
+    term = "".join(letter for letter in dict.fromkeys(operand.term) if letter in wanted)
+    if term == operand.term:
+        return None, operand, ""
+    plan = lower_single(Equation((operand.term,), term), operand, dtype)
+    if "sum" in plan.how:
+        shape = tuple(operand.size(letter) for letter in term)
+        # The sum's memory order is NumPy's choice; a fresh C-ordered array makes it ours.
+        run: Run = lambda a: np.asarray(plan.run(a), order="C")  # noqa: E731
+        strides = _c_strides(shape, dtype.itemsize)
+        return run, Operand(term, shape, strides, dtype.itemsize), plan.how
+    strides = tuple(
+        sum(s for other, s in zip(operand.term, operand.strides) if other == letter) for letter in term
+    )
+    return plan.run, Operand(term, tuple(map(operand.size, term)), strides, operand.itemsize), plan.how
+
+
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides = [itemsize]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides[: len(shape)]))
+
+
+def _elementwise(output: str, left: Operand, right: Operand) -> Plan:
+    """Nothing is summed: one broadcast multiplication."""
+    view_left, view_right = _broadcast_view(output, left), _broadcast_view(output, right)
+
+    def run(a: Array, b: Array) -> Array:
+        return np.asarray(np.multiply(view_left(a), view_right(b)))
+
+    return Plan(run, "multiply")
+
+
+def _broadcast_view(output: str, operand: Operand) -> Run:
+    letters = [letter for letter in output if letter in operand.term]
+    permutation = tuple(operand.term.index(letter) for letter in letters)
+    index = tuple(slice(None) if letter in operand.term else None for letter in output)
+    return lambda a: a.transpose(permutation)[index]
+
+
+def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
+    """Every kept letter is a batch letter: many short dot products, which NumPy's own einsum loop does best."""
+    rename = {letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(left.term + right.term + output))}
+    text = "{},{}->{}".format(*("".join(rename[letter] for letter in term) for term in (left.term, right.term, output)))
+    return Plan(lambda a, b: np.asarray(np.einsum(text, a, b)), "row dots")
+
+
+def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], order: str) -> Plan:
+    """A (batched) matrix product [rows x contracted] . [contracted x columns] on views."""
+    batch = [letter for letter in output if letter in left.term and letter in right.term]
+    inner = _contracted_order(left, right, contracted)
+    row_loops, rows = _split([letter for letter in output if letter not in right.term], left)
+    column_loops, columns = _split([letter for letter in output if letter not in left.term], right)
+    size = {letter: operand.size(letter) for operand in (left, right) for letter in operand.term}
+    flip = order == "K" and _columns_first(left, right, rows, columns, inner)
+
+    # Axes of size 1 are dropped: they would only make the product's outer loop deeper.
+    lead = [letter for letter in batch if size[letter] != 1]
+    loops = [letter for letter in row_loops + column_loops if size[letter] != 1]
+    view_left, copy_left = _matrix_view(left, lead, loops, rows, inner, size, flip)
+    view_right, copy_right = _matrix_view(right, lead, loops, inner, columns, size, flip)
+    natural = [*batch, *row_loops, *column_loops, *(columns + rows if flip else rows + columns)]
+    matrix = [math.prod(size[letter] for letter in group) for group in ((columns, rows) if flip else (rows, columns))]
+    unpack = _unpack(natural, output, size, (*(size[letter] for letter in lead + loops), *matrix))
+    run = _compose_flipped(view_left, view_right, unpack) if flip else _compose(view_left, view_right, unpack)
+
+    sizes = [math.prod(size[letter] for letter in group) for group in (rows, inner, columns)]
+    m, k, n = sizes
+    how = f"gemm {n}x{k} . {k}x{m}" if flip else f"gemm {m}x{k} . {k}x{n}"
+    if count := math.prod(size[letter] for letter in lead + loops):
+        how += f" x{count}" if count > 1 else ""
+    copied = [term for term, copy in ((left.term, copy_left), (right.term, copy_right)) if copy]
+    return Plan(run, how + (f", copies {' and '.join(copied)}" if copied else ""))
+
+
+def _contracted_order(left: Operand, right: Operand, contracted: list[str]) -> list[str]:
+    """An order of the contracted letters that is one axis in both operands if there is one, else in the larger."""
+    candidates = [left.by_stride(contracted), right.by_stride(contracted)]
+    for candidate in candidates:
+        if left.merges(candidate) and right.merges(candidate):
+            return candidate
+    return candidates[0 if math.prod(left.shape) >= math.prod(right.shape) else 1]
+
+
+def _split(letters: list[str], operand: Operand) -> tuple[list[str], list[str]]:
+    """(letters to loop over, letters of the matrix axis): the longest chunk is the axis, if it is long enough.
+
+    Short axes under many loops are slower than one copy: below 16 rows with more than 32 loops everything is merged.
+    """
+    chunks = operand.chunks(letters)
+    if len(chunks) <= 1:
+        return [], chunks[0] if chunks else []
+    sizes = [math.prod(operand.size(letter) for letter in chunk) for chunk in chunks]
+    longest = max(range(len(chunks)), key=sizes.__getitem__)
+    if sizes[longest] < 16 and math.prod(sizes) > 32 * sizes[longest]:
+        return [], operand.by_stride(letters)
+    return [letter for i, chunk in enumerate(chunks) if i != longest for letter in chunk], chunks[longest]
+
+
+def _columns_first(left: Operand, right: Operand, rows: list[str], columns: list[str], inner: list[str]) -> bool:
+    """Whether the product is laid out with operand 0's rows innermost: out[column, row] in memory.
+
+    Measured on OpenBLAS and MKL (docs/performance.md): weights . activations is up to 1.8 times faster than
+    activations . weights at 2 to 64 rows and never slower below 2,048. An operand 0 whose rows are already innermost
+    keeps them so: then every elementwise pass between two projections runs over long contiguous lines.
+    """
+    m, n = (math.prod(map(operand.size, group)) for operand, group in ((left, rows), (right, columns)))
+    if m == 1 or n == 1:
+        return False
+    unit_left = _innermost(left, [*rows, *inner])
+    if unit_left in rows:
+        return True
+    unit_right = _innermost(right, [*columns, *inner])
+    return unit_right not in columns and m <= max(n, 1024)
+
+
+def _innermost(operand: Operand, letters: list[str]) -> str:
+    live = [letter for letter in letters if operand.size(letter) != 1] or letters
+    return min(live, key=lambda letter: abs(operand.stride(letter)))
+
+
+def _matrix_view(
+    operand: Operand,
+    lead: list[str],
+    loops: list[str],
+    outer: list[str],
+    inner: list[str],
+    size: dict[str, int],
+    flip: bool,
+) -> tuple[Run | None, bool]:
+    """The view [lead..., loops..., outer, inner] (the last two swapped if `flip`), and whether making it copies."""
+    dropped = [letter for letter in operand.term if letter not in lead + loops + outer + inner]
+    own = [letter for letter in loops if letter in operand.term]
+    pair = [inner, outer] if flip else [outer, inner]
+    letters = [*dropped, *lead, *own, *pair[0], *pair[1]]
+    permutation = tuple(operand.term.index(letter) for letter in letters)
+    shape = (
+        *(size[letter] for letter in lead),
+        *(size[letter] if letter in operand.term else 1 for letter in loops),
+        *(math.prod(size[letter] for letter in group) for group in pair),
+    )
+    copies = not (operand.merges(pair[0]) and operand.merges(pair[1]))
+    contiguous = not copies and not _blas_ready(operand, pair)
+    return _viewer(permutation, operand.shape, shape, contiguous), copies or contiguous
+
+
+def _blas_ready(operand: Operand, pair: list[list[str]]) -> bool:
+    """Whether BLAS can read the matrix in place: one axis has unit stride, the other's rows do not overlap."""
+    axes = []
+    for group in pair:
+        live = [letter for letter in group if operand.size(letter) != 1]
+        length = math.prod(map(operand.size, group))
+        axes.append((length, operand.stride(live[-1]) if live else None))
+    for (_, outer), (length, inner) in (axes, axes[::-1]):
+        if (inner is None or inner == operand.itemsize) and (
+            outer is None or (outer % operand.itemsize == 0 and outer >= length * operand.itemsize)
+        ):
+            return True
+    return False
+
+
+def _viewer(
+    permutation: tuple[int, ...], given: tuple[int, ...], shape: tuple[int, ...], contiguous: bool
+) -> Run | None:
+    """The shortest chain of NumPy view calls from `given` to `shape`; None if there is nothing to do."""
+    straight = permutation == tuple(range(len(permutation)))
+    if contiguous:
+        return lambda a: np.ascontiguousarray(a.transpose(permutation)).reshape(shape)
+    if straight:
+        return None if shape == given else lambda a: a.reshape(shape)
+    if shape == tuple(given[axis] for axis in permutation):
+        return (lambda a: a.T) if permutation == (1, 0) else lambda a: a.transpose(permutation)
+    return lambda a: a.transpose(permutation).reshape(shape)
+
+
+def _unpack(natural: list[str], output: str, size: dict[str, int], given: tuple[int, ...]) -> Run | None:
+    """From the product's axes, of sizes `given`, to the output's letters; None if they are the same already."""
+    full = tuple(size[letter] for letter in natural)
+    permutation = tuple(natural.index(letter) for letter in output)
+    straight = permutation == tuple(range(len(natural)))
+    same_axes = full == given
+    if straight:
+        return None if same_axes else lambda y: y.reshape(full)
+    if same_axes:
+        return (lambda y: y.T) if permutation == (1, 0) else lambda y: y.transpose(permutation)
+    return lambda y: y.reshape(full).transpose(permutation)
+
+
+def _compose(view_left: Run | None, view_right: Run | None, unpack: Run | None) -> Run:
+    """left . right; the common cases spelled out, because each Python call costs as much as a small view."""
+    if view_left is None and view_right is None and unpack is None:
+        return lambda a, b: blas.matmul(a, b)
+    if view_left is None and view_right is not None and unpack is None:
+        return lambda a, b: blas.matmul(a, view_right(b))
+    left, right, out = view_left or _same, view_right or _same, unpack or _same
+    return lambda a, b: out(blas.matmul(left(a), right(b)))
+
+
+def _compose_flipped(view_left: Run | None, view_right: Run | None, unpack: Run | None) -> Run:
+    """(right^T . left^T): the same numbers with operand 0's rows innermost in memory."""
+    if view_left is not None and view_right is None and unpack is not None:
+        return lambda a, b: unpack(blas.matmul(b, view_left(a)))
+    left, right, out = view_left or _same, view_right or _same, unpack or _same
+    return lambda a, b: out(blas.matmul(right(b), left(a)))
+
+
+def _same(a: Any) -> Any:
+    return a

@@ -1,0 +1,136 @@
+"""ShapeArray: an array that has a shape and a type but no numbers, for dry runs of the same program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+
+class ShapeArray(NDArrayOperatorsMixin):
+    """Stands where an ndarray stands: NumPy calls on it answer with the shape and type their result would have.
+
+    Inside is a single number broadcast to the shape (strides of zero), so views cost nothing and no memory is taken.
+    """
+
+    __slots__ = ("dummy",)
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
+        self.dummy = np.broadcast_to(np.zeros((), dtype), shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.dummy.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.dummy.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.dummy.ndim
+
+    @property
+    def size(self) -> int:
+        return self.dummy.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def T(self) -> ShapeArray:
+        return ShapeArray(self.shape[::-1], self.dtype)
+
+    def __repr__(self) -> str:
+        return f"ShapeArray({self.shape}, {self.dtype})"
+
+    def __len__(self) -> int:
+        return len(self.dummy)
+
+    def __getitem__(self, index: Any) -> ShapeArray:
+        return ShapeArray(self.dummy[index].shape, self.dtype)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        np.broadcast_shapes(self.dummy[index].shape, np.shape(value))
+
+    def reshape(self, *shape: Any) -> ShapeArray:
+        given = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        known = math.prod(n for n in given if n != -1)
+        full = tuple(self.size // known if n == -1 else n for n in given)
+        if math.prod(full) != self.size:
+            raise ValueError(f"cannot reshape {self.shape} into {full}")
+        return ShapeArray(full, self.dtype)
+
+    def transpose(self, *axes: Any) -> ShapeArray:
+        return ShapeArray(self.dummy.transpose(*axes).shape, self.dtype)
+
+    def swapaxes(self, first: int, second: int) -> ShapeArray:
+        return ShapeArray(self.dummy.swapaxes(first, second).shape, self.dtype)
+
+    def astype(self, dtype: Any, copy: bool = True) -> ShapeArray:
+        return ShapeArray(self.shape, dtype)
+
+    def copy(self) -> ShapeArray:
+        return self
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> ShapeArray:
+        return ShapeArray(_reduced(self.shape, axis, keepdims), self.dtype)
+
+    mean = max = min = sum
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        if options.get("out"):
+            return options["out"][0]
+        if method == "reduce":
+            shape = _reduced(np.shape(inputs[0]), options.get("axis", 0), options.get("keepdims", False))
+            return ShapeArray(shape, inputs[0].dtype)
+        if method != "__call__" or ufunc.signature is not None:
+            return NotImplemented
+        shape = np.broadcast_shapes(*(np.shape(value) for value in inputs))
+        types = [value.dtype if isinstance(value, (ShapeArray, np.ndarray, np.generic)) else type(value) for value in inputs]
+        dtype = ufunc.resolve_dtypes((*types, *[None] * ufunc.nout))[-1]
+        return ShapeArray(shape, dtype)
+
+    def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
+        if function not in _FUNCTIONS:
+            return NotImplemented
+        return _FUNCTIONS[function](*arguments, **options)
+
+
+def _reduced(shape: tuple[int, ...], axis: Any, keepdims: bool) -> tuple[int, ...]:
+    axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    gone = {a % len(shape) for a in axes}
+    if keepdims:
+        return tuple(1 if i in gone else n for i, n in enumerate(shape))
+    return tuple(n for i, n in enumerate(shape) if i not in gone)
+
+
+def _like(a: ShapeArray, dtype: Any = None, shape: Any = None) -> ShapeArray:
+    return ShapeArray(a.shape if shape is None else shape, a.dtype if dtype is None else dtype)
+
+
+def _concatenate(arrays: Any, axis: int = 0) -> ShapeArray:
+    shape = list(arrays[0].shape)
+    shape[axis] = sum(a.shape[axis] for a in arrays)
+    return ShapeArray(tuple(shape), arrays[0].dtype)
+
+
+def _take(a: ShapeArray, indices: Any, axis: int | None = None) -> ShapeArray:
+    axis = 0 if axis is None else axis % a.ndim
+    return ShapeArray((*a.shape[:axis], *np.shape(indices), *a.shape[axis + 1 :]), a.dtype)
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    np.empty_like: _like,
+    np.zeros_like: _like,
+    np.concatenate: _concatenate,
+    np.take: _take,
+    np.shape: lambda a: a.shape,
+    np.ndim: lambda a: a.ndim,
+    np.ascontiguousarray: lambda a: a,
+    np.broadcast_to: lambda a, shape: ShapeArray(shape, a.dtype),
+}
