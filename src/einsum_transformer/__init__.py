@@ -1,3 +1,9 @@
 """Transformer language models in NumPy, where the einsum equation on the page is the code that runs."""
 
+from einsum_transformer.checkpoint import Model, load
+from einsum_transformer.engine import einsum
+from einsum_transformer.errors import ConfigError, FormatError, InputError
+
+__all__ = ["ConfigError", "FormatError", "InputError", "Model", "einsum", "load"]
+
 __version__ = "0.1.0"

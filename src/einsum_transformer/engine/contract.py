@@ -34,6 +34,10 @@ class Leaf(ABC):
     def array(self) -> Array:
         """The weight as floating-point numbers, in the shape of this leaf."""
 
+    def rows(self, indices: Array) -> Array:
+        """The rows of the first axis at `indices`, as np.take gives them."""
+        return np.take(self.array(), indices, axis=0)
+
     def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
         """einsum(equation, *operands) where operands[position] is this leaf."""
         return einsum(equation, *operands[:position], self.array(), *operands[position + 1 :])
@@ -70,6 +74,14 @@ def weight_grad(equation: str, dy: Array, x: Array, weight: Any) -> Any:
     if isinstance(weight, Leaf):
         return weight.weight_grad(equation, dy, x)
     return einsum(equation, dy, x, order="C")
+
+
+def activation_layout(x: Array) -> Array:
+    """`x` (b, t, d) laid out as a projection's result would be: positions innermost, so that passes run over long lines."""
+    if not isinstance(x, Array) or x.shape[0] * x.shape[1] == 1:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    return np.ascontiguousarray(rows.T).T.reshape(x.shape)
 
 
 def lowering(equation: str, *operands: Any) -> str:

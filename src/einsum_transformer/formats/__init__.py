@@ -1,1 +1,45 @@
+"""Bytes to arrays and back: safetensors and GGUF, with no knowledge of models."""
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: shape in NumPy's order, type in the file ("BF16", "Q4_1"), place of its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: Path
+    offset: int
+
+
+class TensorSource(Protocol):
+    """The named tensors of a checkpoint on disk; an unknown name raises FormatError with the nearest one."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """The names of all tensors, in the file's order."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, type and place of a tensor, without reading it."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor: a read-only view of the mapped file, or a new float32 array if it is quantized."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Give the tensor's whole pages back to the system, where it can; reading it again maps them anew."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file; views that were read stay valid."""
+        ...

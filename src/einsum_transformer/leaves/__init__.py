@@ -1,1 +1,1 @@
-
+"""What can stand where a weight array stands."""

@@ -1,1 +1,1 @@
-
+"""What is not a contraction, each forward beside its backward."""

@@ -1,0 +1,470 @@
+"""Load and save: where formats, families and text meet."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer import hub
+from einsum_transformer.components.kv_cache import KVCache
+from einsum_transformer.engine import Leaf, phase
+from einsum_transformer.errors import ConfigError, FormatError, InputError
+from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats.folder import open_tensors, write_safetensors_folder
+from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.formats.safetensors import atomic_file, bf16_to_float32, sync
+from einsum_transformer.leaves.lazy import Budget, LazyTensor
+from einsum_transformer.models.config import Keys, ModelConfig
+from einsum_transformer.models.decoder import Decoder, Weight, build
+from einsum_transformer.models.families import FAMILIES, family_of
+from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
+from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
+from einsum_transformer.text.tokenizer import Tokenizer
+from einsum_transformer.tree import named_leaves
+
+Array = np.ndarray
+
+DTYPES = ("float32", "float64")
+_GROUP_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A decoder with its config, its tokenizer and the names its weights have in a checkpoint."""
+
+    config: ModelConfig
+    decoder: Decoder
+    tokenizer: Tokenizer | None = None
+    generation_config: Mapping[str, Any] | None = None
+    """What generation_config.json says, or None."""
+    source: str = "random weights"
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
+
+    def logits(self, tokens: Any) -> Array:
+        """tokens (b, t) ints -> next-token scores (b, t, v)."""
+        return self.decoder.forward(self.checked(tokens))[0]
+
+    def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
+        """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint layout.
+
+        tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
+        """
+        tokens, targets = self.checked(tokens), np.asarray(targets)
+        if targets.shape != tokens.shape:
+            raise InputError(f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same")
+        self.checked(np.where(targets == -100, 0, targets), "targets")
+        with phase("forward"):
+            logits, saved = self.decoder.forward(tokens, keep=True)
+        with phase("loss"):
+            loss, saved_loss = cross_entropy(logits, targets)
+            dlogits = cross_entropy_backward(saved_loss)
+        with phase("backward"):
+            gradient = self.decoder.backward(dlogits, saved)
+        return loss, dict(self._named(gradient))
+
+    def named_parameters(self) -> dict[str, Array]:
+        """Checkpoint name -> array in checkpoint layout (a view of the weight in use, where it is in memory)."""
+        return dict(self._named(self.decoder))
+
+    def cache(self, capacity: int = 0, pads: Array | None = None) -> KVCache:
+        """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left padding."""
+        return KVCache(self.config.windows, capacity, pads)
+
+    def save(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write a Hugging Face folder that transformers loads: config, weights, tokenizer, generation settings."""
+        folder = Path(folder)
+        config = self.family.write_config(self.config)
+        head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
+        parameters = self.named_parameters()
+        dtype = str(next(iter(parameters.values())).dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        if self.generation_config is not None:
+            _write_json(folder / "generation_config.json", dict(self.generation_config))
+        _write_json(folder / "config.json", head | config | {"dtype": dtype})
+        write_safetensors_folder(folder, parameters, max_shard_bytes)
+
+    def checked(self, tokens: Any, what: str = "tokens") -> Array:
+        """`tokens` as a (b, t) array of ids that the vocabulary has."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.size == 0:
+            raise InputError(f"{what} have shape {tokens.shape}: a non-empty (batch, time) array is expected")
+        if tokens.dtype.kind not in "iu":
+            raise InputError(f"{what} are {tokens.dtype}: token ids are integers")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise InputError(f"{what}: id {bad} is outside the vocabulary of {self.config.vocab_size}")
+        return tokens
+
+    def _named(self, decoder: Decoder) -> Iterator[tuple[str, Array]]:
+        stored = {weight.path: weight.stored for weight in weights_of(self.config)}
+        for path, leaf in named_leaves(decoder):
+            array = leaf.array() if isinstance(leaf, Leaf) else leaf
+            yield self.family.checkpoint_name(path), array.reshape(stored[path])
+
+
+def load(
+    source: str | Path | RunConfig = hub.DEFAULT_MODEL,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    adapter: str | Path | None = None,
+    max_layers: int | None = None,
+    seed: int | None = None,
+    weight_budget: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Model:
+    """A model from a Hugging Face folder, a hub id, a .gguf file, a config JSON (random weights), or the default model.
+
+    dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random weights.
+    weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs it.
+    Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by anything.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: choose {' or '.join(DTYPES)}")
+    if quantization is not None:
+        raise InputError(f"quantization {quantization!r} is not available; load without it (--set quantization=null)")
+    if adapter is not None:
+        raise InputError(f"adapter {str(adapter)!r}: adapters are not available; merge it into the weights first")
+    if max_layers is not None and max_layers < 1:
+        raise InputError(f"max_layers is {max_layers}: at least 1")
+    options = _Options(np.dtype(dtype), max_layers, seed, weight_budget)
+    if isinstance(source, RunConfig):
+        return _from_run_config(source, options, revision, offline)
+    path = resolve(source, revision, offline)
+    if path.is_dir():
+        return _from_folder(path, options)
+    if path.suffix == ".json":
+        return _from_json(path, options, revision, offline)
+    with_reason = open_tensors(path)
+    if not isinstance(with_reason, GGUFFile):
+        with_reason.close()
+        raise InputError(f"{path}: a lone weight file has no config; name the folder that holds config.json beside it")
+    return _from_gguf(with_reason, options)
+
+
+def resolve(source: str | Path, revision: str | None = None, offline: bool = False) -> Path:
+    """The file or folder that `source` names, fetched from the hub if it is a repository that is not here."""
+    if str(source).lower() == hub.DEFAULT_MODEL:
+        return hub.default_model(offline)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.suffix in (".json", ".gguf", ".safetensors") or str(source).startswith((".", "/", "~")):
+        raise InputError(f"{source}: no such file or folder")
+    return hub.download(str(source), revision, offline)
+
+
+def read_config(source: str | Path | RunConfig, offline: bool = False) -> ModelConfig:
+    """The config alone of anything `load` takes, without reading a weight."""
+    if isinstance(source, RunConfig):
+        return source.model_config()
+    path = resolve(source, offline=offline)
+    if path.is_dir():
+        return _folder_config(path)
+    if path.suffix == ".json":
+        raw = read_json(path)
+        return _hf_config(raw, str(path)) if "model_type" in raw else parse_run_config(raw, str(path)).model_config()
+    tensors = open_tensors(path)
+    try:
+        if not isinstance(tensors, GGUFFile):
+            raise InputError(f"{path}: a lone weight file has no config")
+        return _gguf_config(tensors)[1]
+    finally:
+        tensors.close()
+
+
+def weights_of(config: ModelConfig) -> list[Weight]:
+    """Every weight of a model of this config, in order."""
+    found: list[Weight] = []
+    build(config, found.append)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    dtype: np.dtype
+    max_layers: int | None
+    seed: int | None
+    weight_budget: int | None
+
+    def cut(self, config: ModelConfig) -> ModelConfig:
+        """The config with only the first `max_layers` layers."""
+        if self.max_layers is None or self.max_layers >= config.num_hidden_layers:
+            return config
+        return replace(config, num_hidden_layers=self.max_layers)
+
+
+def _from_run_config(run: RunConfig, options: _Options, revision: str | None, offline: bool) -> Model:
+    if run.quantization is not None:
+        raise InputError(
+            f"{run.source}: quantization {run.quantization!r} is not available; run with --set quantization=null"
+        )
+    if run.use_lora and run.lora_rank < 1:
+        raise ConfigError(f"{run.source}: lora_rank is {run.lora_rank}, expected 1 or more")
+    config = run.model_config()
+    if run.weight_file is None and run.hf_repo_id is None:
+        return _random(options.cut(config), options, run.source)
+    base = Path(run.source).parent
+    path = resolve(base / run.weight_file if run.weight_file else str(run.hf_repo_id), revision, offline)
+    model = load(path, str(options.dtype), max_layers=options.max_layers, weight_budget=options.weight_budget)
+    if differing := _contradictions(options.cut(config), model.config):
+        raise ConfigError(f"{run.source}: contradicts {path}: {'; '.join(differing)}")
+    return model
+
+
+def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+    pairs = [(name, getattr(stated, name), getattr(found, name)) for name in names]
+    return [f"{name} is {here} here and {there} there" for name, here, there in pairs if here != there]
+
+
+def _from_json(path: Path, options: _Options, revision: str | None, offline: bool) -> Model:
+    raw = read_json(path)
+    if "model_type" in raw:
+        return _random(options.cut(_hf_config(raw, str(path))), options, str(path))
+    return _from_run_config(parse_run_config(raw, str(path)), options, revision, offline)
+
+
+def _random(config: ModelConfig, options: _Options, source: str) -> Model:
+    """Normal weights with the config's initializer_range, norms 1, biases 0; each tensor has a stream of its own."""
+    seed = 0 if options.seed is None else options.seed
+
+    def leaf(weight: Weight) -> Array:
+        if weight.path.endswith("norm.weight"):
+            return np.ones(weight.shape, options.dtype)
+        if weight.path.endswith("_bias"):
+            return np.zeros(weight.shape, options.dtype)
+        rng = np.random.default_rng([seed, zlib.crc32(weight.path.encode())])
+        values = rng.standard_normal(weight.shape, dtype=np.float32).astype(options.dtype, copy=False)
+        values *= config.initializer_range
+        return values
+
+    return Model(config, build(config, leaf), source=f"{source} (random weights, seed {seed})")
+
+
+def _from_folder(folder: Path, options: _Options) -> Model:
+    full = _folder_config(folder)
+    config = options.cut(full)
+    family = FAMILIES[config.model_type]
+    tensors = open_tensors(folder)
+    names = {weight.path: family.checkpoint_name(weight.path) for weight in weights_of(full)}
+    stored = {names[weight.path]: weight.stored for weight in weights_of(full)}
+    tied = config.tie_word_embeddings
+    spare = family.checkpoint_name("lm_head.weight") if tied else ""
+    _check_names(tensors, stored, family, spare)
+    if tied and spare in tensors.names():
+        embedding = names["embed_tokens.weight"]
+        if not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
+            raise FormatError(f"{folder}: tie_word_embeddings is true, but {spare} differs from {embedding}")
+        tensors.release(spare)
+    reader = _Reader(tensors, options, {path: [] for path in names}, names)
+    decoder = build(config, reader.lazy if options.weight_budget is not None else reader.now)
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    generation = folder / "generation_config.json"
+    settings = read_json(generation) if generation.exists() else None
+    return Model(config, decoder, tokenizer, settings, str(folder))
+
+
+def _folder_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"{folder}: holds no config.json; a Hugging Face model folder or a .gguf file is expected")
+    return _hf_config(read_json(path), str(path))
+
+
+def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    keys = Keys(raw, source)
+    family = family_of(keys.get("model_type", str), source)
+    if "quantization_config" in raw:
+        method = raw["quantization_config"]
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise ConfigError(f"{source}: quantization_config: {name!r} checkpoints are not supported; use the unquantized one")
+    try:
+        config = family.read_config(keys)
+    except ConfigError as error:
+        raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
+    return replace(config, defaulted=tuple(keys.defaulted), ignored=keys.left_over())
+
+
+def _check_names(tensors: TensorSource, stored: dict[str, tuple[int, ...]], family: Family, spare: str) -> None:
+    """Every weight is in the file with its shape and nothing else is, or an error that lists both sides."""
+    found = {name for name in tensors.names() if not re.fullmatch(family.ignored_tensors, name)}
+    missing = [name for name in stored if name not in found]
+    unexpected = sorted(name for name in found if name not in stored and name != spare)
+    if missing or unexpected:
+        sides = [("missing from the file", missing), ("in the file but not in the model", unexpected)]
+        told = "; ".join(f"{what}: {_list(names)}" for what, names in sides if names)
+        raise FormatError(f"{tensors.path}: {told}")
+    shapes = {name: tensors.info(name).shape for name in stored}
+    wrong = [
+        f"{name} is {list(shapes[name])} in the file, {list(expected)} by the config"
+        for name, expected in stored.items()
+        if shapes[name] != expected
+    ]
+    if wrong:
+        raise FormatError(f"{tensors.path}: {_list(wrong, '; ')}")
+
+
+def _list(names: list[str], separator: str = ", ") -> str:
+    return separator.join(names[:8]) + (f"{separator}and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+class _Reader:
+    """Turns a file's tensors into leaves: `now` as arrays, `lazy` as tensors that stay in the file."""
+
+    def __init__(
+        self,
+        tensors: TensorSource,
+        options: _Options,
+        fixes: Mapping[str, list[Callable[[Array], Array]]],
+        names: Mapping[str, str],
+    ) -> None:
+        self.tensors, self.dtype, self.fixes, self.names = tensors, options.dtype, fixes, names
+        self.budget = Budget(options.weight_budget or 0)
+
+    def now(self, weight: Weight) -> Array:
+        return self._read(weight.path).reshape(weight.shape)
+
+    def lazy(self, weight: Weight) -> Any:
+        name = self.names[weight.path]
+
+        def read(rows: Array | None) -> Array:
+            if rows is None or self.fixes[weight.path]:
+                return self._read(weight.path)
+            stored = self.tensors.read(name)[rows]
+            return _computable(stored, self.dtype)
+
+        return LazyTensor(name, weight.shape, self.dtype, read, self.budget)
+
+    def _read(self, path: str) -> Array:
+        stored = self.tensors.read(self.names[path])
+        array = _computable(stored, self.dtype)
+        for fix in self.fixes[path]:
+            array = fix(array)
+        if not np.may_share_memory(array, stored):
+            self.tensors.release(self.names[path])
+        return array
+
+
+def _computable(stored: Array, dtype: np.dtype) -> Array:
+    """The tensor in the type that is computed in; without a copy if it is stored so."""
+    if stored.dtype == dtype:
+        return stored
+    if stored.dtype.name == "bfloat16":
+        return bf16_to_float32(stored).astype(dtype, copy=False)
+    return stored.astype(dtype)
+
+
+def _bits(a: Array) -> Array:
+    return a.view(np.uint8)
+
+
+def _from_gguf(file: GGUFFile, options: _Options) -> Model:
+    family, full = _gguf_config(file)
+    config = options.cut(full)
+    names = {weight.path: family.gguf_name(weight.path) for weight in weights_of(full)}
+    stored = {names[weight.path]: weight.stored for weight in weights_of(full)}
+    _check_names(file, stored, replace(family, ignored_tensors=r"rope_freqs\.weight"), "")
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    fixes: dict[str, list[Callable[[Array], Array]]] = {}
+    for path in names:
+        place = ".".join(path.split(".")[2:])
+        permuted = place in family.gguf_permuted
+        fixes[path] = [_undo_permutation(heads[place.split(".")[1][0]])] if permuted else []
+    reader = _Reader(file, options, fixes, names)
+    if options.weight_budget is not None:
+        decoder = build(config, reader.lazy)
+    else:
+        loaded = _read_groups(file, options.dtype, [weight.path for weight in weights_of(config)], reader)
+        decoder = build(config, lambda weight: loaded[weight.path].reshape(weight.shape))
+    tokenizer = Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
+    return Model(config, decoder, tokenizer, None, str(file.path))
+
+
+def _read_groups(file: GGUFFile, dtype: np.dtype, paths: list[str], reader: _Reader) -> dict[str, Array]:
+    """All weights, a group at a time: within a group by two threads, and each group's file pages given back after it."""
+    loaded: dict[str, Array] = {}
+    group: list[str] = []
+    size = 0
+    for path in paths:
+        group.append(path)
+        size += int(np.prod(file.info(reader.names[path]).shape)) * 4
+        if size < _GROUP_BYTES and path != paths[-1]:
+            continue
+        arrays = file.read_many([reader.names[each] for each in group])
+        for each in group:
+            array = _computable(arrays[reader.names[each]], dtype)
+            for fix in reader.fixes[each]:
+                # Back into the group's memory where that is ours: a second copy would outlive the first.
+                array = np.copyto(array, fix(array)) or array if array.flags.writeable else fix(array)
+            loaded[each] = array
+            if file.info(reader.names[each]).dtype not in ("F32", "F64"):
+                file.release(reader.names[each])
+        group, size = [], 0
+    return loaded
+
+
+def _undo_permutation(heads: int) -> Callable[[Array], Array]:
+    """GGUF stores q and k rows as RoPE pairs (2i, 2i + 1); back to pairs (i, i + h/2), head by head."""
+
+    def undo(rows: Array) -> Array:
+        pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+    return undo
+
+
+def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
+    architecture = file.metadata["general.architecture"]
+    source = str(file.path)
+    family = family_of(architecture, source)
+    if family.read_gguf is None:
+        raise ConfigError(f"{source}: architecture {architecture!r} is not supported as GGUF")
+    prefix = f"{architecture}."
+    metadata = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.ggml.merges")}
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if own.get("expert_count"):
+        raise ConfigError(f"{source}: {prefix}expert_count is {own['expert_count']}: experts are not supported here")
+    try:
+        config = family.read_gguf(Keys(own, source), metadata)
+        factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in file.names() else None
+        tied = family.gguf_name("lm_head.weight") not in file.names()
+        biased = family.gguf_name("layers.0.self_attn.q_bias") in file.names()
+        rope = config.rope if factors is None else _named_factors(config, factors)
+        return family, replace(config, rope=rope, tie_word_embeddings=tied, attention_bias=biased)
+    except ConfigError as error:
+        raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
+
+
+def _named_factors(config: ModelConfig, factors: Array) -> Any:
+    """llama3 scaling if the file's divisors are the ones it gives, so that a saved config.json can say it."""
+    from einsum_transformer.components.rope import inverse_frequencies
+
+    plain = replace(config.rope, rope_type="default")
+    for factor in (8.0, 32.0):
+        named = replace(plain, rope_type="llama3", factor=factor, original_max_position_embeddings=8192)
+        ratio = inverse_frequencies(plain, config.head_dim)[0] / inverse_frequencies(named, config.head_dim)[0]
+        if ratio.shape == factors.shape and np.allclose(ratio, factors, rtol=1e-5):
+            return named
+    return replace(plain, frequency_factors=tuple(map(float, factors)))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+        sync(file)

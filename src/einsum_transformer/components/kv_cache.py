@@ -1,0 +1,136 @@
+"""Keys and values of the tokens seen so far, one `LayerCache` a layer.
+
+Layout (b, k, h, slot): the new keys of a projection are laid out the same way, so appending copies whole lines, and both
+products of attention read the slots in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Array = np.ndarray
+
+_FIRST_CAPACITY = 256
+_PADDING = 16
+"""Lines are this many slots longer than asked: power-of-two strides would put all lines of a head in one cache set."""
+
+
+class LayerCache:
+    """One layer's keys and values. With a window, a ring of the last `window` slots; else it grows geometrically."""
+
+    def __init__(self, window: int | None = None, capacity: int = 0) -> None:
+        self.window = window
+        self.length = 0
+        self._capacity = capacity
+        self._keys: Array | None = None
+        self._values: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held (allocated)."""
+        return sum(0 if a is None else a.nbytes for a in (self._keys, self._values))
+
+    def append(self, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Add keys and values (b, t, k, h); returns (keys, values, index) that these queries may look at.
+
+        keys, values: (b, s, k, h); index: (s,), the absolute position in the sequence of each.
+        """
+        new = k.shape[1]
+        if self.window is not None and self.length + new > self.window:
+            return self._append_ring(k, v)
+        self._reserve(k, self.length + new)
+        keys, values = self._store(self.length, k, v)
+        self.length += new
+        return keys, values, np.arange(self.length)
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on; a ring that has wrapped has lost what lay before."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        if self.window is not None and self.length > self.window:
+            raise ValueError("a sliding-window cache that has wrapped cannot go back")
+        self.length = length
+
+    def select(self, rows: Sequence[int] | Array) -> None:
+        """Keep only these batch rows, in this order."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys[rows], self._values[rows]
+
+    def _append_ring(self, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        window, new, old = self.window, k.shape[1], self.length
+        assert window is not None
+        self._reserve(k, window)
+        assert self._keys is not None and self._values is not None
+        end = old + new
+        if new == 1:
+            slot = old % window
+            self._keys[..., slot], self._values[..., slot] = k[:, 0], v[:, 0]
+            self.length = end
+            slots = np.arange(window)
+            index = slots + (old - slot) - np.where(slots > slot, window, 0)
+            return self._read(self._keys, window), self._read(self._values, window), index
+        # A chunk still sees what it is about to overwrite: the last window - 1 keys before it, in order.
+        index = np.arange(max(0, old - window + 1), end)
+        held = index[: len(index) - new] % window
+        keys = np.concatenate([self._keys[..., held], k.transpose(0, 2, 3, 1)], axis=-1)
+        values = np.concatenate([self._values[..., held], v.transpose(0, 2, 3, 1)], axis=-1)
+        kept = index[-window:]
+        self._keys[..., kept % window] = keys[..., -len(kept) :]
+        self._values[..., kept % window] = values[..., -len(kept) :]
+        self.length = end
+        return keys.transpose(0, 3, 1, 2), values.transpose(0, 3, 1, 2), index
+
+    def _store(self, start: int, k: Array, v: Array) -> tuple[Array, Array]:
+        assert self._keys is not None and self._values is not None
+        end = start + k.shape[1]
+        self._keys[..., start:end] = k.transpose(0, 2, 3, 1)
+        self._values[..., start:end] = v.transpose(0, 2, 3, 1)
+        return self._read(self._keys, end), self._read(self._values, end)
+
+    @staticmethod
+    def _read(lines: Array, end: int) -> Array:
+        return lines[..., :end].transpose(0, 3, 1, 2)
+
+    def _reserve(self, k: Array, needed: int) -> None:
+        """Room for `needed` slots: at least double, so that appending is linear over all, but never beyond the window."""
+        held = 0 if self._keys is None else self._keys.shape[-1]
+        if needed <= held:
+            return
+        wanted = max(needed, 2 * held, self._capacity, _FIRST_CAPACITY)
+        wanted = wanted + _PADDING if self.window is None else min(wanted, self.window)
+        b, _, heads, h = k.shape
+        for name in ("_keys", "_values"):
+            old, fresh = getattr(self, name), np.empty((b, heads, h, wanted), k.dtype)
+            if old is not None:
+                fresh[..., : self.length] = old[..., : self.length]
+            setattr(self, name, fresh)
+
+
+class KVCache:
+    """The caches of all layers. `pads` (b,) counts the padding tokens at the left of each row."""
+
+    def __init__(self, windows: Sequence[int | None], capacity: int = 0, pads: Array | None = None) -> None:
+        self.layers = tuple(LayerCache(window, capacity) for window in windows)
+        self.pads = pads
+
+    @property
+    def length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for keys and values (allocated)."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def truncate(self, length: int) -> None:
+        for layer in self.layers:
+            layer.truncate(length)
+
+    def select(self, rows: Sequence[int] | Array) -> None:
+        for layer in self.layers:
+            layer.select(rows)
+        if self.pads is not None:
+            self.pads = self.pads[rows]

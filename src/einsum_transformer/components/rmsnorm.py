@@ -1,0 +1,44 @@
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from einsum_transformer.engine import einsum
+from einsum_transformer.tree import static
+
+Array = np.ndarray
+Saved = tuple[Array, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """Weights in checkpoint layout. A gradient is another RMSNorm."""
+
+    weight: Annotated[Array, "d"]
+    eps: float = static(default=1e-5)
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        rstd = einsum("btd,btd->bt", x, x)
+        rstd /= x.shape[-1]
+        rstd += self.eps
+        np.sqrt(rstd, out=rstd)
+        np.reciprocal(rstd, out=rstd)
+        y = einsum("btd,bt->btd", x, rstd)
+        y *= self.weight
+        return y, (x, rstd)
+
+    def backward(self, dy: Array, saved: Saved) -> tuple[Array, RMSNorm]:
+        x, rstd = saved
+        # y = normed * weight
+        normed = einsum("btd,bt->btd", x, rstd)
+        dweight = einsum("btd,btd->d", dy, normed)
+        dnormed = dy * self.weight
+        # normed = x * rstd, and rstd depends on every x of its row
+        along = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
+        dx = dnormed - einsum("btd,bt->btd", normed, along)
+        dx *= rstd[..., None]
+        return dx, RMSNorm(dweight, self.eps)

@@ -1,0 +1,154 @@
+"""Rotary position embedding (Su et al., 2021): the angle of pair i at position p is p * inv_freq[i].
+
+Angles are computed in float64 and only their cosines and sines are cast, so position 131,071 is as exact as position 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from einsum_transformer.errors import ConfigError
+from einsum_transformer.numerics.rotation import rotate
+
+Array = np.ndarray
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Settings of the rotation, with the names of Hugging Face's `rope_parameters`.
+
+    factor stretches the context that the model was trained on, `original_max_position_embeddings` tokens.
+    """
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 2048
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    frequency_factors: tuple[float, ...] | None = None
+    """Divisors of each pair's frequency that a GGUF file stores itself (its tensor rope_freqs)."""
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        if any(not (math.isfinite(factor) and factor > 0) for factor in self.frequency_factors or ()):
+            raise ConfigError("rope_freqs holds a factor that is not a positive number")
+        for name in ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"rope {name} is {value}: it must be a positive number")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ConfigError(f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The cosines and sines of a forward pass, (b, t, r/2), in the memory layout of activations."""
+
+    cos: Array
+    sin: Array
+    interleaved: bool = False
+
+    def forward(self, x: Array) -> Array:
+        """x: (b, t, heads..., h) -> the same, each pair rotated by its position's angle."""
+        return rotate(x, _over_heads(self.cos, x.ndim), _over_heads(self.sin, x.ndim), self.interleaved)
+
+    def backward(self, dy: Array) -> Array:
+        # A rotation's transpose is the rotation back.
+        return rotate(dy, _over_heads(self.cos, dy.ndim), _over_heads(-self.sin, dy.ndim), self.interleaved)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tuple[Array, float]:
+    """(inv_freq: float64 (r/2,), the factor that cos and sin are multiplied by), r = head_dim * partial_rotary_factor.
+
+    default: theta^(-2i/r); the other types change it as their papers and Hugging Face's implementation say. `length` is
+    the longest position + 1 of the pass; only `dynamic` looks at it.
+    """
+    r = int(head_dim * rope.partial_rotary_factor)
+    if r < 2 or r % 2:
+        raise ConfigError(f"rope rotates {r} of {head_dim} head dimensions: an even number >= 2 is needed")
+    exponent = np.arange(0, r, 2, dtype=np.float64) / r
+    inv_freq = rope.rope_theta**-exponent
+    if rope.frequency_factors is not None:
+        if len(rope.frequency_factors) != r // 2:
+            raise ConfigError(f"rope_freqs holds {len(rope.frequency_factors)} factors, {r // 2} pairs are rotated")
+        inv_freq /= np.asarray(rope.frequency_factors)
+    if rope.rope_type == "linear":
+        return inv_freq / rope.factor, 1.0
+    if rope.rope_type == "dynamic":
+        trained = rope.original_max_position_embeddings
+        stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
+        return (rope.rope_theta * stretch ** (r / (r - 2))) ** -exponent, 1.0
+    if rope.rope_type == "llama3":
+        return _llama3(rope, inv_freq), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn(rope, inv_freq, r), _yarn_attention_factor(rope)
+    return inv_freq, 1.0
+
+
+def _llama3(rope: RopeConfig, inv_freq: Array) -> Array:
+    """Long wavelengths are divided by factor, short ones kept, a linear blend between (Llama 3.1)."""
+    wavelength = 2 * math.pi / inv_freq
+    turns = rope.original_max_position_embeddings / wavelength
+    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(keep, 0, 1)
+    return (1 - keep) * inv_freq / rope.factor + keep * inv_freq
+
+
+def _yarn(rope: RopeConfig, inv_freq: Array, r: int) -> Array:
+    """Pairs that turn more than beta_fast times in the trained context are kept, fewer than beta_slow divided by factor."""
+
+    def pair_with(turns: float) -> float:
+        trained = rope.original_max_position_embeddings
+        return r * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, r - 1)
+    high = high + 0.001 if low == high else high
+    interpolated = np.clip((np.arange(r // 2) - low) / (high - low), 0, 1)
+    return interpolated * inv_freq / rope.factor + (1 - interpolated) * inv_freq
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rotation(
+    rope: RopeConfig, head_dim: int, positions: Array, dtype: np.dtype, interleaved: bool = False
+) -> Rotation:
+    """The rotation of tokens at `positions` (b, t)."""
+    length = int(positions.max(initial=0)) + 1 if rope.rope_type == "dynamic" else 0
+    inv_freq, factor = inverse_frequencies(rope, head_dim, length)
+    # Built pair-major, so that positions are innermost in memory like those of every activation.
+    angles = inv_freq[:, None, None] * positions[None].astype(np.float64)
+    tables = (np.moveaxis((trig(angles) * factor).astype(dtype), 0, -1) for trig in (np.cos, np.sin))
+    return Rotation(*tables, interleaved)
+
+
+def _over_heads(table: Array, ndim: int) -> Array:
+    """(b, t, r/2) -> (b, t, 1..., r/2)."""
+    return table.reshape(*table.shape[:2], *(1,) * (ndim - 3), table.shape[2])

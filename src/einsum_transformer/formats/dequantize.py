@@ -1,0 +1,80 @@
+"""Quantized GGUF blocks to float32, in pieces that stay in the cache.
+
+Q8_0, Q4_0 and Q4_1 are unpacked here, 16 bytes of nibbles being one NumPy element; the results equal those of
+`gguf.quants` bit for bit. All other types go through `gguf.quants`, which is imported only then.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+_PIECE = 1 << 18  # elements of output at a time: 1 MB, a multiple of every block size
+_NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
+_Q4_0 = np.dtype([("d", "<f2"), ("q", "V16")])
+_Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "V16")])
+_Q8_0 = np.dtype([("d", "<f2"), ("q", "V32")])
+
+
+def dequantize(stored: np.ndarray, dtype: str, block: tuple[int, int], out: np.ndarray) -> None:
+    """Write the values of `stored`, bytes of blocks of type `dtype`, to the flat float32 `out`.
+
+    `block` is the (elements, bytes) of one block. Raises NotImplementedError for an unknown type.
+    """
+    elements, nbytes = block
+    blocks = _PIECE // elements
+    unpack = _UNPACK.get(dtype) or _unpack_with_gguf(dtype)
+    with np.errstate(invalid="ignore", over="ignore"):  # scales of a hostile file may be inf or NaN
+        for start in range(0, len(stored) // nbytes, blocks):
+            piece = stored[start * nbytes : (start + blocks) * nbytes]
+            unpack(piece, out[start * elements : (start + blocks) * elements].reshape(-1, elements))
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """16-byte elements to rows of 32 bytes: first the low halves of the 16 bytes, then the high ones."""
+    rows = np.empty((len(packed), 2), "V16")
+    words = packed.copy().view(np.uint64)
+    rows[:, 0] = (words & _NIBBLES).view("V16")
+    words >>= 4
+    words &= _NIBBLES
+    rows[:, 1] = words.view("V16")
+    return rows.view(np.uint8)
+
+
+def _unpack_q4_0(stored: np.ndarray, out: np.ndarray) -> None:
+    blocks = stored.view(_Q4_0)
+    out[...] = _nibbles(blocks["q"]).view(np.int8) - np.int8(8)
+    out *= blocks["d"].astype(np.float32)[:, None]
+
+
+def _unpack_q4_1(stored: np.ndarray, out: np.ndarray) -> None:
+    blocks = stored.view(_Q4_1)
+    out[...] = _nibbles(blocks["q"])
+    out *= blocks["d"].astype(np.float32)[:, None]
+    out += blocks["m"].astype(np.float32)[:, None]
+
+
+def _unpack_q8_0(stored: np.ndarray, out: np.ndarray) -> None:
+    blocks = stored.view(_Q8_0)
+    out[...] = blocks["q"].copy().view(np.int8).reshape(out.shape)
+    out *= blocks["d"].astype(np.float32)[:, None]
+
+
+_UNPACK: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
+    "Q4_0": _unpack_q4_0,
+    "Q4_1": _unpack_q4_1,
+    "Q8_0": _unpack_q8_0,
+}
+
+
+def _unpack_with_gguf(dtype: str) -> Callable[[np.ndarray, np.ndarray], None]:
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize as gguf_dequantize
+
+    if dtype not in GGMLQuantizationType.__members__:
+        raise NotImplementedError(dtype)
+
+    def unpack(stored: np.ndarray, out: np.ndarray) -> None:
+        # One long row: gguf works on sixteen rows at a time, which is slow when they are short.
+        out[...] = gguf_dequantize(stored.reshape(1, -1), GGMLQuantizationType[dtype]).reshape(out.shape)
+
+    return unpack

@@ -1,0 +1,299 @@
+"""The GGUF format, versions 2 and 3, little endian: a bounded header parser and a memory-mapped reader.
+
+A file is a header (magic, version, counts), typed key-value pairs, tensor infos, and the tensors' bytes at
+aligned offsets (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every length and count is checked
+against the bytes that are left before anything is made from it.
+"""
+
+import math
+import mmap
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from einsum_transformer.errors import FormatError
+from einsum_transformer.formats import TensorInfo
+from einsum_transformer.formats.dequantize import dequantize
+from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
+
+_MIN_PAIR, _MIN_TENSOR = 13, 24  # bytes of the shortest key-value pair and tensor info
+_MAX_ARRAY = 1 << 24  # elements; the largest vocabularies have 2^18
+_MAX_NESTING = 4
+_MAX_DIMS = 4
+_BAD_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]|\.\.|^$")
+
+# ggml type number -> name, elements per block, bytes per block
+_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+}
+_BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in _TYPES.values()}
+_JOB = 1 << 22  # elements that one thread dequantizes at a time
+
+# Metadata type number -> NumPy type
+_NUMBERS = {
+    0: "u1",
+    1: "i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_MIN_VALUE = {code: np.dtype(dtype).itemsize for code, dtype in _NUMBERS.items()} | {_STRING: 8, _ARRAY: 12}
+
+
+class GGUFFile(MappedFile):
+    """A GGUF file as a TensorSource: plain types are views of the map, quantized ones become float32.
+
+    Shapes are in NumPy's order (the file has them reversed). `metadata` holds str, int, float, bool and lists
+    of them. Raises FormatError where the bytes contradict the format in any way.
+    """
+
+    metadata: dict[str, Any]
+    alignment: int
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        try:
+            header = _Header(self.path, self._map)
+            self.metadata, self.alignment, self._tensors = header.metadata, header.alignment, header.tensors
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> np.ndarray:
+        return self.read_many((name,))[name]
+
+    def read_many(self, names: Iterable[str], threads: int = 2) -> dict[str, np.ndarray]:
+        """Read several tensors, the quantized ones into slices of one float32 array, by `threads` threads.
+
+        One large array costs less than many small ones, since the system hands it out in huge pages.
+        """
+        infos = [self.info(name) for name in names]
+        sizes = [0 if info.dtype in DTYPES else math.prod(info.shape) for info in infos]
+        values = np.empty(sum(sizes), np.float32)
+        arrays, jobs, begin = {}, [], 0
+        for info, size in zip(infos, sizes):
+            if info.dtype in DTYPES:
+                arrays[info.name] = self._view(info)
+                continue
+            flat = values[begin : begin + size]
+            arrays[info.name] = flat.reshape(info.shape)
+            jobs += [(info, start, flat[start : start + _JOB]) for start in range(0, size, _JOB)]
+            begin += size
+        if len(jobs) < 2 or threads < 2:  # waking a thread costs more than a small tensor
+            for job in jobs:
+                self._fill(*job)
+        else:
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda job: self._fill(*job), jobs))
+        return arrays
+
+    def _fill(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        """Dequantize as many elements of a tensor as `out` has, from element `start` on."""
+        elements, nbytes = _BLOCKS[info.dtype]
+        first, count = start // elements * nbytes, len(out) // elements * nbytes
+        try:
+            dequantize(self._stored(info)[first : first + count], info.dtype, _BLOCKS[info.dtype], out)
+        except NotImplementedError:
+            raise FormatError(
+                f"{self.path}: tensor {quoted(info.name)} has type {info.dtype}, "
+                "which cannot be dequantized; convert the file to another type"
+            ) from None
+
+
+class _Header:
+    """The parsed header of a GGUF file, and while it is being parsed, a cursor that never leaves the file."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.size, self.pos = path, data, len(data), 0
+        tensor_count, pair_count = self._counts()
+        self.metadata = self._pairs(pair_count)
+        self.alignment = self._alignment()
+        self.tensors = self._tensors(tensor_count)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise FormatError(f"{self.path}: {reason} (at byte {self.pos})")
+
+    def _take(self, nbytes: int) -> bytes:
+        if nbytes > self.size - self.pos:
+            self._refuse(f"{nbytes} bytes are expected, but the file ends after {self.size - self.pos}")
+        self.pos += nbytes
+        return self.data[self.pos - nbytes : self.pos]
+
+    def _uint(self, nbytes: int) -> int:
+        return int.from_bytes(self._take(nbytes), "little")
+
+    def _count(self, what: str, min_bytes: int) -> int:
+        """A 64-bit count of things of at least `min_bytes` bytes each, all of which the file has room for."""
+        count = self._uint(8)
+        if count * min_bytes > self.size - self.pos:
+            self._refuse(f"{count} {what} cannot fit into the {self.size - self.pos} bytes that are left")
+        return count
+
+    def _counts(self) -> tuple[int, int]:
+        if self._take(4) != b"GGUF":
+            raise FormatError(f"{self.path}: not a GGUF file: it does not start with GGUF")
+        version = self._uint(4)
+        if version & 0xFFFF == 0:
+            raise FormatError(
+                f"{self.path}: big-endian GGUF files are not supported; convert it to little endian"
+            )
+        if version not in (2, 3):
+            raise FormatError(
+                f"{self.path}: GGUF version {version} is not supported, only 2 and 3; convert it again"
+            )
+        return self._count("tensors", _MIN_TENSOR), self._count("key-value pairs", _MIN_PAIR)
+
+    def _pairs(self, count: int) -> dict[str, Any]:
+        pairs: dict[str, Any] = {}
+        for _ in range(count):
+            key = self._string()
+            if key in pairs:
+                self._refuse(f"the key {quoted(key)} occurs twice")
+            pairs[key] = self._value(self._uint(4))
+        return pairs
+
+    def _value(self, code: int) -> Any:
+        if code == _STRING:
+            return self._string()
+        if code == _ARRAY:
+            return self._array(1)
+        if code not in _NUMBERS:
+            self._refuse(f"metadata type {code} is unknown")
+        return self._numbers(code, 1)[0]
+
+    def _array(self, depth: int) -> list[Any]:
+        code = self._uint(4)
+        if code not in _MIN_VALUE:
+            self._refuse(f"metadata type {code} is unknown")
+        count = self._count("array elements", _MIN_VALUE[code])
+        if count > _MAX_ARRAY:
+            self._refuse(f"an array of {count} elements exceeds the limit of {_MAX_ARRAY}")
+        if code == _STRING:
+            return self._strings(count)
+        if code != _ARRAY:
+            return self._numbers(code, count)
+        if depth == _MAX_NESTING:
+            self._refuse(f"arrays are nested more than {_MAX_NESTING} deep")
+        return [self._array(depth + 1) for _ in range(count)]
+
+    def _numbers(self, code: int, count: int) -> list[Any]:
+        raw = self._take(count * _MIN_VALUE[code])
+        if code == _BOOL and raw.strip(b"\0\1"):
+            self._refuse("a bool is neither 0 nor 1")
+        return np.frombuffer(raw, _NUMBERS[code]).tolist()
+
+    def _string(self) -> str:
+        return self._strings(1)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        # Vocabularies make this the one hot loop of the header, so it does without the helpers above.
+        data, size, pos = self.data, self.size, self.pos
+        length_at = struct.Struct("<Q").unpack_from
+        strings = []
+        try:
+            for _ in range(count):
+                start = pos + 8
+                pos = start + length_at(data, pos)[0]
+                if pos > size:
+                    self._refuse(f"a string at byte {start - 8} is longer than the rest of the file")
+                strings.append(data[start:pos].decode())
+        except struct.error:
+            self._refuse("the file ends where a string is expected")
+        except UnicodeDecodeError:
+            self._refuse(f"the string at byte {start - 8} is not UTF-8")
+        self.pos = pos
+        return strings
+
+    def _alignment(self) -> int:
+        if not isinstance(self.metadata.get("general.architecture"), str):
+            raise FormatError(f"{self.path}: general.architecture must be present and a string")
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+            raise FormatError(f"{self.path}: general.alignment must be a power of two, not {alignment!r:.40}")
+        return alignment
+
+    def _tensors(self, count: int) -> dict[str, TensorInfo]:
+        stated: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(count):
+            name = self._string()
+            if _BAD_NAME.search(name):
+                self._refuse(f"{quoted(name)} is not accepted as the name of a tensor")
+            if name in stated:
+                self._refuse(f"the tensor {quoted(name)} occurs twice")
+            dims = self._uint(4)
+            if dims > _MAX_DIMS:
+                self._refuse(f"tensor {quoted(name)} has {dims} dimensions, more than {_MAX_DIMS}")
+            shape = tuple(self._uint(8) for _ in range(dims))[::-1]
+            stated[name] = shape, self._uint(4), self._uint(8)
+        start = -(-self.pos // self.alignment) * self.alignment
+        tensors = {name: self._tensor(name, *entry, start) for name, entry in stated.items()}
+        end = start
+        for info in sorted(tensors.values(), key=lambda info: info.offset):
+            if info.offset < end:
+                raise FormatError(f"{self.path}: tensor {quoted(info.name)} overlaps another tensor")
+            end = info.offset + info.nbytes
+        return tensors
+
+    def _tensor(self, name: str, shape: tuple[int, ...], code: int, offset: int, start: int) -> TensorInfo:
+        def refuse(reason: str) -> NoReturn:
+            raise FormatError(f"{self.path}: tensor {quoted(name)}: {reason}")
+
+        if code not in _TYPES:
+            refuse(f"ggml type number {code} is unknown")
+        dtype, elements, block_bytes = _TYPES[code]
+        if 0 in shape:
+            refuse(f"shape {shape} has a dimension of 0")
+        if elements > 1 and (not shape or shape[-1] % elements):
+            refuse(f"rows of shape {shape} are not made of whole {dtype} blocks of {elements}")
+        if offset % self.alignment:
+            refuse(f"its offset {offset} is not a multiple of the alignment {self.alignment}")
+        nbytes = math.prod(shape) // elements * block_bytes
+        if start + offset + nbytes > self.size:
+            refuse(f"its {nbytes} bytes at offset {offset} of the data go beyond the end of the file")
+        return TensorInfo(name, shape, dtype, nbytes, self.path, start + offset)

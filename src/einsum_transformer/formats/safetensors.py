@@ -1,0 +1,242 @@
+"""The safetensors format: a memory-mapped reader, an atomic writer, and exact bfloat16 conversion.
+
+A file is an 8-byte little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, and the
+tensors' bytes without gaps (https://github.com/huggingface/safetensors).
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from einsum_transformer.errors import FormatError, InputError
+from einsum_transformer.formats import TensorInfo
+from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
+
+_MAX_HEADER = 100_000_000
+_MAX_DIMS = 64  # NumPy's own limit
+
+_FILE_DTYPES = {name: dtype for dtype, (name, _) in DTYPES.items()}
+
+
+class SafetensorsFile(MappedFile):
+    """A safetensors file as a TensorSource; its arrays are views of the mapped file, in the file's own types.
+
+    Raises FormatError where the bytes contradict the format in any way.
+    """
+
+    metadata: dict[str, str]
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        try:
+            self._tensors, self.metadata = _read_header(self.path, self._map)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> np.ndarray:
+        info = self.info(name)
+        if info.dtype == "BOOL" and self._stored(info).max(initial=0) > 1:
+            raise FormatError(f"{self.path}: tensor {quoted(name)} is BOOL and has a byte other than 0 and 1")
+        return self._view(info)
+
+
+def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:
+    """A JSON object from outside: UTF-8, no key twice at any level, keys without lone surrogates."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        parsed: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in parsed:
+                raise ValueError(f"the key {quoted(key)} occurs twice")
+            key.encode()  # refuses halves of surrogate pairs
+            parsed[key] = value
+        return parsed
+
+    try:
+        parsed = json.loads(raw.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: {what} is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{path}: {what} is not a JSON object")
+    return parsed
+
+
+def _read_header(path: Path, data: mmap.mmap) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    if len(data) < 8:
+        raise FormatError(f"{path}: {len(data)} bytes are too few for a safetensors file")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(_MAX_HEADER, len(data) - 8):
+        raise FormatError(
+            f"{path}: a header of {length} bytes does not fit into this file of {len(data)} bytes "
+            f"(or exceeds {_MAX_HEADER}); the file is cut short or is not safetensors"
+        )
+    raw = data[8 : 8 + length].rstrip(b" ")
+    if not (raw.startswith(b"{") and raw.endswith(b"}")):
+        raise FormatError(f"{path}: the safetensors header does not start with {{ and end with }} and spaces")
+    header = parse_json(path, "the safetensors header", raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    start = 8 + length
+    tensors = {name: _tensor_info(path, name, entry, start, len(data)) for name, entry in header.items()}
+    _check_no_gaps(path, tensors, start, len(data))
+    return tensors, metadata
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+    def refuse(reason: str) -> FormatError:
+        return FormatError(f"{path}: tensor {quoted(name)}: {reason}")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("its header entry must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse(f"dtype {quoted(str(dtype))} is none of {', '.join(DTYPES)}")
+    if not _are_counts(shape) or len(shape) > _MAX_DIMS:
+        raise refuse(f"shape must be a list of at most {_MAX_DIMS} integers in 0 ... 2^63-1")
+    if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
+        raise refuse(f"data_offsets must be [begin, end] inside the {size - start} bytes of data")
+    itemsize = DTYPES[dtype][1]
+    if math.prod(max(size, 1) for size in shape) * itemsize >= 1 << 63:
+        raise refuse(f"shape {shape} is too large for any array")
+    nbytes = math.prod(shape) * itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise refuse(
+            f"{dtype} {shape} takes {nbytes} bytes, but its data_offsets span {offsets[1] - offsets[0]}"
+        )
+    return TensorInfo(name, tuple(shape), dtype, nbytes, path, start + offsets[0])
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _check_no_gaps(path: Path, tensors: Mapping[str, TensorInfo], start: int, size: int) -> None:
+    end = start
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            problem = "overlaps another tensor" if info.offset < end else "leaves bytes unused before it"
+            raise FormatError(
+                f"{path}: tensor {quoted(info.name)} {problem} (byte {info.offset - start} of the data)"
+            )
+        end += info.nbytes
+    if end != size:
+        raise FormatError(f"{path}: the last {size - end} bytes belong to no tensor")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` once it is on the disk, and leaves no trace upon failure."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(file: BinaryIO) -> None:
+    """Have all that was written to `file` on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the header says about a tensor to be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def describe(tensors: Mapping[str, np.ndarray]) -> dict[str, Entry]:
+    """The header entries of `tensors`; raises InputError for a name or type that the format does not have."""
+    entries = {}
+    for name in tensors:
+        tensor = tensors[name]
+        if not isinstance(name, str) or name == "__metadata__":
+            raise InputError(f"{name!r} cannot be the name of a tensor in a safetensors file")
+        if not isinstance(tensor, np.ndarray) or tensor.dtype.name not in _FILE_DTYPES:
+            kind = tensor.dtype.name if isinstance(tensor, np.ndarray) else type(tensor).__name__
+            raise InputError(f"tensor {quoted(name)}: safetensors has no type for {kind}; convert it first")
+        entries[name] = Entry(_FILE_DTYPES[tensor.dtype.name], tensor.shape, tensor.nbytes)
+    return entries
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `tensors` to `path` one by one; an older file is replaced once the new one is on the disk.
+
+    Each tensor is asked for twice (for its shape, then for its bytes), so that a mapping which makes its
+    arrays on access holds one at a time. `metadata` is {"format": "pt"} unless given. Raises InputError for a
+    name or a type that the format does not have.
+    """
+    entries = describe(tensors)
+    with atomic_file(Path(path)) as file:
+        write_tensors(file, tensors, entries, metadata)
+
+
+def write_tensors(
+    file: BinaryIO,
+    tensors: Mapping[str, np.ndarray],
+    entries: Mapping[str, Entry],
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Write the header and the bytes of those `tensors` that `entries` describes."""
+    metadata = {"format": "pt"} if metadata is None else dict(metadata)
+    if not all(isinstance(text, str) for item in metadata.items() for text in item):
+        raise InputError("safetensors metadata must map strings to strings")
+    # Wide types first keeps every tensor aligned to its own type.
+    order = sorted(entries, key=lambda name: (-DTYPES[entries[name].dtype][1], name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        entry = entries[name]
+        begin, end = end, end + entry.nbytes
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > _MAX_HEADER:
+        raise InputError(
+            f"the safetensors header would have {len(raw)} bytes; {_MAX_HEADER} are the most allowed"
+        )
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for name in order:
+        tensor = tensors[name]
+        flat = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1)
+        file.write(flat.view(np.uint8).data)
+
+
+def bf16_to_float32(x: np.ndarray) -> np.ndarray:
+    """A bfloat16 array as float32: exact for all 65,536 bit patterns, NaN payloads included."""
+    return x.astype(np.float32)
+
+
+def float32_to_bf16(x: np.ndarray) -> np.ndarray:
+    """A float32 array as ml_dtypes.bfloat16: round to nearest even, with the upper bits of NaN payloads kept.
+
+    ml_dtypes alone replaces every NaN by one quiet NaN. A payload with no upper bits becomes the quiet one.
+    """
+    import ml_dtypes
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        rounded = x.astype(ml_dtypes.bfloat16)
+    nan = np.isnan(x)
+    if nan.any():
+        upper = (x[nan].view(np.uint32) >> 16).astype(np.uint16)
+        rounded.view(np.uint16)[nan] = np.where(upper & 0x7F, upper, upper | 0x40)
+    return rounded

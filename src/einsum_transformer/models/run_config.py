@@ -1,0 +1,168 @@
+"""The project's own JSON configs: a model and a run in one flat file, with `"// note"` keys as comments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from einsum_transformer.errors import ConfigError, InputError
+from einsum_transformer.models.config import Keys, ModelConfig, nearest
+from einsum_transformer.models.families.family import read_rope
+
+_LARGEST_FILE = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Every key a config file may have, with its default. Lengths are in tokens; README.md explains each."""
+
+    arch: str = "llama"
+    d_model: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int = 2048
+    vocab_size: int = 4096
+    max_seq_len: int = 2048
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    rope_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    use_gqa: bool = True
+    use_mqa: bool = False
+    use_moe: bool = False
+    num_experts: int | None = None
+    top_k: int | None = None
+    batch_size: int = 1
+    seq_len: int = 128
+    block_size: int = 128
+    weight_dtype: str = "float32"
+    strict_load: bool = True
+    quantization: str | None = None
+    hf_repo_id: str | None = None
+    weight_file: str | None = None
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_k_sample: int = 0
+    use_lora: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    lora_merge_after_training: bool = False
+    speculative: bool = False
+    draft_layers: int | None = None
+    prefill_only: bool = False
+    learning_rate: float = 1e-3
+    source: str = "config"
+
+    def __post_init__(self) -> None:
+        if self.use_moe:
+            raise ConfigError(f"{self.source}: use_moe: arch {self.arch!r} has no mixture of experts")
+        if self.arch not in ("llama", "mistral"):
+            raise ConfigError(f"{self.source}: arch {self.arch!r} is not supported; supported: llama, mistral")
+        if self.weight_dtype not in ("float32", "float64", "bfloat16", "float16"):
+            raise ConfigError(f"{self.source}: weight_dtype {self.weight_dtype!r}: float32, float64, bfloat16 or float16")
+        for name in ("d_model", "n_layers", "n_heads", "batch_size", "seq_len", "block_size", "max_new_tokens"):
+            if not 1 <= getattr(self, name) <= 1 << 24:
+                raise ConfigError(f"{self.source}: {name} is {getattr(self, name)}, expected 1 or more")
+        if not self.strict_load:
+            raise ConfigError(f"{self.source}: strict_load cannot be false: a tensor that is missing is always an error")
+
+    @property
+    def kv_heads(self) -> int:
+        """1 with use_mqa, n_kv_heads with use_gqa, else one for each query head."""
+        if self.use_mqa:
+            return 1
+        return self.n_kv_heads if self.use_gqa and self.n_kv_heads is not None else self.n_heads
+
+    def model_config(self) -> ModelConfig:
+        """The model part, with Hugging Face's names."""
+        scaling = {"rope_theta": self.rope_base, "rope_scaling": self.rope_scaling}
+        try:
+            return ModelConfig(
+                model_type=self.arch,
+                vocab_size=self.vocab_size,
+                hidden_size=self.d_model,
+                intermediate_size=self.d_ff,
+                num_hidden_layers=self.n_layers,
+                num_attention_heads=self.n_heads,
+                num_key_value_heads=self.kv_heads,
+                head_dim=self.head_dim or self.d_model // self.n_heads,
+                max_position_embeddings=self.max_seq_len,
+                rms_norm_eps=self.norm_eps,
+                rope=read_rope(Keys(scaling, self.source), self.max_seq_len),
+                sliding_window=self.sliding_window,
+                attention_bias=self.attention_bias,
+                tie_word_embeddings=self.tie_embeddings,
+                attention_block=self.block_size,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{self.source}: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of reasonable size."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise InputError(f"{path}: larger than {_LARGEST_FILE >> 20} MiB, no config is")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a JSON object is expected, not {type(raw).__name__}")
+    return raw
+
+
+def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """RunConfig from a JSON object: unknown keys and values of a wrong type are errors, `//` keys are comments."""
+    fields = {field.name: field for field in dataclasses.fields(RunConfig) if field.name != "source"}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key.startswith("//"):
+            continue
+        if key not in fields:
+            raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, fields)}")
+        values[key] = _checked(key, value, str(fields[key].type), source)
+    return RunConfig(**values, source=source)
+
+
+def override(config: RunConfig, assignments: list[str]) -> RunConfig:
+    """`key=value` pairs from the command line, the value in JSON or, where it is none, as text."""
+    raw = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "source"}
+    raw["lora_target_modules"] = list(config.lora_target_modules)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment!r}: write key=value")
+        try:
+            raw[key] = json.loads(text)
+        except ValueError:
+            raw[key] = text
+    return parse_run_config(raw, config.source)
+
+
+def _checked(key: str, value: Any, declared: str, source: str) -> Any:
+    """`value` if it fits the declared type of the field."""
+    optional = declared.endswith("| None")
+    kind = declared.removesuffix(" | None")
+    if value is None and optional:
+        return None
+    if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    kinds = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
+    if kind in kinds and isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool)):
+        return value
+    names = {"tuple[str, ...]": "a list of names", "dict[str, Any]": "an object", "str": "text", "int": "a whole number"}
+    wanted = names.get(kind, kind) + (" or null" if optional else "")
+    raise ConfigError(f"{source}: key {key!r} is {value!r}, expected {wanted}")

@@ -1,0 +1,33 @@
+"""Activation functions, each beside its derivative."""
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)); exp may overflow to infinity, whose reciprocal is the right limit 0."""
+    y = np.negative(x)
+    with np.errstate(over="ignore"):
+        np.exp(y, out=y)
+    y += 1
+    return np.reciprocal(y, out=y)
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x), in the memory layout of x."""
+    y = np.negative(x)
+    with np.errstate(over="ignore"):
+        np.exp(y, out=y)
+    y += 1
+    return np.divide(x, y, out=y)
+
+
+def dsilu(x: Array) -> Array:
+    """The derivative of silu: s + x s (1 - s) with s = sigmoid(x)."""
+    s = sigmoid(x)
+    y = 1 - s
+    y *= x
+    y += 1
+    y *= s
+    return y

@@ -1,0 +1,135 @@
+"""Chat templates: a conversation and the checkpoint's jinja2 template give the prompt's text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from einsum_transformer.errors import InputError
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_MAX_DEPTH = 90
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    bos_token: str = "",
+    eos_token: str = "",
+    seconds: float = 2.0,
+    max_chars: int = 1_000_000,
+    **variables: Any,
+) -> str:
+    """Render a conversation as transformers' `apply_chat_template(tokenize=False)` does.
+
+    The template is untrusted: it runs in a sandbox, for at most `seconds`, and makes at most `max_chars`
+    characters. Raises InputError for a malformed message and for a template that is wrong, runs too long or
+    raises an exception of its own.
+    """
+    given = _plain(variables, "variables") | {
+        "messages": check_messages(messages),
+        "tools": _objects(tools, "tools"),
+        "documents": _objects(documents, "documents"),
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+    }
+    return _render(template, given, seconds, max_chars)
+
+
+def _render(template: str, variables: dict[str, Any], seconds: float, max_chars: int) -> str:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    from einsum_transformer.text.sandbox import OutOfTime, bounded, compile_template
+
+    chunks: list[str] = []
+    room = max_chars
+    try:
+        with bounded(seconds, max_chars):
+            compiled = compile_template(template)
+            for chunk in compiled.root_render_func(compiled.new_context(variables)):
+                chunks.append(chunk)
+                room -= len(chunk)
+                if room < 0:
+                    raise InputError(f"chat template: writes more than {max_chars} characters")
+    except InputError:
+        raise
+    except OutOfTime:
+        raise InputError(f"chat template: ran for more than {seconds:g} seconds") from None
+    except TemplateSyntaxError as error:
+        raise InputError(f"chat template, line {error.lineno}: {_line(error.message)}") from None
+    except TemplateError as error:
+        raise InputError(f"chat template: {_line(error.message)}") from None
+    except Exception as error:  # anything the template's own expressions do wrong
+        raise InputError(f"chat template: {type(error).__name__}: {_line(error)}") from None
+    return "".join(chunks)
+
+
+def _line(message: Any) -> str:
+    return " ".join(str(message).split())[:1000]
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return a conversation in plain JSON types; raises InputError that names the first wrong message.
+
+    A message is {"role": str, "content": str or [{"type": "text", "text": str}, ...], ...}; one that has
+    "tool_calls" needs no content.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InputError(f"messages: expected a list of messages, got {type(messages).__name__}")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}: expected a dict with role and content, got {type(message).__name__}")
+    plain = _plain(message, where)
+    if not isinstance(plain.get("role"), str):
+        raise InputError(f"{where}: 'role' must be a string such as 'user', got {plain.get('role')!r}")
+    content = plain.get("content")
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            if (
+                not isinstance(part, dict)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                raise InputError(f"{where}.content[{index}]: expected {{'type': 'text', 'text': ...}}")
+    elif not isinstance(content, str) and not (content is None and plain.get("tool_calls")):
+        kind = type(content).__name__
+        raise InputError(f"{where}: 'content' must be a string or a list of text parts, got {kind}")
+    # Templates differ in the name they read a reasoning trace from; transformers gives it under these two.
+    reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _objects(value: Any, where: str) -> list[dict[str, Any]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
+        raise InputError(f"{where}: expected a list of JSON objects (dicts)")
+    return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """Rebuild `value` from JSON types, so that a template never holds an object with methods of its own."""
+    if depth > _MAX_DEPTH:
+        raise InputError(f"{where}: nested more than {_MAX_DEPTH} levels deep")
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {_key(key, where): _plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+    raise InputError(f"{where}: a template takes JSON values only, got {type(value).__name__}")
+
+
+def _key(key: Any, where: str) -> str:
+    if not isinstance(key, str):
+        raise InputError(f"{where}: keys must be strings, got {key!r}")
+    return str(key)

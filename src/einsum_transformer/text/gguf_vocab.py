@@ -1,0 +1,255 @@
+"""GGUF tokenizer metadata to a `tokenizers.Tokenizer`: byte-level BPE, SentencePiece BPE and unigram.
+
+Keys and meanings are those of the GGUF specification and of llama.cpp's `llama-vocab.cpp`. Every count, id and
+merge is checked before it is used.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.text.pre_tokenizers import BEGINS_AND_KEEPS_WORDS, pre_tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)  # tokenizer.ggml.token_type; 5 is "unused"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufVocab:
+    """A tokenizer without its post-processor, and the ids and switches that the metadata gives beside it."""
+
+    backend: "tokenizers.Tokenizer"
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    turn_end_ids: tuple[int, ...]
+    add_bos: bool
+    add_eos: bool
+
+
+class Metadata:
+    """Checked reads of `tokenizer.ggml.*` keys; every error names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values, self.source = values, source
+        self.tokens = self.texts("tokens")
+        types = self.numbers("token_type", np.int64)
+        self.types = np.full(len(self.tokens), NORMAL) if types is None else types
+        if self.types.min() < NORMAL or self.types.max() > BYTE:
+            raise self.error("token_type", f"values must be {NORMAL} to {BYTE}")
+        self.ids = dict(zip(self.tokens, range(len(self.tokens))))
+        if len(self.ids) != len(self.tokens):
+            twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
+            raise self.error("tokens", f"token {twice!r} occurs twice")
+
+    def error(self, key: str, problem: str) -> InputError:
+        return InputError(f"{self.source}: tokenizer.ggml.{key}: {problem}")
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        value = self._values.get(f"tokenizer.ggml.{key}", default)
+        if value is not default and not isinstance(value, kind):
+            raise self.error(key, f"expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    def has(self, key: str) -> bool:
+        return f"tokenizer.ggml.{key}" in self._values
+
+    def texts(self, key: str) -> list[str]:
+        value = self._values.get(f"tokenizer.ggml.{key}", ())
+        texts = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(texts, Sequence) or not texts or set(map(type, texts)) != {str}:
+            raise self.error(key, "missing, empty or not a list of strings")
+        return list(texts)
+
+    def numbers(self, key: str, dtype: type) -> np.ndarray | None:
+        """One number per token, or None if the key is absent."""
+        if not self.has(key):
+            return None
+        try:
+            numbers = np.asarray(self._values[f"tokenizer.ggml.{key}"], dtype)
+        except (TypeError, ValueError, OverflowError):
+            raise self.error(key, "not a list of numbers") from None
+        if numbers.shape != (len(self.tokens),) or not np.isfinite(numbers).all():
+            raise self.error(
+                key, f"{numbers.size} values, expected {len(self.tokens)} finite ones, one per token"
+            )
+        return numbers
+
+    def id(self, key: str, default: int | None = None) -> int | None:
+        """A token id in range; `default` applies if the key is absent and the vocabulary is that large."""
+        if not self.has(key):
+            return default if default is not None and default < len(self.tokens) else None
+        value = self._values[f"tokenizer.ggml.{key}"]
+        if not isinstance(value, int | np.integer) or not 0 <= value < len(self.tokens):
+            raise self.error(key, f"{value!r} is not an id of the {len(self.tokens)} tokens")
+        return int(value)
+
+    def of_type(self, *types: int) -> list[int]:
+        return np.flatnonzero(np.isin(self.types, types)).tolist()
+
+
+def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
+    """Build the tokenizer that GGUF metadata describes; raises InputError that names `source` and the key."""
+    model = values.get("tokenizer.ggml.model")
+    build = _BUILDERS.get(model) if isinstance(model, str) else None
+    if build is None:
+        known = ", ".join(_BUILDERS)
+        raise InputError(f"{source}: tokenizer.ggml.model {model!r} is not supported (known: {known})")
+    vocab = build(Metadata(values, source))
+    for name, wanted, token_id in (
+        ("bos", vocab.add_bos, vocab.bos_id),
+        ("eos", vocab.add_eos, vocab.eos_id),
+    ):
+        if wanted and token_id is None:
+            raise InputError(
+                f"{source}: tokenizer.ggml.add_{name}_token is set, but there is no {name}_token_id"
+            )
+    return vocab
+
+
+def _finish(
+    data: Metadata,
+    backend: "tokenizers.Tokenizer",
+    defaults: Mapping[str, int],
+    add_bos: bool = False,
+    add_eos: bool = False,
+) -> GgufVocab:
+    """Read the special ids, and register the control and user-defined tokens, which are found in texts."""
+    from tokenizers import AddedToken
+
+    bos, eos, unk, pad = (
+        data.id(f"{name}_token_id", defaults.get(name)) for name in ("bos", "eos", "unknown", "padding")
+    )
+    ends = [token_id for key in ("eot_token_id", "eom_token_id") if (token_id := data.id(key)) is not None]
+    special = {*data.of_type(CONTROL, UNKNOWN), *ends, *(i for i in (bos, eos, unk, pad) if i is not None)}
+    added = [*sorted(special), *(index for index in data.of_type(USER_DEFINED) if index not in special)]
+    backend.add_tokens(
+        [AddedToken(data.tokens[index], special=index in special, normalized=False) for index in added]
+    )
+    add_bos = data.get("add_bos_token", bool, add_bos and bos is not None)
+    add_eos = data.get("add_eos_token", bool, add_eos and eos is not None)
+    return GgufVocab(backend, bos, eos, pad, unk, tuple(ends), add_bos, add_eos)
+
+
+def _byte_level_bpe(data: Metadata) -> GgufVocab:
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+
+    name = data.get("pre", str, "")
+    splits = pre_tokenizer(name)
+    if splits is None:
+        raise data.error(
+            "pre", f"{name!r} is not a known pre-tokenizer; without it, text is split into wrong tokens"
+        )
+    keeps_words = name in BEGINS_AND_KEEPS_WORDS
+    merges = _split_merges(data)
+    backend = Tokenizer(_built(data, lambda: BPE(data.ids, merges, ignore_merges=keeps_words)))
+    backend.pre_tokenizer = splits
+    backend.decoder = decoders.ByteLevel()
+    return _finish(data, backend, {}, add_bos=keeps_words)
+
+
+def _sentencepiece_bpe(data: Metadata) -> GgufVocab:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    defaults = {"bos": 1, "eos": 2, "unknown": 0}
+    unknown = data.id("unknown_token_id", defaults["unknown"])
+    merges = _split_merges(data) if data.has("merges") else _merges_from_scores(data)
+    options = {} if unknown is None else {"unk_token": data.tokens[unknown]}
+    model = _built(data, lambda: BPE(data.ids, merges, fuse_unk=True, byte_fallback=True, **options))
+    backend = Tokenizer(model)
+    _spaces_as_underscores(data, backend, [])
+    return _finish(data, backend, defaults, add_bos=True)
+
+
+def _unigram(data: Metadata) -> GgufVocab:
+    from tokenizers import Regex, Tokenizer, normalizers
+    from tokenizers.models import Unigram
+
+    defaults = {"eos": 1, "unknown": 2, "padding": 0}
+    scores = _scores(data)
+    pieces = list(zip(data.tokens, scores.tolist()))
+    unknown, has_bytes = data.id("unknown_token_id", defaults["unknown"]), bool(data.of_type(BYTE))
+    backend = Tokenizer(_built(data, lambda: Unigram(pieces, unknown, has_bytes)))
+    before = []
+    if data.has("precompiled_charsmap"):
+        charsmap = data.get("precompiled_charsmap", object, ())
+        before.append(
+            _built(data, lambda: normalizers.Precompiled(np.asarray(charsmap).astype(np.uint8).tobytes()))
+        )
+    if data.get("remove_extra_whitespaces", bool, False):
+        before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    _spaces_as_underscores(data, backend, before)
+    return _finish(data, backend, defaults, add_eos=True)
+
+
+def _spaces_as_underscores(data: Metadata, backend: "tokenizers.Tokenizer", before: list[Any]) -> None:
+    """SentencePiece writes a space as U+2581 and, unless told otherwise, one more in front of the text.
+
+    As in llama.cpp, that one is also written after a special token and before text that begins with a space.
+    """
+    from tokenizers import decoders, normalizers
+
+    prefix = data.get("add_space_prefix", bool, True)
+    spaces = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence([*before, *spaces])
+    strip = [decoders.Strip(" ", 1, 0)] * prefix
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    backend.decoder = decoders.Sequence(steps)
+
+
+def _split_merges(data: Metadata) -> list[tuple[str, str]]:
+    merges = data.texts("merges")
+    if set(map(methodcaller("count", " "), merges)) != {1}:
+        wrong = next(merge for merge in merges if merge.count(" ") != 1)
+        raise data.error("merges", f"{wrong!r} is not two tokens with a space between them")
+    parts = " ".join(merges).split(" ")
+    return list(zip(parts[::2], parts[1::2]))
+
+
+def _scores(data: Metadata) -> np.ndarray:
+    scores = data.numbers("scores", np.float64)
+    if scores is None:
+        raise data.error("scores", "missing; this kind of vocabulary needs one score per token")
+    return scores
+
+
+def _merges_from_scores(data: Metadata) -> list[tuple[str, str]]:
+    """All pairs of tokens that make up a normal token, best score first.
+
+    SentencePiece merges the pair whose token has the best score: the order of scores is that of the merges.
+    """
+    ids = data.ids
+    normal = np.flatnonzero(data.types == NORMAL)
+    order = normal[np.argsort(-_scores(data)[normal], kind="stable")].tolist()
+    merges: list[tuple[str, str]] = []
+    for index in order:
+        token = data.tokens[index]
+        cuts = ((token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1))
+        merges += [pair for pair in cuts if pair[0] in ids and pair[1] in ids]
+    return merges
+
+
+def _built(data: Metadata, make: Callable[[], Any]) -> Any:
+    """Run a constructor of `tokenizers`; its errors and panics mean a vocabulary that contradicts itself."""
+    try:
+        return make()
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{data.source}: tokenizer.ggml: unusable vocabulary: {error}") from None
+        raise
+
+
+_BUILDERS: dict[str, Callable[[Metadata], GgufVocab]] = {
+    "gpt2": _byte_level_bpe,
+    "llama": _sentencepiece_bpe,
+    "t5": _unigram,
+}

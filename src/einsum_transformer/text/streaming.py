@@ -1,0 +1,98 @@
+"""Token ids to text, one id at a time: the pieces joined are exactly what decoding all ids at once gives."""
+
+import codecs
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class StreamDecoder(ABC):
+    """Turns ids into text as they arrive; a piece never ends inside a character."""
+
+    @abstractmethod
+    def put(self, token_id: int) -> str:
+        """Take the next id and return the text that is now certain, often an empty string."""
+
+    @abstractmethod
+    def end(self) -> str:
+        """Return the text held back so far; call it once, after the last id."""
+
+
+def stream_decoder(backend: "tokenizers.Tokenizer", skipped: frozenset[int]) -> StreamDecoder:
+    """Make the decoder that suits a tokenizer's own one; ids in `skipped` give no text."""
+    from tokenizers.decoders import ByteLevel
+
+    decoder = backend.decoder
+    if isinstance(decoder, ByteLevel):
+        return ByteLevelStream(backend, skipped)
+    reads_bytes = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+    return WindowStream(backend, skipped, reads_bytes)
+
+
+class ByteLevelStream(StreamDecoder):
+    """Byte-level BPE: tokens spell bytes, and the bytes of all tokens are UTF-8 (GPT-2's encoder.py)."""
+
+    def __init__(self, backend: "tokenizers.Tokenizer", skipped: frozenset[int]) -> None:
+        self._backend, self._skipped = backend, skipped
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._bytes = {character: byte for byte, character in enumerate(byte_alphabet())}
+
+    def put(self, token_id: int) -> str:
+        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
+        if token is None:
+            return ""
+        try:
+            piece = bytes(self._bytes[character] for character in token)
+        except KeyError:  # an added token, spelled as it is written
+            piece = token.encode()
+        return self._utf8.decode(piece)
+
+    def end(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowStream(StreamDecoder):
+    """Any other decoder: the difference between decoding the last ids with and without the newest ones.
+
+    A decoder works on each token by itself, except that it treats the first one differently (SentencePiece
+    drops its leading space), reads a run of byte tokens (<0xE2>) together, and, if it is byte-level in part,
+    joins the bytes of neighbours to characters. So the window starts with the last token written, and ids are
+    held back until a run of byte tokens or an unfinished character ends.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", skipped: frozenset[int], reads_bytes: bool) -> None:
+        self._backend, self._skipped, self._reads_bytes = backend, skipped, reads_bytes
+        self._last: list[int] = []
+        self._held: list[int] = []
+
+    def put(self, token_id: int) -> str:
+        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
+        if token is None:
+            return ""
+        self._held.append(token_id)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return ""
+        text = self._new_text()
+        if self._reads_bytes and text.endswith("\ufffd"):
+            return ""
+        self._last = self._held[-1:] if token else self._last + self._held
+        self._held = []
+        return text
+
+    def end(self) -> str:
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        return self._decode(self._last + self._held).removeprefix(self._decode(self._last))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def byte_alphabet() -> list[str]:
+    """The character for each byte in byte-level BPE: printable ones for themselves, others from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (chr(0x100 + index) for index in range(256))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]

@@ -1,0 +1,299 @@
+"""Tokenizers: text to ids and back, from a Hugging Face folder or a GGUF file's metadata."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.text.chat_template import render_chat
+from einsum_transformer.text.streaming import StreamDecoder, stream_decoder
+
+if TYPE_CHECKING:
+    import tokenizers
+
+T = TypeVar("T")
+
+_MAX_BYTES = {"tokenizer.json": 1 << 29}  # larger than any published one by a factor of ten
+_MAX_OTHER_BYTES = 1 << 24
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Control tokens that end a turn or a document, whatever the checkpoint's end-of-sequence token is.
+_TURN_ENDS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<EOT>",
+    "[EOT]",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the special ids and the chat templates that a checkpoint gives beside it."""
+
+    backend: "tokenizers.Tokenizer"
+    source: str
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    add_bos: bool
+    add_eos: bool
+    end_of_generation_ids: frozenset[int]
+    chat_templates: Mapping[str, str]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read tokenizer.json and, if present, the files beside it; InputError names the file that is wrong.
+
+        Those are tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        text = _read(folder, "tokenizer.json")
+        if text is None:
+            others = [
+                name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()
+            ]
+            found = (
+                f" ({', '.join(others)} alone is not enough; convert it with transformers)" if others else ""
+            )
+            raise InputError(f"{folder}: no tokenizer.json, which is needed to read and write text{found}")
+        backend = _checked(
+            f"{folder / 'tokenizer.json'}: not a usable tokenizer", lambda: Backend.from_str(text)
+        )
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json(folder, "special_tokens_map.json") | _read_json(folder, "tokenizer_config.json")
+        names = {
+            key: _token_text(config.get(key), f"{folder / 'tokenizer_config.json'}: {key}") for key in _NAMED
+        }
+        _make_special(backend, [name for name in names.values() if name is not None])
+        bos, eos, pad, unk = (None if name is None else backend.token_to_id(name) for name in names.values())
+        add_bos, add_eos = (bool(config.get(f"add_{name}_token")) for name in ("bos", "eos"))
+        if "add_bos_token" in config or "add_eos_token" in config:
+            _set_edges(backend, bos if add_bos else None, eos if add_eos else None)
+        else:
+            edges = _checked(f"{folder}", lambda: backend.encode("").ids)
+            add_bos, add_eos = bos is not None and bos in edges, eos is not None and eos in edges
+        ends = _end_ids(backend, eos, ())
+        return cls(
+            backend, str(folder), bos, eos, pad, unk, add_bos, add_eos, ends, _templates(folder, config)
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
+        """Build the tokenizer that a GGUF file's `tokenizer.*` keys describe; `source` is the file's path."""
+        from einsum_transformer.text.gguf_vocab import read_gguf_vocab
+
+        vocab = read_gguf_vocab(metadata, str(source))
+        _set_edges(
+            vocab.backend, vocab.bos_id if vocab.add_bos else None, vocab.eos_id if vocab.add_eos else None
+        )
+        prefix = "tokenizer.chat_template"
+        templates = {
+            key.removeprefix(prefix).removeprefix(".") or "default": value
+            for key, value in metadata.items()
+            if key == prefix or key.startswith(f"{prefix}.")
+        }
+        if not all(isinstance(template, str) for template in templates.values()):
+            raise InputError(f"{source}: {prefix}: not a string")
+        return cls(
+            vocab.backend,
+            str(source),
+            vocab.bos_id,
+            vocab.eos_id,
+            vocab.pad_id,
+            vocab.unk_id,
+            vocab.add_bos,
+            vocab.add_eos,
+            _end_ids(vocab.backend, vocab.eos_id, vocab.turn_end_ids),
+            templates,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model's embedding may have more rows."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's jinja2 chat template, if it has one."""
+        return self.chat_templates.get("default")
+
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; raises InputError if there is none of that id."""
+        token = self.backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        if token is None:
+            raise InputError(f"{self.source}: token id {token_id} is not in the vocabulary")
+        return token
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`; `add_special_tokens` puts BOS and EOS around it if the checkpoint asks for them."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text: character {error.start} is half a surrogate pair, which is not valid Unicode"
+            ) from None
+        return _checked(
+            f"{self.source}: cannot encode the text",
+            lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).ids,
+        )
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids without a token (a padded embedding has some) give no text."""
+        return _checked(
+            f"{self.source}: cannot decode the ids",
+            lambda: self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens),
+        )
+
+    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder for ids that arrive one by one, as in generation."""
+        return stream_decoder(
+            self.backend, _special_ids(self.backend) if skip_special_tokens else frozenset()
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of a conversation; the template writes every special token itself, so none is added."""
+        template = self.chat_template
+        if tools is not None:
+            template = self.chat_templates.get("tool_use", template)
+        if template is None:
+            raise InputError(f"{self.source}: has no chat template; give a plain prompt instead")
+        named: dict[str, Any] = {"bos_token": self._text(self.bos_id), "eos_token": self._text(self.eos_id)}
+        named |= variables | {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        text = render_chat(template, messages, **named)
+        return self.encode(text, add_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer."""
+        ids = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos,
+            "add_eos_token": self.add_eos,
+            "clean_up_tokenization_spaces": False,
+            **{name: self.token(i) for name, i in zip(_NAMED, ids) if i is not None},
+        }
+        named = {name: text for name, text in self.chat_templates.items() if name != "default"}
+        if named:
+            every = named if self.chat_template is None else {"default": self.chat_template, **named}
+            config["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
+        files = {
+            "tokenizer.json": self.backend.to_str(),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
+        if self.chat_template is not None and not named:
+            files["chat_template.jinja"] = self.chat_template
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="")
+
+    def _text(self, token_id: int | None) -> str:
+        return "" if token_id is None else self.token(token_id)
+
+
+def _checked(problem: str, run: Callable[[], T]) -> T:
+    """Run a call into `tokenizers`, whose errors, and panics, which are not Exceptions, become InputError."""
+    try:
+        return run()
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{problem}: {' '.join(str(error).split())}") from None
+        raise
+
+
+def _special_ids(backend: "tokenizers.Tokenizer") -> frozenset[int]:
+    return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+
+
+def _make_special(backend: "tokenizers.Tokenizer", names: Sequence[str]) -> None:
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([name for name in names if name not in added])
+
+
+def _set_edges(backend: "tokenizers.Tokenizer", bos: int | None, eos: int | None) -> None:
+    """Make `encode` put BOS and EOS around a text; None leaves the one or the other out."""
+    from tokenizers.processors import TemplateProcessing
+
+    edges = {name: i for name, i in (("bos", bos), ("eos", eos)) if i is not None}
+    tokens: Any = [{"id": name, "ids": [i], "tokens": [backend.id_to_token(i)]} for name, i in edges.items()]
+    before, after = ["bos"] * ("bos" in edges), ["eos"] * ("eos" in edges)
+    pair = [f"{item}:1" for item in (*before, "$B", *after)]
+    backend.post_processor = TemplateProcessing(
+        single=[*before, "$A", *after], pair=[*before, "$A", *after, *pair], special_tokens=tokens
+    )
+
+
+def _end_ids(backend: "tokenizers.Tokenizer", eos: int | None, more: Iterable[int]) -> frozenset[int]:
+    special = _special_ids(backend)
+    ends = {name: i for name in _TURN_ENDS if (i := backend.token_to_id(name)) in special}
+    if "<|return|>" in ends and "<|call|>" in ends:
+        ends.pop("<|end|>", None)  # in that format <|end|> separates a turn's channels
+    return frozenset({*ends.values(), *more, *(() if eos is None else (eos,))})
+
+
+def _read(folder: Path, name: str) -> str | None:
+    """Text of a file in a checkpoint's folder, None if there is none."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    size, limit = path.stat().st_size, _MAX_BYTES.get(name, _MAX_OTHER_BYTES)
+    if size > limit:
+        raise InputError(f"{path}: {size} bytes; at most {limit} are accepted")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    text = _read(folder, name)
+    try:
+        value = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / name}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{folder / name}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _token_text(value: Any, where: str) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise InputError(f'{where}: expected a string or {{"content": string}}')
+    return text
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name: chat_template.jinja, else tokenizer_config.json's string or named ones."""
+    text = _read(folder, "chat_template.jinja")
+    value = config.get("chat_template") if text is None else text
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        named = {item.get("name"): item.get("template") for item in value}
+        if all(isinstance(name, str) and isinstance(template, str) for name, template in named.items()):
+            return named
+    raise InputError(
+        f"{folder / 'tokenizer_config.json'}: chat_template: expected a string or named templates"
+    )

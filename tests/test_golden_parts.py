@@ -1,0 +1,113 @@
+"""Single parts against transformers: RoPE frequencies and rotation, RMSNorm, and sampling distributions."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from golden_files import load_parts
+
+ROPE = load_parts("rope")
+ROPES = sorted({key.split("/")[0] for key in ROPE})
+ROTATION = load_parts("rotation")
+ROTATIONS = sorted({key.split("/")[0] for key in ROTATION})
+NORM = load_parts("norm")
+SAMPLING = load_parts("sampling")
+SAMPLERS: list[dict[str, float]] = json.loads(str(SAMPLING["parameters"]))
+
+
+# What our parts are called stands in these five functions and nowhere else in this file.
+
+
+def our_inv_freq(case: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Inverse frequencies (head_dim / 2,) in float64 and the factor on cos and sin, at that length.
+
+    case: rope_parameters (as in config.json), head_dim, max_position_embeddings, length.
+    """
+    raise NotImplementedError("adapter")
+
+
+def our_rotation(case: dict[str, Any], q: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Heads q (b, t, heads, head_dim), float32, turned by their positions (t,); the case as above."""
+    raise NotImplementedError("adapter")
+
+
+def our_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """RMSNorm of x (b, t, d), float32, over d."""
+    raise NotImplementedError("adapter")
+
+
+def our_norm_gradients(
+    dy: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(dx, dweight) of that RMSNorm for dy (b, t, d), float32."""
+    raise NotImplementedError("adapter")
+
+
+def our_probabilities(logits: np.ndarray, history: np.ndarray, parameters: dict[str, float]) -> np.ndarray:
+    """Probabilities (v,) from which the token after `history` (n,) is drawn, given its logits (v,).
+
+    parameters: any of repetition_penalty, temperature, top_k, top_p, min_p; one that is absent is off.
+    """
+    raise NotImplementedError("adapter")
+
+
+def case_of(name: str) -> dict[str, Any]:
+    """The parameters of a rope case."""
+    return json.loads(str(ROPE[f"{name}/case"]))
+
+
+def assert_rows(ours: np.ndarray, reference: np.ndarray, tolerance: float) -> None:
+    """Every last-axis row within tolerance of its largest element."""
+    assert ours.shape == reference.shape
+    scale = np.abs(reference).max(axis=-1, keepdims=True)
+    assert (np.abs(ours - reference) <= tolerance * scale).all()
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_inverse_frequencies(name: str) -> None:
+    """The formulas of transformers in float64, and what it computes in float32."""
+    ours, scaling = our_inv_freq(case_of(name))
+    np.testing.assert_allclose(ours, ROPE[f"{name}/inv_freq"], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(ours, ROPE[f"{name}/inv_freq_float32"], rtol=1e-6, atol=0)
+    np.testing.assert_allclose(scaling, float(ROPE[f"{name}/scaling"]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotation_near(name: str) -> None:
+    """Positions at which float32 angles are good: transformers itself."""
+    q, positions = ROTATION[f"{name}/q"], ROTATION[f"{name}/near"]
+    assert_rows(our_rotation(case_of(name), q, positions), ROTATION[f"{name}/near_rotated"], 5e-6)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotation_far(name: str) -> None:
+    """Positions to 131,071: angles must not be formed in float32."""
+    q, positions = ROTATION[f"{name}/q"], ROTATION[f"{name}/far"]
+    assert_rows(our_rotation(case_of(name), q, positions), ROTATION[f"{name}/far_rotated"], 1e-6)
+
+
+@pytest.mark.parametrize("index", range(NORM["eps"].size))
+def test_rmsnorm(index: int) -> None:
+    """Plain rows, outliers of 1e4, tiny and zero rows."""
+    ours = our_norm(NORM["x"], NORM["weight"], float(NORM["eps"][index]))
+    assert_rows(ours, NORM[f"y{index}"], 1e-6)
+
+
+@pytest.mark.parametrize("index", range(NORM["eps"].size))
+def test_rmsnorm_gradients(index: int) -> None:
+    """By the input and by the weight; a zero row has the largest gradient and a finite one."""
+    dx, dweight = our_norm_gradients(NORM["dy"], NORM["x"], NORM["weight"], float(NORM["eps"][index]))
+    assert_rows(dx, NORM[f"dx{index}"], 1e-5)
+    assert_rows(dweight, NORM[f"dweight{index}"], 1e-5)
+
+
+@pytest.mark.parametrize("row", range(len(SAMPLING["logits"])))
+@pytest.mark.parametrize("column", range(len(SAMPLERS)), ids=[json.dumps(p) for p in SAMPLERS])
+def test_sampling_distribution(row: int, column: int) -> None:
+    """Exactly the tokens that transformers keeps, with its probabilities."""
+    ours = our_probabilities(SAMPLING["logits"][row], SAMPLING["histories"][row], SAMPLERS[column])
+    reference = SAMPLING["probabilities"][row, column]
+    np.testing.assert_array_equal(ours > 0, reference > 0)
+    np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=0)

@@ -1,0 +1,42 @@
+"""Write the reference files of tests/golden with torch and transformers (see --help)."""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from golden_models import CASES, make_model
+from golden_parts import make_parts
+from golden_smollm2 import write_greedy
+from transformers.utils.logging import disable_progress_bar
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+
+
+def main() -> None:
+    """Write the files that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", help="model names or 'parts'; default: all of them")
+    parser.add_argument(
+        "--smollm2",
+        type=Path,
+        help="folder of SmolLM2-135M-Instruct.Q4_1.gguf: write smollm2_greedy.json only",
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    if arguments.smollm2:
+        write_greedy(arguments.smollm2, GOLDEN / "smollm2_greedy.json")
+        return
+    for name in arguments.what or [*CASES, "parts"]:
+        arrays = make_parts() if name == "parts" else make_model(name)
+        path = GOLDEN / f"{name}.npz"
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+        print(f"{path.name}: {path.stat().st_size} bytes, {len(arrays)} arrays")
+
+
+if __name__ == "__main__":
+    main()
