@@ -1,4 +1,4 @@
-"""The safetensors reader and writer against the reference package, byte by byte, and against malformed files."""
+"""The safetensors reader and writer against the reference package, and against malformed files."""
 
 import json
 import sys
@@ -344,4 +344,4 @@ def test_narrowing_keeps_a_nan_a_nan_in_any_layout():
     want = np.array([[0x7FC0, 0xFFC0, 0x7FC1, 0x3F80]], np.uint16)
     np.testing.assert_array_equal(float32_to_bf16(x).view(np.uint16), want)
     np.testing.assert_array_equal(float32_to_bf16(x.T).view(np.uint16), want.T)
-    assert float32_to_bf16(x[0, 0]).view(np.uint16) == 0x7FC0
+    assert float32_to_bf16(x[0, :1].reshape(())).view(np.uint16) == 0x7FC0

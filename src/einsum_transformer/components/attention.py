@@ -124,7 +124,9 @@ class Attention:
                 part = einsum("bkgts,bskh->btkgh", scores, v[:, keys, heads])
                 np.multiply(part, total.transpose(0, 3, 1, 2)[..., None], out=mixed[:, block, heads])
 
-        for_each(tile, tiles(q, k, self.query_block))
+        # A tile of a million scores takes about a millisecond: less is not worth a thread's waking.
+        tasks = tiles(q, k, self.query_block)
+        for_each(tile, tasks, coarse=q[..., 0].size * k.shape[1] >= 1 << 20)
         return mixed, lse
 
     def backward(self, dy: Array, saved: Saved, rotation: Rotation) -> tuple[Array, Attention]:

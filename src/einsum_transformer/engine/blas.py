@@ -64,15 +64,24 @@ def set_threads(count: int) -> None:
     """Let the BLAS in use compute with `count` threads from now on."""
     if count < 1:
         raise InputError(f"--threads {count}: at least 1")
-    current().set_threads(count)
-    if current().name == "mkl":
+    global _threads
+    provider = current()
+    provider.set_threads(count)
+    if provider.name == "mkl":
+        # What is not a float matrix product still goes through NumPy.
         numpy_provider().set_threads(count)
+    _threads = count
 
 
 def get_threads() -> int:
-    return current().get_threads()
+    """Threads that the BLAS in use computes with."""
+    global _threads
+    if _threads is None:
+        _threads = current().get_threads()
+    return _threads
 
 
+_threads: int | None = None
 _current: Provider | None = None
 
 
@@ -102,7 +111,7 @@ def mkl_provider() -> Provider:
     library = _mkl_library()
     if library is None:
         raise InputError("--blas mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
-    library.MKL_Set_Num_Threads(get_threads())
+    library.MKL_Set_Num_Threads(_threads or numpy_provider().get_threads())
     return Provider(
         "mkl",
         importlib.metadata.version("mkl"),

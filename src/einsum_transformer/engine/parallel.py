@@ -1,13 +1,58 @@
-"""Coarse tasks side by side on threads, with BLAS at one thread inside each."""
+"""Coarse tasks side by side on threads, with BLAS at one thread inside each.
+
+Waking a thread costs about 0.1 ms on a virtual machine, so this pays for tasks of a millisecond and more; the caller
+says whether its tasks are. The calling thread works too, and tasks are taken one by one, so uneven ones even out.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from einsum_transformer.engine import blas, recorder
 
-def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """task(*arguments[i]) for every i."""
-    for given in arguments:
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_lock = threading.Lock()
+
+
+def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], coarse: bool = True) -> None:
+    """task(*arguments[i]) for every i, on as many threads as BLAS has if the tasks are coarse, else one by one."""
+    threads = min(blas.get_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
+    if threads == 1:
+        for given in arguments:
+            task(*given)
+        return
+    remaining = iter(arguments)
+    before = blas.get_threads()
+    blas.set_threads(1)
+    try:
+        with recorder.parallel():
+            others = [_workers(threads - 1).submit(_drain, task, remaining) for _ in range(threads - 1)]
+            try:
+                _drain(task, remaining)
+            finally:
+                # Also after an error here: nobody may still be writing when the caller goes on.
+                for other in others:
+                    other.exception()
+            for other in others:
+                other.result()
+    finally:
+        blas.set_threads(before)
+
+
+def _drain(task: Callable[..., None], remaining: Iterator[tuple[Any, ...]]) -> None:
+    # A sequence's iterator hands each item out once, also to several threads: the GIL guards its step.
+    for given in remaining:
         task(*given)
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    """A pool that lives as long as the process: starting threads costs more than a task."""
+    global _pool, _pool_size
+    with _lock:
+        if _pool is None or _pool_size < count:
+            _pool, _pool_size = ThreadPoolExecutor(count, thread_name_prefix="einsum"), count
+        return _pool

@@ -1,12 +1,16 @@
 """What a program did: phases with their seconds, one event per einsum, captured values.
 
 Nothing is recorded unless a `Recorder` is active; then `phase()` and `einsum` report to it. One recorder is active at a
-time, and the program it watches runs on one thread (BLAS and `parallel` use others below it).
+time, and the program it watches runs on one thread; what `parallel` puts on others is tallied and split afterwards.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -91,6 +95,52 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
+class _Tally:
+    """Phases inside of parallel tasks: their seconds on all threads together, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.lock = threading.Lock()
+
+
+_tally: _Tally | None = None
+
+
+class _TalliedPhase:
+    __slots__ = ("name", "start", "tally")
+
+    def __init__(self, tally: _Tally, name: str) -> None:
+        self.tally, self.name = tally, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        with self.tally.lock:
+            self.tally.seconds[self.name] += time.perf_counter() - self.start
+
+
+@contextmanager
+def parallel() -> Iterator[None]:
+    """Around tasks on several threads: the wall time is split over their phases in proportion to the threads' seconds."""
+    global _tally
+    recorder = active
+    if recorder is None:
+        yield
+        return
+    _tally = tally = _Tally()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _tally = None
+        wall, busy = time.perf_counter() - start, sum(tally.seconds.values())
+        for name, seconds in tally.seconds.items():
+            share = wall * seconds / busy
+            recorder.spans.append(Span((*recorder._path, name), recorder._layer, start, share))
+            start += share
+
+
 class _Phase:
     __slots__ = ("layer", "name", "outer", "outer_layer", "recorder", "start")
 
@@ -116,7 +166,9 @@ class _Phase:
 
 def phase(name: str, layer: int | None = None) -> Any:
     """A context manager that times a named part of the program; phases nest, `layer` is inherited by inner ones."""
-    return _NOTHING if active is None else _Phase(active, name, layer)
+    if active is None:
+        return _NOTHING
+    return _Phase(active, name, layer) if _tally is None else _TalliedPhase(_tally, name)
 
 
 def tap(name: str, value: np.ndarray) -> np.ndarray:

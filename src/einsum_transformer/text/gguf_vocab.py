@@ -1,13 +1,12 @@
 """GGUF tokenizer metadata to a `tokenizers.Tokenizer`: byte-level BPE, SentencePiece BPE and unigram.
 
-Keys and meanings are those of the GGUF specification and of llama.cpp's `llama-vocab.cpp`. Every count, id and
-merge is checked before it is used.
+Keys and meanings are those of the GGUF specification and of llama.cpp's `llama-vocab.cpp`. Every count, id
+and merge is checked before it is used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import methodcaller
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +16,10 @@ from einsum_transformer.text.pre_tokenizers import BEGINS_AND_KEEPS_WORDS, pre_t
 if TYPE_CHECKING:
     import tokenizers
 
+T = TypeVar("T")
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)  # tokenizer.ggml.token_type; 5 is "unused"
+MAX_PIECE = 1024  # characters; cutting a token in all ways takes the square of its length
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +210,11 @@ def _spaces_as_underscores(data: Metadata, backend: "tokenizers.Tokenizer", befo
 
 def _split_merges(data: Metadata) -> list[tuple[str, str]]:
     merges = data.texts("merges")
-    if set(map(methodcaller("count", " "), merges)) != {1}:
-        wrong = next(merge for merge in merges if merge.count(" ") != 1)
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    if set(map(len, pairs)) != {2}:
+        wrong = next(merge for merge, pair in zip(merges, pairs) if len(pair) != 2)
         raise data.error("merges", f"{wrong!r} is not two tokens with a space between them")
-    parts = " ".join(merges).split(" ")
-    return list(zip(parts[::2], parts[1::2]))
+    return pairs
 
 
 def _scores(data: Metadata) -> np.ndarray:
@@ -227,7 +229,11 @@ def _merges_from_scores(data: Metadata) -> list[tuple[str, str]]:
 
     SentencePiece merges the pair whose token has the best score: the order of scores is that of the merges.
     """
-    ids = data.ids
+    ids, longest = data.ids, max(data.tokens, key=len)
+    if len(longest) > MAX_PIECE:
+        raise data.error(
+            "tokens", f"{longest[:20]!r}... has {len(longest)} characters, more than {MAX_PIECE}"
+        )
     normal = np.flatnonzero(data.types == NORMAL)
     order = normal[np.argsort(-_scores(data)[normal], kind="stable")].tolist()
     merges: list[tuple[str, str]] = []
@@ -238,14 +244,18 @@ def _merges_from_scores(data: Metadata) -> list[tuple[str, str]]:
     return merges
 
 
-def _built(data: Metadata, make: Callable[[], Any]) -> Any:
-    """Run a constructor of `tokenizers`; its errors and panics mean a vocabulary that contradicts itself."""
+def checked(problem: str, run: Callable[[], T]) -> T:
+    """Run a call into `tokenizers`, whose errors, and panics, which are not Exceptions, become InputError."""
     try:
-        return make()
+        return run()
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"{data.source}: tokenizer.ggml: unusable vocabulary: {error}") from None
+            raise InputError(f"{problem}: {' '.join(str(error).split())}") from None
         raise
+
+
+def _built(data: Metadata, make: Callable[[], T]) -> T:
+    return checked(f"{data.source}: tokenizer.ggml: unusable vocabulary", make)
 
 
 _BUILDERS: dict[str, Callable[[Metadata], GgufVocab]] = {

@@ -1,22 +1,22 @@
 """Tokenizers: text to ids and back, from a Hugging Face folder or a GGUF file's metadata."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.chat_template import render_chat
+from einsum_transformer.text.gguf_vocab import checked, read_gguf_vocab
 from einsum_transformer.text.streaming import StreamDecoder, stream_decoder
 
 if TYPE_CHECKING:
     import tokenizers
 
-T = TypeVar("T")
-
 _MAX_BYTES = {"tokenizer.json": 1 << 29}  # larger than any published one by a factor of ten
 _MAX_OTHER_BYTES = 1 << 24
+_EDGES = ("add_bos_token", "add_eos_token")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Control tokens that end a turn or a document, whatever the checkpoint's end-of-sequence token is.
 _TURN_ENDS = (
@@ -40,7 +40,7 @@ _TURN_ENDS = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the special ids and the chat templates that a checkpoint gives beside it."""
+    """A `tokenizers.Tokenizer` with the special ids and chat templates that a checkpoint gives beside it."""
 
     backend: "tokenizers.Tokenizer"
     source: str
@@ -48,8 +48,7 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     unk_id: int | None
-    add_bos: bool
-    add_eos: bool
+    edges: Mapping[str, bool]
     end_of_generation_ids: frozenset[int]
     chat_templates: Mapping[str, str]
 
@@ -70,7 +69,7 @@ class Tokenizer:
                 f" ({', '.join(others)} alone is not enough; convert it with transformers)" if others else ""
             )
             raise InputError(f"{folder}: no tokenizer.json, which is needed to read and write text{found}")
-        backend = _checked(
+        backend = checked(
             f"{folder / 'tokenizer.json'}: not a usable tokenizer", lambda: Backend.from_str(text)
         )
         backend.no_truncation()
@@ -81,26 +80,17 @@ class Tokenizer:
         }
         _make_special(backend, [name for name in names.values() if name is not None])
         bos, eos, pad, unk = (None if name is None else backend.token_to_id(name) for name in names.values())
-        add_bos, add_eos = (bool(config.get(f"add_{name}_token")) for name in ("bos", "eos"))
-        if "add_bos_token" in config or "add_eos_token" in config:
-            _set_edges(backend, bos if add_bos else None, eos if add_eos else None)
-        else:
-            edges = _checked(f"{folder}", lambda: backend.encode("").ids)
-            add_bos, add_eos = bos is not None and bos in edges, eos is not None and eos in edges
+        edges = {key: bool(config[key]) for key in _EDGES if key in config}
+        _set_edges(backend, edges, bos, eos)
         ends = _end_ids(backend, eos, ())
-        return cls(
-            backend, str(folder), bos, eos, pad, unk, add_bos, add_eos, ends, _templates(folder, config)
-        )
+        return cls(backend, str(folder), bos, eos, pad, unk, edges, ends, _templates(folder, config))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
         """Build the tokenizer that a GGUF file's `tokenizer.*` keys describe; `source` is the file's path."""
-        from einsum_transformer.text.gguf_vocab import read_gguf_vocab
-
         vocab = read_gguf_vocab(metadata, str(source))
-        _set_edges(
-            vocab.backend, vocab.bos_id if vocab.add_bos else None, vocab.eos_id if vocab.add_eos else None
-        )
+        edges = dict(zip(_EDGES, (vocab.add_bos, vocab.add_eos)))
+        _set_edges(vocab.backend, edges, vocab.bos_id, vocab.eos_id)
         prefix = "tokenizer.chat_template"
         templates = {
             key.removeprefix(prefix).removeprefix(".") or "default": value
@@ -116,8 +106,7 @@ class Tokenizer:
             vocab.eos_id,
             vocab.pad_id,
             vocab.unk_id,
-            vocab.add_bos,
-            vocab.add_eos,
+            edges,
             _end_ids(vocab.backend, vocab.eos_id, vocab.turn_end_ids),
             templates,
         )
@@ -126,6 +115,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether `encode` begins a text with BOS."""
+        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
 
     @property
     def chat_template(self) -> str | None:
@@ -147,14 +141,14 @@ class Tokenizer:
             raise InputError(
                 f"text: character {error.start} is half a surrogate pair, which is not valid Unicode"
             ) from None
-        return _checked(
+        return checked(
             f"{self.source}: cannot encode the text",
             lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).ids,
         )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token (a padded embedding has some) give no text."""
-        return _checked(
+        return checked(
             f"{self.source}: cannot decode the ids",
             lambda: self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens),
         )
@@ -188,8 +182,7 @@ class Tokenizer:
         ids = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": self.add_bos,
-            "add_eos_token": self.add_eos,
+            **self.edges,
             "clean_up_tokenization_spaces": False,
             **{name: self.token(i) for name, i in zip(_NAMED, ids) if i is not None},
         }
@@ -210,16 +203,6 @@ class Tokenizer:
         return "" if token_id is None else self.token(token_id)
 
 
-def _checked(problem: str, run: Callable[[], T]) -> T:
-    """Run a call into `tokenizers`, whose errors, and panics, which are not Exceptions, become InputError."""
-    try:
-        return run()
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"{problem}: {' '.join(str(error).split())}") from None
-        raise
-
-
 def _special_ids(backend: "tokenizers.Tokenizer") -> frozenset[int]:
     return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
@@ -229,13 +212,21 @@ def _make_special(backend: "tokenizers.Tokenizer", names: Sequence[str]) -> None
     backend.add_special_tokens([name for name in names if name not in added])
 
 
-def _set_edges(backend: "tokenizers.Tokenizer", bos: int | None, eos: int | None) -> None:
-    """Make `encode` put BOS and EOS around a text; None leaves the one or the other out."""
+def _set_edges(
+    backend: "tokenizers.Tokenizer", edges: Mapping[str, bool], bos: int | None, eos: int | None
+) -> None:
+    """Make `encode` put BOS and EOS around a text; without any of the two keys, tokenizer.json has said how."""
     from tokenizers.processors import TemplateProcessing
 
-    edges = {name: i for name, i in (("bos", bos), ("eos", eos)) if i is not None}
-    tokens: Any = [{"id": name, "ids": [i], "tokens": [backend.id_to_token(i)]} for name, i in edges.items()]
-    before, after = ["bos"] * ("bos" in edges), ["eos"] * ("eos" in edges)
+    if not edges:
+        return
+    before = ["bos"] * (bos is not None and edges.get("add_bos_token", False))
+    after = ["eos"] * (eos is not None and edges.get("add_eos_token", False))
+    ids = {"bos": bos, "eos": eos}
+    tokens: Any = [
+        {"id": name, "ids": [ids[name]], "tokens": [backend.id_to_token(ids[name] or 0)]}
+        for name in (*before, *after)
+    ]
     pair = [f"{item}:1" for item in (*before, "$B", *after)]
     backend.post_processor = TemplateProcessing(
         single=[*before, "$A", *after], pair=[*before, "$A", *after, *pair], special_tokens=tokens
