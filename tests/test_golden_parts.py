@@ -6,6 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from einsum_transformer.components.rmsnorm import RMSNorm
+from einsum_transformer.components.rope import inverse_frequencies, rotation
+from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.models.config import Keys
+from einsum_transformer.models.families.family import read_rope
 from golden_files import load_parts
 
 ROPE = load_parts("rope")
@@ -25,24 +30,30 @@ def our_inv_freq(case: dict[str, Any]) -> tuple[np.ndarray, float]:
 
     case: rope_parameters (as in config.json), head_dim, max_position_embeddings, length.
     """
-    raise NotImplementedError("adapter")
+    keys = Keys({"rope_parameters": case["rope_parameters"]}, "case")
+    rope = read_rope(keys, case["max_position_embeddings"])
+    return inverse_frequencies(rope, case["head_dim"], case["length"])
 
 
 def our_rotation(case: dict[str, Any], q: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Heads q (b, t, heads, head_dim), float32, turned by their positions (t,); the case as above."""
-    raise NotImplementedError("adapter")
+    keys = Keys({"rope_parameters": case["rope_parameters"]}, "case")
+    rope = read_rope(keys, case["max_position_embeddings"])
+    return rotation(rope, case["head_dim"], np.broadcast_to(positions, q.shape[:2]), q.dtype).forward(q)
 
 
 def our_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """RMSNorm of x (b, t, d), float32, over d."""
-    raise NotImplementedError("adapter")
+    return RMSNorm(weight, eps).forward(x)[0]
 
 
 def our_norm_gradients(
     dy: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(dx, dweight) of that RMSNorm for dy (b, t, d), float32."""
-    raise NotImplementedError("adapter")
+    norm = RMSNorm(weight, eps)
+    dx, gradient = norm.backward(dy, norm.forward(x)[1])
+    return dx, gradient.weight
 
 
 def our_probabilities(logits: np.ndarray, history: np.ndarray, parameters: dict[str, float]) -> np.ndarray:
@@ -50,7 +61,7 @@ def our_probabilities(logits: np.ndarray, history: np.ndarray, parameters: dict[
 
     parameters: any of repetition_penalty, temperature, top_k, top_p, min_p; one that is absent is off.
     """
-    raise NotImplementedError("adapter")
+    return Sampling(**{"temperature": 1.0} | parameters).probabilities(logits, history)
 
 
 def case_of(name: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from einsum_transformer.checkpoint import Model, load
 from einsum_transformer.engine import einsum
 from einsum_transformer.errors import ConfigError, FormatError, InputError
+from einsum_transformer.generation.decode import Generation, generate
 
-__all__ = ["ConfigError", "FormatError", "InputError", "Model", "einsum", "load"]
+__all__ = ["ConfigError", "FormatError", "Generation", "InputError", "Model", "einsum", "generate", "load"]
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Checkpoint folders: layouts, mismatches between index and shards, and paths that try to leave the folder."""
+"""Checkpoint folders: layouts, mismatches of index and shards, and paths that try to leave the folder."""
 
 import json
 import sys

