@@ -371,7 +371,7 @@ STRINGS = [
     "<|endoftext|>",
     "text<|im_end|>text",
     " <|im_end|> ",
-    "<|im_end| > <|im_", 
+    "<|im_end| > <|im_",
     "<s> </s> <unk> <tool> <think> <|begin|> [INST]",
     "<0x41> <0xE4> ▁ ▁▁ Ġ Ċ",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",

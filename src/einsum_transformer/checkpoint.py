@@ -341,6 +341,8 @@ class _Reader:
         return self._read(weight.path).reshape(weight.shape)
 
     def lazy(self, weight: Weight) -> Any:
+        if len(weight.stored) == 1:
+            return self.now(weight)  # norms and biases are small, and take part in sums rather than products
         name = self.names[weight.path]
 
         def read(rows: Array | None) -> Array:
