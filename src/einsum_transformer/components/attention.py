@@ -21,12 +21,16 @@ from einsum_transformer.tree import static
 Array = np.ndarray
 Saved = tuple[Array, Array, Array, Array, Array, Array, "Mask"]
 
+TILE_BYTES = 1 << 20
+"""Scores of a tile, so that they stay in a core's second-level cache between the two products."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mask:
     """Which keys a query may look at: those at or before it, inside the window, and not padding.
 
-    index: (s,) position in the sequence of each key, ascending except in a ring; queries: (t,) likewise;
-    pads: (b,) number of padding tokens at the left of each row, or None.
+    queries: (t,) positions in the sequence, one after the other; index: (s,) the keys', likewise, except in a ring, which
+    holds just what its one query may see; pads: (b,) number of padding tokens at the left of each row, or None.
     """
 
     queries: Array
@@ -36,33 +40,43 @@ class Mask:
 
     def keys(self, block: slice) -> slice:
         """The run of keys that some query of the block may see."""
-        first, last = self.queries[block][[0, -1]]
-        if len(self.index) and self.index[-1] - self.index[0] != len(self.index) - 1:
+        if self._is_ring():
             return slice(0, len(self.index))
-        start = self.index[0] if len(self.index) else 0
-        low = 0 if self.window is None else max(0, int(first - self.window + 1 - start))
-        return slice(low, int(last + 1 - start))
+        first, last = int(self.queries[block.start]), int(self.queries[block.stop - 1])
+        start = int(self.index[0])
+        low = 0 if self.window is None else max(0, first - self.window + 1 - start)
+        return slice(low, last + 1 - start)
 
-    def tile(self, block: slice, keys: slice, dtype: np.dtype) -> tuple[slice, Array] | None:
-        """(where, what to add to the scores): 0 where a key is visible, -inf where not; None if all are.
+    def parts(self, block: slice, keys: slice, dtype: np.dtype) -> list[tuple[slice, Array]]:
+        """(where, what to add to the scores there): 0 where a key is visible, -inf where not.
 
-        `where` is the part of the tile's keys that needs it, from the first key that some query may not see.
+        `where` are keys of the tile (counted from keys.start) that some query may not see: at most the diagonal and the
+        window's edge, or all keys if rows are padded.
         """
-        queries, index = self.queries[block][:, None], self.index[keys]
-        hidden = index > queries
-        if self.window is not None:
-            hidden |= index <= queries - self.window
-        hidden = hidden[None]
+        count = keys.stop - keys.start
         if self.pads is not None and self.pads.any():
-            hidden = hidden | (index < self.pads[:, None])[:, None]
-        columns = hidden.any(axis=(0, 1))
-        if not columns.any():
-            return None
-        where = slice(int(columns.argmax()), len(columns) - int(columns[::-1].argmax()))
+            ranges = [slice(0, count)]
+        elif block.stop - block.start == 1 or self._is_ring():
+            return []
+        else:
+            first, last = int(self.queries[block.start]), int(self.queries[block.stop - 1])
+            start = int(self.index[keys.start])
+            edge = 0 if self.window is None else min(count, max(0, last - self.window + 1 - start))
+            ranges = [slice(0, edge), slice(max(edge, first + 1 - start), count)]
+        return [(where, self._added(block, keys, where, dtype)) for where in ranges if where.start < where.stop]
+
+    def _added(self, block: slice, keys: slice, where: slice, dtype: np.dtype) -> Array:
         # Keys outermost in memory, as in the scores, and one mask for all heads.
-        added = np.zeros((hidden.shape[0], where.stop - where.start, hidden.shape[1]), dtype)
-        added[hidden[..., where].transpose(0, 2, 1)] = -np.inf
-        return where, added.transpose(0, 2, 1)[:, None, None]
+        queries, index = self.queries[block], self.index[keys][where, None]
+        hidden = (index > queries)[None]
+        if self.window is not None:
+            hidden = hidden | (index <= queries - self.window)
+        if self.pads is not None:
+            hidden = hidden | (index < self.pads[:, None, None])
+        return np.where(hidden, -np.inf, 0).astype(dtype).transpose(0, 2, 1)[:, None, None]
+
+    def _is_ring(self) -> bool:
+        return len(self.queries) == 1 and int(self.index[-1]) != int(self.queries[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +128,23 @@ class Attention:
         lse = np.empty_like(q[..., 0])
         q = q * np.asarray(self.scale, q.dtype)
 
-        def tile(block: slice, heads: slice) -> None:
-            keys = mask.keys(block)
+        def tile(block: slice, keys: slice, hidden: Hidden, heads: tuple[slice, slice]) -> None:
+            here = (slice(None), block, *heads)
             with phase("scores"):
-                scores = einsum("btkgh,bskh->bkgts", q[:, block, heads], k[:, keys, heads])
-                hide(scores, mask, block, keys)
-                total = softmax_tile(scores, lse[:, block, heads])
+                qb, kb = q[here], k[:, keys, heads[0]]
+                p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden)
+                total = exponentials(p)
+                if total is None:
+                    p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden)
+                    total = shifted_exponentials(p, lse[here])
+                else:
+                    lse[here] = np.log(total).transpose(0, 3, 1, 2)
             with phase("mix"):
-                part = einsum("bkgts,bskh->btkgh", scores, v[:, keys, heads])
-                np.multiply(part, total.transpose(0, 3, 1, 2)[..., None], out=mixed[:, block, heads])
+                part = einsum("bkgts,bskh->btkgh", p, v[:, keys, heads[0]])
+                np.divide(part, total.transpose(0, 3, 1, 2)[..., None], out=mixed[here])
 
-        # A tile of a million scores takes about a millisecond: less is not worth a thread's waking.
-        tasks = tiles(q, k, self.query_block)
-        for_each(tile, tasks, coarse=q[..., 0].size * k.shape[1] >= 1 << 20)
+        # Below eight million scores the threads of BLAS are as good as one tile a thread, and need no waking.
+        for_each(tile, tiles(q, mask, self.query_block), coarse=q[..., 0].size * k.shape[1] >= 1 << 23)
         return mixed, lse
 
     def backward(self, dy: Array, saved: Saved, rotation: Rotation) -> tuple[Array, Attention]:
@@ -162,49 +180,73 @@ class Attention:
         scale = np.asarray(self.scale, q.dtype)
         # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         along = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
-        for block, heads in tiles(q, k, self.query_block):
-            keys = mask.keys(block)
-            qb, kb, vb, db = q[:, block, heads] * scale, k[:, keys, heads], v[:, keys, heads], dmixed[:, block, heads]
+        for block, keys, hidden, heads in tiles(q, mask, self.query_block):
+            here, there = (slice(None), block, *heads), (slice(None), keys, heads[0])
+            qb, kb, vb, db = q[here] * scale, k[there], v[there], dmixed[here]
             # p = softmax(einsum("btkgh,bskh->bkgts", q * scale, k) + mask)
-            p = einsum("btkgh,bskh->bkgts", qb, kb)
-            hide(p, mask, block, keys)
-            p -= lse[:, block, heads].transpose(0, 2, 3, 1)[..., None]
+            p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden)
+            p -= lse[here].transpose(0, 2, 3, 1)[..., None]
             np.exp(p, out=p)
             # mixed = einsum("bkgts,bskh->btkgh", p, v)
-            dv[:, keys, heads] += einsum("bkgts,btkgh->bskh", p, db)
+            dv[there] += einsum("bkgts,btkgh->bskh", p, db)
             dscores = einsum("btkgh,bskh->bkgts", db, vb)
-            dscores -= along[:, heads, :, block, None]
+            dscores -= along[:, heads[0], heads[1], block, None]
             dscores *= p
             # scores = einsum("btkgh,bskh->bkgts", q * scale, k)
-            dq[:, block, heads] = einsum("bkgts,bskh->btkgh", dscores, kb)
-            dk[:, keys, heads] += einsum("bkgts,btkgh->bskh", dscores, qb)
+            dq[here] = einsum("bkgts,bskh->btkgh", dscores, kb)
+            dk[there] += einsum("bkgts,btkgh->bskh", dscores, qb)
         dq *= scale
         return dq, dk, dv
 
 
-def tiles(q: Array, k: Array, query_block: int) -> list[tuple[slice, slice]]:
-    """(query block, key/value heads) pairs: all heads at once for a few queries, else one key/value head at a time."""
-    t, heads = q.shape[1], q.shape[2]
-    if t < query_block or k.shape[1] < 2 * query_block:
-        groups = [slice(0, heads)]
-    else:
-        groups = [slice(i, i + 1) for i in range(heads)]
-    blocks = [slice(i, min(i + query_block, t)) for i in range(0, t, query_block)]
-    return [(block, group) for block in reversed(blocks) for group in groups]
+Hidden = list[tuple[slice, Array]]
+Tile = tuple[slice, slice, Hidden, tuple[slice, slice]]
 
 
-def hide(scores: Array, mask: Mask, block: slice, keys: slice) -> None:
+def tiles(q: Array, mask: Mask, query_block: int) -> list[Tile]:
+    """(query block, its keys, what they hide, heads): as many heads at once as keep the scores near TILE_BYTES."""
+    b, t, kv_heads, groups, _ = q.shape
+    found: list[Tile] = []
+    for start in reversed(range(0, t, query_block)):  # the longest first, so that threads end together
+        block = slice(start, min(start + query_block, t))
+        keys = mask.keys(block)
+        hidden = mask.parts(block, keys, q.dtype)
+        one_head = b * (block.stop - block.start) * (keys.stop - keys.start) * q.dtype.itemsize
+        fit = TILE_BYTES // max(one_head, 1)
+        step_k = kv_heads if fit >= kv_heads * groups else max(1, fit // groups)
+        step_g = groups if fit >= groups else max(1, fit)
+        for k in range(0, kv_heads, step_k):
+            for g in range(0, groups, step_g):
+                found.append((block, keys, hidden, (slice(k, k + step_k), slice(g, g + step_g))))
+    return found
+
+
+def hide(scores: Array, hidden: Hidden) -> Array:
     """Add -inf, in place, to the scores (b, k, g, t, s) of keys that a query may not see."""
-    tile = mask.tile(block, keys, scores.dtype)
-    if tile is not None:
-        where, added = tile
+    for where, added in hidden:
         scores[..., where] += added
+    return scores
 
 
-def softmax_tile(scores: Array, lse: Array) -> Array:
-    """exp(scores - max) in place; returns 1 / sum (b, k, g, t) and writes log(sum) + max to lse (b, t, k, g).
+def exponentials(scores: Array) -> Array | None:
+    """exp(scores) in place and its sums (b, k, g, t), or None if a sum leaves the range where that is exact.
 
-    A row that sees no key (padding) becomes zeros: its maximum is -inf, and 0 is subtracted instead.
+    The usual subtraction of each row's maximum keeps exp from overflowing; scores of trained models lie far inside the
+    range of float32, so it is left out and checked afterwards: with a sum in [1e-30, 1e30] no term overflowed, and
+    a term that underflowed is below 1e-8 of the sum.
+    """
+    with np.errstate(over="ignore"):
+        np.exp(scores, out=scores)
+        total = scores.sum(axis=-1)
+    if not (total.min() >= 1e-30 and total.max() <= 1e30):
+        return None
+    return total
+
+
+def shifted_exponentials(scores: Array, lse: Array) -> Array:
+    """exp(scores - max) in place; returns the sums (b, k, g, t) and writes log(sum) + max to lse (b, t, k, g).
+
+    A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted instead.
     """
     top = scores.max(axis=-1)
     np.maximum(top, np.finfo(scores.dtype).min, out=top)
@@ -213,4 +255,4 @@ def softmax_tile(scores: Array, lse: Array) -> Array:
     total = scores.sum(axis=-1)
     np.maximum(total, np.finfo(scores.dtype).tiny, out=total)
     lse[...] = (np.log(total) + top).transpose(0, 3, 1, 2)
-    return np.reciprocal(total, out=total)
+    return total
