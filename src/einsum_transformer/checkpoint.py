@@ -34,6 +34,7 @@ Array = np.ndarray
 
 DTYPES = ("float32", "float64")
 _GROUP_BYTES = 64 << 20
+_SHORT_ROW = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,7 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
         rng = np.random.default_rng([seed, zlib.crc32(weight.path.encode())])
         values = rng.standard_normal(weight.shape, dtype=np.float32).astype(options.dtype, copy=False)
         values *= config.initializer_range
-        return values
+        return laid_out(values.reshape(weight.stored), weight)
 
     return Model(config, build(config, leaf), source=f"{source} (random weights, seed {seed})")
 
@@ -338,7 +339,7 @@ class _Reader:
         self.budget = Budget(options.weight_budget or 0)
 
     def now(self, weight: Weight) -> Array:
-        return self._read(weight.path).reshape(weight.shape)
+        return laid_out(self._read(weight.path), weight)
 
     def lazy(self, weight: Weight) -> Any:
         if len(weight.stored) == 1:
@@ -392,33 +393,54 @@ def _from_gguf(file: GGUFFile, options: _Options) -> Model:
     if options.weight_budget is not None:
         decoder = build(config, reader.lazy)
     else:
-        loaded = _read_groups(file, options.dtype, [weight.path for weight in weights_of(config)], reader)
-        decoder = build(config, lambda weight: loaded[weight.path].reshape(weight.shape))
+        loaded = _read_groups(file, options.dtype, weights_of(config), reader)
+        decoder = build(config, lambda weight: loaded[weight.path])
     tokenizer = Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
     return Model(config, decoder, tokenizer, None, str(file.path))
 
 
-def _read_groups(file: GGUFFile, dtype: np.dtype, paths: list[str], reader: _Reader) -> dict[str, Array]:
+def _read_groups(file: GGUFFile, dtype: np.dtype, weights: list[Weight], reader: _Reader) -> dict[str, Array]:
     """All weights, a group at a time: within a group by two threads, and each group's file pages given back after it."""
     loaded: dict[str, Array] = {}
-    group: list[str] = []
+    group: list[Weight] = []
     size = 0
-    for path in paths:
-        group.append(path)
-        size += int(np.prod(file.info(reader.names[path]).shape)) * 4
-        if size < _GROUP_BYTES and path != paths[-1]:
+    for weight in weights:
+        group.append(weight)
+        size += int(np.prod(weight.stored)) * 4
+        if size < _GROUP_BYTES and weight is not weights[-1]:
             continue
-        arrays = file.read_many([reader.names[each] for each in group])
+        arrays = file.read_many([reader.names[each.path] for each in group])
         for each in group:
-            array = _computable(arrays[reader.names[each]], dtype)
-            for fix in reader.fixes[each]:
-                # Back into the group's memory where that is ours: a second copy would outlive the first.
-                array = np.copyto(array, fix(array)) or array if array.flags.writeable else fix(array)
-            loaded[each] = array
-            if file.info(reader.names[each]).dtype not in ("F32", "F64"):
-                file.release(reader.names[each])
+            name = reader.names[each.path]
+            array = _computable(arrays[name], dtype)
+            for fix in reader.fixes[each.path]:
+                array = fix(array)
+            # A group's tensors share one allocation: what was fixed goes back there, a copy would outlive it.
+            loaded[each.path] = laid_out(array, each, arrays[name] if arrays[name].flags.writeable else None)
+            if not np.may_share_memory(loaded[each.path], arrays[name]) or arrays[name].flags.writeable:
+                file.release(name)
         group, size = [], 0
     return loaded
+
+
+def laid_out(array: Array, weight: Weight, room: Array | None = None) -> Array:
+    """A weight as the equations view it, its matrix with short rows laid out input-major.
+
+    A decode step is one vector times every matrix, bound by reading it. BLAS reads a matrix with rows of 576 floats at
+    two thirds of the memory's speed, and the same matrix transposed at nearly all of it (docs/performance.md); from about
+    a thousand floats a row on, both are alike. room: memory of the same size that the result may take.
+    """
+    short_rows = len(weight.stored) == 2 and weight.stored[1] < _SHORT_ROW <= weight.stored[0] * 2
+    if short_rows:
+        array = array.T
+    if room is not None and room.dtype == array.dtype:
+        target = room.reshape(array.shape)
+        if array is not target:
+            np.copyto(target, array.copy() if np.may_share_memory(target, array) else array)
+        array = target
+    elif short_rows:
+        array = np.ascontiguousarray(array)
+    return (array.T if short_rows else array).reshape(weight.shape)
 
 
 def _undo_permutation(heads: int) -> Callable[[Array], Array]:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import numpy as np
 
-from einsum_transformer.engine import Leaf
-from einsum_transformer.engine.contract import activation_layout
+from einsum_transformer.engine.contract import take_rows
 
 Array = np.ndarray
 
@@ -20,8 +19,7 @@ class Embedding:
     weight: Annotated[Array, "v d"]
 
     def forward(self, tokens: Array) -> tuple[Array, Array]:
-        rows = self.weight.rows(tokens) if isinstance(self.weight, Leaf) else np.take(self.weight, tokens, axis=0)
-        return activation_layout(rows), tokens
+        return take_rows(self.weight, tokens), tokens
 
     def backward(self, dy: Array, saved: Array) -> Embedding:
         # Rows of tokens that occur more than once add up.

@@ -57,7 +57,8 @@ def einsum(equation: str, *operands: Any, order: str = "K") -> Array:
 
     operands: arrays or leaves (see `Leaf`); one letter has one size, and size 1 does not broadcast. Equations with
     three or more operands run pairwise along the path that opt_einsum finds.
-    order: "K" lets the engine choose the memory layout of the result, "C" asks for the equation's own.
+    order: "K" lets the engine choose the memory layout of the result; "C" puts operand 1's letters innermost, "F"
+    operand 0's.
     Errors: EquationError names the equation, the operand, the letter and both sizes.
     """
     if len(operands) == 2 and order == "K" and recorder.active is None:
@@ -73,15 +74,24 @@ def weight_grad(equation: str, dy: Array, x: Array, weight: Any) -> Any:
     """einsum(equation, dy, x) in the memory layout of `weight`; a leaf answers with what is its own gradient."""
     if isinstance(weight, Leaf):
         return weight.weight_grad(equation, dy, x)
-    return einsum(equation, dy, x, order="C")
+    return einsum(equation, dy, x, order="C" if weight.strides[-1] == weight.itemsize else "F")
 
 
-def activation_layout(x: Array) -> Array:
-    """`x` (b, t, d) laid out as a projection's result would be: positions innermost, so that passes run over long lines."""
-    if not isinstance(x, Array) or x.shape[0] * x.shape[1] == 1:
-        return x
-    rows = x.reshape(-1, x.shape[-1])
-    return np.ascontiguousarray(rows.T).T.reshape(x.shape)
+def take_rows(weight: Any, indices: Array) -> Array:
+    """Rows of a matrix (v, d) at `indices` (b, t) -> (b, t, d), laid out as a projection's result would be.
+
+    That is with positions innermost in memory, so that every elementwise pass runs over long contiguous lines.
+    """
+    if isinstance(weight, Leaf):
+        rows = weight.rows(indices)
+    elif isinstance(weight, Array) and weight.strides[0] == weight.itemsize:
+        return np.moveaxis(np.take(weight.T, indices, axis=1), 0, -1)
+    else:
+        rows = np.take(weight, indices, axis=0)
+    if not isinstance(rows, Array) or indices.size == 1:
+        return rows
+    lines = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).T)
+    return lines.T.reshape(rows.shape)
 
 
 def lowering(equation: str, *operands: Any) -> str:

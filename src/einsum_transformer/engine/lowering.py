@@ -181,7 +181,7 @@ def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], ord
     row_loops, rows = _split([letter for letter in output if letter not in right.term], left)
     column_loops, columns = _split([letter for letter in output if letter not in left.term], right)
     size = {letter: operand.size(letter) for operand in (left, right) for letter in operand.term}
-    flip = order == "K" and _columns_first(left, right, rows, columns, inner)
+    flip = order == "F" or (order == "K" and _columns_first(left, right, rows, columns, inner))
 
     # Axes of size 1 are dropped: they would only make the product's outer loop deeper.
     lead = [letter for letter in batch if size[letter] != 1]

@@ -42,12 +42,13 @@ def render_chat(
 def _render(template: str, variables: dict[str, Any], seconds: float, max_chars: int) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    from einsum_transformer.text.sandbox import OutOfTime, bounded, compile_template
+    from einsum_transformer.text.bounds import OutOfTime, bounded
+    from einsum_transformer.text.sandbox import WATCHED, compile_template
 
     chunks: list[str] = []
     room = max_chars
     try:
-        with bounded(seconds, max_chars):
+        with bounded(seconds, max_chars, WATCHED):
             compiled = compile_template(template)
             for chunk in compiled.root_render_func(compiled.new_context(variables)):
                 chunks.append(chunk)

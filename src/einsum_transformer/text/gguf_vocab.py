@@ -126,11 +126,11 @@ def _finish(
     """Read the special ids, and register the control and user-defined tokens, which are found in texts."""
     from tokenizers import AddedToken
 
-    bos, eos, unk, pad = (
-        data.id(f"{name}_token_id", defaults.get(name)) for name in ("bos", "eos", "unknown", "padding")
-    )
-    ends = [token_id for key in ("eot_token_id", "eom_token_id") if (token_id := data.id(key)) is not None]
-    special = {*data.of_type(CONTROL, UNKNOWN), *ends, *(i for i in (bos, eos, unk, pad) if i is not None)}
+    names = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
+    bos, eos, unk, pad = (data.id(name, defaults.get(name)) for name in names)
+    ends = [token_id for name in ("eot_token_id", "eom_token_id") if (token_id := data.id(name)) is not None]
+    named = {token_id for name in names if (token_id := data.id(name)) is not None}
+    special = {*data.of_type(CONTROL, UNKNOWN), *ends, *named}
     added = [*sorted(special), *(index for index in data.of_type(USER_DEFINED) if index not in special)]
     backend.add_tokens(
         [AddedToken(data.tokens[index], special=index in special, normalized=False) for index in added]
@@ -162,8 +162,8 @@ def _sentencepiece_bpe(data: Metadata) -> GgufVocab:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
-    defaults = {"bos": 1, "eos": 2, "unknown": 0}
-    unknown = data.id("unknown_token_id", defaults["unknown"])
+    defaults = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    unknown = data.id("unknown_token_id", defaults["unknown_token_id"])
     merges = _split_merges(data) if data.has("merges") else _merges_from_scores(data)
     options = {} if unknown is None else {"unk_token": data.tokens[unknown]}
     model = _built(data, lambda: BPE(data.ids, merges, fuse_unk=True, byte_fallback=True, **options))
@@ -176,10 +176,11 @@ def _unigram(data: Metadata) -> GgufVocab:
     from tokenizers import Regex, Tokenizer, normalizers
     from tokenizers.models import Unigram
 
-    defaults = {"eos": 1, "unknown": 2, "padding": 0}
+    defaults = {"eos_token_id": 1, "unknown_token_id": 2, "padding_token_id": 0}
     scores = _scores(data)
     pieces = list(zip(data.tokens, scores.tolist()))
-    unknown, has_bytes = data.id("unknown_token_id", defaults["unknown"]), bool(data.of_type(BYTE))
+    unknown = data.id("unknown_token_id", defaults["unknown_token_id"])
+    has_bytes = bool(data.of_type(BYTE))
     backend = Tokenizer(_built(data, lambda: Unigram(pieces, unknown, has_bytes)))
     before = []
     if data.has("precompiled_charsmap"):
@@ -236,12 +237,12 @@ def _merges_from_scores(data: Metadata) -> list[tuple[str, str]]:
         )
     normal = np.flatnonzero(data.types == NORMAL)
     order = normal[np.argsort(-_scores(data)[normal], kind="stable")].tolist()
-    merges: list[tuple[str, str]] = []
-    for index in order:
-        token = data.tokens[index]
-        cuts = ((token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1))
-        merges += [pair for pair in cuts if pair[0] in ids and pair[1] in ids]
-    return merges
+    return [
+        (left, right)
+        for token in map(data.tokens.__getitem__, order)
+        for cut in range(len(token) - 1, 0, -1)
+        if (left := token[:cut]) in ids and (right := token[cut:]) in ids
+    ]
 
 
 def checked(problem: str, run: Callable[[], T]) -> T:

@@ -1,0 +1,291 @@
+"""explain(): a model's program as data and as print, from a dry run of the same Python over arrays without numbers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.analysis.report import quantity
+from einsum_transformer.checkpoint import Model, read_config, weights_of
+from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, einsum, phase
+from einsum_transformer.engine.equation import LEGEND
+from einsum_transformer.engine.recorder import Event
+from einsum_transformer.errors import InputError
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.decoder import Decoder, Weight, build
+from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.tree import tree_map
+
+NOT_COUNTED = "Look-ups and elementwise work (embedding rows, softmax, RoPE, SiLU, residuals) are not counted as FLOPs."
+_DTYPE = np.dtype(np.float32)
+_WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One equation of one layer (or of the embedding or head), all its calls there together."""
+
+    path: tuple[str, ...]
+    """The phases it runs in, from the outermost: ("forward", "layer", "attention", "qkv")."""
+    role: str
+    """The weight it uses (`q_proj`; `dq_proj` for that weight's gradient), else the innermost phase."""
+    equation: str
+    sizes: dict[str, int]
+    """Letter -> its size, the largest one where the calls differ."""
+    layers: tuple[int, ...]
+    """The layers that run this step alike; empty outside of the layers."""
+    calls: int
+    """Calls in one layer: 1, or one for each tile of the attention."""
+    flops: int
+    """Of all calls in one layer, like the bytes: each operand of a call read once, each result written once."""
+    bytes_read: int
+    bytes_written: int
+    lowering: str
+    """How the most expensive of the calls runs."""
+
+    @property
+    def times(self) -> int:
+        """How often the step stands in the whole program."""
+        return max(1, len(self.layers))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a model computes for `batch` rows of `tokens` tokens. str() prints it, to_dict() is for JSON."""
+
+    config: ModelConfig
+    batch: int
+    tokens: int
+    backward: bool
+    parameters: int
+    steps: tuple[Step, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all equations, in all layers."""
+        return sum(step.times * step.flops for step in self.steps)
+
+    def totals(self, direction: str) -> dict[str, int]:
+        """FLOPs and bytes of the "forward" or the "backward" part, in all layers."""
+        steps = [step for step in self.steps if step.path[0] == direction]
+        names = ("flops", "bytes_read", "bytes_written")
+        return {name: sum(step.times * getattr(step, name) for step in steps) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The program in JSON types."""
+        return {
+            "model": _model_summary(self.config),
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "parameters": self.parameters,
+            "letters": {letter: LEGEND.get(letter, "") for letter in self.letters()},
+            "steps": [asdict(step) for step in self.steps],
+            "totals": {direction: self.totals(direction) for direction in self._directions()},
+            "note": NOT_COUNTED,
+        }
+
+    def letters(self) -> dict[str, int]:
+        """The letters of the equations, in the order of the legend, with their largest sizes."""
+        sizes: dict[str, int] = {}
+        for step in self.steps:
+            for letter, size in step.sizes.items():
+                sizes[letter] = max(size, sizes.get(letter, 0))
+        return dict(sorted(sizes.items(), key=lambda item: [*LEGEND, item[0]].index(item[0])))
+
+    def _directions(self) -> list[str]:
+        return ["forward", "backward"] if self.backward else ["forward"]
+
+    def __str__(self) -> str:
+        lines = [*_heading(self), ""]
+        for direction in self._directions():
+            steps = [step for step in self.steps if step.path[0] == direction]
+            lines += [*_listing(direction, steps), ""]
+        for direction in self._directions():
+            lines.append(_total_line(direction, self.totals(direction)))
+        return "\n".join([*lines, NOT_COUNTED])
+
+
+def explain(
+    source: Model | ModelConfig | RunConfig | str | Path,
+    batch: int = 1,
+    tokens: int = 128,
+    backward: bool = False,
+    offline: bool = False,
+) -> Program:
+    """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
+
+    source: a model, its config, or anything `load` takes, of which only the config is read. backward: also the
+    gradient equations. No weight is read or made, so a config of any size will do.
+    """
+    for name, value in (("batch", batch), ("tokens", tokens)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: at least 1")
+    config = _config(source, offline)
+    decoder = build(config, _stand_in)
+    blocks, members = _distinct(decoder)
+    with Recorder(events_wanted=True) as recorder, _one_thread():
+        _dry_run(replace(decoder, layers=blocks), batch, tokens, backward)
+    parameters = sum(prod(weight.stored) for weight in weights_of(config))
+    return Program(config, batch, tokens, backward, parameters, tuple(_steps(recorder.events, members)))
+
+
+def _config(source: Any, offline: bool) -> ModelConfig:
+    if isinstance(source, Model):
+        return source.config
+    return source if isinstance(source, ModelConfig) else read_config(source, offline)
+
+
+class _DryWeight(Leaf):
+    """A weight that has only a shape; its equations run in a phase of its name, so that events say which weight it was."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name, self.shape, self.dtype = name, shape, _DTYPE
+
+    def array(self) -> Any:
+        return ShapeArray(self.shape, self.dtype)
+
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Any:
+        with phase(_WeightName(self.name)):
+            return super().contract(equation, operands, position)
+
+    def weight_grad(self, equation: str, dy: Any, x: Any) -> Any:
+        with phase(_WeightName(f"d{self.name}")):
+            return einsum(equation, dy, x)
+
+
+class _WeightName(str):
+    """The name of a phase that stands for a weight."""
+
+    __slots__ = ()
+
+
+def _stand_in(weight: Weight) -> Any:
+    if len(weight.stored) == 1:
+        return ShapeArray(weight.shape, _DTYPE)  # norms and biases take part in sums rather than products
+    name = weight.path.removesuffix(".weight")
+    return _DryWeight(name.rpartition(".")[2], weight.shape)
+
+
+def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
+    """(one block of each kind, the layers of that kind): layers whose shapes and settings agree compute alike."""
+    kinds: dict[Any, list[int]] = {}
+    for i, block in enumerate(decoder.layers):
+        kinds.setdefault(tree_map(lambda leaf: (leaf.shape, str(leaf.dtype)), block), []).append(i)
+    layers = [tuple(members) for members in kinds.values()]
+    return tuple(decoder.layers[members[0]] for members in layers), layers
+
+
+def _dry_run(decoder: Decoder, batch: int, tokens: int, backward: bool) -> None:
+    with phase("forward"):
+        logits, saved = decoder.forward(np.zeros((batch, tokens), np.int64), keep=backward)
+    if backward:
+        with phase("backward"):
+            decoder.backward(logits, saved)  # dlogits has the shape of the logits
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiles one after the other: on threads their events would not know their phases."""
+    before = blas.get_threads()
+    blas.set_threads(1)
+    try:
+        yield
+    finally:
+        blas.set_threads(before)
+
+
+def _steps(events: list[Event], members: list[tuple[int, ...]]) -> Iterator[Step]:
+    """Events in program order; within one visit of a component, calls of one equation for one role are one step."""
+    for (layer, _), visit in groupby(events, key=lambda event: (event.layer, event.path[:3])):
+        alike: dict[Any, list[Event]] = {}
+        for event in visit:
+            alike.setdefault((event.path, event.equation), []).append(event)
+        for (path, equation), calls in alike.items():
+            named = isinstance(path[-1], _WeightName)
+            yield _step(path[:-1] if named else path, str(path[-1]), equation, calls, () if layer is None else members[layer])
+
+
+def _step(path: tuple[str, ...], role: str, equation: str, calls: list[Event], layers: tuple[int, ...]) -> Step:
+    parsed, item = Equation.parse(equation), np.dtype(calls[0].dtype).itemsize
+    written = sum(item * prod(parsed.output_shape(call.sizes)) for call in calls)
+    return Step(
+        path=path,
+        role=role,
+        equation=equation,
+        sizes={letter: max(call.sizes[letter] for call in calls) for letter in parsed.letters},
+        layers=layers,
+        calls=len(calls),
+        flops=sum(call.flops for call in calls),
+        bytes_read=sum(call.bytes for call in calls) - written,
+        bytes_written=written,
+        lowering=max(calls, key=lambda call: call.flops).how,
+    )
+
+
+def _model_summary(config: ModelConfig) -> dict[str, Any]:
+    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += ("intermediate_size", "vocab_size", "tie_word_embeddings", "sliding_window", "attention_block")
+    return {name: getattr(config, name) for name in names}
+
+
+def _heading(program: Program) -> list[str]:
+    config = program.config
+    tied = ", one matrix for embedding and head" if config.tie_word_embeddings else ""
+    shape = (
+        f"{config.model_type}: {config.num_hidden_layers} layers, model {config.hidden_size}, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, "
+        f"feed-forward {config.intermediate_size}, vocabulary {config.vocab_size}{tied}"
+    )
+    size = quantity(_DTYPE.itemsize * program.parameters, "B")
+    run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); batch {program.batch}, {program.tokens} tokens"
+    legend = ", ".join(f"{letter} {LEGEND.get(letter, '?')} = {size}" for letter, size in program.letters().items())
+    return [*textwrap.wrap(shape, _WIDTH), run, "", *textwrap.wrap(legend, _WIDTH)]
+
+
+_COLUMNS = "{:<14}{:<21}{:>6}{:>9}{:>9}{:>9}  {}"
+_LOWERING_WIDTH = _WIDTH - 70
+
+
+def _listing(direction: str, steps: list[Step]) -> Iterator[str]:
+    """The steps of one direction under headings for layers and components."""
+    yield _COLUMNS.format(direction, "equation", "calls", "FLOPs", "read", "written", "runs as").rstrip()
+    for layers, own in groupby(steps, key=lambda step: step.layers):
+        inside = bool(layers)
+        if inside:
+            yield f"{_layer_names(layers)}:"
+        for path, rows in groupby(own, key=lambda step: step.path[: 3 if inside else 2]):
+            yield f"{'  ' * inside}{path[-1]}"
+            for step in rows:
+                yield from _row(step, "  " * (1 + inside))
+
+
+def _row(step: Step, indent: str) -> Iterator[str]:
+    role = "" if step.role == step.path[-1] and len(step.path) <= 3 else step.role
+    first, *more = textwrap.wrap(step.lowering, _LOWERING_WIDTH)
+    amounts = [quantity(amount) for amount in (step.flops, step.bytes_read, step.bytes_written)]
+    calls = f"x{step.calls}" if step.calls > 1 else ""
+    yield _COLUMNS.format(f"{indent}{role}", step.equation, calls, *amounts, first)
+    for line in more:
+        yield f"{'':70}{line}"
+
+
+def _layer_names(layers: tuple[int, ...]) -> str:
+    """`layer 3`, `layers 0-29, each`, or `layers 0, 2, ... 24 (13), each`."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]}-{layers[-1]} ({len(layers)}), each"
+    return f"layers {layers[0]}, {layers[1]}, ... {layers[-1]} ({len(layers)}), each"
+
+
+def _total_line(direction: str, totals: dict[str, int]) -> str:
+    flops, read, written = (quantity(totals[name]) for name in ("flops", "bytes_read", "bytes_written"))
+    return f"{direction}, all layers: {flops}FLOP, {read}B read, {written}B written"

@@ -1,0 +1,334 @@
+"""The table after a run: where the seconds of prefill, decode and sampling went, and whether the parts add up.
+
+A span's own seconds are its seconds minus those of the spans inside it, so the own seconds of all spans add up to the
+stages exactly, and every line of the table is a sum of them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.components.rope import inverse_frequencies
+from einsum_transformer.engine import blas
+from einsum_transformer.engine.recorder import Span
+from einsum_transformer.models.config import ModelConfig
+
+Key = tuple[str, ...]
+
+OWN = "own"
+"""What a phase did outside of the phases inside it."""
+_STAGES = ("prefill", "decode")
+_LAYER = ("layer",)
+_LOADS = ("layer", "weight load")
+_SKELETON: tuple[Key, ...] = (
+    ("embedding",),
+    _LAYER,
+    ("layer", "norm"),
+    _LOADS,
+    ("layer", "attention"),
+    ("layer", "attention", "load"),
+    ("layer", "attention", "qkv"),
+    ("layer", "attention", "rope"),
+    ("layer", "attention", "cache"),
+    ("layer", "attention", "scores"),
+    ("layer", "attention", "output"),
+    ("layer", "attention", OWN),
+    ("layer", "feed-forward"),
+    ("layer", "feed-forward", "load"),
+    ("layer", "feed-forward", OWN),
+    ("layer", OWN),
+    ("head",),
+    ("sampling",),
+    ("text",),
+    ("stage",),
+)
+"""The lines of the table in order; phases that it does not know are put after their siblings."""
+_LABELS: dict[Key, str] = {
+    _LAYER: "layers",
+    _LOADS: "weight load, both below",
+    ("layer", "attention", "qkv"): "QKV projection",
+    ("layer", "attention", "rope"): "RoPE",
+    ("layer", "attention", "cache"): "KV cache",
+    ("layer", "attention", "scores"): "scores + softmax",
+    ("layer", "attention", "output"): "output (mix + projection)",
+    ("layer", "attention", OWN): "tiles and Python",
+    ("layer", OWN): "residuals and Python",
+    ("head",): "output head",
+    ("text",): "writing text",
+    ("stage",): "between layers (Python)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the spans of a run do not say. Seconds are of time.perf_counter, lengths are in tokens."""
+
+    config: ModelConfig
+    started: float
+    """When the prompt was handed over."""
+    seconds: float
+    """From then to the end of the run."""
+    load_seconds: float
+    prompt_lengths: tuple[int, ...]
+    new_lengths: tuple[int, ...]
+    """Generated tokens of each row; end tokens do not count."""
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line: seconds of one call (p50, p99), of all calls, and their share of the run.
+
+    A call is one layer of one forward pass, for `embedding` and `output head` one forward pass, else one step. Parts
+    add up to the run; the other lines are sums of parts.
+    """
+
+    name: str
+    depth: int
+    part: bool
+    calls: int
+    p50: float | None
+    p99: float | None
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The table and the numbers below it; seconds, bytes, tokens."""
+
+    rows: tuple[Row, ...]
+    seconds: float
+    parts_seconds: float
+    outside_seconds: float
+    """The run minus its parts: what no phase covers."""
+    load_seconds: float
+    time_to_first_token: float | None
+    time_to_first_token_with_load: float | None
+    prompt_tokens: int
+    prompt_tokens_per_second: float | None
+    new_tokens: int
+    new_tokens_per_second: float | None
+    """Tokens after the first ones, by the seconds of decode and sampling."""
+    kv_cache_bytes: int
+    peak_rss_bytes: int | None
+    blas: str
+    threads: int
+    rope: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON types."""
+        return asdict(self)
+
+
+def report(spans: Sequence[Span], run: Run) -> Report:
+    """The reading of a recorder's spans after a run."""
+    samples = _samples(spans)
+    rows = tuple(_rows(samples, run.seconds))
+    parts = sum(row.seconds for row in rows if row.part)
+    first = _first_token(spans)
+    to_first = None if first is None else first - run.started
+    prompt, new = sum(run.prompt_lengths), sum(run.new_lengths)
+    later = sum(max(length - 1, 0) for length in run.new_lengths)
+    stage_seconds = {name: sum(samples.get((name,), [])) for name in (*_STAGES, "sampling")}
+    return Report(
+        rows=rows,
+        seconds=run.seconds,
+        parts_seconds=parts,
+        outside_seconds=run.seconds - parts,
+        load_seconds=run.load_seconds,
+        time_to_first_token=to_first,
+        time_to_first_token_with_load=None if to_first is None else to_first + run.load_seconds,
+        prompt_tokens=prompt,
+        prompt_tokens_per_second=_rate(prompt, stage_seconds["prefill"]),
+        new_tokens=new,
+        new_tokens_per_second=_rate(later, stage_seconds["decode"] + stage_seconds["sampling"]),
+        kv_cache_bytes=run.kv_cache_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        blas=str(blas.current()),
+        threads=blas.get_threads(),
+        rope=rope_facts(run.config, max(map(sum, zip(run.prompt_lengths, run.new_lengths)), default=0)),
+    )
+
+
+def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
+    """Line -> its seconds in every call. Spans come in the order they ended, so inner ones before the one around them."""
+    samples: dict[Key, list[float]] = defaultdict(list)
+    inside: dict[Key, float] = defaultdict(float)
+    pending: dict[Key, float] = defaultdict(float)
+    for span in spans:
+        own = span.seconds - inside.pop(span.path, 0.0)
+        if len(span.path) > 1:
+            inside[span.path[:-1]] += span.seconds
+        key = span.path[1:] if span.path[0] in _STAGES else span.path
+        if not key:
+            samples[span.path].append(span.seconds)
+            samples[("stage",)].append(own)
+            continue
+        place = _place(key)
+        for line in {place[:depth] for depth in range(1, len(place) + 1)} | ({_LOADS} if _is_layer_load(place) else set()):
+            pending[line] += own
+        if len(key) == 1:
+            for line in list(pending):
+                samples[line].append(pending.pop(line))
+    return dict(samples)
+
+
+def _place(key: Key) -> Key:
+    """The line that a phase's own seconds belong to."""
+    if key[-1] == "text":
+        return ("text",)
+    if key[-1] == "load":
+        return (*key[: 2 if key[0] == "layer" else 1], "load")
+    if key[:3] == ("layer", "attention", "mix"):
+        return ("layer", "attention", "output")
+    known = key[:3] if key[:1] == _LAYER else key[:1]
+    return known if len(known) == 3 or known == ("layer", "norm") else (*known, OWN)
+
+
+def _is_layer_load(place: Key) -> bool:
+    return place[:1] == _LAYER and place[-1] == "load"
+
+
+def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
+    """The stages, then the tree of lines; a line with nothing inside but its own seconds is one line."""
+    keys = {*samples, *_SKELETON} - {(stage,) for stage in _STAGES}
+    for key in list(keys):
+        if key[-1] == OWN and not any(other[:-1] == key[:-1] and other != key for other in keys if len(other) > 1):
+            keys.discard(key)
+    for stage in _STAGES:
+        yield _row(stage, 0, False, samples.get((stage,), []), seconds)
+    for key in sorted(keys, key=_order):
+        children = any(other[:-1] == key and other != _LOADS for other in keys)
+        label = _LABELS.get(key, "compute" if key[-1] == OWN else key[-1])
+        yield _row(label, len(key) - 1, not children and key != _LOADS, samples.get(key, []), seconds)
+
+
+def _order(key: Key) -> list[Any]:
+    """Sorts as `_SKELETON` has it, level by level."""
+    place = []
+    for depth in range(1, len(key) + 1):
+        known = key[:depth] in _SKELETON
+        place.append((_SKELETON.index(key[:depth]) if known else len(_SKELETON), key[depth - 1]))
+    return place
+
+
+def _row(name: str, depth: int, part: bool, values: list[float], whole: float) -> Row:
+    p50, p99 = (float(p) for p in np.percentile(values, (50, 99))) if values else (None, None)
+    total = math.fsum(values)
+    return Row(name, depth, part, len(values), p50, p99, total, total / whole if whole > 0 else 0.0)
+
+
+def _first_token(spans: Sequence[Span]) -> float | None:
+    """When the first token was chosen: the end of the first sampling, without the text that was written meanwhile."""
+    for i, span in enumerate(spans):
+        if span.path == ("sampling",):
+            written = sum(inner.seconds for inner in spans[:i] if inner.path[:-1] == span.path)
+            return span.start + span.seconds - written
+    return None
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process held so far, or None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
+    """The rotation made visible: base, dimensions, scaling, wavelengths in tokens, and the positions of a run."""
+    rope = config.rope
+    inv_freq, factor = inverse_frequencies(rope, config.head_dim, length)
+    return {
+        "base": rope.rope_theta,
+        "head_dim": config.head_dim,
+        "rotated_dims": 2 * len(inv_freq),
+        "scaling": rope.rope_type,
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
+        "attention_factor": factor,
+        "shortest_wavelength": float(2 * math.pi / inv_freq.max()),
+        "longest_wavelength": float(2 * math.pi / inv_freq.min()),
+        "positions": [0, max(length - 1, 0)],
+    }
+
+
+def quantity(amount: float, unit: str = "") -> str:
+    """An amount in three digits and a decimal prefix: 1.23 M, 538 MB."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(amount) < 999.5 or prefix == "P":
+            break
+        amount /= 1000
+    digits = 0 if prefix == "" and float(amount).is_integer() else max(0, 3 - len(str(int(abs(amount)))))
+    return f"{amount:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def render(found: Report) -> Any:
+    """The report for a terminal of 80 columns or more, as a rich renderable."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    for heading in ("calls", "p50 ms", "p99 ms", "total s", "share"):
+        table.add_column(heading, justify="right")
+    for row in found.rows:
+        style = "" if row.part else "bold" if row.depth == 0 else "cyan"
+        cells = [f"{row.seconds:.3f}", f"{100 * row.share:.1f} %"] if row.calls else ["-", "-"]
+        spread = ["-" if p is None else f"{1000 * p:.3f}" for p in (row.p50, row.p99)]
+        table.add_row("  " * row.depth + row.name, str(row.calls or "-"), *spread, *cells, style=style)
+    return Group(table, *(Text(line) for line in summary(found)))
+
+
+def summary(found: Report) -> list[str]:
+    """The lines below the table."""
+    lines = [_sum_line(found), ""]
+    if found.time_to_first_token is not None and found.time_to_first_token_with_load is not None:
+        lines.append(
+            f"first token after {found.time_to_first_token:.3f} s "
+            f"({found.time_to_first_token_with_load:.3f} s with loading the model)"
+        )
+    rates = (found.prompt_tokens_per_second, found.new_tokens_per_second)
+    prompt, new = (f", {rate:.1f} tokens/s" if rate else "" for rate in rates)
+    lines.append(f"prompt {found.prompt_tokens} tokens{prompt}; generated {found.new_tokens} tokens{new}")
+    peak = "unknown" if found.peak_rss_bytes is None else quantity(found.peak_rss_bytes, "B")
+    lines.append(
+        f"KV cache {quantity(found.kv_cache_bytes, 'B')}; peak memory {peak}; "
+        f"BLAS {found.blas}, {found.threads} thread{'s' * (found.threads != 1)}"
+    )
+    return [*lines, rope_line(found.rope)]
+
+
+def _sum_line(found: Report) -> str:
+    share = 100 * found.parts_seconds / found.seconds if found.seconds > 0 else 100.0
+    return (
+        f"parts {found.parts_seconds:.3f} s = {share:.1f} % of {found.seconds:.3f} s; "
+        f"outside of any phase: {found.outside_seconds:.3f} s (setting up, text, Python)"
+    )
+
+
+def rope_line(facts: dict[str, Any]) -> str:
+    """One line that shows the rotation."""
+    scaling = facts["scaling"]
+    if scaling != "default":
+        scaling += f" x{facts['factor']:g} over {facts['original_max_position_embeddings']}"
+    low, high = facts["positions"]
+    return (
+        f"RoPE: base {facts['base']:g}, {facts['rotated_dims']} of {facts['head_dim']} head dims, scaling {scaling}, "
+        f"positions {low}-{high}, wavelengths {facts['shortest_wavelength']:.1f}-{facts['longest_wavelength']:.0f}"
+    )
