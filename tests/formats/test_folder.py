@@ -1,6 +1,7 @@
 """Checkpoint folders: layouts, mismatches of index and shards, and paths that try to leave the folder."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,22 @@ def test_a_failed_save_leaves_the_old_one_whole(tmp_path, old_limit):
     with pytest.raises(RuntimeError, match="gone"):
         write_safetensors_folder(tmp_path, Failing({n: t + 9 for n, t in four_tensors().items()}), 64)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_index_takes_its_place_last_and_old_files_go_after_that(tmp_path, monkeypatch):
+    write_safetensors_folder(tmp_path, four_tensors(), 1)
+    replace, seen = os.replace, []
+
+    def recording(source: Path, target: Path) -> None:
+        seen.append(target.name)
+        assert "model-00004-of-00004.safetensors" in files(tmp_path)
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", recording)
+    write_safetensors_folder(tmp_path, four_tensors(), 64)
+    assert len(seen) == 3
+    assert seen[-1] == "model.safetensors.index.json"
+    assert "model-00004-of-00004.safetensors" not in files(tmp_path)
 
 
 def test_shards_are_opened_when_first_needed(tmp_path, opened):

@@ -60,9 +60,10 @@ def opened(tmp_path: Path, content: bytes) -> GGUFFile:
     return GGUFFile(tmp_path / "t.gguf")
 
 
-def write(
-    path: Path, tensors: Mapping[str, tuple[np.ndarray, GGMLQuantizationType | None]], fill=None
-) -> None:
+Stored = tuple[np.ndarray, GGMLQuantizationType | None]
+
+
+def write(path: Path, tensors: Mapping[str, Stored], fill=None) -> None:
     writer = GGUFWriter(path, "llama")
     if fill:
         fill(writer)
@@ -212,7 +213,7 @@ def test_read_many_equals_read_one_by_one(tmp_path, threads):
     tensors = {
         "plain": (rng.normal(size=(3, 5)).astype(np.float32), None),
         "q": (blocks.reshape(8, -1), GGMLQuantizationType.Q8_0),
-        "q2": (blocks[:5], GGMLQuantizationType.Q8_0),
+        "q2": (blocks[::-1][:5], GGMLQuantizationType.Q8_0),
     }
     write(tmp_path / "t.gguf", tensors)
     source = GGUFFile(tmp_path / "t.gguf")
@@ -301,6 +302,7 @@ HOSTILE = {
     ),
     "alignment a bool": (raw_file([ARCHITECTURE, pair("general.alignment", BOOL, b"\1")]), "not True"),
     "name that leaves": (one_tensor("../../x"), r"'\.\./\.\./x' is not accepted"),
+    "name with two dots": (one_tensor("a..b"), "not accepted"),
     "name with a slash": (one_tensor("a/b"), "not accepted"),
     "name with a backslash": (one_tensor("a\\b"), "not accepted"),
     "name with a control character": (one_tensor("a\nb"), "not accepted"),

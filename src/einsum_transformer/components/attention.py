@@ -1,8 +1,8 @@
 """Attention: softmax(q k^T / sqrt(h) + mask) v over k key/value heads with g query heads each.
 
-MHA, GQA and MQA are one set of equations; only the sizes of `k` and `g` differ, and K and V are never repeated. Queries
-go block by block, so that the scores of t x s positions are never held whole (Dao et al., 2022); the backward pass
-recomputes each block's scores from the saved log of its softmax sum.
+MHA, GQA and MQA are one set of equations; only the sizes of `k` and `g` differ, and K and V are never
+repeated. Queries go block by block, so that the scores of t x s positions are never held whole (Dao et al.,
+2022); the backward pass recomputes each block's scores from the saved log of its softmax sum.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ TILE_BYTES = 1 << 20
 class Mask:
     """Which keys a query may look at: those at or before it, inside the window, and not padding.
 
-    queries: (t,) positions in the sequence, one after the other; index: (s,) the keys', likewise, except in a ring, which
-    holds just what its one query may see; pads: (b,) number of padding tokens at the left of each row, or None.
+    queries: (t,) positions in the sequence, one after the other; index: (s,) the keys', likewise, except in a
+    ring, which holds just what its one query may see; pads: (b,) number of padding tokens at the left of each
+    row, or None.
     """
 
     queries: Array
@@ -50,8 +51,8 @@ class Mask:
     def parts(self, block: slice, keys: slice, dtype: np.dtype) -> list[tuple[slice, Array]]:
         """(where, what to add to the scores there): 0 where a key is visible, -inf where not.
 
-        `where` are keys of the tile (counted from keys.start) that some query may not see: at most the diagonal and the
-        window's edge, or all keys if rows are padded.
+        `where` are keys of the tile (counted from keys.start) that some query may not see: at most the
+        diagonal and the window's edge, or all keys if rows are padded.
         """
         count = keys.stop - keys.start
         if self.pads is not None and self.pads.any():
@@ -63,7 +64,9 @@ class Mask:
             start = int(self.index[keys.start])
             edge = 0 if self.window is None else min(count, max(0, last - self.window + 1 - start))
             ranges = [slice(0, edge), slice(max(edge, first + 1 - start), count)]
-        return [(where, self._added(block, keys, where, dtype)) for where in ranges if where.start < where.stop]
+        return [
+            (where, self._added(block, keys, where, dtype)) for where in ranges if where.start < where.stop
+        ]
 
     def _added(self, block: slice, keys: slice, where: slice, dtype: np.dtype) -> Array:
         # Keys outermost in memory, as in the scores, and one mask for all heads.
@@ -97,9 +100,15 @@ class Attention:
     """Queries per tile: 128 keep one head's scores for 2,048 keys in a core's second-level cache."""
 
     def forward(
-        self, x: Array, rotation: Rotation, queries: Array, pads: Array | None = None, cache: LayerCache | None = None
+        self,
+        x: Array,
+        rotation: Rotation,
+        queries: Array,
+        pads: Array | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Array, Saved]:
-        """x: (b, t, d); queries: (t,) the positions of x in the sequence, padding included; pads: (b,) or None."""
+        """x: (b, t, d); queries: (t,) the positions of x in the sequence, padding included; pads: (b,) or
+        None."""
         with phase("qkv"):
             q = einsum("btd,kghd->btkgh", x, self.q_proj)
             k = einsum("btd,khd->btkh", x, self.k_proj)
@@ -143,7 +152,8 @@ class Attention:
                 part = einsum("bkgts,bskh->btkgh", p, v[:, keys, heads[0]])
                 np.divide(part, total.transpose(0, 3, 1, 2)[..., None], out=mixed[here])
 
-        # A tile of the size of a core's cache on each thread beats the threads of BLAS, from about a millisecond on.
+        # A tile of the size of a core's cache on each thread beats the threads of BLAS, from about a
+        # millisecond on.
         for_each(tile, tiles(q, mask, self.query_block), coarse=q[..., 0].size * k.shape[1] >= 1 << 20)
         return mixed, lse
 
@@ -204,7 +214,8 @@ Tile = tuple[slice, slice, Hidden, tuple[slice, slice]]
 
 
 def tiles(q: Array, mask: Mask, query_block: int) -> list[Tile]:
-    """(query block, its keys, what they hide, heads): as many heads at once as keep the scores near TILE_BYTES."""
+    """(query block, its keys, what they hide, heads): as many heads at once as keep the scores near
+    TILE_BYTES."""
     b, t, kv_heads, groups, _ = q.shape
     found: list[Tile] = []
     for start in reversed(range(0, t, query_block)):  # the longest first, so that threads end together
@@ -231,9 +242,9 @@ def hide(scores: Array, hidden: Hidden) -> Array:
 def exponentials(scores: Array) -> Array | None:
     """exp(scores) in place and its sums (b, k, g, t), or None if a sum leaves the range where that is exact.
 
-    The usual subtraction of each row's maximum keeps exp from overflowing; scores of trained models lie far inside the
-    range of float32, so it is left out and checked afterwards: with a sum in [1e-30, 1e30] no term overflowed, and
-    a term that underflowed is below 1e-8 of the sum.
+    The usual subtraction of each row's maximum keeps exp from overflowing; scores of trained models lie far
+    inside the range of float32, so it is left out and checked afterwards: with a sum in [1e-30, 1e30] no term
+    overflowed, and a term that underflowed is below 1e-8 of the sum.
     """
     with np.errstate(over="ignore"):
         np.exp(scores, out=scores)
@@ -244,9 +255,11 @@ def exponentials(scores: Array) -> Array | None:
 
 
 def shifted_exponentials(scores: Array, lse: Array) -> Array:
-    """exp(scores - max) in place; returns the sums (b, k, g, t) and writes log(sum) + max to lse (b, t, k, g).
+    """exp(scores - max) in place; returns the sums (b, k, g, t) and writes log(sum) + max to lse (b, t, k,
+    g).
 
-    A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted instead.
+    A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted
+    instead.
     """
     top = scores.max(axis=-1)
     np.maximum(top, np.finfo(scores.dtype).min, out=top)

@@ -1,7 +1,7 @@
 """Keys and values of the tokens seen so far, one `LayerCache` a layer.
 
-Layout (b, k, h, slot): the new keys of a projection are laid out the same way, so appending copies whole lines, and both
-products of attention read the slots in place.
+Layout (b, k, h, slot): the new keys of a projection are laid out the same way, so appending copies whole
+lines, and both products of attention read the slots in place.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ Array = np.ndarray
 
 _FIRST_CAPACITY = 256
 _PADDING = 16
-"""Lines are this many slots longer than asked: power-of-two strides would put all lines of a head in one cache set."""
+"""Lines are this many slots longer than asked: power-of-two strides would put all lines of a head in one
+cache set."""
 
 
 class LayerCache:
-    """One layer's keys and values. With a window, a ring of the last `window` slots; else it grows geometrically."""
+    """One layer's keys and values. With a window, a ring of the last `window` slots; else it grows
+    geometrically."""
 
     def __init__(self, window: int | None = None, capacity: int = 0) -> None:
         self.window = window
@@ -62,7 +64,8 @@ class LayerCache:
         window, new, old = self.window, k.shape[1], self.length
         assert window is not None
         self._reserve(k, window)
-        assert self._keys is not None and self._values is not None
+        assert self._keys is not None
+        assert self._values is not None
         end = old + new
         if new == 1:
             slot = old % window
@@ -83,7 +86,8 @@ class LayerCache:
         return keys.transpose(0, 3, 1, 2), values.transpose(0, 3, 1, 2), index
 
     def _store(self, start: int, k: Array, v: Array) -> tuple[Array, Array]:
-        assert self._keys is not None and self._values is not None
+        assert self._keys is not None
+        assert self._values is not None
         end = start + k.shape[1]
         self._keys[..., start:end] = k.transpose(0, 2, 3, 1)
         self._values[..., start:end] = v.transpose(0, 2, 3, 1)
@@ -94,7 +98,8 @@ class LayerCache:
         return lines[..., :end].transpose(0, 3, 1, 2)
 
     def _reserve(self, k: Array, needed: int) -> None:
-        """Room for `needed` slots: at least double, so that appending is linear over all, but never beyond the window."""
+        """Room for `needed` slots: at least double, so that appending is linear over all, but never beyond
+        the window."""
         held = 0 if self._keys is None else self._keys.shape[-1]
         if needed <= held:
             return

@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021): the angle of pair i at position p is p * inv_freq[i].
 
-Angles are computed in float64 and only their cosines and sines are cast, so position 131,071 is as exact as position 1.
+Angles are computed in float64 and only their cosines and sines are cast, so position 131,071 is as exact as
+position 1.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+            raise ConfigError(
+                f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            )
         if any(not (math.isfinite(factor) and factor > 0) for factor in self.frequency_factors or ()):
             raise ConfigError("rope_freqs holds a factor that is not a positive number")
         for name in ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
@@ -51,7 +54,9 @@ class RopeConfig:
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"rope {name} is {value}: it must be a positive number")
         if not 0 < self.partial_rotary_factor <= 1:
-            raise ConfigError(f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]")
+            raise ConfigError(
+                f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]"
+            )
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
 
@@ -74,10 +79,11 @@ class Rotation:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tuple[Array, float]:
-    """(inv_freq: float64 (r/2,), the factor that cos and sin are multiplied by), r = head_dim * partial_rotary_factor.
+    """(inv_freq: float64 (r/2,), the factor that cos and sin are multiplied by), r = head_dim *
+    partial_rotary_factor.
 
-    default: theta^(-2i/r); the other types change it as their papers and Hugging Face's implementation say. `length` is
-    the longest position + 1 of the pass; only `dynamic` looks at it.
+    default: theta^(-2i/r); the other types change it as their papers and Hugging Face's implementation say.
+    `length` is the longest position + 1 of the pass; only `dynamic` looks at it.
     """
     r = int(head_dim * rope.partial_rotary_factor)
     if r < 2 or r % 2:
@@ -86,7 +92,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tup
     inv_freq = rope.rope_theta**-exponent
     if rope.frequency_factors is not None:
         if len(rope.frequency_factors) != r // 2:
-            raise ConfigError(f"rope_freqs holds {len(rope.frequency_factors)} factors, {r // 2} pairs are rotated")
+            raise ConfigError(
+                f"rope_freqs holds {len(rope.frequency_factors)} factors, {r // 2} pairs are rotated"
+            )
         inv_freq /= np.asarray(rope.frequency_factors)
     if rope.rope_type == "linear":
         return inv_freq / rope.factor, 1.0
@@ -111,7 +119,8 @@ def _llama3(rope: RopeConfig, inv_freq: Array) -> Array:
 
 
 def _yarn(rope: RopeConfig, inv_freq: Array, r: int) -> Array:
-    """Pairs that turn more than beta_fast times in the trained context are kept, fewer than beta_slow divided by factor."""
+    """Pairs that turn more than beta_fast times in the trained context are kept, fewer than beta_slow divided
+    by factor."""
 
     def pair_with(turns: float) -> float:
         trained = rope.original_max_position_embeddings

@@ -5,4 +5,14 @@ from einsum_transformer.engine.equation import Equation, EquationError
 from einsum_transformer.engine.recorder import Recorder, phase, tap
 from einsum_transformer.engine.shapes import ShapeArray
 
-__all__ = ["Equation", "EquationError", "Leaf", "Recorder", "ShapeArray", "einsum", "phase", "tap", "weight_grad"]
+__all__ = [
+    "Equation",
+    "EquationError",
+    "Leaf",
+    "Recorder",
+    "ShapeArray",
+    "einsum",
+    "phase",
+    "tap",
+    "weight_grad",
+]

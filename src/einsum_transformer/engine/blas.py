@@ -1,7 +1,7 @@
 """The BLAS libraries behind the products, and their thread count.
 
-NumPy's own BLAS is always there. Intel MKL is used through ctypes where the PyPI wheel `mkl` is installed (the extra
-`[mkl]`). `matmul` is the product of the provider in use; `use` switches it at run time.
+NumPy's own BLAS is always there. Intel MKL is used through ctypes where the PyPI wheel `mkl` is installed
+(the extra `[mkl]`). `matmul` is the product of the provider in use; `use` switches it at run time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from einsum_transformer.errors import InputError
 Array = np.ndarray
 
 matmul: Callable[..., Array] = np.matmul
-"""The matrix product of the provider in use, with np.matmul's meaning: (..., m, k) . (..., k, n) -> (..., m, n)."""
+"""The matrix product of the provider in use, with np.matmul's meaning: (..., m, k) . (..., k, n) -> (..., m,
+n)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Provider:
 def use(name: str) -> Provider:
     """Make `auto`, `numpy` or `mkl` the provider of every product from now on.
 
-    `auto` is MKL where it is installed and the processor is Intel's, else NumPy's: on other processors MKL was the
-    slower of the two (docs/performance.md).
+    `auto` is MKL where it is installed and the processor is Intel's, else NumPy's: on other processors MKL
+    was the slower of the two (docs/performance.md).
     """
     global matmul, _current
     if name == "auto":

@@ -20,7 +20,8 @@ Array = np.ndarray
 class Leaf(ABC):
     """Whatever stands where a weight array stands: a file's tensor, a quantized tensor, a LoRA pair.
 
-    `einsum` asks the leaf for the contraction and `weight_grad` for the gradient, so components never know of leaves.
+    `einsum` asks the leaf for the contraction and `weight_grad` for the gradient, so components never know of
+    leaves.
     """
 
     shape: tuple[int, ...]
@@ -53,12 +54,13 @@ _ndarray = np.ndarray
 
 
 def einsum(equation: str, *operands: Any, order: str = "K") -> Array:
-    """The contraction that `equation` spells, as `np.einsum` defines it, run as a BLAS product wherever it is one.
+    """The contraction that `equation` spells, as `np.einsum` defines it, run as a BLAS product wherever it is
+    one.
 
-    operands: arrays or leaves (see `Leaf`); one letter has one size, and size 1 does not broadcast. Equations with
-    three or more operands run pairwise along the path that opt_einsum finds.
-    order: "K" lets the engine choose the memory layout of the result; "C" puts operand 1's letters innermost, "F"
-    operand 0's.
+    operands: arrays or leaves (see `Leaf`); one letter has one size, and size 1 does not broadcast. Equations
+    with three or more operands run pairwise along the path that opt_einsum finds.
+    order: "K" lets the engine choose the memory layout of the result; "C" puts operand 1's letters innermost,
+    "F" operand 0's.
     Errors: EquationError names the equation, the operand, the letter and both sizes.
     """
     if len(operands) == 2 and order == "K" and recorder.active is None:
@@ -71,7 +73,8 @@ def einsum(equation: str, *operands: Any, order: str = "K") -> Array:
 
 
 def weight_grad(equation: str, dy: Array, x: Array, weight: Any) -> Any:
-    """einsum(equation, dy, x) in the memory layout of `weight`; a leaf answers with what is its own gradient."""
+    """einsum(equation, dy, x) in the memory layout of `weight`; a leaf answers with what is its own
+    gradient."""
     if isinstance(weight, Leaf):
         return weight.weight_grad(equation, dy, x)
     return einsum(equation, dy, x, order="C" if weight.strides[-1] == weight.itemsize else "F")
@@ -80,7 +83,8 @@ def weight_grad(equation: str, dy: Array, x: Array, weight: Any) -> Any:
 def take_rows(weight: Any, indices: Array) -> Array:
     """Rows of a matrix (v, d) at `indices` (b, t) -> (b, t, d), laid out as a projection's result would be.
 
-    That is with positions innermost in memory, so that every elementwise pass runs over long contiguous lines.
+    That is with positions innermost in memory, so that every elementwise pass runs over long contiguous
+    lines.
     """
     if isinstance(weight, Leaf):
         rows = weight.rows(indices)
@@ -96,7 +100,10 @@ def take_rows(weight: Any, indices: Array) -> Array:
 
 def lowering(equation: str, *operands: Any) -> str:
     """How `einsum` would run this call: the matrix product it becomes and what it copies."""
-    arrays = [operand if isinstance(operand, Array) else np.empty(operand.shape, operand.dtype) for operand in operands]
+    arrays = [
+        operand if isinstance(operand, Array) else np.empty(operand.shape, operand.dtype)
+        for operand in operands
+    ]
     return _plan(equation, Equation.parse(equation), arrays, "K").how
 
 
@@ -140,7 +147,8 @@ def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
         plan = _lower(equation, converted, order)
 
         def run(*given: Array) -> Array:
-            # astype keeps the layout (order "K"), so the plan made for the converted operands fits every call.
+            # astype keeps the layout (order "K"), so the plan made for the converted operands fits every
+            # call.
             return plan.run(*(a.astype(wide, copy=False) for a in given)).astype(dtype, copy=False)
 
         return Plan(run, f"{plan.how} in {wide}")
@@ -151,12 +159,14 @@ def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
 
 
 def _is_half(dtype: np.dtype) -> bool:
-    """Types to store and not to compute in: NumPy's float16 and ml_dtypes' floats (a product there is 500x slower)."""
-    return dtype.itemsize <= 2 and dtype.kind in "fV" and dtype != bool
+    """Types to store and not to compute in: NumPy's float16 and ml_dtypes' floats (a product there is 500x
+    slower)."""
+    return dtype.itemsize <= 2 and dtype.kind in "fV"
 
 
 def _lower_ellipsis(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
-    """Spell `...` out; its axes of size 1 broadcast as in NumPy, so they are dropped where another operand is larger."""
+    """Spell `...` out; its axes of size 1 broadcast as in NumPy, so they are dropped where another operand is
+    larger."""
     spelled = equation.expand_ellipsis([a.shape for a in arrays])
     axes = {letter for term in spelled.inputs for letter in term if ord(letter) > 0x2000}
     full = {
@@ -239,12 +249,16 @@ def _dry_lowering(equation: Equation, operands: Sequence[Any]) -> str:
         layouts.append(Operand(term, operand.shape, tuple(reversed(strides)), operand.dtype.itemsize))
     if len(layouts) == 1:
         return lower_single(equation, layouts[0], operands[0].dtype).how
-    return lower_pair(equation, layouts[0], layouts[1], operands[0].dtype).how if len(layouts) == 2 else "path"
+    return (
+        lower_pair(equation, layouts[0], layouts[1], operands[0].dtype).how if len(layouts) == 2 else "path"
+    )
 
 
 def _report(text: str, equation: Equation, operands: Sequence[Any], how: str, seconds: float) -> None:
     spelled = equation.expand_ellipsis([tuple(operand.shape) for operand in operands])
-    sizes = {letter: n for term, operand in zip(spelled.inputs, operands) for letter, n in zip(term, operand.shape)}
+    sizes = {
+        letter: n for term, operand in zip(spelled.inputs, operands) for letter, n in zip(term, operand.shape)
+    }
     traffic = spelled.elements(sizes) * operands[0].dtype.itemsize
     dtype = str(operands[0].dtype)
     assert recorder.active is not None

@@ -38,7 +38,8 @@ class EquationError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """`inputs[0],inputs[1],...->output`: every letter names an axis; letters missing from the output are summed."""
+    """`inputs[0],inputs[1],...->output`: every letter names an axis; letters missing from the output are
+    summed."""
 
     inputs: tuple[str, ...]
     output: str
@@ -59,13 +60,18 @@ class Equation:
     def gradient(self, operand: int) -> Equation:
         """The equation of the gradient by one of two operands: the same three terms, permuted.
 
-        With C = einsum("A,B->C") and a scalar loss, dA = einsum("C,B->A", dC, B) and dB = einsum("C,A->B", dC, A).
+        With C = einsum("A,B->C") and a scalar loss, dA = einsum("C,B->A", dC, B) and dB = einsum("C,A->B",
+        dC, A).
         """
         if len(self.inputs) != 2:
-            raise EquationError(f"einsum {self}: a gradient equation needs two operands, not {len(self.inputs)}")
+            raise EquationError(
+                f"einsum {self}: a gradient equation needs two operands, not {len(self.inputs)}"
+            )
         target, other = self.inputs[operand], self.inputs[1 - operand]
         if lost := set(target) - set(other + self.output):
-            raise EquationError(f"einsum {self}: letter {min(lost)!r} is in operand {operand} only, its gradient broadcasts")
+            raise EquationError(
+                f"einsum {self}: letter {min(lost)!r} is in operand {operand} only, its gradient broadcasts"
+            )
         return Equation((self.output, other), target)
 
     def sizes(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
@@ -92,7 +98,8 @@ class Equation:
         return tuple(sizes[letter] for letter in self.output)
 
     def flops(self, sizes: dict[str, int]) -> int:
-        """Floating-point operations: 2 x the product of all letters for a contraction, 1 x for a plain product or sum."""
+        """Floating-point operations: 2 x the product of all letters for a contraction, 1 x for a plain
+        product or sum."""
         work = math.prod(sizes[letter] for letter in self.letters)
         if len(self.inputs) == 1:
             return work if len(self.output) < len(self.letters) else 0
@@ -100,20 +107,26 @@ class Equation:
         return (2 if contracted else 1) * (len(self.inputs) - 1) * work
 
     def elements(self, sizes: dict[str, int]) -> int:
-        """Numbers read plus numbers written, each operand once; times the item size this is the least traffic in bytes."""
+        """Numbers read plus numbers written, each operand once; times the item size this is the least traffic
+        in bytes."""
         return sum(math.prod(sizes[letter] for letter in term) for term in (*self.inputs, self.output))
 
     def expand_ellipsis(self, shapes: Sequence[tuple[int, ...]]) -> Equation:
-        """The same equation for these shapes with each `...` spelled out in private letters, aligned at the right."""
+        """The same equation for these shapes with each `...` spelled out in private letters, aligned at the
+        right."""
         ranks = []
         for position, (term, shape) in enumerate(zip(self.inputs, shapes)):
             named = len(term.replace("...", ""))
             if "..." in term and len(shape) < named:
-                raise EquationError(f"einsum {self}: operand {position} {term!r} needs {named} axes, shape is {shape}")
+                raise EquationError(
+                    f"einsum {self}: operand {position} {term!r} needs {named} axes, shape is {shape}"
+                )
             ranks.append(len(shape) - named if "..." in term else 0)
         widest = max(ranks, default=0)
         if widest > len(_ELLIPSIS_LETTERS):
-            raise EquationError(f"einsum {self}: '...' stands for {widest} axes, {len(_ELLIPSIS_LETTERS)} are possible")
+            raise EquationError(
+                f"einsum {self}: '...' stands for {widest} axes, {len(_ELLIPSIS_LETTERS)} are possible"
+            )
         axes = "".join(_ELLIPSIS_LETTERS[:widest])
         spelled = [term.replace("...", axes[widest - rank :]) for term, rank in zip(self.inputs, ranks)]
         return Equation(tuple(spelled), self.output.replace("...", axes))
@@ -137,14 +150,17 @@ def _parse(text: str) -> Equation:
         if not any(letter in term for term in inputs):
             raise EquationError(f"einsum {text!r}: output letter {letter!r} is in no operand")
     if "..." in "".join(inputs) and "..." not in output:
-        raise EquationError(f"einsum {text!r}: '...' must also stand in the output, or be named by letters and summed")
+        raise EquationError(
+            f"einsum {text!r}: '...' must also stand in the output, or be named by letters and summed"
+        )
     if "..." in output and "..." not in "".join(inputs):
         raise EquationError(f"einsum {text!r}: '...' stands in the output but in no operand")
     return Equation(inputs, output)
 
 
 def _implicit_output(inputs: tuple[str, ...]) -> str:
-    """NumPy's rule for an equation without an arrow: the ellipsis, then the letters that occur once, in order."""
+    """NumPy's rule for an equation without an arrow: the ellipsis, then the letters that occur once, in
+    order."""
     text = "".join(inputs)
     dots = "..." if "..." in text else ""
     letters = text.replace("...", "")

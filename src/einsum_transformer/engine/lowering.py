@@ -1,9 +1,9 @@
 """Equation + shapes + strides -> plan: which views, which (batched) matrix product.
 
-A two-operand equation sorts its letters into four groups: *batch* (in both operands and the output), *rows* (operand 0
-and output), *columns* (operand 1 and output) and *contracted* (both operands, not the output). Groups whose strides
-line up become one axis of a matrix product without moving a byte; row or column letters that do not line up become
-loops of the batched product. What is left over is copied, and the plan says so.
+A two-operand equation sorts its letters into four groups: *batch* (in both operands and the output), *rows*
+(operand 0 and output), *columns* (operand 1 and output) and *contracted* (both operands, not the output).
+Groups whose strides line up become one axis of a matrix product without moving a byte; row or column letters
+that do not line up become loops of the batched product. What is left over is copied, and the plan says so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Operand:
 
     def merges(self, letters: Sequence[str]) -> bool:
         live = [letter for letter in letters if self.size(letter) != 1]
-        return all(self.lines_up(outer, inner) for outer, inner in zip(live, live[1:]))
+        return all(self.lines_up(outer, inner) for outer, inner in pairwise(live))
 
     def chunks(self, letters: Sequence[str]) -> list[list[str]]:
         """`letters`, outermost first, cut wherever two neighbours do not line up."""
@@ -78,7 +79,7 @@ def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
     summed = tuple(i for i, letter in enumerate(term) if letter not in equation.output)
     kept = [letter for letter in term if letter in equation.output]
     permutation = tuple(kept.index(letter) for letter in equation.output)
-    reduce = np.logical_or.reduce if dtype == bool else np.add.reduce
+    reduce = np.logical_or.reduce if dtype.kind == "b" else np.add.reduce
 
     def run(a: Array) -> Array:
         if diagonal is not None:
@@ -100,7 +101,10 @@ def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtyp
     contracted = [letter for letter in left.term if letter in right.term and letter not in equation.output]
     if not contracted:
         plan = _elementwise(equation.output, left, right)
-    elif any((letter in left.term) != (letter in right.term) for letter in equation.output) or not equation.output:
+    elif (
+        any((letter in left.term) != (letter in right.term) for letter in equation.output)
+        or not equation.output
+    ):
         plan = _gemm(equation.output, left, right, contracted, order)
     else:
         plan = _row_dots(equation.output, left, right)
@@ -168,9 +172,14 @@ def _broadcast_view(output: str, operand: Operand) -> Run:
 
 
 def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
-    """Every kept letter is a batch letter: many short dot products, which NumPy's own einsum loop does best."""
-    rename = {letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(left.term + right.term + output))}
-    text = "{},{}->{}".format(*("".join(rename[letter] for letter in term) for term in (left.term, right.term, output)))
+    """Every kept letter is a batch letter: many short dot products, which NumPy's own einsum loop does
+    best."""
+    rename = {
+        letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(left.term + right.term + output))
+    }
+    text = "{},{}->{}".format(
+        *("".join(rename[letter] for letter in term) for term in (left.term, right.term, output))
+    )
     return Plan(lambda a, b: np.asarray(np.einsum(text, a, b)), "row dots")
 
 
@@ -189,7 +198,10 @@ def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], ord
     view_left, copy_left = _matrix_view(left, lead, loops, rows, inner, size, flip)
     view_right, copy_right = _matrix_view(right, lead, loops, inner, columns, size, flip)
     natural = [*batch, *row_loops, *column_loops, *(columns + rows if flip else rows + columns)]
-    matrix = [math.prod(size[letter] for letter in group) for group in ((columns, rows) if flip else (rows, columns))]
+    matrix = [
+        math.prod(size[letter] for letter in group)
+        for group in ((columns, rows) if flip else (rows, columns))
+    ]
     unpack = _unpack(natural, output, size, (*(size[letter] for letter in lead + loops), *matrix))
     run = _compose_flipped(view_left, view_right, unpack) if flip else _compose(view_left, view_right, unpack)
 
@@ -203,7 +215,8 @@ def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], ord
 
 
 def _contracted_order(left: Operand, right: Operand, contracted: list[str]) -> list[str]:
-    """An order of the contracted letters that is one axis in both operands if there is one, else in the larger."""
+    """An order of the contracted letters that is one axis in both operands if there is one, else in the
+    larger."""
     candidates = [left.by_stride(contracted), right.by_stride(contracted)]
     for candidate in candidates:
         if left.merges(candidate) and right.merges(candidate):
@@ -212,9 +225,11 @@ def _contracted_order(left: Operand, right: Operand, contracted: list[str]) -> l
 
 
 def _split(letters: list[str], operand: Operand) -> tuple[list[str], list[str]]:
-    """(letters to loop over, letters of the matrix axis): the longest chunk is the axis, if it is long enough.
+    """(letters to loop over, letters of the matrix axis): the longest chunk is the axis, if it is long
+    enough.
 
-    Short axes under many loops are slower than one copy: below 16 rows with more than 32 loops everything is merged.
+    Short axes under many loops are slower than one copy: below 16 rows with more than 32 loops everything is
+    merged.
     """
     chunks = operand.chunks(letters)
     if len(chunks) <= 1:
@@ -226,12 +241,15 @@ def _split(letters: list[str], operand: Operand) -> tuple[list[str], list[str]]:
     return [letter for i, chunk in enumerate(chunks) if i != longest for letter in chunk], chunks[longest]
 
 
-def _columns_first(left: Operand, right: Operand, rows: list[str], columns: list[str], inner: list[str]) -> bool:
+def _columns_first(
+    left: Operand, right: Operand, rows: list[str], columns: list[str], inner: list[str]
+) -> bool:
     """Whether the product is laid out with operand 0's rows innermost: out[column, row] in memory.
 
     Measured on OpenBLAS and MKL (docs/performance.md): weights . activations is up to 1.8 times faster than
-    activations . weights at 2 to 64 rows and never slower below 2,048. An operand 0 whose rows are already innermost
-    keeps them so: then every elementwise pass between two projections runs over long contiguous lines.
+    activations . weights at 2 to 64 rows and never slower below 2,048. An operand 0 whose rows are already
+    innermost keeps them so: then every elementwise pass between two projections runs over long contiguous
+    lines.
     """
     m, n = (math.prod(map(operand.size, group)) for operand, group in ((left, rows), (right, columns)))
     if m == 1 or n == 1:
@@ -257,7 +275,8 @@ def _matrix_view(
     size: dict[str, int],
     flip: bool,
 ) -> tuple[Run | None, bool]:
-    """The view [lead..., loops..., outer, inner] (the last two swapped if `flip`), and whether making it copies."""
+    """The view [lead..., loops..., outer, inner] (the last two swapped if `flip`), and whether making it
+    copies."""
     dropped = [letter for letter in operand.term if letter not in lead + loops + outer + inner]
     own = [letter for letter in loops if letter in operand.term]
     pair = [inner, outer] if flip else [outer, inner]
@@ -274,7 +293,8 @@ def _matrix_view(
 
 
 def _blas_ready(operand: Operand, pair: list[list[str]]) -> bool:
-    """Whether BLAS can read the matrix in place: one axis has unit stride, the other's rows do not overlap."""
+    """Whether BLAS can read the matrix in place: one axis has unit stride, the other's rows do not
+    overlap."""
     axes = []
     for group in pair:
         live = [letter for letter in group if operand.size(letter) != 1]
@@ -303,7 +323,8 @@ def _viewer(
 
 
 def _unpack(natural: list[str], output: str, size: dict[str, int], given: tuple[int, ...]) -> Run | None:
-    """From the product's axes, of sizes `given`, to the output's letters; None if they are the same already."""
+    """From the product's axes, of sizes `given`, to the output's letters; None if they are the same
+    already."""
     full = tuple(size[letter] for letter in natural)
     permutation = tuple(natural.index(letter) for letter in output)
     straight = permutation == tuple(range(len(natural)))

@@ -1,7 +1,8 @@
 """Coarse tasks side by side on threads, with BLAS at one thread inside each.
 
-Waking a thread costs about 0.1 ms on a virtual machine, so this pays for tasks of a millisecond and more; the caller
-says whether its tasks are. The calling thread works too, and tasks are taken one by one, so uneven ones even out.
+Waking a thread costs about 0.1 ms on a virtual machine, so this pays for tasks of a millisecond and more; the
+caller says whether its tasks are. The calling thread works too, and tasks are taken one by one, so uneven
+ones even out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _lock = threading.Lock()
 
 
 def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], coarse: bool = True) -> None:
-    """task(*arguments[i]) for every i, on as many threads as BLAS has if the tasks are coarse, else one by one."""
+    """task(*arguments[i]) for every i, on as many threads as BLAS has if the tasks are coarse, else one by
+    one."""
     threads = min(blas.get_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
     if threads == 1:
         for given in arguments:

@@ -1,7 +1,8 @@
 """What a program did: phases with their seconds, one event per einsum, captured values.
 
-Nothing is recorded unless a `Recorder` is active; then `phase()` and `einsum` report to it. One recorder is active at a
-time, and the program it watches runs on one thread; what `parallel` puts on others is tallied and split afterwards.
+Nothing is recorded unless a `Recorder` is active; then `phase()` and `einsum` report to it. One recorder is
+active at a time, and the program it watches runs on one thread; what `parallel` puts on others is tallied and
+split afterwards.
 """
 
 from __future__ import annotations
@@ -72,9 +73,18 @@ class Recorder:
         active = None
 
     def event(
-        self, equation: str, sizes: dict[str, int], dtype: str, how: str, seconds: float, flops: int, traffic: int
+        self,
+        equation: str,
+        sizes: dict[str, int],
+        dtype: str,
+        how: str,
+        seconds: float,
+        flops: int,
+        traffic: int,
     ) -> None:
-        self.events.append(Event(equation, sizes, dtype, how, seconds, flops, traffic, self._path, self._layer))
+        self.events.append(
+            Event(equation, sizes, dtype, how, seconds, flops, traffic, self._path, self._layer)
+        )
 
 
 active: Recorder | None = None
@@ -122,7 +132,8 @@ class _TalliedPhase:
 
 @contextmanager
 def parallel() -> Iterator[None]:
-    """Around tasks on several threads: the wall time is split over their phases in proportion to the threads' seconds."""
+    """Around tasks on several threads: the wall time is split over their phases in proportion to the threads'
+    seconds."""
     global _tally
     recorder = active
     if recorder is None:
@@ -165,7 +176,8 @@ class _Phase:
 
 
 def phase(name: str, layer: int | None = None) -> Any:
-    """A context manager that times a named part of the program; phases nest, `layer` is inherited by inner ones."""
+    """A context manager that times a named part of the program; phases nest, `layer` is inherited by inner
+    ones."""
     if active is None:
         return _NOTHING
     return _Phase(active, name, layer) if _tally is None else _TalliedPhase(_tally, name)

@@ -11,9 +11,11 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 
 class ShapeArray(NDArrayOperatorsMixin):
-    """Stands where an ndarray stands: NumPy calls on it answer with the shape and type their result would have.
+    """Stands where an ndarray stands: NumPy calls on it answer with the shape and type their result would
+    have.
 
-    Inside is a single number broadcast to the shape (strides of zero), so views cost nothing and no memory is taken.
+    Inside is a single number broadcast to the shape (strides of zero), so views cost nothing and no memory is
+    taken.
     """
 
     __slots__ = ("dummy",)
@@ -99,7 +101,10 @@ class ShapeArray(NDArrayOperatorsMixin):
         if method != "__call__" or ufunc.signature is not None:
             return NotImplemented
         shape = np.broadcast_shapes(*(np.shape(value) for value in inputs))
-        types = [value.dtype if isinstance(value, (ShapeArray, np.ndarray, np.generic)) else type(value) for value in inputs]
+        types = [
+            value.dtype if isinstance(value, (ShapeArray, np.ndarray, np.generic)) else type(value)
+            for value in inputs
+        ]
         dtype = ufunc.resolve_dtypes((*types, *[None] * ufunc.nout))[-1]
         return ShapeArray(shape, dtype)
 

@@ -22,7 +22,8 @@ PREFILL_CHUNK = 512
 
 @dataclass(slots=True)
 class Generation:
-    """One prompt's continuation. finish_reason: "stop" (end token or stop string) or "length" (budget or context)."""
+    """One prompt's continuation. finish_reason: "stop" (end token or stop string) or "length" (budget or
+    context)."""
 
     prompt_tokens: list[int]
     tokens: list[int] = field(default_factory=list)
@@ -69,8 +70,9 @@ def generate(
 ) -> Any:
     """Continue a prompt: text, token ids, or a list of either (a batch).
 
-    Returns a Generation (its str() is the text), or a list of them for a batch. What is None comes from the model's
-    generation_config.json, or is greedy. settings: stop, ctx_size, prefill_step_size, ignore_eos (see `Settings`).
+    Returns a Generation (its str() is the text), or a list of them for a batch. What is None comes from the
+    model's generation_config.json, or is greedy. settings: stop, ctx_size, prefill_step_size, ignore_eos (see
+    `Settings`).
     """
     stated = dict(model.generation_config or {})
     budget = max_new_tokens if max_new_tokens is not None else stated.get("max_new_tokens", 128)
@@ -90,15 +92,22 @@ def generate(
 
 
 def stream(
-    model: Model, results: list[Generation], sampling: Sampling, settings: Settings, cache: KVCache | None = None
+    model: Model,
+    results: list[Generation],
+    sampling: Sampling,
+    settings: Settings,
+    cache: KVCache | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Fill the `results` of a batch, yielding (row, new text) as it comes; "" where no whole character is ready.
+    """Fill the `results` of a batch, yielding (row, new text) as it comes; "" where no whole character is
+    ready.
 
-    Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch around it.
-    A given cache is continued: its tokens precede the prompts'.
+    Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch
+    around it. A given cache is continued: its tokens precede the prompts'.
     """
     rows = [_Row(model, result, sampling, settings, index) for index, result in enumerate(results)]
-    limit = min(settings.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    limit = min(
+        settings.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings
+    )
     longest = max(len(result.prompt_tokens) for result in results)
     start = 0 if cache is None else cache.length
     if start + longest > limit:
@@ -132,7 +141,8 @@ def stream(
 
 
 def prefill(model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Array:
-    """Put the prompt (b, t) into the cache, `chunk` tokens at a time; returns the scores (b, v) after its last token."""
+    """Put the prompt (b, t) into the cache, `chunk` tokens at a time; returns the scores (b, v) after its
+    last token."""
     for start in range(0, tokens.shape[1] - chunk, chunk):
         model.decoder.forward(tokens[:, start : start + chunk], cache, "none")
     last = (tokens.shape[1] - 1) // chunk * chunk
@@ -163,7 +173,8 @@ class _Row:
         self.matcher = StopMatcher(settings.stop)
 
     def step(self, logits: Array, room: int) -> tuple[int, str]:
-        """Choose the next token; returns it and the text that is ready. room: tokens the context can still take."""
+        """Choose the next token; returns it and the text that is ready. room: tokens the context can still
+        take."""
         result = self.result
         if len(result.tokens) >= self.settings.max_new_tokens:
             return -1, self._finish("length")
@@ -222,7 +233,9 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
         raise InputError("the prompt is empty: give at least one token")
     if all(isinstance(item, (int, np.integer)) for item in items):
         return [[int(item) for item in items]], True
-    rows = [encode(model, item) if isinstance(item, str) else [int(token) for token in item] for item in items]
+    rows = [
+        encode(model, item) if isinstance(item, str) else [int(token) for token in item] for item in items
+    ]
     if not all(rows):
         raise InputError(f"prompt {next(i for i, row in enumerate(rows) if not row)} of the batch is empty")
     return rows, False
@@ -231,7 +244,9 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
 def encode(model: Model, text: str) -> list[int]:
     """The prompt's token ids, special tokens added as the tokenizer is configured to."""
     if model.tokenizer is None:
-        raise InputError(f"{model.source}: has no tokenizer; give token ids instead of text (--tokens FILE.npy)")
+        raise InputError(
+            f"{model.source}: has no tokenizer; give token ids instead of text (--tokens FILE.npy)"
+        )
     tokens = model.tokenizer.encode(text)
     if not tokens:
         raise InputError("the prompt is empty: give at least one character")

@@ -16,7 +16,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 takes the best one (greedy); 0 and 1 switch the filters off."""
+    """How the next token is drawn. temperature 0 takes the best one (greedy); 0 and 1 switch the filters
+    off."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -35,7 +36,9 @@ class Sampling:
         ranges = {"top_p": "from 0 to 1", "min_p": "from 0 to 1", "repetition_penalty": "above 0"}
         for name, fits in bounds.items():
             if not (fits and np.isfinite(getattr(self, name))):
-                raise InputError(f"{name} is {getattr(self, name)}: it must be {ranges.get(name, '0 or more')}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: it must be {ranges.get(name, '0 or more')}"
+                )
 
     @staticmethod
     def from_generation_config(settings: Mapping[str, Any] | None, **given: Any) -> Sampling:
@@ -54,7 +57,8 @@ class Sampling:
         if self.temperature == 0:
             return int(np.argmax(self._penalized(logits, history)))
         p = self.probabilities(logits, history)
-        # Inverting the cumulative sum in float64 draws exactly these probabilities and never a token of probability 0.
+        # Inverting the cumulative sum in float64 draws exactly these probabilities and never a token of
+        # probability 0.
         cumulative = np.cumsum(p, dtype=np.float64)
         return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
@@ -84,7 +88,8 @@ class Sampling:
         return kept / kept.sum()
 
     def _penalized(self, logits: Array, history: Sequence[int]) -> Array:
-        """Scores of tokens that occurred: divided by the penalty if positive, multiplied if negative (CTRL, 2019)."""
+        """Scores of tokens that occurred: divided by the penalty if positive, multiplied if negative (CTRL,
+        2019)."""
         if self.repetition_penalty == 1 or not len(history):
             return logits
         scores = logits.copy()

@@ -42,10 +42,16 @@ class Budget:
 
 
 class LazyTensor(Leaf):
-    """A tensor of a file, viewed as `shape`; read(None) gives all of it, read(rows) these rows of its first axis."""
+    """A tensor of a file, viewed as `shape`; read(None) gives all of it, read(rows) these rows of its first
+    axis."""
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], dtype: Any, read: Callable[[Array | None], Array], budget: Budget
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        read: Callable[[Array | None], Array],
+        budget: Budget,
     ) -> None:
         self.name, self.shape, self.dtype = name, shape, np.dtype(dtype)
         self._read, self._budget = read, budget

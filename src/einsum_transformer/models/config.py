@@ -1,4 +1,5 @@
-"""ModelConfig: everything that decides a model's shapes and arithmetic, with the names of Hugging Face's configs."""
+"""ModelConfig: everything that decides a model's shapes and arithmetic, with the names of Hugging Face's
+configs."""
 
 from __future__ import annotations
 
@@ -50,22 +51,32 @@ class ModelConfig:
         for name in _SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-                raise ConfigError(f"config key {name!r} is {value!r}: it must be a whole number from 1 to {_LARGEST}")
+                raise ConfigError(
+                    f"config key {name!r} is {value!r}: it must be a whole number from 1 to {_LARGEST}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config keys disagree: num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"config key 'sliding_window' is {self.sliding_window}: it must be at least 1, or null")
+            raise ConfigError(
+                f"config key 'sliding_window' is {self.sliding_window}: it must be at least 1, or null"
+            )
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
             raise ConfigError(f"config key 'rms_norm_eps' is {self.rms_norm_eps}: it must be a number >= 0")
         if self.hidden_act not in ("silu", "swish"):
             raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; supported: silu")
         rotated = int(self.head_dim * self.rope.partial_rotary_factor)
         if rotated < 2 or rotated % 2:
-            raise ConfigError(f"head_dim {self.head_dim}: RoPE rotates {rotated} dimensions, an even number >= 2 is needed")
-        for name, tokens in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_id), ("pad", (self.pad_token_id,))):
+            raise ConfigError(
+                f"head_dim {self.head_dim}: RoPE rotates {rotated} dimensions, an even number >= 2 is needed"
+            )
+        for name, tokens in (
+            ("bos", (self.bos_token_id,)),
+            ("eos", self.eos_token_id),
+            ("pad", (self.pad_token_id,)),
+        ):
             for token in tokens:
                 if token is not None and not -1 <= token < _LARGEST:
                     raise ConfigError(f"config key '{name}_token_id' is {token}: no such token")

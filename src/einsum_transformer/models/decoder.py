@@ -1,4 +1,5 @@
-"""The decoder: tokens, embedding, blocks of (norm, attention, norm, feed-forward) with residuals, norm, head."""
+"""The decoder: tokens, embedding, blocks of (norm, attention, norm, feed-forward) with residuals, norm,
+head."""
 
 from __future__ import annotations
 
@@ -67,19 +68,21 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """All weights of a model. A gradient is another Decoder; `lm_head` is None where the embedding serves as the head."""
+    """All weights of a model. A gradient is another Decoder; `lm_head` is None where the embedding serves as
+    the head."""
 
     embed_tokens: Embedding
     layers: tuple[Block, ...]
     norm: RMSNorm
     lm_head: Head | None
-    rope: RopeConfig = static(default_factory=RopeConfig)
+    rope: RopeConfig = static(default_factory=RopeConfig)  # noqa: RUF009 (a field specifier)
     head_dim: int = static(default=64)
 
     def forward(
         self, tokens: Array, cache: KVCache | None = None, positions: str = "all", keep: bool = False
     ) -> tuple[Array, Any]:
-        """tokens (b, t) -> logits of "all" positions (b, t, v), of the "last" (b, 1, v), or of "none" (b, 0, v).
+        """tokens (b, t) -> logits of "all" positions (b, t, v), of the "last" (b, 1, v), or of "none" (b, 0,
+        v).
 
         cache: keys and values of earlier tokens, extended by these. keep: also return what `backward` needs.
         """
@@ -134,7 +137,8 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Where a weight stands and what shape it has: `stored` in a checkpoint, `shape` as the equations view it."""
+    """Where a weight stands and what shape it has: `stored` in a checkpoint, `shape` as the equations view
+    it."""
 
     path: str
     letters: str
@@ -148,7 +152,9 @@ def build(config: ModelConfig, leaf: Callable[[Weight], Any]) -> Decoder:
     def component(kind: Any, path: str, without: str = "", **settings: Any) -> Any:
         weights = {}
         for name, spec in _annotations(kind).items():
-            weights[name] = None if re.fullmatch(without, name) else leaf(_weight(f"{path}.{name}", spec, config.sizes))
+            weights[name] = (
+                None if re.fullmatch(without, name) else leaf(_weight(f"{path}.{name}", spec, config.sizes))
+            )
         return kind(**weights, **settings)
 
     def norm(path: str) -> RMSNorm:

@@ -66,14 +66,28 @@ class RunConfig:
         if self.use_moe:
             raise ConfigError(f"{self.source}: use_moe: arch {self.arch!r} has no mixture of experts")
         if self.arch not in ("llama", "mistral"):
-            raise ConfigError(f"{self.source}: arch {self.arch!r} is not supported; supported: llama, mistral")
+            raise ConfigError(
+                f"{self.source}: arch {self.arch!r} is not supported; supported: llama, mistral"
+            )
         if self.weight_dtype not in ("float32", "float64", "bfloat16", "float16"):
-            raise ConfigError(f"{self.source}: weight_dtype {self.weight_dtype!r}: float32, float64, bfloat16 or float16")
-        for name in ("d_model", "n_layers", "n_heads", "batch_size", "seq_len", "block_size", "max_new_tokens"):
+            raise ConfigError(
+                f"{self.source}: weight_dtype {self.weight_dtype!r}: float32, float64, bfloat16 or float16"
+            )
+        for name in (
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "batch_size",
+            "seq_len",
+            "block_size",
+            "max_new_tokens",
+        ):
             if not 1 <= getattr(self, name) <= 1 << 24:
                 raise ConfigError(f"{self.source}: {name} is {getattr(self, name)}, expected 1 or more")
         if not self.strict_load:
-            raise ConfigError(f"{self.source}: strict_load cannot be false: a tensor that is missing is always an error")
+            raise ConfigError(
+                f"{self.source}: strict_load cannot be false: a tensor that is missing is always an error"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -123,7 +137,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
-    """RunConfig from a JSON object: unknown keys and values of a wrong type are errors, `//` keys are comments."""
+    """RunConfig from a JSON object: unknown keys and values of a wrong type are errors, `//` keys are
+    comments."""
     fields = {field.name: field for field in dataclasses.fields(RunConfig) if field.name != "source"}
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -137,7 +152,11 @@ def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     """`key=value` pairs from the command line, the value in JSON or, where it is none, as text."""
-    raw = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "source"}
+    raw = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name != "source"
+    }
     raw["lora_target_modules"] = list(config.lora_target_modules)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -163,6 +182,11 @@ def _checked(key: str, value: Any, declared: str, source: str) -> Any:
     kinds = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
     if kind in kinds and isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool)):
         return value
-    names = {"tuple[str, ...]": "a list of names", "dict[str, Any]": "an object", "str": "text", "int": "a whole number"}
+    names = {
+        "tuple[str, ...]": "a list of names",
+        "dict[str, Any]": "an object",
+        "str": "text",
+        "int": "a whole number",
+    }
     wanted = names.get(kind, kind) + (" or null" if optional else "")
     raise ConfigError(f"{source}: key {key!r} is {value!r}, expected {wanted}")

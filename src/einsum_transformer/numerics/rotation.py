@@ -8,8 +8,8 @@ Array = np.ndarray
 def rotate(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
     """Rotate each pair (a, b) of the last axis: (a cos - b sin, b cos + a sin).
 
-    x: (..., h); cos, sin: broadcastable to (..., r/2) with r <= h rotated dimensions, the rest passes unchanged.
-    Pairs are (i, i + r/2), the layout of Hugging Face, or (2i, 2i + 1) if `interleaved`.
+    x: (..., h); cos, sin: broadcastable to (..., r/2) with r <= h rotated dimensions, the rest passes
+    unchanged. Pairs are (i, i + r/2), the layout of Hugging Face, or (2i, 2i + 1) if `interleaved`.
     The backward pass is the rotation by the opposite angle: rotate(dy, cos, -sin).
     """
     half = cos.shape[-1]

@@ -25,8 +25,8 @@ def log_softmax(x: Array) -> Array:
 def cross_entropy(logits: Array, targets: Array) -> tuple[float, tuple[Array, Array, int]]:
     """Mean of -log softmax(logits)[target] over the targets that are not IGNORE_INDEX.
 
-    logits: (..., v); targets: (...) ints. Returns the loss and what the backward needs. With no target at all the loss
-    is 0 and so is its gradient.
+    logits: (..., v); targets: (...) ints. Returns the loss and what the backward needs. With no target at all
+    the loss is 0 and so is its gradient.
     """
     log_p = log_softmax(logits)
     counted = targets != IGNORE_INDEX

@@ -1,8 +1,8 @@
 """The limits of one chat-template rendering: a deadline, and the sizes of the values a template makes.
 
-A trace function ends a rendering that runs too long, which works because jinja2 compiles templates to Python. It
-cannot interrupt one long operation of the interpreter ('a' * 10**9), so the size of every value is estimated
-before a template makes it, and checked afterwards.
+A trace function ends a rendering that runs too long, which works because jinja2 compiles templates to Python.
+It cannot interrupt one long operation of the interpreter ('a' * 10**9), so the size of every value is
+estimated before a template makes it, and checked afterwards.
 """
 
 import math
@@ -137,7 +137,10 @@ def _percent_size(text: Any, values: Any) -> float:
 
 def _braces_size(text: str, *args: Any, **kwargs: Any) -> float:
     values = [*args, *kwargs.values()]
+    text = text.replace("{{", "").replace("}}", "")
     fields = re.findall(r"\{([^{}]*)", text)
+    if any("." in field.partition(":")[0] or "[" in field for field in fields):
+        raise InputError("chat template: a format field that looks into its argument is not supported")
     widths: list[Any] = re.findall(r"\d+", " ".join(fields))
     if re.search(r"\{[^{}]*\{", text):
         widths += values

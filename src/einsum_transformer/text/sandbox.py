@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import lru_cache, wraps
 from typing import Any
 
-from jinja2 import Template, filters, nodes, pass_environment, pass_eval_context, utils
+from jinja2 import Template, filters, nodes, pass_context, pass_environment, pass_eval_context, utils
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
@@ -31,8 +31,9 @@ from einsum_transformer.text.bounds import (
 
 MAX_SOURCE = 200_000  # characters; the longest published templates have about a tenth of that
 WATCHED = frozenset({"<template>", __file__})  # jinja2 calls compiled templates "<template>"
-# HTML helpers that can run for hours on one hostile string.
-_LEFT_OUT = ("striptags", "urlize", "wordwrap")
+# Filters and methods that can run for hours on one hostile string, or make bytes; none has a use in a prompt.
+_REFUSED = frozenset({"striptags", "urlize", "wordwrap", "encode", "to_bytes"})
+_JINJA_ARGUMENTS = frozenset({"_loop_vars", "_block_vars"})  # which jinja2 adds to calls, and takes out again
 
 
 def _join(parts: Any) -> str:
@@ -91,14 +92,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         method = getattr(obj, "__wrapped__", obj)  # str.format arrives wrapped by the sandbox
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if name in ("encode", "to_bytes"):
-            raise SecurityError(f"{name} makes bytes, which have no place in a chat template")
+        if name in _REFUSED:
+            raise SecurityError(f"the method {name!r} is not supported")
         if isinstance(owner, str) and name in METHOD_SIZES:
             if name == "join":
                 args = tuple(list(parts) for parts in args)
-            named = {
-                key: value for key, value in kwargs.items() if not key.startswith("_")
-            }  # not jinja2's own
+            named = {key: kwargs[key] for key in kwargs.keys() - _JINJA_ARGUMENTS}
             METER.get().check(METHOD_SIZES[name](owner, *args, **named))
         return keep(super().call(context, obj, *args, **kwargs))
 
@@ -174,10 +173,18 @@ def _tojson(
     return _join(parts)
 
 
+@pass_context
+def _show(context: Context, value: Any) -> Any:
+    return show(value)  # it asks for the context, because jinja2 then leaves constants to be made at run time
+
+
+def _picker(environment: Any, attribute: str | int | None) -> Callable[[Any], Any]:
+    return (lambda value: value) if attribute is None else filters.make_attrgetter(environment, attribute)
+
+
 @pass_environment
 def _sum(environment: Any, values: Any, attribute: str | int | None = None, start: Any = 0) -> Any:
-    pick = (lambda value: value) if attribute is None else filters.make_attrgetter(environment, attribute)
-    total = start
+    pick, total = _picker(environment, attribute), start
     for value in values:
         total = keep(total + pick(value))
     return total
@@ -185,9 +192,10 @@ def _sum(environment: Any, values: Any, attribute: str | int | None = None, star
 
 @pass_eval_context
 def _join_filter(context: Any, value: Any, d: str = "", attribute: str | int | None = None) -> str:
-    values = keep(list(value))
+    pick = _picker(context.environment, attribute)
+    values = keep([pick(item) for item in value])
     METER.get().check(len(values) * len(str(d)) + weigh(values))
-    return filters.sync_do_join(context, values, d, attribute)
+    return filters.sync_do_join(context, values, d)
 
 
 def _bound_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,14 +217,13 @@ def environment() -> ChatEnvironment:
     made = ChatEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=show,
+        finalize=_show,
+        optimized=False,
         extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
     )
     made.filters.update(tojson=_tojson, sum=_sum, join=_join_filter)
     made.filters = {
-        name: _bound_filter(name, function)
-        for name, function in made.filters.items()
-        if name not in _LEFT_OUT
+        name: _bound_filter(name, function) for name, function in made.filters.items() if name not in _REFUSED
     }
     del made.globals["lipsum"]
     made.globals.update(

@@ -1,4 +1,5 @@
-"""What a family declares: how to read its configs and what its tensors are called. Data and small maps, no maths."""
+"""What a family declares: how to read its configs and what its tensors are called. Data and small maps, no
+maths."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Family:
     """Pattern of checkpoint tensors that hold no weight (buffers that old versions saved)."""
 
     def checkpoint_name(self, path: str) -> str:
-        """`layers.0.self_attn.q_proj` -> `model.layers.0.self_attn.q_proj.weight`; `..._bias` -> `..._proj.bias`."""
+        """`layers.0.self_attn.q_proj` -> `model.layers.0.self_attn.q_proj.weight`; `..._bias` ->
+        `..._proj.bias`."""
         for pattern, name in self.renamed.items():
             if re.fullmatch(pattern, path):
                 return re.sub(pattern, name, path)
@@ -56,7 +58,8 @@ class Family:
 
 
 def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) -> RopeConfig:
-    """RopeConfig from `rope_parameters` (v5) or `rope_theta` + `rope_scaling` with `type` or `rope_type` (v4)."""
+    """RopeConfig from `rope_parameters` (v5) or `rope_theta` + `rope_scaling` with `type` or `rope_type`
+    (v4)."""
     theta = keys.get("rope_theta", float, default_theta)
     partial = keys.get("partial_rotary_factor", float, 1.0)
     both = [keys.get(name, dict, None) for name in ("rope_parameters", "rope_scaling")]
@@ -94,7 +97,9 @@ def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) ->
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """The keys `rope_theta` and `rope_scaling`, which every version of transformers reads."""
     if rope.frequency_factors is not None:
-        raise ConfigError("this GGUF's rope_freqs follow no known rope_type, so a config.json cannot say them")
+        raise ConfigError(
+            "this GGUF's rope_freqs follow no known rope_type, so a config.json cannot say them"
+        )
     written: dict[str, Any] = {"rope_theta": rope.rope_theta}
     if rope.partial_rotary_factor != 1:
         written["partial_rotary_factor"] = rope.partial_rotary_factor

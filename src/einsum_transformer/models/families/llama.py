@@ -98,7 +98,7 @@ def read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     every = Keys(metadata, keys.source)
     eos = every.get("tokenizer.ggml.eos_token_id", int, None)
     head_dim = keys.get("attention.key_length", int, hidden // max(heads, 1))
-    kind = {"none": "default"}.get(scaling := keys.get("rope.scaling.type", str, "none"), scaling)
+    scaling = keys.get("rope.scaling.type", str, "none")
     return ModelConfig(
         model_type="llama",
         vocab_size=keys.get("vocab_size", int, len(vocabulary) if vocabulary is not None else ...),
@@ -112,7 +112,7 @@ def read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=keys.get("attention.layer_norm_rms_epsilon", float),
         rope=RopeConfig(
             rope_theta=keys.get("rope.freq_base", float, 10000.0),
-            rope_type=kind,
+            rope_type="default" if scaling == "none" else scaling,
             factor=keys.get("rope.scaling.factor", float, 1.0),
             original_max_position_embeddings=keys.get("rope.scaling.original_context_length", int, context),
             partial_rotary_factor=keys.get("rope.dimension_count", int, head_dim) / max(head_dim, 1),

@@ -1,4 +1,5 @@
-"""mistral: Mistral 7B, Nemo and all others with model_type "mistral": llama with a sliding window and no biases."""
+"""mistral: Mistral 7B, Nemo and all others with model_type "mistral": llama with a sliding window and no
+biases."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families.family import Family
-from einsum_transformer.models.families.llama import GGUF_NAMES, GGUF_PERMUTED, read_gguf, read_shared, write_shared
+from einsum_transformer.models.families.llama import (
+    GGUF_NAMES,
+    GGUF_PERMUTED,
+    read_gguf,
+    read_shared,
+    write_shared,
+)
 
 
 def _read(keys: Keys) -> ModelConfig:
