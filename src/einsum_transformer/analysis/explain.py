@@ -15,6 +15,7 @@ import numpy as np
 
 from einsum_transformer.analysis.report import quantity
 from einsum_transformer.checkpoint import Model, read_config, weights_of
+from einsum_transformer.components.embedding import Embedding
 from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, einsum, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
@@ -24,7 +25,9 @@ from einsum_transformer.models.decoder import Decoder, Weight, build
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.tree import tree_map
 
-NOT_COUNTED = "Look-ups and elementwise work (embedding rows, softmax, RoPE, SiLU, residuals) are not counted as FLOPs."
+NOT_COUNTED = (
+    "Look-ups and elementwise work (embedding rows, softmax, RoPE, SiLU, residuals) are not counted as FLOPs."
+)
 _DTYPE = np.dtype(np.float32)
 _WIDTH = 100
 
@@ -131,8 +134,9 @@ def explain(
     config = _config(source, offline)
     decoder = build(config, _stand_in)
     blocks, members = _distinct(decoder)
+    program = replace(decoder, layers=blocks, embed_tokens=_DryEmbedding(decoder.embed_tokens.weight))
     with Recorder(events_wanted=True) as recorder, _one_thread():
-        _dry_run(replace(decoder, layers=blocks), batch, tokens, backward)
+        _dry_run(program, batch, tokens, backward)
     parameters = sum(prod(weight.stored) for weight in weights_of(config))
     return Program(config, batch, tokens, backward, parameters, tuple(_steps(recorder.events, members)))
 
@@ -159,6 +163,15 @@ class _DryWeight(Leaf):
     def weight_grad(self, equation: str, dy: Any, x: Any) -> Any:
         with phase(_WeightName(f"d{self.name}")):
             return einsum(equation, dy, x)
+
+
+class _DryEmbedding(Embedding):
+    """An embedding whose gradient is a shape: adding up rows is no equation."""
+
+    __slots__ = ()
+
+    def backward(self, dy: Any, saved: Any) -> Embedding:
+        return Embedding(ShapeArray(self.weight.shape, dy.dtype))
 
 
 class _WeightName(str):
@@ -210,10 +223,18 @@ def _steps(events: list[Event], members: list[tuple[int, ...]]) -> Iterator[Step
             alike.setdefault((event.path, event.equation), []).append(event)
         for (path, equation), calls in alike.items():
             named = isinstance(path[-1], _WeightName)
-            yield _step(path[:-1] if named else path, str(path[-1]), equation, calls, () if layer is None else members[layer])
+            yield _step(
+                path[:-1] if named else path,
+                str(path[-1]),
+                equation,
+                calls,
+                () if layer is None else members[layer],
+            )
 
 
-def _step(path: tuple[str, ...], role: str, equation: str, calls: list[Event], layers: tuple[int, ...]) -> Step:
+def _step(
+    path: tuple[str, ...], role: str, equation: str, calls: list[Event], layers: tuple[int, ...]
+) -> Step:
     parsed, item = Equation.parse(equation), np.dtype(calls[0].dtype).itemsize
     written = sum(item * prod(parsed.output_shape(call.sizes)) for call in calls)
     return Step(
@@ -231,7 +252,14 @@ def _step(path: tuple[str, ...], role: str, equation: str, calls: list[Event], l
 
 
 def _model_summary(config: ModelConfig) -> dict[str, Any]:
-    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
     names += ("intermediate_size", "vocab_size", "tie_word_embeddings", "sliding_window", "attention_block")
     return {name: getattr(config, name) for name in names}
 
@@ -246,7 +274,9 @@ def _heading(program: Program) -> list[str]:
     )
     size = quantity(_DTYPE.itemsize * program.parameters, "B")
     run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); batch {program.batch}, {program.tokens} tokens"
-    legend = ", ".join(f"{letter} {LEGEND.get(letter, '?')} = {size}" for letter, size in program.letters().items())
+    legend = ", ".join(
+        f"{letter} {LEGEND.get(letter, '?')} = {size}" for letter, size in program.letters().items()
+    )
     return [*textwrap.wrap(shape, _WIDTH), run, "", *textwrap.wrap(legend, _WIDTH)]
 
 

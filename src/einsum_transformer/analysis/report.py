@@ -173,7 +173,9 @@ def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
             samples[("stage",)].append(own)
             continue
         place = _place(key)
-        for line in {place[:depth] for depth in range(1, len(place) + 1)} | ({_LOADS} if _is_layer_load(place) else set()):
+        for line in {place[:depth] for depth in range(1, len(place) + 1)} | (
+            {_LOADS} if _is_layer_load(place) else set()
+        ):
             pending[line] += own
         if len(key) == 1:
             for line in list(pending):
@@ -201,7 +203,9 @@ def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
     """The stages, then the tree of lines; a line with nothing inside but its own seconds is one line."""
     keys = {*samples, *_SKELETON} - {(stage,) for stage in _STAGES}
     for key in list(keys):
-        if key[-1] == OWN and not any(other[:-1] == key[:-1] and other != key for other in keys if len(other) > 1):
+        if key[-1] == OWN and not any(
+            other[:-1] == key[:-1] and other != key for other in keys if len(other) > 1
+        ):
             keys.discard(key)
     for stage in _STAGES:
         yield _row(stage, 0, False, samples.get((stage,), []), seconds)

@@ -19,7 +19,7 @@ from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-Saved = tuple[Array, Array, Array, Array, Array, Array, "Mask"]
+Saved = tuple[Array, Array, Array, Array, Array, Array, Array, "Mask"]
 
 TILE_BYTES = 1 << 20
 """Scores of a tile, so that they stay in a core's second-level cache between the two products."""
@@ -119,51 +119,50 @@ class Attention:
                 v += self.v_bias
         with phase("rope"):
             q, k = rotation.forward(q), rotation.forward(k)
+            q *= np.asarray(self.scale, q.dtype)
         index = queries
         if cache is not None:
             with phase("cache"):
                 k, v, index = cache.append(k, v)
         mask = Mask(queries, index, self.window, pads)
-        mixed, lse = self._mix(q, k, v, mask)
+        mixed, sums, shifts = self._mix(q, k, v, mask)
         with phase("output"):
             y = einsum("btkgh,dkgh->btd", mixed, self.o_proj)
             if self.o_bias is not None:
                 y += self.o_bias
-        return y, (x, q, k, v, mixed, lse, mask)
+        return y, (x, q, k, v, mixed, sums, shifts, mask)
 
-    def _mix(self, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
-        """(softmax(scores) v, log of each row's softmax sum), tile by tile."""
-        mixed = np.empty_like(q)
-        lse = np.empty_like(q[..., 0])
-        q = q * np.asarray(self.scale, q.dtype)
+    def _mix(self, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array, Array]:
+        """softmax(scores) v, tile by tile, with each row's softmax sum and the shift of its exponents (b, t,
+        k, g)."""
+        mixed, sums, shifts = np.empty_like(q), np.empty_like(q[..., 0]), np.zeros_like(q[..., 0])
 
         def tile(block: slice, keys: slice, hidden: Hidden, heads: tuple[slice, slice]) -> None:
-            here = (slice(None), block, *heads)
+            here, there = (slice(None), block, *heads), (slice(None), keys, heads[0])
             with phase("scores"):
-                qb, kb = q[here], k[:, keys, heads[0]]
-                p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden)
+                p = hide(einsum("btkgh,bskh->bkgts", q[here], k[there]), hidden)
                 total = exponentials(p)
                 if total is None:
-                    p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden)
-                    total = shifted_exponentials(p, lse[here])
-                else:
-                    lse[here] = np.log(total).transpose(0, 3, 1, 2)
+                    p = hide(einsum("btkgh,bskh->bkgts", q[here], k[there]), hidden)
+                    total, shift = shifted_exponentials(p)
+                    shifts[here] = shift.transpose(0, 3, 1, 2)
+                total = sums[here] = total.transpose(0, 3, 1, 2)
             with phase("mix"):
-                part = einsum("bkgts,bskh->btkgh", p, v[:, keys, heads[0]])
-                np.divide(part, total.transpose(0, 3, 1, 2)[..., None], out=mixed[here])
+                part = einsum("bkgts,bskh->btkgh", p, v[there])
+                np.divide(part, total[..., None], out=mixed[here])
 
-        # A tile of the size of a core's cache on each thread beats the threads of BLAS, from about a
-        # millisecond on.
+        # Tiles of a cache's size, one a thread, beat the threads of BLAS from about a millisecond on.
         for_each(tile, tiles(q, mask, self.query_block), coarse=q[..., 0].size * k.shape[1] >= 1 << 20)
-        return mixed, lse
+        return mixed, sums, shifts
 
     def backward(self, dy: Array, saved: Saved, rotation: Rotation) -> tuple[Array, Attention]:
-        x, q, k, v, mixed, lse, mask = saved
+        x, q, k, v, mixed, sums, shifts, mask = saved
         # y = einsum("btkgh,dkgh->btd", mixed, o_proj)
         dmixed = einsum("btd,dkgh->btkgh", dy, self.o_proj)
         do_proj = weight_grad("btd,btkgh->dkgh", dy, mixed, self.o_proj)
-        dq, dk, dv = self._mix_backward(dmixed, q, k, v, mixed, lse, mask)
-        # q, k = rotation(q), rotation(k)
+        dq, dk, dv = self._mix_backward(dmixed, q, k, v, mixed, np.log(sums) + shifts, mask)
+        # q, k = rotation(q) * scale, rotation(k)
+        dq *= np.asarray(self.scale, q.dtype)
         dq, dk = rotation.backward(dq), rotation.backward(dk)
         # q, k, v = einsum("btd,kghd->btkgh", x, q_proj), einsum("btd,khd->btkh", x, k_proj / v_proj)
         dx = einsum("btkgh,kghd->btd", dq, self.q_proj)
@@ -187,13 +186,12 @@ class Attention:
         self, dmixed: Array, q: Array, k: Array, v: Array, mixed: Array, lse: Array, mask: Mask
     ) -> tuple[Array, Array, Array]:
         dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
-        scale = np.asarray(self.scale, q.dtype)
         # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         along = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
         for block, keys, hidden, heads in tiles(q, mask, self.query_block):
             here, there = (slice(None), block, *heads), (slice(None), keys, heads[0])
-            qb, kb, vb, db = q[here] * scale, k[there], v[there], dmixed[here]
-            # p = softmax(einsum("btkgh,bskh->bkgts", q * scale, k) + mask)
+            qb, kb, vb, db = q[here], k[there], v[there], dmixed[here]
+            # p = softmax(einsum("btkgh,bskh->bkgts", q, k) + mask)
             p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden)
             p -= lse[here].transpose(0, 2, 3, 1)[..., None]
             np.exp(p, out=p)
@@ -202,10 +200,9 @@ class Attention:
             dscores = einsum("btkgh,bskh->bkgts", db, vb)
             dscores -= along[:, heads[0], heads[1], block, None]
             dscores *= p
-            # scores = einsum("btkgh,bskh->bkgts", q * scale, k)
+            # scores = einsum("btkgh,bskh->bkgts", q, k)
             dq[here] = einsum("bkgts,bskh->btkgh", dscores, kb)
             dk[there] += einsum("bkgts,btkgh->bskh", dscores, qb)
-        dq *= scale
         return dq, dk, dv
 
 
@@ -249,17 +246,15 @@ def exponentials(scores: Array) -> Array | None:
     with np.errstate(over="ignore"):
         np.exp(scores, out=scores)
         total = einsum("bkgts,s->bkgt", scores, np.ones(scores.shape[-1], scores.dtype))
-    if not (total.min() >= 1e-30 and total.max() <= 1e30):
-        return None
-    return total
+    # NaN fails the comparison too.
+    in_range = np.minimum.reduce(total, axis=None) >= 1e-30 and np.maximum.reduce(total, axis=None) <= 1e30
+    return total if in_range else None
 
 
-def shifted_exponentials(scores: Array, lse: Array) -> Array:
-    """exp(scores - max) in place; returns the sums (b, k, g, t) and writes log(sum) + max to lse (b, t, k,
-    g).
+def shifted_exponentials(scores: Array) -> tuple[Array, Array]:
+    """exp(scores - max) in place; returns the sums and the shifts max, both (b, k, g, t).
 
-    A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted
-    instead.
+    A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted.
     """
     top = scores.max(axis=-1)
     np.maximum(top, np.finfo(scores.dtype).min, out=top)
@@ -267,5 +262,4 @@ def shifted_exponentials(scores: Array, lse: Array) -> Array:
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1)
     np.maximum(total, np.finfo(scores.dtype).tiny, out=total)
-    lse[...] = (np.log(total) + top).transpose(0, 3, 1, 2)
-    return total
+    return total, top

@@ -22,11 +22,7 @@ class RMSNorm:
     eps: float = static(default=1e-5)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
-        rstd = einsum("btd,btd->bt", x, x)
-        rstd /= x.shape[-1]
-        rstd += self.eps
-        np.sqrt(rstd, out=rstd)
-        np.reciprocal(rstd, out=rstd)
+        rstd = 1 / np.sqrt(einsum("btd,btd->bt", x, x) / x.shape[-1] + self.eps)
         y = einsum("btd,bt->btd", x, rstd)
         y *= self.weight
         return y, (x, rstd)

@@ -63,7 +63,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The cosines and sines of a forward pass, (b, t, r/2), in the memory layout of activations."""
+    """The angles of a forward pass: cos (b, t, r/2) and sin (b, t, 2, r/2) = (-sin, sin), see `rotate`."""
 
     cos: Array
     sin: Array
@@ -71,11 +71,17 @@ class Rotation:
 
     def forward(self, x: Array) -> Array:
         """x: (b, t, heads..., h) -> the same, each pair rotated by its position's angle."""
-        return rotate(x, _over_heads(self.cos, x.ndim), _over_heads(self.sin, x.ndim), self.interleaved)
+        cos, sin = self._over_heads(x.ndim - 3)
+        return rotate(x, cos, sin, self.interleaved)
 
     def backward(self, dy: Array) -> Array:
         # A rotation's transpose is the rotation back.
-        return rotate(dy, _over_heads(self.cos, dy.ndim), _over_heads(-self.sin, dy.ndim), self.interleaved)
+        cos, sin = self._over_heads(dy.ndim - 3)
+        return rotate(dy, cos, -sin, self.interleaved)
+
+    def _over_heads(self, heads: int) -> tuple[Array, Array]:
+        index = (slice(None), slice(None), *(None,) * heads)
+        return self.cos[index], self.sin[index]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tuple[Array, float]:
@@ -154,10 +160,8 @@ def rotation(
     inv_freq, factor = inverse_frequencies(rope, head_dim, length)
     # Built pair-major, so that positions are innermost in memory like those of every activation.
     angles = inv_freq[:, None, None] * positions[None].astype(np.float64)
-    tables = (np.moveaxis((trig(angles) * factor).astype(dtype), 0, -1) for trig in (np.cos, np.sin))
-    return Rotation(*tables, interleaved)
-
-
-def _over_heads(table: Array, ndim: int) -> Array:
-    """(b, t, r/2) -> (b, t, 1..., r/2)."""
-    return table.reshape(*table.shape[:2], *(1,) * (ndim - 3), table.shape[2])
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+    pair_major = cos.astype(dtype), np.stack([-sin, sin]).astype(dtype)
+    return Rotation(
+        np.moveaxis(pair_major[0], 0, -1), np.moveaxis(pair_major[1], (0, 1), (-2, -1)), interleaved
+    )

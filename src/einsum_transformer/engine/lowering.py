@@ -158,22 +158,31 @@ def _elementwise(output: str, left: Operand, right: Operand) -> Plan:
     """Nothing is summed: one broadcast multiplication."""
     view_left, view_right = _broadcast_view(output, left), _broadcast_view(output, right)
 
-    def run(a: Array, b: Array) -> Array:
-        return np.asarray(np.multiply(view_left(a), view_right(b)))
+    if not output:
+        # The product of two scalars is a scalar in NumPy; an einsum always answers with an array.
+        return Plan(lambda a, b: np.asarray(np.multiply(a, b)), "multiply")
+    if view_left is None and view_right is not None:
+        return Plan(lambda a, b: np.multiply(a, view_right(b)), "multiply")
+    left, right = view_left or _same, view_right or _same
+    return Plan(lambda a, b: np.multiply(left(a), right(b)), "multiply")
 
-    return Plan(run, "multiply")
 
-
-def _broadcast_view(output: str, operand: Operand) -> Run:
+def _broadcast_view(output: str, operand: Operand) -> Run | None:
     letters = [letter for letter in output if letter in operand.term]
     permutation = tuple(operand.term.index(letter) for letter in letters)
     index = tuple(slice(None) if letter in operand.term else None for letter in output)
+    if permutation == tuple(range(len(operand.term))):
+        return None if len(permutation) == len(output) else lambda a: a[index]
     return lambda a: a.transpose(permutation)[index]
 
 
 def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
     """Every kept letter is a batch letter: many short dot products, which NumPy's own einsum loop does
     best."""
+    shape = tuple(left.size(letter) for letter in output)
+    inner = [[letter for letter in operand.term if letter not in output] for operand in (left, right)]
+    if math.prod(shape) == 1 and inner[0] == inner[1]:
+        return Plan(lambda a, b: np.asarray(np.dot(a.ravel(), b.ravel())).reshape(shape), "dot")
     rename = {
         letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(left.term + right.term + output))
     }

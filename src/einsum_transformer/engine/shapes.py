@@ -59,6 +59,10 @@ class ShapeArray(NDArrayOperatorsMixin):
             raise ValueError(f"the truth value of an array of shape {self.shape} is ambiguous")
         return True
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Without this, np.asarray would walk the shape item by item, for hours.
+        raise TypeError(f"an array of shape {self.shape} in a dry run has no numbers")
+
     def __getitem__(self, index: Any) -> ShapeArray:
         return ShapeArray(self.dummy[index].shape, self.dtype)
 
@@ -93,8 +97,6 @@ class ShapeArray(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         if options.get("out"):
             return options["out"][0]
-        if method == "at":
-            return None  # in place, on the first operand
         if method == "reduce":
             shape = _reduced(np.shape(inputs[0]), options.get("axis", 0), options.get("keepdims", False))
             return ShapeArray(shape, inputs[0].dtype)
@@ -144,6 +146,5 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.take: _take,
     np.shape: lambda a: a.shape,
     np.ndim: lambda a: a.ndim,
-    np.ascontiguousarray: lambda a: a,
     np.broadcast_to: lambda a, shape: ShapeArray(shape, a.dtype),
 }
