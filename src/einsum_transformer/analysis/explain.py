@@ -26,7 +26,7 @@ from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.tree import tree_map
 
 NOT_COUNTED = (
-    "Look-ups and elementwise work (embedding rows, softmax, RoPE, SiLU, residuals) are not counted as FLOPs."
+    "Look-ups and elementwise work (embedding, softmax, RoPE, activations, residuals) are not counted as FLOPs."
 )
 _DTYPE = np.dtype(np.float32)
 _WIDTH = 100
@@ -113,7 +113,7 @@ class Program:
             lines += [*_listing(direction, steps), ""]
         for direction in self._directions():
             lines.append(_total_line(direction, self.totals(direction)))
-        return "\n".join([*lines, NOT_COUNTED])
+        return "\n".join([*lines, *textwrap.wrap(NOT_COUNTED, _WIDTH)])
 
 
 def explain(
@@ -275,13 +275,13 @@ def _heading(program: Program) -> list[str]:
     size = quantity(_DTYPE.itemsize * program.parameters, "B")
     run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); batch {program.batch}, {program.tokens} tokens"
     legend = ", ".join(
-        f"{letter} {LEGEND.get(letter, '?')} = {size}" for letter, size in program.letters().items()
+        f"{letter} = {size} {LEGEND.get(letter, '')}" for letter, size in program.letters().items()
     )
     return [*textwrap.wrap(shape, _WIDTH), run, "", *textwrap.wrap(legend, _WIDTH)]
 
 
-_COLUMNS = "{:<14}{:<21}{:>6}{:>9}{:>9}{:>9}  {}"
-_LOWERING_WIDTH = _WIDTH - 70
+_COLUMNS = "{:<16}{:<19}{:>6}{:>9}{:>9}{:>9}  {}"
+_LOWERING_COLUMN = 70
 
 
 def _listing(direction: str, steps: list[Step]) -> Iterator[str]:
@@ -292,28 +292,32 @@ def _listing(direction: str, steps: list[Step]) -> Iterator[str]:
         if inside:
             yield f"{_layer_names(layers)}:"
         for path, rows in groupby(own, key=lambda step: step.path[: 3 if inside else 2]):
-            yield f"{'  ' * inside}{path[-1]}"
-            for step in rows:
-                yield from _row(step, "  " * (1 + inside))
+            heading = f"{'  ' * inside}{path[-1]}"
+            named = [("" if step.role == path[-1] else step.role, step) for step in rows]
+            if any(role for role, _ in named):
+                yield heading
+                heading = ""
+            for role, step in named:
+                yield from _row(heading or f"{'  ' * (1 + inside)}{role}", step)
+                heading = ""
 
 
-def _row(step: Step, indent: str) -> Iterator[str]:
-    role = "" if step.role == step.path[-1] and len(step.path) <= 3 else step.role
-    first, *more = textwrap.wrap(step.lowering, _LOWERING_WIDTH)
+def _row(label: str, step: Step) -> Iterator[str]:
+    first, *more = textwrap.wrap(step.lowering, _WIDTH - _LOWERING_COLUMN)
     amounts = [quantity(amount) for amount in (step.flops, step.bytes_read, step.bytes_written)]
     calls = f"x{step.calls}" if step.calls > 1 else ""
-    yield _COLUMNS.format(f"{indent}{role}", step.equation, calls, *amounts, first)
+    yield _COLUMNS.format(label, step.equation, calls, *amounts, first)
     for line in more:
-        yield f"{'':70}{line}"
+        yield " " * _LOWERING_COLUMN + line
 
 
 def _layer_names(layers: tuple[int, ...]) -> str:
-    """`layer 3`, `layers 0-29, each`, or `layers 0, 2, ... 24 (13), each`."""
+    """`layer 3`, `layers 0-29, each of 30`, or `layers 0, 2, ... 24, each of 13`."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
-    if layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]}-{layers[-1]} ({len(layers)}), each"
-    return f"layers {layers[0]}, {layers[1]}, ... {layers[-1]} ({len(layers)}), each"
+    consecutive = layers == tuple(range(layers[0], layers[-1] + 1))
+    names = f"{layers[0]}-{layers[-1]}" if consecutive else f"{layers[0]}, {layers[1]}, ... {layers[-1]}"
+    return f"layers {names}, each of {len(layers)}"
 
 
 def _total_line(direction: str, totals: dict[str, int]) -> str:

@@ -51,7 +51,7 @@ class LayerCache:
         """Forget everything from position `length` on; a ring that has wrapped has lost what lay before."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
-        if self.window is not None and self.length > self.window:
+        if self.window is not None and length < self.length > self.window:
             raise ValueError("a sliding-window cache that has wrapped cannot go back")
         self.length = length
 

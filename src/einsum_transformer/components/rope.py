@@ -44,30 +44,47 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
-            raise ConfigError(
-                f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-            )
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
         if any(not (math.isfinite(factor) and factor > 0) for factor in self.frequency_factors or ()):
             raise ConfigError("rope_freqs holds a factor that is not a positive number")
-        for name in ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+        for name in _POSITIVE:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"rope {name} is {value}: it must be a positive number")
+            # The bounds are far outside of any model's and keep every formula below inside of float64.
+            if value is not None and not 1e-9 <= value <= 1e12:
+                raise ConfigError(f"rope {name} is {value}: it must be a positive number of reasonable size")
         if not 0 < self.partial_rotary_factor <= 1:
-            raise ConfigError(
-                f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]"
-            )
+            raise ConfigError(f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ConfigError(f"rope rope_theta is {self.rope_theta}: yarn needs more than 1")
+
+
+_POSITIVE = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The angles of a forward pass: cos (b, t, r/2) and sin (b, t, 2, r/2) = (-sin, sin), see `rotate`."""
+    """The angles of a forward pass: cos (b, t, r/2) and signed_sin (b, t, 2, r/2) = (-sin, sin), see `rotate`."""
 
     cos: Array
-    sin: Array
+    signed_sin: Array
     interleaved: bool = False
+
+    @property
+    def sin(self) -> Array:
+        return self.signed_sin[..., 1, :]
 
     def forward(self, x: Array) -> Array:
         """x: (b, t, heads..., h) -> the same, each pair rotated by its position's angle."""
@@ -81,7 +98,7 @@ class Rotation:
 
     def _over_heads(self, heads: int) -> tuple[Array, Array]:
         index = (slice(None), slice(None), *(None,) * heads)
-        return self.cos[index], self.sin[index]
+        return self.cos[index], self.signed_sin[index]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tuple[Array, float]:
@@ -105,6 +122,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tup
     if rope.rope_type == "linear":
         return inv_freq / rope.factor, 1.0
     if rope.rope_type == "dynamic":
+        if r == 2:
+            raise ConfigError("rope_type 'dynamic' needs more than 2 rotated head dimensions")
         trained = rope.original_max_position_embeddings
         stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
         return (rope.rope_theta * stretch ** (r / (r - 2))) ** -exponent, 1.0
@@ -156,10 +175,12 @@ def rotation(
     rope: RopeConfig, head_dim: int, positions: Array, dtype: np.dtype, interleaved: bool = False
 ) -> Rotation:
     """The rotation of tokens at `positions` (b, t)."""
-    length = int(positions.max(initial=0)) + 1 if rope.rope_type == "dynamic" else 0
-    inv_freq, factor = inverse_frequencies(rope, head_dim, length)
+    # Each row of a batch has its own length, so that `dynamic` does not depend on the batch around it.
+    lengths = positions.max(axis=1) + 1 if rope.rope_type == "dynamic" else [0]
+    tables = [inverse_frequencies(rope, head_dim, int(length)) for length in lengths]
+    inv_freq, factor = np.stack([table for table, _ in tables], axis=1), tables[0][1]
     # Built pair-major, so that positions are innermost in memory like those of every activation.
-    angles = inv_freq[:, None, None] * positions[None].astype(np.float64)
+    angles = inv_freq[:, :, None] * positions[None].astype(np.float64)
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
     pair_major = cos.astype(dtype), np.stack([-sin, sin]).astype(dtype)
     return Rotation(

@@ -20,7 +20,7 @@ _LARGEST_FILE = 16 << 20
 class RunConfig:
     """Every key a config file may have, with its default. Lengths are in tokens; README.md explains each."""
 
-    arch: str = "llama"
+    arch: str
     d_model: int = 512
     n_layers: int = 8
     n_heads: int = 8

@@ -5,12 +5,12 @@ import numpy as np
 Array = np.ndarray
 
 
-def rotate(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array:
+def rotate(x: Array, cos: Array, signed_sin: Array, interleaved: bool = False) -> Array:
     """Rotate each pair (a, b) of the last axis: (a cos - b sin, b cos + a sin).
 
-    x: (..., h); cos: (..., r/2) and sin: (..., 2, r/2) = (-sin, sin), broadcastable over x's other axes, with r <= h
+    x: (..., h); cos: (..., r/2), signed_sin: (..., 2, r/2) = (-sin, sin), broadcastable over x's other axes, with r <= h
     rotated dimensions; the rest passes unchanged. Pairs are (i, i + r/2), the layout of Hugging Face, or
-    (2i, 2i + 1) if `interleaved`. The backward pass is the rotation by the opposite angle: rotate(dy, cos, -sin).
+    (2i, 2i + 1) if `interleaved`. The backward pass is the rotation by the opposite angle: rotate(dy, cos, -signed_sin).
     """
     half = cos.shape[-1]
     y = np.empty_like(x)
@@ -22,7 +22,7 @@ def rotate(x: Array, cos: Array, sin: Array, interleaved: bool = False) -> Array
     pairs, turned = _pairs(x_turned, half, interleaved), _pairs(y_turned, half, interleaved)
     np.multiply(pairs, cos[..., None, :], out=turned)
     # (b, a) * (-sin, sin): reading the pair axis backwards swaps its members without a copy.
-    turned += pairs[..., ::-1, :] * sin
+    turned += pairs[..., ::-1, :] * signed_sin
     return y
 
 

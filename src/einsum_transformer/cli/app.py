@@ -1,0 +1,84 @@
+"""The commands `einsum-transformer` and `etx`: sub-commands, exit codes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from einsum_transformer.cli.chat import chat
+from einsum_transformer.cli.explain import explain
+from einsum_transformer.cli.pull import pull
+from einsum_transformer.cli.run import run
+from einsum_transformer.errors import InputError
+
+_MISUSE, _INTERRUPTED = 2, 130
+
+# Its name and home differ between versions of typer, its place above BadParameter does not.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    sys.exit(_code_of(arguments or ["--help"]))
+
+
+def _code_of(arguments: Sequence[str]) -> int:
+    try:
+        # Outside of its standalone mode typer leaves errors to us and returns the code of an early exit.
+        code = get_command(_application()).main(list(arguments), prog_name="etx", standalone_mode=False)
+    except _UsageError as error:
+        message = str(error.format_message())  # type: ignore[attr-defined]
+    except InputError as error:
+        message = str(error)
+    except MemoryError as error:
+        message = f"not enough memory: {error}"
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        message = ": ".join(filter(None, [str(error.filename or ""), error.strerror or str(error)]))
+    except (typer.Abort, KeyboardInterrupt):
+        return _INTERRUPTED
+    else:
+        return code if isinstance(code, int) else 0
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return _MISUSE
+
+
+def _application() -> typer.Typer:
+    # Plain help: boxes take another 70 ms to import and wrap the examples.
+    application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    application.callback()(_etx)
+    for command in (run, chat, explain, pull):
+        application.command(command.__name__)(command)
+    return application
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from einsum_transformer import __version__
+
+        typer.echo(f"einsum-transformer {__version__}")
+        raise typer.Exit
+
+
+def _etx(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Transformer language models on a CPU in NumPy, where the einsum equation is the code that runs.
+
+    \b
+    etx run -p "The capital of France is" -n 8     continue a text, with a table of where the time went
+    etx chat                                       talk to the default model, SmolLM2-135M-Instruct
+    etx explain configs/llama.json --backward      the program of a model: equations, FLOPs, bytes
+    etx run --config configs/fast_lora.json        a model of random weights, described by a JSON file
+
+    Results go to stdout, all else to stderr. `etx COMMAND --help` shows the flags and more examples.
+    """

@@ -1,0 +1,39 @@
+"""`explain`: print the program of a model."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from typing import Annotated
+
+import typer
+
+from einsum_transformer.cli import options
+
+
+def explain(
+    model: options.Model = None,
+    model_flag: options.ModelFlag = None,
+    config: options.ConfigFlag = None,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", "-b", min=1, help="Rows.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 128,
+    backward: Annotated[bool, typer.Option("--backward", help="Also the gradient equations.")] = False,
+    assignments: options.Assignments = None,
+    offline: options.Offline = False,
+    json: options.Json = False,
+) -> None:
+    """Print a model's program: every equation with its FLOPs, its bytes, and the product it runs as.
+
+    The same Python that runs the model runs over arrays that have only a shape, so a config is enough and its size
+    does not matter.
+
+    \b
+    etx explain                                        the default model, 128 tokens
+    etx explain configs/llama.json --tokens 1          one step of decoding
+    etx explain config.json --backward                 also the gradients (config.json of a Hugging Face folder)
+    etx explain --config configs/fast_lora.json --set use_mqa=true --json
+    """
+    from einsum_transformer.analysis.explain import explain as dry_run
+
+    source = options.source_of(model, model_flag, config, assignments)
+    program = dry_run(source, batch, tokens, backward, offline)
+    options.write((jsonlib.dumps(program.to_dict()) if json else str(program)) + "\n")

@@ -1,0 +1,29 @@
+"""`pull`: fetch a model from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from typing import Annotated
+
+import typer
+
+from einsum_transformer.cli import options
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="A hub repository, owner/name, or smollm2-135m.")],
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    json: options.Json = False,
+) -> None:
+    """Fetch a model from the hub, unless it is here already, and print where it lies.
+
+    \b
+    etx pull HuggingFaceTB/SmolLM2-135M-Instruct
+    etx pull meta-llama/Llama-3.2-1B --revision main      (HF_TOKEN or `hf auth login` for gated models)
+    etx run $(etx pull HuggingFaceTB/SmolLM2-135M) -p "Once upon a time"
+    """
+    from einsum_transformer import hub
+
+    path = hub.default_model(offline) if repo.lower() == hub.DEFAULT_MODEL else hub.download(repo, revision, offline)
+    options.write(jsonlib.dumps({"repo": repo, "path": str(path)}) + "\n" if json else f"{path}\n")
