@@ -11,6 +11,7 @@ from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.models.config import Keys, ModelConfig, nearest
+from einsum_transformer.models.families import family_of
 from einsum_transformer.models.families.family import read_rope
 
 _LARGEST_FILE = 16 << 20
@@ -63,12 +64,9 @@ class RunConfig:
     source: str = "config"
 
     def __post_init__(self) -> None:
+        family_of(self.arch, self.source)
         if self.use_moe:
             raise ConfigError(f"{self.source}: use_moe: arch {self.arch!r} has no mixture of experts")
-        if self.arch not in ("llama", "mistral"):
-            raise ConfigError(
-                f"{self.source}: arch {self.arch!r} is not supported; supported: llama, mistral"
-            )
         if self.weight_dtype not in ("float32", "float64", "bfloat16", "float16"):
             raise ConfigError(
                 f"{self.source}: weight_dtype {self.weight_dtype!r}: float32, float64, bfloat16 or float16"
@@ -147,6 +145,8 @@ def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
         if key not in fields:
             raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, fields)}")
         values[key] = _checked(key, value, str(fields[key].type), source)
+    if "arch" not in values:
+        raise ConfigError(f"{source}: key 'arch' is missing")
     return RunConfig(**values, source=source)
 
 
