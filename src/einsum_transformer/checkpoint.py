@@ -366,7 +366,7 @@ class _Reader:
         self.budget = Budget(options.weight_budget or 0)
 
     def now(self, weight: Weight) -> Array:
-        return laid_out(self._read(weight.path), weight)
+        return self._read(weight, laid_out)
 
     def lazy(self, weight: Weight) -> Any:
         if len(weight.stored) == 1:
@@ -375,19 +375,21 @@ class _Reader:
 
         def read(rows: Array | None) -> Array:
             if rows is None or self.fixes[weight.path]:
-                return self._read(weight.path)
+                return self._read(weight, lambda array, weight: array)
             stored = self.tensors.read(name)[rows]
             return _computable(stored, self.dtype)
 
         return LazyTensor(name, weight.shape, self.dtype, read, self.budget)
 
-    def _read(self, path: str) -> Array:
-        stored = self.tensors.read(self.names[path])
+    def _read(self, weight: Weight, layout: Callable[[Array, Weight], Array]) -> Array:
+        name = self.names[weight.path]
+        stored = self.tensors.read(name)
         array = _computable(stored, self.dtype)
-        for fix in self.fixes[path]:
+        for fix in self.fixes[weight.path]:
             array = fix(array)
+        array = layout(array, weight)
         if not np.may_share_memory(array, stored):
-            self.tensors.release(self.names[path])
+            self.tensors.release(name)
         return array
 
 

@@ -28,7 +28,7 @@ def explain(
 
     \b
     etx explain                                        the default model, 128 tokens
-    etx explain configs/llama.json --tokens 1          one step of decoding
+    etx explain configs/llama.json --tokens 2048       a model of 3B, its attention in tiles
     etx explain config.json --backward                 also the gradients (config.json of a Hugging Face folder)
     etx explain --config configs/fast_lora.json --set use_mqa=true --json
     """

@@ -132,8 +132,8 @@ def _mkl_library() -> Any:
     found = [Path(str(file.locate())).resolve() for file in files if "mkl_rt" in file.name]
     if not found:
         return None
-    for runtime in sorted(found[0].parent.glob("*iomp5*")):
-        if runtime.suffix in (".so", ".dylib", ".dll"):
+    for name in ("libiomp5.so", "libiomp5.dylib", "libiomp5md.dll"):
+        if (runtime := found[0].parent / name).exists():
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
     try:
         return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)

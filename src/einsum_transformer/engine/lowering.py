@@ -99,7 +99,7 @@ def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtyp
     clean_left, left, note_left = _clean(left, equation.output + right.term, dtype)
     clean_right, right, note_right = _clean(right, equation.output + left.term, dtype)
     contracted = [letter for letter in left.term if letter in right.term and letter not in equation.output]
-    if not contracted:
+    if not contracted or (order != "F" and all(left.size(letter) == 1 for letter in contracted)):
         plan = _elementwise(equation.output, left, right)
     elif (
         any((letter in left.term) != (letter in right.term) for letter in equation.output)
@@ -155,7 +155,7 @@ def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def _elementwise(output: str, left: Operand, right: Operand) -> Plan:
-    """Nothing is summed: one broadcast multiplication."""
+    """Nothing is summed, or axes of size 1: one broadcast multiplication."""
     view_left, view_right = _broadcast_view(output, left), _broadcast_view(output, right)
 
     if not output:
@@ -171,6 +171,11 @@ def _broadcast_view(output: str, operand: Operand) -> Run | None:
     letters = [letter for letter in output if letter in operand.term]
     permutation = tuple(operand.term.index(letter) for letter in letters)
     index = tuple(slice(None) if letter in operand.term else None for letter in output)
+    summed = tuple(axis for axis, letter in enumerate(operand.term) if letter not in output)
+    if summed:
+        drop = tuple(0 if axis in summed else slice(None) for axis in range(len(operand.term)))
+        kept = tuple(sum(other not in summed for other in range(axis)) for axis in permutation)
+        return lambda a: a[drop].transpose(kept)[index]
     if permutation == tuple(range(len(operand.term))):
         return None if len(permutation) == len(output) else lambda a: a[index]
     return lambda a: a.transpose(permutation)[index]

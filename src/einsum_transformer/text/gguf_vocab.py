@@ -184,10 +184,10 @@ def _unigram(data: Metadata) -> GgufVocab:
     backend = Tokenizer(_built(data, lambda: Unigram(pieces, unknown, has_bytes)))
     before = []
     if data.has("precompiled_charsmap"):
-        charsmap = data.get("precompiled_charsmap", object, ())
-        before.append(
-            _built(data, lambda: normalizers.Precompiled(np.asarray(charsmap).astype(np.uint8).tobytes()))
-        )
+        numbers = data.get("precompiled_charsmap", object, None)
+        charsmap = _built(data, lambda: np.asarray(numbers).astype(np.uint8).tobytes())
+        check_charsmap(charsmap, f"{data.source}: tokenizer.ggml.precompiled_charsmap")
+        before.append(_built(data, lambda: normalizers.Precompiled(charsmap)))
     if data.get("remove_extra_whitespaces", bool, False):
         before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     _spaces_as_underscores(data, backend, before)
@@ -243,6 +243,16 @@ def _merges_from_scores(data: Metadata) -> list[tuple[str, str]]:
         for cut in range(len(token) - 1, 0, -1)
         if (left := token[:cut]) in ids and (right := token[cut:]) in ids
     ]
+
+
+def check_charsmap(charsmap: bytes, where: str) -> None:
+    """Check the length inside a sentencepiece character map, for which the library would reserve memory.
+
+    The map is a little-endian 32-bit length, that many bytes of 32-bit units, and texts ended by zeros.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    if size == 0 or size % 4 != 0 or size > len(charsmap) - 4:
+        raise InputError(f"{where}: {len(charsmap)} bytes cannot hold the {size} bytes it says it has")
 
 
 def checked(problem: str, run: Callable[[], T]) -> T:

@@ -1,6 +1,8 @@
 """Tokenizers: text to ids and back, from a Hugging Face folder or a GGUF file's metadata."""
 
+import base64
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.chat_template import render_chat
-from einsum_transformer.text.gguf_vocab import checked, read_gguf_vocab
+from einsum_transformer.text.gguf_vocab import check_charsmap, checked, read_gguf_vocab
 from einsum_transformer.text.streaming import StreamDecoder, stream_decoder
 
 if TYPE_CHECKING:
@@ -191,10 +193,27 @@ def _read_backend(folder: Path) -> "tokenizers.Tokenizer":
         others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
         found = f"; {', '.join(others)} is not enough, convert it with transformers" if others else ""
         raise InputError(f"{folder}: no tokenizer.json, which is needed to read and write text{found}")
+    _check_normalizer(text, folder / "tokenizer.json")
     backend = checked(f"{folder / 'tokenizer.json'}: not a usable tokenizer", lambda: Backend.from_str(text))
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _check_normalizer(text: str, path: Path) -> None:
+    """Check the character maps of a tokenizer.json, which is read in Python only if it can have one."""
+    if "precompiled_charsmap" not in text and not re.search(r"\\u00[4-7]", text):  # or has it in escapes
+        return
+    level = [checked(f"{path}: not a usable tokenizer", lambda: dict(json.loads(text)).get("normalizer"))]
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict) and isinstance(charsmap := value.get("precompiled_charsmap"), str):
+                where = f"{path}: normalizer.precompiled_charsmap"
+                check_charsmap(checked(where, lambda encoded=charsmap: base64.b64decode(encoded)), where)
+            if isinstance(value, dict | list):
+                below += value.values() if isinstance(value, dict) else value
+        level = below
 
 
 def _special_ids(backend: "tokenizers.Tokenizer") -> frozenset[int]:

@@ -1,0 +1,386 @@
+"""Prefill, decode, cold start and memory of this package beside transformers and llama.cpp, on one model.
+
+Each candidate is a process of its own, with its own Python if need be; they compute in turns, round by round,
+one at a time, and medians are reported. README.md says what each number means.
+
+    python benchmarks/bench_generate.py --oracle-python other/bin/python --json generate.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+from machine import Table, median, progress
+from workers import CANDIDATES, PAUSE, Worker, random_tokens
+
+PROMPT = "The capital of France is"
+DECODE_AFTER = 128
+MEMORY_TOKENS = 512
+SOURCES = {"safetensors": "safetensors", "default": "the model as it comes", "gguf": "float32 GGUF"}
+
+
+@dataclass(slots=True)
+class Run:
+    """The settings of a run and everything it measured: samples[measure][candidate] is one value a round."""
+
+    options: argparse.Namespace
+    facts: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, Any] = field(default_factory=dict)
+    samples: defaultdict[str, defaultdict[str, list[float]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
+
+    def medians(self, measure: str) -> dict[str, float]:
+        """Candidate -> median, in the order of CANDIDATES, whoever came first in a round."""
+        order = [*CANDIDATES, "NumPy"]
+        names = sorted(self.samples[measure], key=lambda name: order.index(name.split()[0]))
+        return {name: median(self.samples[measure][name]) for name in names}
+
+    def best(self, measure: str) -> float | None:
+        """The largest sample of all candidates: what the machine was seen to reach."""
+        return max((max(values) for values in self.samples[measure].values()), default=None)
+
+
+def task(run: Run, candidate: str, source: str, context: int) -> tuple[str, dict[str, Any]]:
+    """(python, what to start a worker with)."""
+    options = run.options
+    python = options.ours_python if CANDIDATES[candidate].ours else options.oracle_python
+    given = {"candidate": candidate, "threads": options.threads, "context": context}
+    return python, given | {"source": run.facts["sources"][source]}
+
+
+def measure(run: Run) -> None:
+    """Fill `run`: prepare the files, start the workers, then go round and round."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        progress("preparing the model's files")
+        model = {"model_name": run.options.model, "folder": folder, "lengths": run.options.lengths}
+        preparation = Worker(run.options.ours_python, {"prepare": model})
+        run.facts = preparation.answer()
+        preparation.close()
+        if "failed" in run.facts:
+            raise SystemExit(f"{run.options.ours_python}: einsum_transformer: {run.facts['failed']}")
+        started = start_workers(run)
+        try:
+            # The first round warms caches, files and clocks, and does not count.
+            for number in range(run.options.rounds + 1):
+                progress("warm-up" if number == 0 else f"round {number} of {run.options.rounds}")
+                one_round(run, started, number)
+        finally:
+            for worker in started.values():
+                worker.close()
+
+
+def start_workers(run: Run) -> dict[str, Worker]:
+    """The workers of the candidates that can run here; why others cannot is kept in `run.left_out`."""
+    started: dict[str, Worker] = {}
+    context = max(*run.options.lengths, DECODE_AFTER) + run.options.steps + 8
+    for name in run.options.candidates:
+        source = CANDIDATES[name].sources[0]
+        if source not in run.facts["sources"]:
+            run.left_out[name] = f"{run.options.model} did not come as a {source} file"
+            continue
+        worker = Worker(*task(run, name, source, context))
+        hello = worker.answer()
+        if "failed" in hello:
+            run.left_out[name] = hello["failed"]
+            worker.close()
+            continue
+        run.versions |= hello["versions"]
+        started[name] = worker
+    for name, reason in run.left_out.items():
+        progress(f"left out: {CANDIDATES[name].label}: {reason}")
+    if not started:
+        raise SystemExit("no candidate can run here")
+    return started
+
+
+def one_round(run: Run, started: dict[str, Worker], number: int) -> None:
+    """Every measure once for every candidate; who begins changes from round to round."""
+
+    def keep(measure: str, candidate: str, value: float | None) -> None:
+        if number and value is not None:
+            run.samples[measure][candidate].append(value)
+
+    options, vocabulary = run.options, run.facts["vocabulary"]
+    names = list(started)
+    names = names[number % len(names) :] + names[: number % len(names)]
+    for name in names:
+        keep("sgemm GFLOP/s", name, started[name].ask("sgemm", size=options.sgemm_size))
+    for name in [name for name in names if CANDIDATES[name].ours][:1]:
+        keep("stream GB/s", "NumPy", started[name].ask("stream", size=options.stream_bytes))
+    for length in options.lengths:
+        ids = random_tokens(length, vocabulary, seed=number)
+        for name in names:
+            answer = started[name].ask("prefill", ids=ids)
+            keep(f"prefill {length} ms", name, answer["ms"])
+            agree(run, f"prefill {length}", number, name, answer["token"])
+    ids = random_tokens(DECODE_AFTER, vocabulary, seed=number)
+    for name in names:
+        answer = started[name].ask("decode", ids=ids, steps=options.steps)
+        keep("decode ms", name, answer["ms"])
+        agree(run, "decode", number, name, answer["tokens"])
+    for name in names:
+        for source in CANDIDATES[name].sources:
+            seconds, peak = fresh_process(run, name, source, number)
+            keep("first token s", f"{name} {source}", seconds)
+            keep("peak bytes", f"{name} {source}", peak)
+
+
+def agree(run: Run, measure: str, number: int, candidate: str, tokens: Any) -> None:
+    """Keep what each candidate answered, to see that all compute the same model."""
+    run.agreement.setdefault(f"{measure} round {number}", {})[candidate] = tokens
+
+
+def fresh_process(run: Run, candidate: str, source: str, number: int) -> tuple[float, float | None]:
+    """(seconds from starting a process to its first token, the most memory it held by the end of it)."""
+    ids = random_tokens(run.options.memory_tokens, run.facts["vocabulary"])
+    python, given = task(run, candidate, source, run.options.memory_tokens + run.options.steps + 8)
+    time.sleep(PAUSE)
+    start = time.perf_counter()
+    worker = Worker(python, given | {"fresh": {"prompt": PROMPT, "ids": ids, "steps": run.options.steps}})
+    first = worker.answer()
+    seconds = time.perf_counter() - start
+    if "failed" in first:
+        raise SystemExit(f"{CANDIDATES[candidate].label} from {source}: {first['failed']}")
+    agree(run, "first token", number, f"{candidate} {source}", first["token"])
+    peak = worker.answer()["peak_bytes"]
+    worker.close()
+    return seconds, peak
+
+
+def label(candidate: str) -> str:
+    """How the tables call a candidate, with its source if that is named."""
+    name, _, source = candidate.partition(" ")
+    known = CANDIDATES[name].label if name in CANDIDATES else name
+    return known + (f", from {SOURCES[source]}" if source else "")
+
+
+def ratio(run: Run, measure: str, candidate: str) -> float | None:
+    """How many times faster than transformers (medians); None if one of the two was not measured."""
+    medians = run.medians(measure)
+    reference = medians.get("transformers", medians.get("transformers safetensors"))
+    return reference / medians[candidate] if reference and candidate in medians else None
+
+
+def shown(value: float | None, pattern: str) -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def tables(run: Run) -> list[Table]:
+    return [limits_table(run), prefill_table(run), decode_table(run), fresh_table(run), targets_table(run)]
+
+
+def limits_table(run: Run) -> Table:
+    rows = []
+    for measure in ("sgemm GFLOP/s", "stream GB/s"):
+        what, unit = measure.split()
+        for name, middle in run.medians(measure).items():
+            best = max(run.samples[measure][name])
+            rows.append((f"{what}, {label(name)}", f"{middle:.1f}", f"{best:.1f}", unit))
+    return Table("What the machine reached in this run", ("", "median", "best", "unit"), rows)
+
+
+def prefill_table(run: Run) -> Table:
+    rows, peak = [], run.best("sgemm GFLOP/s")
+    for length in run.options.lengths:
+        for name, ms in run.medians(f"prefill {length} ms").items():
+            rate = run.facts["flops"][str(length)] / ms / 1e6
+            share = None if peak is None else rate / peak
+            against = ratio(run, f"prefill {length} ms", name)
+            cells = f"{length}", f"{ms:.1f}", f"{length / ms * 1e3:.0f}", f"{rate:.1f}"
+            rows.append((label(name), *cells, shown(share, "{:.0%}"), shown(against, "{:.2f}x")))
+    header = ("", "tokens", "ms", "tokens/s", "GFLOP/s", "of best sgemm", "transformers / this")
+    return Table("Prefill", header, rows)
+
+
+def decode_share(run: Run, candidate: str) -> float | None:
+    """Weight bytes read a second, as a share of the best stream bandwidth of this run."""
+    ms, stream = run.medians("decode ms").get(candidate), run.best("stream GB/s")
+    return run.facts["bytes_per_token"] / ms / 1e6 / stream if ms and stream else None
+
+
+def decode_table(run: Run) -> Table:
+    rows = []
+    for name, ms in run.medians("decode ms").items():
+        rate = run.facts["bytes_per_token"] / ms / 1e6
+        share, against = decode_share(run, name), ratio(run, "decode ms", name)
+        cells = f"{ms:.2f}", f"{1e3 / ms:.1f}", f"{rate:.1f}"
+        rows.append((label(name), *cells, shown(share, "{:.0%}"), shown(against, "{:.2f}x")))
+    header = ("", "ms/token", "tokens/s", "GB/s", "of stream", "transformers / this")
+    return Table(f"Decode after {DECODE_AFTER} tokens", header, rows)
+
+
+def fresh_table(run: Run) -> Table:
+    rows, peaks = [], run.medians("peak bytes")
+    for name, seconds in run.medians("first token s").items():
+        against, peak = ratio(run, "first token s", name), peaks.get(name)
+        times = None if peak is None else peak / run.facts["weight_bytes"]
+        memory = shown(None if peak is None else peak / 1e6, "{:.0f}"), shown(times, "{:.2f}x")
+        rows.append((label(name), f"{seconds:.2f}", shown(against, "{:.2f}x"), *memory))
+    header = ("", "first token s", "transformers / this", "peak MB", "of float32 weights")
+    return Table("A fresh process", header, rows)
+
+
+def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
+    """(what, measured, "at least" or "at most", target)."""
+    found: list[tuple[str, float | None, str, float]] = []
+
+    def faster(values: Callable[[str], float | None]) -> float | None:
+        """Of both providers."""
+        return max((value for value in map(values, ("numpy", "mkl")) if value is not None), default=None)
+
+    for length in run.options.lengths:
+        measure = f"prefill {length} ms"
+        best = faster(lambda name, measure=measure: ratio(run, measure, name))
+        found.append((f"prefill {length}: transformers / ours, faster BLAS", best, "at least", 1.0))
+        own = ratio(run, measure, "numpy")
+        found.append((f"prefill {length}: transformers / ours, NumPy's BLAS", own, "at least", 0.85))
+    best = faster(lambda name: ratio(run, "decode ms", name))
+    found.append(("decode: transformers / ours, faster BLAS", best, "at least", 1.4))
+    share = faster(lambda name: decode_share(run, name))
+    found.append(("decode: share of stream bandwidth, faster BLAS", share, "at least", 0.75))
+    for source in CANDIDATES["numpy"].sources:
+        name, where = f"numpy {source}", SOURCES[source]
+        cold = ratio(run, "first token s", name)
+        found.append((f"first token: transformers / ours, from {where}", cold, "at least", 4.0))
+        peak = run.medians("peak bytes").get(name)
+        times = None if peak is None else peak / run.facts["weight_bytes"]
+        found.append((f"peak memory: times float32 weights, from {where}", times, "at most", 1.25))
+    return found
+
+
+def targets_table(run: Run) -> Table:
+    rows = []
+    for what, value, bound, target in targets(run):
+        met = None if value is None else value >= target if bound == "at least" else value <= target
+        verdict = {None: "not measured", True: "met", False: "missed"}[met]
+        rows.append((what, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
+    return Table("Targets", ("", "measured", "target", ""), rows)
+
+
+def notes(run: Run) -> Iterator[str]:
+    options = run.options
+    yield machine.machine_line()
+    weights = f"float32 weights {run.facts['weight_bytes'] / 1e6:.0f} MB"
+    yield f"model {options.model}, {weights}; {options.threads} threads"
+    yield ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    yield f"medians of {options.rounds} rounds; {widest_spread(run)}"
+    same = sum(
+        all(tokens == first for tokens in each) for first, *each in map(_answers, run.agreement.values())
+    )
+    yield f"all candidates chose the same tokens in {same} of {len(run.agreement)} measurements"
+    for name, reason in run.left_out.items():
+        yield f"left out: {CANDIDATES[name].label}: {reason}"
+
+
+def _answers(by_candidate: dict[str, Any]) -> list[Any]:
+    return list(by_candidate.values())
+
+
+def widest_spread(run: Run) -> str:
+    """How far the rounds lie apart: a difference between two medians means little if it is smaller."""
+    spreads = {}
+    for measure, by_name in run.samples.items():
+        for name, values in by_name.items():
+            spreads[f"{measure.rsplit(' ', 1)[0]}, {label(name)}"] = machine.spread(values)
+    typical, where = median(list(spreads.values())), max(spreads, key=spreads.__getitem__)
+    return f"largest less smallest round: {typical:.0%} of the median, at most {spreads[where]:.0%} ({where})"
+
+
+def result(run: Run) -> dict[str, Any]:
+    """Everything, for --json."""
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(run.options).items()
+    }
+    facts = {key: value for key, value in run.facts.items() if key != "sources"}
+    named = ("what", "measured", "bound", "target")
+    return {
+        "machine": machine.describe(),
+        "settings": {
+            key: value for key, value in settings.items() if not key.endswith("python") and key != "json"
+        },
+        "versions": run.versions,
+        "left_out": run.left_out,
+        "model": facts,
+        "medians": {measure: run.medians(measure) for measure in run.samples},
+        "targets": [dict(zip(named, target)) for target in targets(run)],
+        "samples": run.samples,
+        "tokens": run.agreement,
+    }
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--ours-python",
+        default=sys.executable,
+        metavar="EXE",
+        help="Python that has this package (default: this one)",
+    )
+    add(
+        "--oracle-python",
+        default=sys.executable,
+        metavar="EXE",
+        help="Python that has transformers, torch, llama_cpp",
+    )
+    add("--model", default="smollm2-135m", help="anything et.load takes (default: %(default)s)")
+    add(
+        "--candidates",
+        nargs="+",
+        choices=CANDIDATES,
+        default=list(CANDIDATES),
+        help="default: all that are installed",
+    )
+    add(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[128, 512, 2048],
+        metavar="N",
+        help="prompt lengths of the prefill",
+    )
+    add("--steps", type=int, default=32, help="decode steps of a round (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="rounds that count; one more warms up (default: %(default)s)")
+    add("--threads", type=int, default=2, help="for every candidate (default: %(default)s)")
+    add(
+        "--quick",
+        action="store_true",
+        help="one round with tiny sizes, to see that all runs: its numbers mean nothing",
+    )
+    add("--json", type=Path, metavar="FILE", help="write settings, versions and every sample")
+    add("--markdown", action="store_true", help="print the tables as Markdown")
+    options = parser.parse_args(arguments)
+    options.memory_tokens, options.sgemm_size, options.stream_bytes = (
+        MEMORY_TOKENS,
+        machine.SGEMM_SIZE,
+        machine.STREAM_BYTES,
+    )
+    if options.quick:
+        options.lengths, options.steps, options.rounds = [8, 16], 2, 1
+        options.memory_tokens, options.sgemm_size, options.stream_bytes = 16, 128, 4_000_000
+    return options
+
+
+def main() -> None:
+    run = Run(parse())
+    measure(run)
+    machine.show(list(notes(run)), tables(run), run.options.markdown)
+    machine.save_json(run.options.json, result(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""The processes that bench_generate.py starts, one candidate each, with its own Python; and how to ask them.
+
+A worker is given one task as JSON and answers in JSON lines. Nothing heavy is imported before a candidate
+needs it, so that the first token of a process waits for that candidate's own imports only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import machine
+
+# OpenMP threads spin for up to 0.2 s after their work and would take a core from the next candidate.
+PAUSE = 0.3
+
+
+class Engine(Protocol):
+    """One candidate: greedy generation from token ids, one sequence at a time."""
+
+    def versions(self) -> dict[str, str]: ...
+    def encode(self, text: str) -> list[int]: ...
+    def tokens(self, ids: list[int]) -> Any:
+        """The ids as this library takes them."""
+
+    def prefill(self, tokens: Any) -> int:
+        """The next token after a prompt, with a new cache."""
+        ...
+
+    def step(self, token: int) -> int:
+        """The token after one more."""
+        ...
+
+    def sgemm(self, size: int) -> float | None:
+        """GFLOP/s of this library's float32 product, or None if it offers none."""
+
+
+class Ours:
+    """This package, on one of its BLAS providers."""
+
+    def __init__(self, source: str, threads: int, context: int, provider: str) -> None:
+        import numpy as np
+
+        import einsum_transformer as et
+        from einsum_transformer.engine import blas
+        from einsum_transformer.generation.decode import encode, prefill
+
+        self.np, self.blas = np, blas
+        blas.use(provider)
+        blas.set_threads(threads)
+        self.model = et.load(source)
+        self._encode, self._prefill, self._threads = encode, prefill, threads
+
+    def versions(self) -> dict[str, str]:
+        import einsum_transformer
+
+        provider = self.blas.current()
+        versions = {"einsum-transformer": einsum_transformer.__version__, "numpy": self.np.__version__}
+        return versions | {provider.name: provider.version}
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(self.model, text)
+
+    def tokens(self, ids: list[int]) -> Any:
+        return self.np.array([ids])
+
+    def prefill(self, tokens: Any) -> int:
+        self.cache = self.model.cache(tokens.shape[1] + 64)
+        return int(self._prefill(self.model, tokens, self.cache)[0].argmax())
+
+    def step(self, token: int) -> int:
+        logits, _ = self.model.decoder.forward(self.np.array([[token]]), self.cache, "last")
+        return int(logits[0, -1].argmax())
+
+    def sgemm(self, size: int) -> float | None:
+        return machine.sgemm_gflops(self.blas.matmul, lambda a: a, size)
+
+    def stream(self, size: int) -> float:
+        self.blas.set_threads(1)
+        try:
+            return machine.stream_gbs(self._threads, size)
+        finally:
+            self.blas.set_threads(self._threads)
+
+
+class Transformers:
+    """transformers in float32 with its default attention, on the folder that this package saved."""
+
+    def __init__(self, source: str, threads: int, context: int) -> None:
+        import torch  # type: ignore[import-not-found]
+        import transformers  # type: ignore[import-not-found]
+
+        torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()
+        self.torch, self.package = torch, transformers
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+    def versions(self) -> dict[str, str]:
+        attention = self.model.config._attn_implementation
+        return {"torch": self.torch.__version__, "transformers": f"{self.package.__version__} ({attention})"}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text).input_ids
+
+    def tokens(self, ids: list[int]) -> Any:
+        return self.torch.tensor([ids])
+
+    def prefill(self, tokens: Any) -> int:
+        self.cache = None
+        return self._next(tokens)
+
+    def step(self, token: int) -> int:
+        return self._next(self.torch.tensor([[token]]))
+
+    def _next(self, tokens: Any) -> int:
+        with self.torch.inference_mode():
+            output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return int(output.logits[0, -1].argmax())
+
+    def sgemm(self, size: int) -> float | None:
+        return machine.sgemm_gflops(self.torch.mm, self.torch.from_numpy, size)
+
+
+class LlamaCpp:
+    """llama.cpp by llama-cpp-python, on the same weights as F32 GGUF, with its default (float16) cache."""
+
+    def __init__(self, source: str, threads: int, context: int) -> None:
+        import llama_cpp  # type: ignore[import-not-found]
+        import numpy as np
+
+        self.np, self.package = np, llama_cpp
+        self.model = llama_cpp.Llama(
+            source, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def versions(self) -> dict[str, str]:
+        return {"llama-cpp-python": self.package.__version__}
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.tokenize(text.encode())
+
+    def tokens(self, ids: list[int]) -> Any:
+        return ids
+
+    def prefill(self, tokens: Any) -> int:
+        self.model.reset()
+        return self._next(tokens)
+
+    def step(self, token: int) -> int:
+        return self._next([token])
+
+    def _next(self, tokens: list[int]) -> int:
+        self.model.eval(tokens)
+        last = self.package.llama_get_logits_ith(self.model.ctx, -1)
+        return int(self.np.ctypeslib.as_array(last, (self.model.n_vocab(),)).argmax())
+
+    def sgemm(self, size: int) -> float | None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row of the tables. sources: what it can load, by name; the first is what the lasting worker loads."""
+
+    label: str
+    engine: Callable[[str, int, int], Engine]
+    ours: bool
+    sources: tuple[str, ...]
+
+
+CANDIDATES = {
+    "numpy": Candidate(
+        "ours, NumPy's BLAS", partial(Ours, provider="numpy"), True, ("safetensors", "default")
+    ),
+    "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), True, ("safetensors", "default")),
+    "transformers": Candidate("transformers", Transformers, False, ("safetensors",)),
+    "llama.cpp": Candidate("llama.cpp", LlamaCpp, False, ("gguf",)),
+}
+
+
+def random_tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:
+    """Token ids drawn evenly from the vocabulary, the same for every candidate."""
+    return random.Random(seed).choices(range(vocabulary), k=count)
+
+
+def prepare(model_name: str, folder: str, lengths: list[int]) -> dict[str, Any]:
+    """Save the model as safetensors, and as float32 GGUF if it came as GGUF; count bytes and FLOPs."""
+    import numpy as np
+
+    import einsum_transformer as et
+    from einsum_transformer.checkpoint import resolve
+    from einsum_transformer.engine import Recorder
+    from einsum_transformer.generation.decode import prefill
+
+    model = et.load(model_name)
+    model.save(Path(folder, "safetensors"))
+    sources = {"default": model_name, "safetensors": str(Path(folder, "safetensors"))}
+    if (path := resolve(model_name)).suffix == ".gguf":
+        sources["gguf"] = str(Path(folder, "float32.gguf"))
+        write_float32_gguf(path, sources["gguf"])
+    flops = {}
+    for length in lengths:
+        tokens = np.array([random_tokens(length, model.config.vocab_size)])
+        with Recorder(events_wanted=True) as recorder:
+            prefill(model, tokens, model.cache(length))
+        flops[str(length)] = sum(event.flops for event in recorder.events)
+    parameters = model.named_parameters()
+    weights = sum(array.size for array in parameters.values()) * 4
+    embedding = model.config.vocab_size * model.config.hidden_size * 4
+    read = weights if model.config.tie_word_embeddings else weights - embedding
+    facts = {"vocabulary": model.config.vocab_size, "weight_bytes": weights, "bytes_per_token": read}
+    return facts | {"sources": sources, "flops": flops}
+
+
+def write_float32_gguf(source: Path, target: str) -> None:
+    """A copy of a GGUF file with every tensor dequantized, its metadata (tokenizer, rope, ...) kept."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize  # type: ignore
+
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    writer.add_file_type(LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def time_prefill(engine: Engine, ids: list[int]) -> dict[str, Any]:
+    tokens = engine.tokens(ids)
+    start = time.perf_counter()
+    token = engine.prefill(tokens)
+    return {"ms": (time.perf_counter() - start) * 1e3, "token": token}
+
+
+def time_decode(engine: Engine, ids: list[int], steps: int) -> dict[str, Any]:
+    """The median milliseconds of `steps` greedy steps after a prompt."""
+    chosen, times = [engine.prefill(engine.tokens(ids))], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        chosen.append(engine.step(chosen[-1]))
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"ms": machine.median(times), "tokens": chosen}
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "prefill": time_prefill,
+    "decode": time_decode,
+    "sgemm": lambda engine, size: engine.sgemm(size),
+    "stream": lambda engine, size: engine.stream(size),
+}
+
+
+def work(task: dict[str, Any]) -> None:
+    """A worker's life: one task that it was started with, answers as JSON lines on what was stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    # Whatever a library prints goes to stderr, so that it cannot mix with the answers.
+    os.dup2(2, 1)
+
+    def answer(value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    try:
+        if "prepare" in task:
+            answer(prepare(**task["prepare"]))
+            return
+        engine = CANDIDATES[task["candidate"]].engine(task["source"], task["threads"], task["context"])
+    except ImportError as error:
+        answer({"failed": f"not installed ({error})"})
+        return
+    except (ValueError, OSError) as error:
+        answer({"failed": str(error).splitlines()[0]})
+        return
+    if task.get("fresh"):
+        fresh(engine, answer, **task["fresh"])
+        return
+    answer({"versions": engine.versions()})
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer(REQUESTS[request.pop("do")](engine, **request))
+
+
+def fresh(engine: Engine, answer: Callable[[Any], None], prompt: str, ids: list[int], steps: int) -> None:
+    """The first token as soon as it is there, then the memory that a long prompt and some steps take."""
+    answer({"token": engine.prefill(engine.tokens(engine.encode(prompt)))})
+    token = engine.prefill(engine.tokens(ids))
+    for _ in range(steps):
+        token = engine.step(token)
+    answer({"peak_bytes": machine.peak_bytes()})
+
+
+class Worker:
+    """A started worker process: requests and answers are JSON lines."""
+
+    def __init__(self, python: str, task: dict[str, Any]) -> None:
+        import subprocess
+        import tempfile
+
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [python, __file__, json.dumps(task)]
+        pipe = subprocess.PIPE
+        try:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        except OSError as error:
+            raise SystemExit(f"{python}: {error.strerror}") from None
+
+    def ask(self, do: str, **request: Any) -> Any:
+        """One request's answer, a moment after everybody else has come to rest."""
+        time.sleep(PAUSE)
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise SystemExit(f"a worker ended early:\n{self.errors.read()[-2000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.errors.close()
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

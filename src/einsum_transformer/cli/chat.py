@@ -1,0 +1,174 @@
+"""`chat`: a conversation that keeps its KV cache between turns."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from einsum_transformer.cli import options
+from einsum_transformer.errors import InputError
+
+if TYPE_CHECKING:
+    from einsum_transformer.checkpoint import Model
+    from einsum_transformer.components.kv_cache import KVCache
+    from einsum_transformer.generation.decode import Settings
+    from einsum_transformer.generation.sampling import Sampling
+
+
+def chat(
+    model: options.Model = None,
+    model_flag: options.ModelFlag = None,
+    system_prompt: options.SystemPrompt = None,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ctx_size: options.CtxSize = None,
+    prefill_step_size: options.PrefillStep = None,
+    blas: options.Blas = "auto",
+    threads: options.Threads = None,
+    weight_budget: options.WeightBudget = None,
+    max_layers: options.MaxLayers = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk with a model. /system TEXT sets the system message, /reset forgets the conversation, /exit ends it.
+
+    \b
+    etx chat
+    etx chat -m HuggingFaceTB/SmolLM2-360M-Instruct --system-prompt "Answer in one sentence." --temp 0.7
+    printf 'Hello!\\nWhat did I say?\\n' | etx chat --temp 0 --quiet
+    """
+    source = options.source_of(model, model_flag, None, None)
+    silent = quiet or json
+    where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
+    loaded, _ = options.open_model(
+        source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
+    )
+    if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
+        raise InputError(f"{loaded.source}: has no chat template; `run` continues plain text")
+    sampling, settings = options.generation_settings(
+        loaded,
+        None if isinstance(source, str) else source,
+        max_tokens,
+        {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
+        stop=tuple(stop) if stop else None,
+        seed=seed,
+        ctx_size=ctx_size,
+        prefill_step_size=prefill_step_size,
+    )
+    talk = _Talk(loaded, sampling, settings, system_prompt, shown=not json, notes=not silent)
+    _converse(talk, terminal=sys.stdin.isatty() and not silent)
+    if json:
+        options.write(jsonlib.dumps({"model": loaded.source, "messages": talk.messages, "turns": talk.turns}) + "\n")
+
+
+def _converse(talk: _Talk, terminal: bool) -> None:
+    """Read lines until /exit or the end of the input."""
+    if terminal:
+        import readline  # noqa: F401 - gives input() a history and line editing
+
+        options.note("/system TEXT, /reset, /exit")
+    while True:
+        try:
+            line = (input("> ") if terminal else _next_line()).strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/reset":
+            talk.reset()
+        elif command == "/system":
+            talk.system = rest or None
+            talk.reset()
+        elif command.startswith("/"):
+            options.note(f"{command}: no such command; /system TEXT, /reset, /exit")
+        elif line:
+            talk.say(line)
+
+
+def _next_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+@dataclass(slots=True)
+class _Talk:
+    """A conversation, and the tokens of it whose keys and values are in the cache."""
+
+    model: Model
+    sampling: Sampling
+    settings: Settings
+    system: str | None
+    shown: bool
+    notes: bool
+    messages: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+    cache: KVCache | None = None
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.cached, self.cache = [], None
+
+    def say(self, text: str) -> None:
+        """One turn: the question, and the answer as it comes."""
+        from einsum_transformer.generation.decode import Generation, stream
+
+        assert self.model.tokenizer is not None
+        self.messages.append({"role": "user", "content": text})
+        rendered = self.model.tokenizer.encode_chat(self.messages)
+        cache, held = self._reuse(rendered)
+        result = Generation(rendered[held:])
+        # Whatever ends the answer before its time leaves the cache in an unknown state.
+        self.cached, self.cache = [], None
+        started = time.perf_counter()
+        try:
+            for _, piece in stream(self.model, [result], self.sampling, self.settings, cache):
+                if self.shown:
+                    options.write(piece)
+        finally:
+            if self.shown:
+                options.write("\n")
+        seconds = time.perf_counter() - started
+        self.cache, self.cached = cache, [*rendered, *result.tokens][: cache.length]
+        self.messages.append({"role": "assistant", "content": result.text})
+        self._tell(held, result, seconds)
+
+    def _reuse(self, rendered: list[int]) -> tuple[KVCache, int]:
+        """(a cache, how many tokens of the conversation it holds): the last turn's, if what it holds comes first."""
+        held = len(self.cached)
+        if self.cache is None or len(rendered) <= held or rendered[:held] != self.cached:
+            return self.model.cache(), 0
+        return self.cache, held
+
+    def _tell(self, held: int, result: Any, seconds: float) -> None:
+        turn = {
+            "cached_tokens": held,
+            "prompt_tokens": len(result.prompt_tokens),
+            "tokens": len(result.tokens),
+            "finish_reason": result.finish_reason,
+            "seconds": seconds,
+        }
+        self.turns.append(turn)
+        if self.notes:
+            options.note(
+                f"[{held} tokens kept, {turn['prompt_tokens']} read, {turn['tokens']} generated, {seconds:.1f} s]"
+            )

@@ -1,0 +1,322 @@
+"""`run`: continue a prompt, and show where the time went."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from einsum_transformer.cli import options
+from einsum_transformer.errors import InputError
+
+if TYPE_CHECKING:
+    from einsum_transformer.analysis.report import Report
+    from einsum_transformer.checkpoint import Model
+    from einsum_transformer.engine import Recorder
+    from einsum_transformer.generation.decode import Generation, Settings
+    from einsum_transformer.generation.sampling import Sampling
+    from einsum_transformer.models.run_config import RunConfig
+
+DEFAULT_PROMPT = "What is the capital of France?"
+_RANDOM_TOKENS = 128
+_IDS_SHOWN = 16
+
+
+def run(
+    model: options.Model = None,
+    model_flag: options.ModelFlag = None,
+    config: options.ConfigFlag = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="`-` reads stdin.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="The prompt as a text file.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="FILE.npy", help="The prompt as token ids, (time) or (batch, time).")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="Put the prompt into the chat template; default raw.")
+    ] = None,
+    system_prompt: options.SystemPrompt = None,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
+    ctx_size: options.CtxSize = None,
+    prefill_step_size: options.PrefillStep = None,
+    prefill_only: Annotated[bool, typer.Option("--prefill-only", help="Stop before the first new token.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Rows of random tokens, where there is no tokenizer.")
+    ] = None,
+    blas: options.Blas = "auto",
+    threads: options.Threads = None,
+    weight_budget: options.WeightBudget = None,
+    max_layers: options.MaxLayers = None,
+    dtype: options.Dtype = None,
+    assignments: options.Assignments = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Continue a prompt, then show where the time went: a table on stderr, the text on stdout.
+
+    A JSON config without a tokenizer runs on random tokens. Without a prompt a model is asked a short question.
+
+    \b
+    etx run -p "The capital of France is" -n 8 --temp 0
+    etx run -m HuggingFaceTB/SmolLM2-360M-Instruct --chat -p "Why is the sky blue?" --top-p 0.9 --seed 1
+    etx run model.gguf --prompt-file story.txt --prefill-only --json
+    etx run --config configs/fast_lora.json --set n_layers=4 -n 16
+    """
+    source = options.source_of(model, model_flag, config, assignments)
+    keys = None if isinstance(source, str) else source
+    silent = quiet or json
+    where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
+    loaded, load_seconds = options.open_model(
+        source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
+    )
+    asked = _Prompt(prompt, prompt_file, tokens, chat, system_prompt, batch_size, seed, silent)
+    sampling, settings = options.generation_settings(
+        loaded,
+        keys,
+        max_tokens,
+        {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
+        stop=tuple(stop) if stop else None,
+        seed=seed,
+        ctx_size=ctx_size,
+        prefill_step_size=prefill_step_size,
+        ignore_eos=ignore_eos,
+    )
+    job = _Job(loaded, load_seconds, asked.rows(loaded, keys), sampling, settings, json, quiet)
+    job.prefill() if prefill_only or (keys is not None and keys.prefill_only) else job.generate()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """The flags that say what the model is given."""
+
+    text: str | None
+    file: str | None
+    tokens: str | None
+    chat: bool | None
+    system: str | None
+    batch_size: int | None
+    seed: int | None
+    silent: bool
+
+    def rows(self, model: Model, config: RunConfig | None) -> list[list[int]]:
+        """Token ids, all rows of one length."""
+        given = {"--prompt": self.text, "--prompt-file": self.file, "--tokens": self.tokens}
+        named = [flag for flag, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise InputError(f"{' and '.join(named)} both give the prompt: choose one")
+        if self.system is not None and not self.chat:
+            raise InputError("--system-prompt needs --chat")
+        if self.tokens is not None:
+            if self.chat:
+                raise InputError("--chat needs a prompt of text, --tokens has ids")
+            return model.checked(read_tokens(Path(self.tokens)), self.tokens).tolist()
+        if model.tokenizer is None and not named:
+            return self._random(model, config)
+        if self.batch_size is not None:
+            raise InputError("--batch-size: only for random tokens, which a model without a tokenizer runs on")
+        return [self._encoded(model, self._text(named))]
+
+    def _text(self, named: list[str]) -> str:
+        if not named:
+            return DEFAULT_PROMPT
+        if self.file is not None:
+            text = read_text(Path(self.file))
+        else:
+            text = sys.stdin.read() if self.text == "-" else str(self.text)
+        if not text:
+            raise InputError(f"{named[0]}: the prompt is empty: give at least one character")
+        return text
+
+    def _encoded(self, model: Model, text: str) -> list[int]:
+        from einsum_transformer.generation.decode import encode
+
+        given = self.text is not None or self.file is not None
+        chat = self.chat
+        if chat is None:
+            # Nobody asked for raw text where nobody gave any, and a chat model answers a question better.
+            chat = not given and model.tokenizer is not None and model.tokenizer.chat_template is not None
+        if not given and not self.silent:
+            options.note(f"no prompt given, so this one{' as a chat' if chat else ''}: {text}")
+        if not chat or model.tokenizer is None:
+            return encode(model, text)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return model.tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+
+    def _random(self, model: Model, config: RunConfig | None) -> list[list[int]]:
+        import numpy as np
+
+        rows = self.batch_size or (config.batch_size if config else 1)
+        length = config.seq_len if config else _RANDOM_TOKENS
+        seed = self.seed or 0
+        if not self.silent:
+            options.note(f"no tokenizer: {rows} x {length} random token ids of seed {seed}")
+        return np.random.default_rng(seed).integers(0, model.config.vocab_size, (rows, length)).tolist()
+
+
+def read_tokens(path: Path) -> Any:
+    """The token ids (b, t) in a .npy file; read through a map, so that its header cannot ask for memory."""
+    import numpy as np
+
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise InputError(f"{path}: not a .npy file of numbers: {str(error).splitlines()[0]}") from None
+    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
+        what = f"an array of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
+        raise InputError(f"{path}: holds {what}; token ids of shape (time) or (batch, time) are expected")
+    return np.atleast_2d(array)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One run: generate or prefill, then the results on stdout and the table on stderr."""
+
+    model: Model
+    load_seconds: float
+    rows: list[list[int]]
+    sampling: Sampling
+    settings: Settings
+    json: bool
+    quiet: bool
+
+    def generate(self) -> None:
+        from einsum_transformer.engine import Recorder
+        from einsum_transformer.generation.decode import Generation
+
+        results = [Generation(row) for row in self.rows]
+        live = len(results) == 1 and self.model.tokenizer is not None and not self.json
+        recorder = None if self.quiet and not self.json else Recorder()
+        with recorder or nullcontext():
+            started = time.perf_counter()
+            try:
+                for text in self._pieces(results):
+                    if live:
+                        options.write(text)
+            finally:
+                if live:
+                    options.write("\n")
+            seconds = time.perf_counter() - started
+        if not live and not self.json:
+            self._write_rows(results)
+        self._finish(results, recorder, started, seconds)
+
+    def _pieces(self, results: list[Generation]) -> Iterator[str]:
+        from einsum_transformer.engine import phase
+        from einsum_transformer.generation.decode import stream
+
+        for _, text in stream(self.model, results, self.sampling, self.settings):
+            with phase("text"):
+                yield text
+
+    def prefill(self) -> None:
+        import numpy as np
+
+        from einsum_transformer.engine import Recorder, phase
+        from einsum_transformer.generation.decode import Generation, prefill
+
+        limit = min(self.settings.ctx_size or 1 << 62, self.model.config.max_position_embeddings)
+        if len(self.rows[0]) > limit:
+            raise InputError(f"the prompt has {len(self.rows[0])} tokens, the context is {limit}: shorten it")
+        cache = self.model.cache(len(self.rows[0]))
+        with Recorder() as recorder:
+            started = time.perf_counter()
+            with phase("prefill"):
+                logits = prefill(self.model, np.array(self.rows), cache, self.settings.prefill_step_size)
+            seconds = time.perf_counter() - started
+        results = [Generation(row, finish_reason="prefill", kv_cache_bytes=cache.nbytes) for row in self.rows]
+        likeliest = [int(token) for token in np.argmax(logits, axis=-1)]
+        if not self.json:
+            self._write_likeliest(likeliest)
+        self._finish(results, recorder, started, seconds, likeliest_next=_one_or_all(likeliest))
+
+    def _write_likeliest(self, tokens: list[int]) -> None:
+        for row, token in enumerate(tokens):
+            text = "" if self.model.tokenizer is None else f" {self.model.tokenizer.decode([token], False)!r}"
+            name = f"row {row}: " if len(tokens) > 1 else ""
+            options.write(f"{name}likeliest next token: {token}{text}\n")
+
+    def _write_rows(self, results: list[Generation]) -> None:
+        for row, result in enumerate(results):
+            name = f"row {row}: " if len(results) > 1 else ""
+            if self.model.tokenizer is not None:
+                options.write(f"{name}{result.text}\n")
+                continue
+            shown = result.tokens if self.quiet else result.tokens[:_IDS_SHOWN]
+            more = f" ... ({len(result.tokens)} tokens)" if len(shown) < len(result.tokens) else ""
+            options.write(f"{name}{' '.join(map(str, shown))}{more}\n")
+
+    def _finish(
+        self, results: list[Generation], recorder: Recorder | None, started: float, seconds: float, **more: Any
+    ) -> None:
+        """The table, or the JSON object."""
+        if recorder is None:
+            return
+        from einsum_transformer.analysis.report import Run, render, report
+
+        found = report(
+            recorder.spans,
+            Run(
+                self.model.config,
+                started,
+                seconds,
+                self.load_seconds,
+                tuple(len(result.prompt_tokens) for result in results),
+                tuple(len(result.tokens) for result in results),
+                max(result.kv_cache_bytes for result in results),
+            ),
+        )
+        if self.json:
+            options.write(jsonlib.dumps(_json(self.model.source, results, found) | more) + "\n")
+        elif not self.quiet:
+            terminal = options.console()
+            terminal.print()
+            terminal.print(render(found))
+
+
+def _json(source: str, results: list[Generation], found: Report) -> dict[str, Any]:
+    """One object for a row; for a batch its first entries are lists."""
+    numbers = found.to_dict()
+    table = numbers.pop("rows")
+    facts = {name: numbers.pop(name) for name in ("blas", "threads", "kv_cache_bytes", "peak_rss_bytes", "rope")}
+    return {
+        "model": source,
+        "text": _one_or_all([result.text for result in results]),
+        "tokens": _one_or_all([result.tokens for result in results]),
+        "finish_reason": _one_or_all([result.finish_reason for result in results]),
+        "prompt_tokens": _one_or_all([result.prompt_tokens for result in results]),
+        "timings": numbers,
+        "table": table,
+        **facts,
+    }
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
