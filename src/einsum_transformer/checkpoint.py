@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,114 +12,25 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer import hub
-from einsum_transformer.components.kv_cache import KVCache
-from einsum_transformer.engine import Leaf, phase
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats import TensorSource
-from einsum_transformer.formats.folder import open_tensors, write_safetensors_folder
+from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
-from einsum_transformer.formats.safetensors import atomic_file, bf16_to_float32, sync
+from einsum_transformer.formats.safetensors import bf16_to_float32
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.models.config import Keys, ModelConfig
-from einsum_transformer.models.decoder import Decoder, Weight, build
+from einsum_transformer.models.decoder import Weight, build, weights_of
 from einsum_transformer.models.families import FAMILIES, family_of
 from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
-from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
 from einsum_transformer.text.tokenizer import Tokenizer
-from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
 
 DTYPES = ("float32", "float64")
 _GROUP_BYTES = 64 << 20
 _SHORT_ROW = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A decoder with its config, its tokenizer and the names its weights have in a checkpoint."""
-
-    config: ModelConfig
-    decoder: Decoder
-    tokenizer: Tokenizer | None = None
-    generation_config: Mapping[str, Any] | None = None
-    """What generation_config.json says, or None."""
-    source: str = "random weights"
-
-    @property
-    def family(self) -> Family:
-        return FAMILIES[self.config.model_type]
-
-    def logits(self, tokens: Any) -> Array:
-        """tokens (b, t) ints -> next-token scores (b, t, v)."""
-        return self.decoder.forward(self.checked(tokens))[0]
-
-    def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
-        """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint
-        layout.
-
-        tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
-        """
-        tokens, targets = self.checked(tokens), np.asarray(targets)
-        if targets.shape != tokens.shape:
-            raise InputError(
-                f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same"
-            )
-        self.checked(np.where(targets == -100, 0, targets), "targets")
-        with phase("forward"):
-            logits, saved = self.decoder.forward(tokens, keep=True)
-        with phase("loss"):
-            loss, saved_loss = cross_entropy(logits, targets)
-            dlogits = cross_entropy_backward(saved_loss)
-        with phase("backward"):
-            gradient = self.decoder.backward(dlogits, saved)
-        return loss, dict(self._named(gradient))
-
-    def named_parameters(self) -> dict[str, Array]:
-        """Checkpoint name -> array in checkpoint layout (a view of the weight in use, where it is in
-        memory)."""
-        return dict(self._named(self.decoder))
-
-    def cache(self, capacity: int = 0, pads: Array | None = None) -> KVCache:
-        """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left
-        padding."""
-        return KVCache(self.config.windows, capacity, pads)
-
-    def save(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Write a Hugging Face folder that transformers loads: config, weights, tokenizer, generation
-        settings."""
-        folder = Path(folder)
-        config = self.family.write_config(self.config)
-        head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
-        parameters = self.named_parameters()
-        dtype = str(next(iter(parameters.values())).dtype)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-        if self.generation_config is not None:
-            _write_json(folder / "generation_config.json", dict(self.generation_config))
-        _write_json(folder / "config.json", head | config | {"dtype": dtype})
-        write_safetensors_folder(folder, parameters, max_shard_bytes)
-
-    def checked(self, tokens: Any, what: str = "tokens") -> Array:
-        """`tokens` as a (b, t) array of ids that the vocabulary has."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or tokens.size == 0:
-            raise InputError(f"{what} have shape {tokens.shape}: a non-empty (batch, time) array is expected")
-        if tokens.dtype.kind not in "iu":
-            raise InputError(f"{what} are {tokens.dtype}: token ids are integers")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
-            raise InputError(f"{what}: id {bad} is outside the vocabulary of {self.config.vocab_size}")
-        return tokens
-
-    def _named(self, decoder: Decoder) -> Iterator[tuple[str, Array]]:
-        stored = {weight.path: weight.stored for weight in weights_of(self.config)}
-        for path, leaf in named_leaves(decoder):
-            array = leaf.array() if isinstance(leaf, Leaf) else leaf
-            yield self.family.checkpoint_name(path), array.reshape(stored[path])
 
 
 def load(
@@ -206,13 +116,6 @@ def read_config(source: str | Path | RunConfig, offline: bool = False) -> ModelC
         return _gguf_config(tensors)[1]
     finally:
         tensors.close()
-
-
-def weights_of(config: ModelConfig) -> list[Weight]:
-    """Every weight of a model of this config, in order."""
-    found: list[Weight] = []
-    build(config, found.append)
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,9 +428,3 @@ def _named_factors(config: ModelConfig, factors: Array) -> Any:
         if ratio.shape == factors.shape and np.allclose(ratio, factors, rtol=1e-5):
             return named
     return replace(plain, frequency_factors=tuple(map(float, factors)))
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
-        sync(file)

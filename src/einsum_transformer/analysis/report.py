@@ -52,7 +52,7 @@ _SKELETON: tuple[Key, ...] = (
 """The lines of the table in order; phases that it does not know are put after their siblings."""
 _LABELS: dict[Key, str] = {
     _LAYER: "layers",
-    _LOADS: "weight load, both below",
+    _LOADS: "weight load (both below)",
     ("layer", "attention", "qkv"): "QKV projection",
     ("layer", "attention", "rope"): "RoPE",
     ("layer", "attention", "cache"): "KV cache",
@@ -322,7 +322,7 @@ def _sum_line(found: Report) -> str:
     share = 100 * found.parts_seconds / found.seconds if found.seconds > 0 else 100.0
     return (
         f"parts {found.parts_seconds:.3f} s = {share:.1f} % of {found.seconds:.3f} s; "
-        f"outside of any phase: {found.outside_seconds:.3f} s (setting up, text, Python)"
+        f"outside of any phase: {found.outside_seconds:.3f} s (setting up, Python)"
     )
 
 

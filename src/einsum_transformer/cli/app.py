@@ -52,7 +52,12 @@ def _code_of(arguments: Sequence[str]) -> int:
 
 def _application() -> typer.Typer:
     # Plain help: boxes take another 70 ms to import and wrap the examples.
-    application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    application = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
     application.callback()(_etx)
     for command in (run, chat, explain, pull):
         application.command(command.__name__)(command)

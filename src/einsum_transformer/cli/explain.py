@@ -14,16 +14,16 @@ def explain(
     model: options.Model = None,
     model_flag: options.ModelFlag = None,
     config: options.ConfigFlag = None,
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", "-b", min=1, help="Rows.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", "-b", metavar="N", min=1, help="Rows.")] = 1,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each row.")] = 128,
     backward: Annotated[bool, typer.Option("--backward", help="Also the gradient equations.")] = False,
     assignments: options.Assignments = None,
     offline: options.Offline = False,
     json: options.Json = False,
 ) -> None:
-    """Print a model's program: every equation with its FLOPs, its bytes, and the product it runs as.
+    """Print a model's program: its equations and what they cost.
 
-    The same Python that runs the model runs over arrays that have only a shape, so a config is enough and its size
+    Every equation comes with its FLOPs, its bytes and the matrix product it runs as. The same Python that runs the model runs over arrays that have only a shape, so a config is enough and its size
     does not matter.
 
     \b

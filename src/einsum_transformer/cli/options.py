@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         show_default=False,
         help="Hugging Face folder or hub id, .gguf file, JSON config (random weights); default smollm2-135m.",
     ),
@@ -39,11 +39,11 @@ Assignments = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only the text: no notes, no table.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")]
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Blas = Annotated[str, typer.Option(metavar="auto|numpy|mkl", help="BLAS library of the matrix products.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", "--num-threads", min=1, help="BLAS threads; default all cores.")
+    int | None, typer.Option("--threads", "-t", "--num-threads", metavar="N", min=1, help="BLAS threads; default all cores.")
 ]
 Dtype = Annotated[str | None, typer.Option(metavar="float32|float64", help="What is computed in; default float32.")]
 WeightBudget = Annotated[
@@ -51,24 +51,24 @@ WeightBudget = Annotated[
     typer.Option(metavar="SIZE", help="Weights held in memory (500M, 2G); the rest is read when it is needed."),
 ]
 MaxLayers = Annotated[
-    int | None, typer.Option("--max-layers", "--num-layers", min=1, help="Keep only the first layers.")
+    int | None, typer.Option("--max-layers", "--num-layers", metavar="N", min=1, help="Keep only the first layers.")
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", "-n", "--max-new-tokens", min=0, help="Tokens to generate; default 128.")
+    int | None, typer.Option("--max-tokens", "-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate; default 128.")
 ]
 Temperature = Annotated[
-    float | None, typer.Option("--temp", "--temperature", min=0, help="0 takes the likeliest token.")
+    float | None, typer.Option("--temp", "--temperature", metavar="X", min=0, help="0 takes the likeliest token.")
 ]
-TopK = Annotated[int | None, typer.Option(min=0, help="Draw from the K likeliest tokens; 0 switches it off.")]
-TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Draw from the tokens that make up this probability.")]
-MinP = Annotated[float | None, typer.Option(min=0, max=1, help="Leave out tokens below this share of the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1, tokens that occurred become less likely.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of the sampling, random weights and random prompts.")]
+TopK = Annotated[int | None, typer.Option(metavar="K", min=0, help="Draw from the K likeliest tokens; 0 switches it off.")]
+TopP = Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="Draw from the tokens that make up this probability.")]
+MinP = Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="Leave out tokens below this share of the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(metavar="X", help="Above 1, tokens that occurred become less likely.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of the sampling, random weights and random prompts.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End at this text; may be repeated.")]
 CtxSize = Annotated[
-    int | None, typer.Option("--ctx-size", "-c", min=1, help="Most tokens of prompt and answer together.")
+    int | None, typer.Option("--ctx-size", "-c", metavar="N", min=1, help="Most tokens of prompt and answer together.")
 ]
-PrefillStep = Annotated[int | None, typer.Option(min=1, help="Prompt tokens per forward pass; default 512.")]
+PrefillStep = Annotated[int | None, typer.Option(metavar="N", min=1, help="Prompt tokens per forward pass; default 512.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after end tokens.")]
 SystemPrompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message of a chat.")]
 

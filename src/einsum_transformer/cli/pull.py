@@ -16,7 +16,9 @@ def pull(
     offline: options.Offline = False,
     json: options.Json = False,
 ) -> None:
-    """Fetch a model from the hub, unless it is here already, and print where it lies.
+    """Fetch a model from the hub, and print where it lies.
+
+    What is in the cache already is not fetched again.
 
     \b
     etx pull HuggingFaceTB/SmolLM2-135M-Instruct

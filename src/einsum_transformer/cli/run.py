@@ -55,7 +55,7 @@ def run(
     prefill_step_size: options.PrefillStep = None,
     prefill_only: Annotated[bool, typer.Option("--prefill-only", help="Stop before the first new token.")] = False,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Rows of random tokens, where there is no tokenizer.")
+        int | None, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows of random tokens, where there is no tokenizer.")
     ] = None,
     blas: options.Blas = "auto",
     threads: options.Threads = None,
@@ -68,9 +68,10 @@ def run(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Continue a prompt, then show where the time went: a table on stderr, the text on stdout.
+    """Continue a prompt, and show where the time went.
 
-    A JSON config without a tokenizer runs on random tokens. Without a prompt a model is asked a short question.
+    The text goes to stdout, the table to stderr. A JSON config without a tokenizer runs on random tokens; without a
+    prompt a model is asked a short question. Where neither a flag nor a config says otherwise, decoding is greedy.
 
     \b
     etx run -p "The capital of France is" -n 8 --temp 0

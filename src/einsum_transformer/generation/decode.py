@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.checkpoint import Model
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.models.model import Model
 
 Array = np.ndarray
 

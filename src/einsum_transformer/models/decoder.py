@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,14 @@ def build(config: ModelConfig, leaf: Callable[[Weight], Any]) -> Decoder:
     )
 
 
+def weights_of(config: ModelConfig) -> list[Weight]:
+    """Every weight of a model of this config, in order."""
+    found: list[Weight] = []
+    build(config, found.append)
+    return found
+
+
+@cache
 def _annotations(kind: type) -> dict[str, str]:
     """Field -> shape in letters, from the component's `Annotated[Array, "..."]` fields."""
     specs = {}

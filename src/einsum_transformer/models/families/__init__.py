@@ -18,9 +18,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: Any, source: str) -> Family:
     """The family that declares `model_type`."""
     if not isinstance(model_type, str):
-        raise ConfigError(
-            f"{source}: {model_type!r} is no model type; supported: {', '.join(FAMILIES)}"
-        )
+        raise ConfigError(f"{source}: {model_type!r} is no model type; supported: {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         supported = f"supported: {', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}"
         raise ConfigError(f"{source}: model type {model_type!r} is not supported; {supported}")
