@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -168,6 +170,12 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
     """Normal weights with the config's initializer_range, norms 1, biases 0; each tensor has a stream of its
     own."""
     seed = 0 if options.seed is None else options.seed
+    if seed < 0:
+        raise InputError(f"seed is {seed}: it must be at least 0")
+    needed = sum(math.prod(weight.stored) for weight in weights_of(config)) * options.dtype.itemsize
+    if needed > (present := _memory()):
+        sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f}"
+        raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
 
     def leaf(weight: Weight) -> Array:
         if weight.path.endswith("norm.weight"):
@@ -180,6 +188,14 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
         return laid_out(values.reshape(weight.stored), weight)
 
     return Model(config, build(config, leaf), source=f"{source} (random weights, seed {seed})")
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not told on this system
+        return 1 << 62
 
 
 def _from_folder(folder: Path, options: _Options) -> Model:
@@ -217,7 +233,7 @@ def _folder_config(folder: Path) -> ModelConfig:
 def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     keys = Keys(raw, source)
     family = family_of(keys.get("model_type", str), source)
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         method = raw["quantization_config"]
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""explain(): a model's program as data and as print, from a dry run of the same Python over arrays without numbers."""
+"""explain(): a model's program as data and as print, from a dry run of the same Python over mere shapes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.analysis.report import quantity
-from einsum_transformer.checkpoint import Model, read_config, weights_of
+from einsum_transformer.checkpoint import read_config
 from einsum_transformer.components.embedding import Embedding
 from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, einsum, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import Decoder, Weight, build
+from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
+from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.tree import tree_map
 
 NOT_COUNTED = (
-    "Look-ups and elementwise work (embedding, softmax, RoPE, activations, residuals) are not counted as FLOPs."
+    "Look-ups and elementwise work (embedding, softmax, RoPE, activations, residuals) count no FLOPs."
 )
 _DTYPE = np.dtype(np.float32)
 _WIDTH = 100
@@ -48,7 +49,7 @@ class Step:
     calls: int
     """Calls in one layer: 1, or one for each tile of the attention."""
     flops: int
-    """Of all calls in one layer, like the bytes: each operand of a call read once, each result written once."""
+    """Of all calls in one layer, as are the bytes: each operand read once, each result written once."""
     bytes_read: int
     bytes_written: int
     lowering: str
@@ -125,8 +126,8 @@ def explain(
 ) -> Program:
     """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
 
-    source: a model, its config, or anything `load` takes, of which only the config is read. backward: also the
-    gradient equations. No weight is read or made, so a config of any size will do.
+    source: a model, its config, or anything `load` takes, of which only the config is read: its size does not
+    matter. backward: also the gradient equations.
     """
     for name, value in (("batch", batch), ("tokens", tokens)):
         if value < 1:
@@ -148,13 +149,13 @@ def _config(source: Any, offline: bool) -> ModelConfig:
 
 
 class _DryWeight(Leaf):
-    """A weight that has only a shape; its equations run in a phase of its name, so that events say which weight it was."""
+    """A weight that has only a shape. Its equations run in a phase of its name, so that events name it."""
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         self.name, self.shape, self.dtype = name, shape, _DTYPE
 
     def array(self) -> Any:
-        return ShapeArray(self.shape, self.dtype)
+        return _shaped(self.shape, self.dtype)
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Any:
         with phase(_WeightName(self.name)):
@@ -171,7 +172,7 @@ class _DryEmbedding(Embedding):
     __slots__ = ()
 
     def backward(self, dy: Any, saved: Any) -> Embedding:
-        return Embedding(ShapeArray(self.weight.shape, dy.dtype))
+        return Embedding(_shaped(self.weight.shape, dy.dtype))
 
 
 class _WeightName(str):
@@ -180,15 +181,20 @@ class _WeightName(str):
     __slots__ = ()
 
 
+def _shaped(shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """A ShapeArray where the annotations say array."""
+    return ShapeArray(shape, dtype)
+
+
 def _stand_in(weight: Weight) -> Any:
     if len(weight.stored) == 1:
-        return ShapeArray(weight.shape, _DTYPE)  # norms and biases take part in sums rather than products
+        return _shaped(weight.shape, _DTYPE)  # norms and biases take part in sums rather than products
     name = weight.path.removesuffix(".weight")
     return _DryWeight(name.rpartition(".")[2], weight.shape)
 
 
 def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
-    """(one block of each kind, the layers of that kind): layers whose shapes and settings agree compute alike."""
+    """(a block of each kind, its layers): layers whose shapes and settings agree compute alike."""
     kinds: dict[Any, list[int]] = {}
     for i, block in enumerate(decoder.layers):
         kinds.setdefault(tree_map(lambda leaf: (leaf.shape, str(leaf.dtype)), block), []).append(i)
@@ -216,7 +222,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _steps(events: list[Event], members: list[tuple[int, ...]]) -> Iterator[Step]:
-    """Events in program order; within one visit of a component, calls of one equation for one role are one step."""
+    """Steps in program order: in one visit of a component, one equation in one role, however often called."""
     for (layer, _), visit in groupby(events, key=lambda event: (event.layer, event.path[:3])):
         alike: dict[Any, list[Event]] = {}
         for event in visit:
@@ -267,13 +273,15 @@ def _model_summary(config: ModelConfig) -> dict[str, Any]:
 def _heading(program: Program) -> list[str]:
     config = program.config
     tied = ", one matrix for embedding and head" if config.tie_word_embeddings else ""
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
     shape = (
         f"{config.model_type}: {config.num_hidden_layers} layers, model {config.hidden_size}, "
-        f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, "
+        f"{queries} query and {keys} key/value heads of {config.head_dim}, "
         f"feed-forward {config.intermediate_size}, vocabulary {config.vocab_size}{tied}"
     )
     size = quantity(_DTYPE.itemsize * program.parameters, "B")
-    run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); batch {program.batch}, {program.tokens} tokens"
+    rows = f"batch {program.batch}, {program.tokens} tokens"
+    run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); {rows}"
     legend = ", ".join(
         f"{letter} = {size} {LEGEND.get(letter, '')}" for letter, size in program.letters().items()
     )

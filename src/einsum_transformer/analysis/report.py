@@ -1,7 +1,7 @@
-"""The table after a run: where the seconds of prefill, decode and sampling went, and whether the parts add up.
+"""The table after a run: where the seconds of prefill, decode and sampling went, and whether they add up.
 
-A span's own seconds are its seconds minus those of the spans inside it, so the own seconds of all spans add up to the
-stages exactly, and every line of the table is a sum of them.
+A span's own seconds are its seconds minus those of the spans inside it. So the own seconds of all spans add
+up to the stages exactly, and every line of the table is a sum of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Key = tuple[str, ...]
 
 OWN = "own"
 """What a phase did outside of the phases inside it."""
-_STAGES = ("prefill", "decode")
+_STAGES: tuple[Key, ...] = (("prefill",), ("decode",))
 _LAYER = ("layer",)
 _LOADS = ("layer", "weight load")
 _SKELETON: tuple[Key, ...] = (
@@ -86,8 +86,8 @@ class Run:
 class Row:
     """One line: seconds of one call (p50, p99), of all calls, and their share of the run.
 
-    A call is one layer of one forward pass, for `embedding` and `output head` one forward pass, else one step. Parts
-    add up to the run; the other lines are sums of parts.
+    A call is one layer in one forward pass; for embedding and head one forward pass; for the stages, sampling
+    and text one step. Parts add up to the run, the other lines are sums of parts.
     """
 
     name: str
@@ -137,7 +137,7 @@ def report(spans: Sequence[Span], run: Run) -> Report:
     to_first = None if first is None else first - run.started
     prompt, new = sum(run.prompt_lengths), sum(run.new_lengths)
     later = sum(max(length - 1, 0) for length in run.new_lengths)
-    stage_seconds = {name: sum(samples.get((name,), [])) for name in (*_STAGES, "sampling")}
+    stages = {name: sum(samples.get((name,), [])) for name in ("prefill", "decode", "sampling")}
     return Report(
         rows=rows,
         seconds=run.seconds,
@@ -147,9 +147,9 @@ def report(spans: Sequence[Span], run: Run) -> Report:
         time_to_first_token=to_first,
         time_to_first_token_with_load=None if to_first is None else to_first + run.load_seconds,
         prompt_tokens=prompt,
-        prompt_tokens_per_second=_rate(prompt, stage_seconds["prefill"]),
+        prompt_tokens_per_second=_rate(prompt, stages["prefill"]),
         new_tokens=new,
-        new_tokens_per_second=_rate(later, stage_seconds["decode"] + stage_seconds["sampling"]),
+        new_tokens_per_second=_rate(later, stages["decode"] + stages["sampling"]),
         kv_cache_bytes=run.kv_cache_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         blas=str(blas.current()),
@@ -159,7 +159,7 @@ def report(spans: Sequence[Span], run: Run) -> Report:
 
 
 def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
-    """Line -> its seconds in every call. Spans come in the order they ended, so inner ones before the one around them."""
+    """Line -> its seconds in every call. Spans come in the order they ended: inner ones before outer ones."""
     samples: dict[Key, list[float]] = defaultdict(list)
     inside: dict[Key, float] = defaultdict(float)
     pending: dict[Key, float] = defaultdict(float)
@@ -167,15 +167,16 @@ def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
         own = span.seconds - inside.pop(span.path, 0.0)
         if len(span.path) > 1:
             inside[span.path[:-1]] += span.seconds
-        key = span.path[1:] if span.path[0] in _STAGES else span.path
+        key = span.path[1:] if span.path[:1] in _STAGES else span.path
         if not key:
             samples[span.path].append(span.seconds)
             samples[("stage",)].append(own)
             continue
         place = _place(key)
-        for line in {place[:depth] for depth in range(1, len(place) + 1)} | (
-            {_LOADS} if _is_layer_load(place) else set()
-        ):
+        lines = [place[:depth] for depth in range(1, len(place) + 1)]
+        if place[:1] == _LAYER and place[-1] == "load":
+            lines.append(_LOADS)
+        for line in lines:
             pending[line] += own
         if len(key) == 1:
             for line in list(pending):
@@ -191,24 +192,17 @@ def _place(key: Key) -> Key:
         return (*key[: 2 if key[0] == "layer" else 1], "load")
     if key[:3] == ("layer", "attention", "mix"):
         return ("layer", "attention", "output")
-    known = key[:3] if key[:1] == _LAYER else key[:1]
-    return known if len(known) == 3 or known == ("layer", "norm") else (*known, OWN)
-
-
-def _is_layer_load(place: Key) -> bool:
-    return place[:1] == _LAYER and place[-1] == "load"
+    place = key[:3] if key[:1] == _LAYER else key[:1]
+    return place if len(place) == 3 else (*place, OWN)
 
 
 def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
     """The stages, then the tree of lines; a line with nothing inside but its own seconds is one line."""
-    keys = {*samples, *_SKELETON} - {(stage,) for stage in _STAGES}
-    for key in list(keys):
-        if key[-1] == OWN and not any(
-            other[:-1] == key[:-1] and other != key for other in keys if len(other) > 1
-        ):
-            keys.discard(key)
+    keys = {*samples, *_SKELETON} - set(_STAGES)
+    alone = {key for key in keys if key[-1] == OWN and sum(other[:-1] == key[:-1] for other in keys) == 1}
+    keys -= alone
     for stage in _STAGES:
-        yield _row(stage, 0, False, samples.get((stage,), []), seconds)
+        yield _row(stage[0], 0, False, samples.get(stage, []), seconds)
     for key in sorted(keys, key=_order):
         children = any(other[:-1] == key and other != _LOADS for other in keys)
         label = _LABELS.get(key, "compute" if key[-1] == OWN else key[-1])
@@ -231,7 +225,7 @@ def _row(name: str, depth: int, part: bool, values: list[float], whole: float) -
 
 
 def _first_token(spans: Sequence[Span]) -> float | None:
-    """When the first token was chosen: the end of the first sampling, without the text that was written meanwhile."""
+    """When the first token was chosen: the end of the first sampling, less the text written meanwhile."""
     for i, span in enumerate(spans):
         if span.path == ("sampling",):
             written = sum(inner.seconds for inner in spans[:i] if inner.path[:-1] == span.path)
@@ -254,7 +248,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
-    """The rotation made visible: base, dimensions, scaling, wavelengths in tokens, and the positions of a run."""
+    """The rotation made visible: base, dimensions, scaling, wavelengths in tokens, positions of a run."""
     rope = config.rope
     inv_freq, factor = inverse_frequencies(rope, config.head_dim, length)
     return {
@@ -332,7 +326,8 @@ def rope_line(facts: dict[str, Any]) -> str:
     if scaling != "default":
         scaling += f" x{facts['factor']:g} over {facts['original_max_position_embeddings']}"
     low, high = facts["positions"]
+    waves = f"{facts['shortest_wavelength']:.1f}-{facts['longest_wavelength']:.0f}"
     return (
-        f"RoPE: base {facts['base']:g}, {facts['rotated_dims']} of {facts['head_dim']} head dims, scaling {scaling}, "
-        f"positions {low}-{high}, wavelengths {facts['shortest_wavelength']:.1f}-{facts['longest_wavelength']:.0f}"
+        f"RoPE: base {facts['base']:g}, {facts['rotated_dims']} of {facts['head_dim']} head dims, "
+        f"scaling {scaling}, positions {low}-{high}, wavelengths {waves}"
     )

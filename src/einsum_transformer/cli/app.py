@@ -23,7 +23,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    """Run the command line and leave with its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     sys.exit(_code_of(arguments or ["--help"]))
 
@@ -66,15 +66,19 @@ def _application() -> typer.Typer:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from einsum_transformer import __version__
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"einsum-transformer {__version__}")
+        try:
+            typer.echo(f"einsum-transformer {version('einsum-transformer')}")
+        except PackageNotFoundError:
+            typer.echo("einsum-transformer, not installed")
         raise typer.Exit
 
 
 def _etx(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Transformer language models on a CPU in NumPy, where the einsum equation is the code that runs.

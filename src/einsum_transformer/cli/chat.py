@@ -42,7 +42,9 @@ def chat(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Talk with a model. /system TEXT sets the system message, /reset forgets the conversation, /exit ends it.
+    """Talk with a model.
+
+    /system TEXT sets the system message, /reset forgets the conversation, /exit ends it.
 
     \b
     etx chat
@@ -60,9 +62,13 @@ def chat(
     sampling, settings = options.generation_settings(
         loaded,
         None if isinstance(source, str) else source,
-        max_tokens,
-        {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
-        stop=tuple(stop) if stop else None,
+        max_tokens=max_tokens,
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
         seed=seed,
         ctx_size=ctx_size,
         prefill_step_size=prefill_step_size,
@@ -70,7 +76,8 @@ def chat(
     talk = _Talk(loaded, sampling, settings, system_prompt, shown=not json, notes=not silent)
     _converse(talk, terminal=sys.stdin.isatty() and not silent)
     if json:
-        options.write(jsonlib.dumps({"model": loaded.source, "messages": talk.messages, "turns": talk.turns}) + "\n")
+        told = {"model": loaded.source, "messages": talk.messages, "turns": talk.turns}
+        options.write(jsonlib.dumps(told) + "\n")
 
 
 def _converse(talk: _Talk, terminal: bool) -> None:
@@ -95,7 +102,21 @@ def _converse(talk: _Talk, terminal: bool) -> None:
         elif command.startswith("/"):
             options.note(f"{command}: no such command; /system TEXT, /reset, /exit")
         elif line:
-            talk.say(line)
+            _turn(talk, line, terminal)
+
+
+def _turn(talk: _Talk, line: str, terminal: bool) -> None:
+    """One question; at a terminal its mistake or its interruption is no reason to leave."""
+    try:
+        talk.say(line)
+    except InputError as error:
+        if not terminal:
+            raise
+        options.note(f"error: {error} (/reset starts anew)")
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+        options.note("stopped; this question is forgotten")
 
 
 def _next_line() -> str:
@@ -133,8 +154,8 @@ class _Talk:
         from einsum_transformer.generation.decode import Generation, stream
 
         assert self.model.tokenizer is not None
-        self.messages.append({"role": "user", "content": text})
-        rendered = self.model.tokenizer.encode_chat(self.messages)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = self.model.tokenizer.encode_chat(messages)
         cache, held = self._reuse(rendered)
         result = Generation(rendered[held:])
         # Whatever ends the answer before its time leaves the cache in an unknown state.
@@ -149,11 +170,11 @@ class _Talk:
                 options.write("\n")
         seconds = time.perf_counter() - started
         self.cache, self.cached = cache, [*rendered, *result.tokens][: cache.length]
-        self.messages.append({"role": "assistant", "content": result.text})
+        self.messages = [*messages, {"role": "assistant", "content": result.text}]
         self._tell(held, result, seconds)
 
     def _reuse(self, rendered: list[int]) -> tuple[KVCache, int]:
-        """(a cache, how many tokens of the conversation it holds): the last turn's, if what it holds comes first."""
+        """(a cache, how many of these tokens it holds): the last turn's, if what it holds comes first."""
         held = len(self.cached)
         if self.cache is None or len(rendered) <= held or rendered[:held] != self.cached:
             return self.model.cache(), 0
@@ -169,6 +190,5 @@ class _Talk:
         }
         self.turns.append(turn)
         if self.notes:
-            options.note(
-                f"[{held} tokens kept, {turn['prompt_tokens']} read, {turn['tokens']} generated, {seconds:.1f} s]"
-            )
+            read, new = turn["prompt_tokens"], turn["tokens"]
+            options.note(f"[{held} tokens kept, {read} read, {new} generated, {seconds:.1f} s]")

@@ -14,7 +14,7 @@ def explain(
     model: options.Model = None,
     model_flag: options.ModelFlag = None,
     config: options.ConfigFlag = None,
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", "-b", metavar="N", min=1, help="Rows.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", "-b", metavar="N", min=1, help="Rows.")] = 1,
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each row.")] = 128,
     backward: Annotated[bool, typer.Option("--backward", help="Also the gradient equations.")] = False,
     assignments: options.Assignments = None,
@@ -23,13 +23,13 @@ def explain(
 ) -> None:
     """Print a model's program: its equations and what they cost.
 
-    Every equation comes with its FLOPs, its bytes and the matrix product it runs as. The same Python that runs the model runs over arrays that have only a shape, so a config is enough and its size
-    does not matter.
+    Every equation comes with its FLOPs, its bytes and the matrix product it runs as. The same Python that
+    runs the model runs over arrays that have only a shape, so a config of any size is enough.
 
     \b
     etx explain                                        the default model, 128 tokens
     etx explain configs/llama.json --tokens 2048       a model of 3B, its attention in tiles
-    etx explain config.json --backward                 also the gradients (config.json of a Hugging Face folder)
+    etx explain config.json --backward                 also the gradients, for a Hugging Face config
     etx explain --config configs/fast_lora.json --set use_mqa=true --json
     """
     from einsum_transformer.analysis.explain import explain as dry_run

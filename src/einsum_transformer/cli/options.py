@@ -32,49 +32,82 @@ Model = Annotated[
     ),
 ]
 ModelFlag = Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="The same as MODEL.")]
-ConfigFlag = Annotated[str | None, typer.Option("--config", metavar="FILE.json", help="The same, for a JSON config.")]
+ConfigFlag = Annotated[
+    str | None, typer.Option("--config", metavar="FILE.json", help="The same, for a JSON config.")
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of a JSON config; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only the text: no notes, no table.")]
-Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Blas = Annotated[str, typer.Option(metavar="auto|numpy|mkl", help="BLAS library of the matrix products.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", "--num-threads", metavar="N", min=1, help="BLAS threads; default all cores.")
+    int | None,
+    typer.Option(
+        "--threads", "-t", "--num-threads", metavar="N", min=1, help="BLAS threads; default all cores."
+    ),
 ]
-Dtype = Annotated[str | None, typer.Option(metavar="float32|float64", help="What is computed in; default float32.")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="float32|float64", help="What is computed in; default float32.")
+]
 WeightBudget = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Weights held in memory (500M, 2G); the rest is read when it is needed."),
+    typer.Option(
+        metavar="SIZE", help="Weights held in memory (500M, 2G); the rest is read when it is needed."
+    ),
 ]
 MaxLayers = Annotated[
-    int | None, typer.Option("--max-layers", "--num-layers", metavar="N", min=1, help="Keep only the first layers.")
+    int | None,
+    typer.Option("--max-layers", "--num-layers", metavar="N", min=1, help="Keep only the first layers."),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", "-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate; default 128.")
+    int | None,
+    typer.Option(
+        "--max-tokens", "-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate; default 128."
+    ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option("--temp", "--temperature", metavar="X", min=0, help="0 takes the likeliest token.")
+    float | None,
+    typer.Option("--temp", "--temperature", metavar="X", min=0, help="0 takes the likeliest token."),
 ]
-TopK = Annotated[int | None, typer.Option(metavar="K", min=0, help="Draw from the K likeliest tokens; 0 switches it off.")]
-TopP = Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="Draw from the tokens that make up this probability.")]
-MinP = Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="Leave out tokens below this share of the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(metavar="X", help="Above 1, tokens that occurred become less likely.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of the sampling, random weights and random prompts.")]
+TopK = Annotated[
+    int | None, typer.Option(metavar="K", min=0, help="Draw from the K likeliest tokens; 0 switches it off.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="P", min=0, max=1, help="Draw from the tokens that make up this probability."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(metavar="P", min=0, max=1, help="Leave out tokens below this share of the likeliest."),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Above 1, tokens that occurred become less likely.")
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Of the sampling, random weights and random prompts.")
+]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End at this text; may be repeated.")]
 CtxSize = Annotated[
-    int | None, typer.Option("--ctx-size", "-c", metavar="N", min=1, help="Most tokens of prompt and answer together.")
+    int | None,
+    typer.Option("--ctx-size", "-c", metavar="N", min=1, help="Most tokens of prompt and answer together."),
 ]
-PrefillStep = Annotated[int | None, typer.Option(metavar="N", min=1, help="Prompt tokens per forward pass; default 512.")]
+PrefillStep = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Prompt tokens per forward pass; default 512.")
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after end tokens.")]
 SystemPrompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message of a chat.")]
 
 
-def source_of(model: str | None, flag: str | None, config: str | None, assignments: list[str] | None) -> str | RunConfig:
-    """The one source that was named, with `--set` applied; a JSON config of the project's own as a RunConfig."""
+def source_of(
+    model: str | None, flag: str | None, config: str | None, assignments: list[str] | None
+) -> str | RunConfig:
+    """The one source that was named; a JSON config of the project as a RunConfig with `--set` applied."""
     from einsum_transformer.hub import DEFAULT_MODEL
     from einsum_transformer.models.run_config import override, parse_run_config, read_json
 
@@ -86,7 +119,9 @@ def source_of(model: str | None, flag: str | None, config: str | None, assignmen
     if raw and "model_type" not in raw:
         return override(parse_run_config(raw, source), assignments or [])
     if assignments:
-        raise InputError(f"--set {assignments[0]}: only a JSON config of this project has keys to set, {source} is none")
+        raise InputError(
+            f"--set {assignments[0]}: only a JSON config of this project has keys to set, {source} is none"
+        )
     return source
 
 
@@ -129,13 +164,18 @@ def _refuse(config: RunConfig, weight_budget: str | None) -> None:
             "run with --set speculative=false"
         )
     if weight_budget is not None and config.weight_file is None and config.hf_repo_id is None:
-        raise InputError(f"--weight-budget: {config.source} has random weights, which are in no file to be read again")
+        raise InputError(
+            f"--weight-budget: {config.source} has random weights, which are in no file to be read again"
+        )
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def generation_settings(
-    model: LoadedModel, config: RunConfig | None, max_tokens: int | None, sampling: dict[str, Any], **settings: Any
+    model: LoadedModel, config: RunConfig | None, max_tokens: int | None, **flags: Any
 ) -> tuple[Sampling, Settings]:
-    """Flags first, then the keys of a JSON config, then generation_config.json; None stands for a flag not given."""
+    """Flags first (None: not given), then the keys of a JSON config, then those of generation_config.json."""
     from einsum_transformer.generation.decode import Settings
     from einsum_transformer.generation.sampling import Sampling
 
@@ -144,8 +184,9 @@ def generation_settings(
         stated |= {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k_sample}
         stated["max_new_tokens"] = config.max_new_tokens
     budget = max_tokens if max_tokens is not None else stated.get("max_new_tokens", 128)
-    given = {name: value for name, value in settings.items() if value is not None}
-    return Sampling.from_generation_config(stated, **sampling), Settings(budget, **given)
+    sampling = {name: flags.pop(name) for name in _SAMPLING}
+    settings = {name: value for name, value in flags.items() if value is not None}
+    return Sampling.from_generation_config(stated, **sampling), Settings(budget, **settings)
 
 
 def parse_size(text: str, flag: str) -> int:

@@ -11,7 +11,9 @@ from einsum_transformer.cli import options
 
 
 def pull(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="A hub repository, owner/name, or smollm2-135m.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="A hub repository, owner/name, or smollm2-135m.")
+    ],
     revision: options.Revision = None,
     offline: options.Offline = False,
     json: options.Json = False,
@@ -27,5 +29,9 @@ def pull(
     """
     from einsum_transformer import hub
 
-    path = hub.default_model(offline) if repo.lower() == hub.DEFAULT_MODEL else hub.download(repo, revision, offline)
+    path = (
+        hub.default_model(offline)
+        if repo.lower() == hub.DEFAULT_MODEL
+        else hub.download(repo, revision, offline)
+    )
     options.write(jsonlib.dumps({"repo": repo, "path": str(path)}) + "\n" if json else f"{path}\n")

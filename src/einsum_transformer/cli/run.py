@@ -33,8 +33,12 @@ def run(
     model: options.Model = None,
     model_flag: options.ModelFlag = None,
     config: options.ConfigFlag = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="`-` reads stdin.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="The prompt as a text file.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="`-` reads stdin.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The prompt as a text file.")
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(metavar="FILE.npy", help="The prompt as token ids, (time) or (batch, time).")
     ] = None,
@@ -53,9 +57,18 @@ def run(
     ignore_eos: options.IgnoreEos = False,
     ctx_size: options.CtxSize = None,
     prefill_step_size: options.PrefillStep = None,
-    prefill_only: Annotated[bool, typer.Option("--prefill-only", help="Stop before the first new token.")] = False,
+    prefill_only: Annotated[
+        bool, typer.Option("--prefill-only", help="Stop before the first new token.")
+    ] = False,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows of random tokens, where there is no tokenizer.")
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            metavar="N",
+            min=1,
+            help="Rows of random tokens, where there is no tokenizer.",
+        ),
     ] = None,
     blas: options.Blas = "auto",
     threads: options.Threads = None,
@@ -70,8 +83,9 @@ def run(
 ) -> None:
     """Continue a prompt, and show where the time went.
 
-    The text goes to stdout, the table to stderr. A JSON config without a tokenizer runs on random tokens; without a
-    prompt a model is asked a short question. Where neither a flag nor a config says otherwise, decoding is greedy.
+    The text goes to stdout, the table to stderr. A JSON config without a tokenizer runs on random tokens;
+    without a prompt a model is asked a short question. Unless a flag or a config says otherwise, decoding is
+    greedy.
 
     \b
     etx run -p "The capital of France is" -n 8 --temp 0
@@ -82,17 +96,28 @@ def run(
     source = options.source_of(model, model_flag, config, assignments)
     keys = None if isinstance(source, str) else source
     silent = quiet or json
+    if system_prompt is not None and not chat:
+        raise InputError("--system-prompt needs --chat")
+    if tokens is not None and chat:
+        raise InputError("--chat needs a prompt of text, --tokens has ids")
+    given = given_prompt(prompt, prompt_file, tokens)
+    asked = _Prompt(
+        **given, chat=chat, system=system_prompt, batch_size=batch_size, seed=seed or 0, silent=silent
+    )
     where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
     loaded, load_seconds = options.open_model(
         source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
     )
-    asked = _Prompt(prompt, prompt_file, tokens, chat, system_prompt, batch_size, seed, silent)
     sampling, settings = options.generation_settings(
         loaded,
         keys,
-        max_tokens,
-        {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
-        stop=tuple(stop) if stop else None,
+        max_tokens=max_tokens,
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
         seed=seed,
         ctx_size=ctx_size,
         prefill_step_size=prefill_step_size,
@@ -104,70 +129,70 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """The flags that say what the model is given."""
+    """What the model is given: text, token ids, or neither."""
 
     text: str | None
+    tokens: Any
     file: str | None
-    tokens: str | None
+    """Where the text or the ids come from."""
     chat: bool | None
     system: str | None
     batch_size: int | None
-    seed: int | None
+    seed: int
     silent: bool
 
     def rows(self, model: Model, config: RunConfig | None) -> list[list[int]]:
         """Token ids, all rows of one length."""
-        given = {"--prompt": self.text, "--prompt-file": self.file, "--tokens": self.tokens}
-        named = [flag for flag, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise InputError(f"{' and '.join(named)} both give the prompt: choose one")
-        if self.system is not None and not self.chat:
-            raise InputError("--system-prompt needs --chat")
-        if self.tokens is not None:
-            if self.chat:
-                raise InputError("--chat needs a prompt of text, --tokens has ids")
-            return model.checked(read_tokens(Path(self.tokens)), self.tokens).tolist()
-        if model.tokenizer is None and not named:
+        if model.tokenizer is None and self.text is None and self.tokens is None:
             return self._random(model, config)
         if self.batch_size is not None:
-            raise InputError("--batch-size: only for random tokens, which a model without a tokenizer runs on")
-        return [self._encoded(model, self._text(named))]
+            raise InputError("--batch-size: only for a run on random tokens (no prompt and no tokenizer)")
+        if self.tokens is not None:
+            return model.checked(self.tokens, f"the ids of {self.file}").tolist()
+        return [self._encoded(model)]
 
-    def _text(self, named: list[str]) -> str:
-        if not named:
-            return DEFAULT_PROMPT
-        if self.file is not None:
-            text = read_text(Path(self.file))
-        else:
-            text = sys.stdin.read() if self.text == "-" else str(self.text)
-        if not text:
-            raise InputError(f"{named[0]}: the prompt is empty: give at least one character")
-        return text
-
-    def _encoded(self, model: Model, text: str) -> list[int]:
+    def _encoded(self, model: Model) -> list[int]:
         from einsum_transformer.generation.decode import encode
 
-        given = self.text is not None or self.file is not None
-        chat = self.chat
+        text, chat, tokenizer = self.text, self.chat, model.tokenizer
         if chat is None:
             # Nobody asked for raw text where nobody gave any, and a chat model answers a question better.
-            chat = not given and model.tokenizer is not None and model.tokenizer.chat_template is not None
-        if not given and not self.silent:
-            options.note(f"no prompt given, so this one{' as a chat' if chat else ''}: {text}")
-        if not chat or model.tokenizer is None:
+            chat = text is None and tokenizer is not None and tokenizer.chat_template is not None
+        if text is None:
+            text = DEFAULT_PROMPT
+            if not self.silent:
+                options.note(f"no prompt given, so this one{' as a chat' if chat else ''}: {text}")
+        if not chat or tokenizer is None:
             return encode(model, text)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return model.tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+        return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
 
     def _random(self, model: Model, config: RunConfig | None) -> list[list[int]]:
         import numpy as np
 
         rows = self.batch_size or (config.batch_size if config else 1)
         length = config.seq_len if config else _RANDOM_TOKENS
-        seed = self.seed or 0
         if not self.silent:
-            options.note(f"no tokenizer: {rows} x {length} random token ids of seed {seed}")
-        return np.random.default_rng(seed).integers(0, model.config.vocab_size, (rows, length)).tolist()
+            options.note(f"no tokenizer: {rows} x {length} random token ids of seed {self.seed}")
+        rng = np.random.default_rng(self.seed)
+        return rng.integers(0, model.config.vocab_size, (rows, length)).tolist()
+
+
+def given_prompt(text: str | None, file: str | None, tokens: str | None) -> dict[str, Any]:
+    """The `text` or `tokens` that the flags name, both None without a flag, and the `file` they lie in."""
+    flags = {"--prompt": text, "--prompt-file": file, "--tokens": tokens}
+    named = [flag for flag, value in flags.items() if value is not None]
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)} both give the prompt: choose one")
+    if tokens is not None:
+        return {"text": None, "tokens": read_tokens(Path(tokens)), "file": tokens}
+    if file is not None:
+        text = read_text(Path(file))
+    elif text == "-":
+        text = sys.stdin.read()
+    if text == "":
+        raise InputError(f"{named[0]}: the prompt is empty: give at least one character")
+    return {"text": text, "tokens": None, "file": file}
 
 
 def read_tokens(path: Path) -> Any:
@@ -175,14 +200,21 @@ def read_tokens(path: Path) -> Any:
     import numpy as np
 
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise InputError(f"{path}: not a .npy file of numbers: {str(error).splitlines()[0]}") from None
-    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
-        what = f"an array of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise InputError(f"{path}: holds {what}; token ids of shape (time) or (batch, time) are expected")
+    except (
+        ValueError,
+        EOFError,
+        OverflowError,
+        TypeError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise InputError(f"{path}: not a .npy file of numbers: {error}") from None
+    if array.ndim not in (1, 2):
+        raise InputError(f"{path}: has shape {array.shape}; token ids are (time) or (batch, time)")
     return np.atleast_2d(array)
 
 
@@ -275,7 +307,12 @@ class _Job:
             options.write(f"{name}{' '.join(map(str, shown))}{more}\n")
 
     def _finish(
-        self, results: list[Generation], recorder: Recorder | None, started: float, seconds: float, **more: Any
+        self,
+        results: list[Generation],
+        recorder: Recorder | None,
+        started: float,
+        seconds: float,
+        **more: Any,
     ) -> None:
         """The table, or the JSON object."""
         if recorder is None:
@@ -306,7 +343,9 @@ def _json(source: str, results: list[Generation], found: Report) -> dict[str, An
     """One object for a row; for a batch its first entries are lists."""
     numbers = found.to_dict()
     table = numbers.pop("rows")
-    facts = {name: numbers.pop(name) for name in ("blas", "threads", "kv_cache_bytes", "peak_rss_bytes", "rope")}
+    facts = {
+        name: numbers.pop(name) for name in ("blas", "threads", "kv_cache_bytes", "peak_rss_bytes", "rope")
+    }
     return {
         "model": source,
         "text": _one_or_all([result.text for result in results]),

@@ -44,7 +44,9 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+            raise ConfigError(
+                f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            )
         if any(not (math.isfinite(factor) and factor > 0) for factor in self.frequency_factors or ()):
             raise ConfigError("rope_freqs holds a factor that is not a positive number")
         for name in _POSITIVE:
@@ -53,7 +55,9 @@ class RopeConfig:
             if value is not None and not 1e-9 <= value <= 1e12:
                 raise ConfigError(f"rope {name} is {value}: it must be a positive number of reasonable size")
         if not 0 < self.partial_rotary_factor <= 1:
-            raise ConfigError(f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]")
+            raise ConfigError(
+                f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]"
+            )
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
         if self.rope_type == "yarn" and self.rope_theta <= 1:
@@ -76,7 +80,8 @@ _POSITIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The angles of a forward pass: cos (b, t, r/2) and signed_sin (b, t, 2, r/2) = (-sin, sin), see `rotate`."""
+    """The angles of a forward pass: cos (b, t, r/2) and signed_sin (b, t, 2, r/2) = (-sin, sin), see
+    `rotate`."""
 
     cos: Array
     signed_sin: Array

@@ -12,6 +12,8 @@ from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.models.config import Keys
+from einsum_transformer.models.families.family import token_ids
 from einsum_transformer.models.model import Model
 
 Array = np.ndarray
@@ -40,7 +42,7 @@ class Settings:
     """What a generation obeys besides the sampling; lengths in tokens."""
 
     max_new_tokens: int = 128
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     seed: int | None = None
     ctx_size: int | None = None
     prefill_step_size: int = PREFILL_CHUNK
@@ -51,6 +53,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}: it must be at least {least}")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"seed is {self.seed}: it must be at least 0")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         if any(not each for each in self.stop):
             raise InputError("stop: an empty stop string would stop everything")
 
@@ -74,8 +80,10 @@ def generate(
     model's generation_config.json, or is greedy. settings: stop, ctx_size, prefill_step_size, ignore_eos (see
     `Settings`).
     """
-    stated = dict(model.generation_config or {})
-    budget = max_new_tokens if max_new_tokens is not None else stated.get("max_new_tokens", 128)
+    stated = model.generation_config or {}
+    budget = max_new_tokens
+    if budget is None:
+        budget = Keys(stated, "generation_config.json").get("max_new_tokens", int, 128)
     sampling = Sampling.from_generation_config(
         stated,
         temperature=temperature,
@@ -116,6 +124,8 @@ def stream(
     model.checked(tokens)
     if cache is None:
         cache = model.cache(min(longest + settings.max_new_tokens, limit), pads if pads.any() else None)
+    elif pads.any():
+        raise InputError("prompts that continue a cache must have the same length")
     with phase("prefill"):
         logits = prefill(model, tokens, cache, settings.prefill_step_size)
     live = list(range(len(rows)))
@@ -123,7 +133,8 @@ def stream(
         next_tokens, keep = [], []
         with phase("sampling"):
             for position, index in enumerate(live):
-                token, text = rows[index].step(logits[position], room=limit - cache.length)
+                padding = 0 if cache.pads is None else int(cache.pads[position])
+                token, text = rows[index].step(logits[position], room=limit + padding - cache.length)
                 if text:
                     yield index, text
                 if rows[index].result.finish_reason is None:
@@ -151,8 +162,8 @@ def prefill(model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CH
 
 def end_tokens(model: Model) -> frozenset[int]:
     """Every id that ends a text: of the config, of generation_config.json and of the tokenizer."""
-    stated = (model.generation_config or {}).get("eos_token_id") or []
-    ids = {*model.config.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    stated = token_ids((model.generation_config or {}).get("eos_token_id"))
+    ids = {*model.config.eos_token_id, *stated}
     if model.tokenizer is not None:
         ids |= model.tokenizer.end_of_generation_ids
     return frozenset(ids)
@@ -209,9 +220,10 @@ class StopMatcher:
     def put(self, text: str, last: bool = False) -> tuple[str, bool]:
         """(text that is safe to show, whether a stop string was met; it and what follows are dropped)."""
         self.held += text
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        # The one that is complete first counts, so that it does not matter in what pieces the text comes.
+        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
-            return self.held[: min(found)], True
+            return self.held[: min(found)[1]], True
         keep = 0 if last else max((self._partial(stop) for stop in self.stops), default=0)
         ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return ready, False
@@ -226,19 +238,25 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
     """(token ids of each row, whether one prompt was given rather than a batch)."""
     if isinstance(prompt, str):
         return [encode(model, prompt)], True
-    if isinstance(prompt, np.ndarray) and prompt.dtype.kind not in "iu":
-        raise InputError(f"tokens are {prompt.dtype}: token ids are integers")
-    items = prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt)
+    items = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    if not isinstance(items, Sequence):
+        raise InputError(f"the prompt is {type(prompt).__name__}: give text, token ids, or a list of either")
     if not items:
         raise InputError("the prompt is empty: give at least one token")
-    if all(isinstance(item, (int, np.integer)) for item in items):
-        return [[int(item) for item in items]], True
-    rows = [
-        encode(model, item) if isinstance(item, str) else [int(token) for token in item] for item in items
-    ]
+    if not isinstance(items[0], (str, Sequence, np.ndarray)):
+        return [_token_row(items)], True
+    rows = [encode(model, item) if isinstance(item, str) else _token_row(item) for item in items]
     if not all(rows):
-        raise InputError(f"prompt {next(i for i, row in enumerate(rows) if not row)} of the batch is empty")
+        raise InputError(f"prompt {rows.index([])} of the batch is empty")
     return rows, False
+
+
+def _token_row(items: Any) -> list[int]:
+    """One row of token ids, all of them integers."""
+    row = items.tolist() if isinstance(items, np.ndarray) else items
+    if not isinstance(row, Sequence) or not all(isinstance(each, (int, np.integer)) for each in row):
+        raise InputError("the prompt holds what is neither text nor a token id: token ids are integers")
+    return [int(each) for each in row]
 
 
 def encode(model: Model, text: str) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.models.config import Keys
 from einsum_transformer.numerics.softmax import softmax
 
 Array = np.ndarray
@@ -28,12 +29,17 @@ class Sampling:
     def __post_init__(self) -> None:
         bounds = {
             "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
+            "top_k": self.top_k >= 0 and self.top_k == int(self.top_k),
             "top_p": 0 <= self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
         }
-        ranges = {"top_p": "from 0 to 1", "min_p": "from 0 to 1", "repetition_penalty": "above 0"}
+        ranges = {
+            "top_k": "a whole number from 0 on",
+            "top_p": "from 0 to 1",
+            "min_p": "from 0 to 1",
+            "repetition_penalty": "above 0",
+        }
         for name, fits in bounds.items():
             if not (fits and np.isfinite(getattr(self, name))):
                 raise InputError(
@@ -43,13 +49,14 @@ class Sampling:
     @staticmethod
     def from_generation_config(settings: Mapping[str, Any] | None, **given: Any) -> Sampling:
         """What `given` says where it is not None, else what generation_config.json says, else greedy."""
-        settings = settings or {}
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        stated = {name: settings[name] for name in names if settings.get(name) is not None}
-        if not settings.get("do_sample"):
-            stated["temperature"] = 0.0
-        elif "temperature" not in stated:
-            stated["temperature"] = 1.0
+        keys = Keys(settings or {}, "generation_config.json")
+        stated = {
+            "temperature": keys.get("temperature", float, 1.0) if keys.get("do_sample", bool, False) else 0.0,
+            "top_k": keys.get("top_k", int, 0),
+            "top_p": keys.get("top_p", float, 1.0),
+            "min_p": keys.get("min_p", float, 0.0),
+            "repetition_penalty": keys.get("repetition_penalty", float, 1.0),
+        }
         return Sampling(**stated | {name: value for name, value in given.items() if value is not None})
 
     def choose(self, logits: Array, history: Sequence[int], rng: np.random.Generator) -> int:
@@ -67,7 +74,10 @@ class Sampling:
         scores = self._penalized(logits, history)
         if self.temperature == 0:
             return (np.arange(len(scores)) == np.argmax(scores)).astype(scores.dtype)
-        scores = scores / np.asarray(self.temperature, scores.dtype)
+        # In float64, from the top down: a tiny temperature ends in exp(-inf) = 0 for all others, its limit.
+        scores = scores.astype(np.float64)
+        with np.errstate(over="ignore"):
+            scores = (scores - scores.max()) / self.temperature
         if 0 < self.top_k < len(scores):
             kth = np.partition(scores, -self.top_k)[-self.top_k]
             scores = np.where(scores < kth, -np.inf, scores)
@@ -92,7 +102,7 @@ class Sampling:
         2019)."""
         if self.repetition_penalty == 1 or not len(history):
             return logits
-        scores = logits.copy()
+        scores = logits.astype(np.float64)
         seen = np.unique(np.asarray(history))
         old = scores[seen]
         scores[seen] = np.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)

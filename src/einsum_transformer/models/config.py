@@ -4,7 +4,6 @@ configs."""
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.errors import ConfigError
 
+_MOST_LAYERS = 1 << 12
+FARTHEST = 1 << 62
 _LARGEST = 1 << 24
 """No size of a real model comes near this; a config beyond it is a mistake or an attack."""
 
@@ -49,22 +50,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-                raise ConfigError(
-                    f"config key {name!r} is {value!r}: it must be a whole number from 1 to {_LARGEST}"
-                )
+            _check_count(name, getattr(self, name), _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config keys disagree: num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(
-                f"config key 'sliding_window' is {self.sliding_window}: it must be at least 1, or null"
-            )
-        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
-            raise ConfigError(f"config key 'rms_norm_eps' is {self.rms_norm_eps}: it must be a number >= 0")
+        if self.sliding_window is not None:
+            _check_count("sliding_window", self.sliding_window, 1 << 31)
+        for name, most in (("rms_norm_eps", 1), ("initializer_range", 100)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"config key {name!r} is {getattr(self, name)}: it must lie from 0 to {most}"
+                )
         if self.hidden_act not in ("silu", "swish"):
             raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; supported: silu")
         rotated = int(self.head_dim * self.rope.partial_rotary_factor)
@@ -79,7 +77,7 @@ class ModelConfig:
         ):
             for token in tokens:
                 if token is not None and not -1 <= token < _LARGEST:
-                    raise ConfigError(f"config key '{name}_token_id' is {token}: no such token")
+                    raise ConfigError(f"config key '{name}_token_id' is {token}: no token")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -99,6 +97,13 @@ class ModelConfig:
         return (self.sliding_window,) * self.num_hidden_layers
 
 
+def _check_count(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ConfigError(
+            f"config key {name!r} is {shown(value)}: it must be a whole number from 1 to {most}"
+        )
+
+
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -112,6 +117,15 @@ _SIZES = (
 )
 
 
+def shown(value: Any) -> str:
+    """A value for a message: its repr, cut short."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class Keys:
     """Typed reads from a JSON object that remember what was read, what was missing and what is left over."""
 
@@ -119,6 +133,8 @@ class Keys:
         self.raw, self.source = raw, source
         self.seen: set[str] = set()
         self.defaulted: list[str] = []
+        self.unused: list[str] = []
+        """Keys of objects inside this one that nobody read, as `rope_scaling.x`."""
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         """The value of `name`; `default` where it is absent or null, an error where there is no default."""
@@ -130,15 +146,18 @@ class Keys:
             self.defaulted.append(name)
             return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        as_float = float in kinds and isinstance(value, int)
+        if not (isinstance(value, kinds) or as_float) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(each.__name__ for each in kinds)
-            raise ConfigError(f"{self.source}: key {name!r} is {value!r}, expected {names}")
-        return value
+            raise ConfigError(f"{self.source}: key {name!r} is {shown(value)}, expected {names}")
+        if isinstance(value, (int, float)) and not -FARTHEST < value < FARTHEST:
+            raise ConfigError(
+                f"{self.source}: key {name!r} is {shown(value)}: no such number makes sense here"
+            )
+        return float(value) if as_float else value
 
     def left_over(self) -> tuple[str, ...]:
-        return tuple(sorted(set(self.raw) - self.seen))
+        return (*sorted(set(self.raw) - self.seen), *self.unused)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
-from einsum_transformer.models.config import Keys, ModelConfig, nearest
+from einsum_transformer.formats.safetensors import parse_json
+from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, nearest, shown
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.families.family import read_rope
 
@@ -124,14 +125,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise InputError(f"{path}: larger than {_LARGEST_FILE >> 20} MiB, no config is")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path, "config", path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a JSON object is expected, not {type(raw).__name__}")
-    return raw
 
 
 def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
@@ -175,6 +171,8 @@ def _checked(key: str, value: Any, declared: str, source: str) -> Any:
     kind = declared.removesuffix(" | None")
     if value is None and optional:
         return None
+    if isinstance(value, (int, float)) and not -FARTHEST < value < FARTHEST:
+        raise ConfigError(f"{source}: key {key!r} is {shown(value)}: no such number makes sense here")
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -189,4 +187,4 @@ def _checked(key: str, value: Any, declared: str, source: str) -> Any:
         "int": "a whole number",
     }
     wanted = names.get(kind, kind) + (" or null" if optional else "")
-    raise ConfigError(f"{source}: key {key!r} is {value!r}, expected {wanted}")
+    raise ConfigError(f"{source}: key {key!r} is {shown(value)}, expected {wanted}")

@@ -8,9 +8,10 @@ Array = np.ndarray
 def rotate(x: Array, cos: Array, signed_sin: Array, interleaved: bool = False) -> Array:
     """Rotate each pair (a, b) of the last axis: (a cos - b sin, b cos + a sin).
 
-    x: (..., h); cos: (..., r/2), signed_sin: (..., 2, r/2) = (-sin, sin), broadcastable over x's other axes, with r <= h
-    rotated dimensions; the rest passes unchanged. Pairs are (i, i + r/2), the layout of Hugging Face, or
-    (2i, 2i + 1) if `interleaved`. The backward pass is the rotation by the opposite angle: rotate(dy, cos, -signed_sin).
+    x: (..., h); cos: (..., r/2), signed_sin: (..., 2, r/2) = (-sin, sin), broadcastable over x's other axes,
+    with r <= h rotated dimensions; the rest passes unchanged. Pairs are (i, i + r/2), the layout of Hugging
+    Face, or (2i, 2i + 1) if `interleaved`. The backward pass is the rotation by the opposite angle:
+    rotate(dy, cos, -signed_sin).
     """
     half = cos.shape[-1]
     y = np.empty_like(x)

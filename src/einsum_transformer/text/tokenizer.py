@@ -178,6 +178,7 @@ class Tokenizer:
         }
         if self.chat_template is not None and not named:
             files["chat_template.jinja"] = self.chat_template
+        folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8", newline="")
 

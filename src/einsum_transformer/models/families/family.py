@@ -66,6 +66,12 @@ def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) ->
     raw = both[0] or both[1] or {}
     inner = Keys(raw, f"{keys.source}: rope_parameters" if both[0] else f"{keys.source}: rope_scaling")
     kinds = [inner.get(name, str, None) for name in ("rope_type", "type")]
+    if kinds[0] and kinds[1] and kinds[0] != kinds[1]:
+        raise ConfigError(f"{inner.source}: rope_type {kinds[0]!r} contradicts type {kinds[1]!r}")
+    if layered := [name for name, value in raw.items() if isinstance(value, dict)]:
+        raise ConfigError(
+            f"{inner.source}: key {layered[0]!r}: RoPE by layer type is not supported for this model"
+        )
     kind = kinds[0] or kinds[1] or "default"
     trained = keys.get("original_max_position_embeddings", int, None)
     trained = trained or inner.get("original_max_position_embeddings", int, None) or max_positions
@@ -77,7 +83,7 @@ def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) ->
         "original_max_position_embeddings": max_positions if kind == "dynamic" else trained,
     }
     if kind != "default":
-        fallback = max_positions / trained if kind == "yarn" else ...
+        fallback = max_positions / trained if kind == "yarn" and trained > 0 else ...
         settings["factor"] = inner.get("factor", float, fallback)
     if kind == "llama3":
         settings["low_freq_factor"] = inner.get("low_freq_factor", float)
@@ -88,6 +94,8 @@ def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) ->
         settings["truncate"] = inner.get("truncate", bool, True)
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             settings[name] = inner.get(name, float, None)
+    place = inner.source.rpartition(": ")[2]
+    keys.unused += [f"{place}.{name}" for name in inner.left_over()]
     try:
         return RopeConfig(**settings)
     except ConfigError as error:
