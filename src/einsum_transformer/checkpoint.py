@@ -7,7 +7,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +144,37 @@ def _from_run_config(run: RunConfig, options: _Options, revision: str | None, of
     config = run.model_config()
     if run.weight_file is None and run.hf_repo_id is None:
         return _random(options.cut(config), options, run.source)
+    if run.weight_file is not None and run.weight_file.endswith(".json"):
+        raise ConfigError(
+            f"{run.source}: weight_file {run.weight_file!r}: a model folder or a .gguf file is expected"
+        )
     base = Path(run.source).parent
     path = resolve(base / run.weight_file if run.weight_file else str(run.hf_repo_id), revision, offline)
     model = load(path, str(options.dtype), max_layers=options.max_layers, weight_budget=options.weight_budget)
     if differing := _contradictions(options.cut(config), model.config):
         raise ConfigError(f"{run.source}: contradicts {path}: {'; '.join(differing)}")
-    return model
+    blocks = replace(model.config, attention_block=run.block_size)
+    layers = tuple(
+        replace(layer, self_attn=replace(layer.self_attn, query_block=run.block_size))
+        for layer in model.decoder.layers
+    )
+    return replace(model, config=blocks, decoder=replace(model.decoder, layers=layers))
 
 
 def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+    """What a run's config says about the model and its checkpoint denies; what belongs to a run is left
+    out."""
+    aside = {
+        "defaulted",
+        "ignored",
+        "attention_block",
+        "initializer_range",
+        "model_type",
+        "max_position_embeddings",
+    }
+    names = [
+        each.name for each in fields(ModelConfig) if each.name not in aside and "token_id" not in each.name
+    ]
     pairs = [(name, getattr(stated, name), getattr(found, name)) for name in names]
     return [f"{name} is {here} here and {there} there" for name, here, there in pairs if here != there]
 
@@ -435,6 +455,11 @@ def _named_factors(config: ModelConfig, factors: Array) -> Any:
     """llama3 scaling if the file's divisors are the ones it gives, so that a saved config.json can say it."""
     from einsum_transformer.components.rope import inverse_frequencies
 
+    pairs = (int(config.head_dim * config.rope.partial_rotary_factor) // 2,)
+    if factors.shape != pairs:
+        raise ConfigError(
+            f"tensor rope_freqs.weight is {list(factors.shape)}, the config needs {list(pairs)}"
+        )
     plain = replace(config.rope, rope_type="default")
     for factor in (8.0, 32.0):
         named = replace(plain, rope_type="llama3", factor=factor, original_max_position_embeddings=8192)

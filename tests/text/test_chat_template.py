@@ -110,7 +110,11 @@ def grow(start: str, step: str) -> str:
             "characters in all",
         ),
         ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "writes more than"),
-        ("{% for i in range(99999) %}{% set x = ('a' * 99999)[1:] %}{% endfor %}", "characters in all"),
+        ("{% set s = 'a' * 99999 %}{% for i in range(99999) %}{% set x = s[1:] %}{% endfor %}", "in all"),
+        (
+            "{% set l = ['a' * 99999] %}{% set x %}{% for i in range(1500) %}{{ l }}{% endfor %}{% endset %}",
+            "in all",
+        ),
         ("{{ range(10**12)|list }}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ " + "(" * 9999 + " }}", "recursion|too many"),
@@ -252,6 +256,12 @@ def test_a_tool_call_needs_no_content() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     template = "{% for m in messages %}{{ m.content or m.tool_calls[0].function.name }} {% endfor %}"
     assert render(template, [TEXT, call]) == "x f "
+
+
+def test_reasoning_is_given_under_the_names_templates_know() -> None:
+    template = "{{ messages[0].thinking }} {{ messages[0].reasoning_content }}"
+    for name in ("reasoning", "thinking", "reasoning_content"):
+        assert render(template, [TEXT | {name: "r"}]) == "r r"
 
 
 def test_tools_documents_and_variables() -> None:

@@ -73,6 +73,18 @@ def test_special_ids_and_flags() -> None:
     assert tokenizer.decode([begin, think, end], skip_special_tokens=False) == "<|begin|><think><|im_end|>"
 
 
+def test_a_word_that_is_a_token_is_kept_whole_where_llama_cpp_does() -> None:
+    metadata = byte_level_metadata()
+    tokens = [*metadata["tokenizer.ggml.tokens"], "qxz"]
+    added = {
+        "tokens": tokens,
+        "token_type": [*metadata["tokenizer.ggml.token_type"], 1],
+        "add_bos_token": False,
+    }
+    assert byte_level("llama-bpe", **added).encode("qxz") == [len(tokens) - 1]
+    assert byte_level("qwen2", **added).encode("qxz") == [tokens.index(letter) for letter in "qxz"]
+
+
 @pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
 def test_bos_by_default_where_llama_cpp_has_it(pre: str, begins: bool) -> None:
     assert byte_level(pre).adds_bos is begins
@@ -115,11 +127,18 @@ def test_arrays_are_accepted() -> None:
     assert tokenizer.encode("the lazy dog") == from_golden("sentencepiece").encode("the lazy dog")
 
 
+def test_extra_spaces_are_removed_if_the_file_says_so() -> None:
+    plain, tidy = from_golden("unigram"), from_golden("unigram", remove_extra_whitespaces=True)
+    assert tidy.encode("  the   dog ") == plain.encode("the dog") != plain.encode("  the   dog ")
+
+
 def test_templates_by_name() -> None:
     keys = {"tokenizer.chat_template": "one", "tokenizer.chat_template.tool_use": "two"}
     tokenizer = Tokenizer.from_gguf(byte_level_metadata() | keys, Path("x.gguf"))
     assert (tokenizer.chat_template, tokenizer.chat_templates["tool_use"]) == ("one", "two")
     assert byte_level().chat_template is None
+    with pytest.raises(InputError, match=r"x\.gguf: tokenizer\.chat_template: not a string"):
+        Tokenizer.from_gguf(byte_level_metadata() | {"tokenizer.chat_template": 5}, Path("x.gguf"))
 
 
 BYTE_LEVEL = byte_level_metadata()
@@ -163,7 +182,9 @@ TOKENS, SIZE = BYTE_LEVEL["tokenizer.ggml.tokens"], len(BYTE_LEVEL["tokenizer.gg
             "more than 1024",
         ),
         (UNIGRAM, {"scores": None}, "scores: missing"),
-        (UNIGRAM, {"precompiled_charsmap": [255] * 8}, "unusable vocabulary"),
+        (UNIGRAM, {"precompiled_charsmap": [255] * 8}, "8 bytes cannot hold the 4294967295 bytes"),
+        (UNIGRAM, {"precompiled_charsmap": [0] * 8}, "cannot hold the 0 bytes"),
+        (UNIGRAM, {"precompiled_charsmap": []}, "0 bytes cannot hold"),
         (UNIGRAM, {"precompiled_charsmap": ["a"]}, "unusable vocabulary"),
     ],
 )

@@ -140,6 +140,16 @@ def test_bad_folders_are_refused(files: dict[str, Any], message: str, tmp_path: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["precompiled_charsmap", "\\u0070recompiled_charsmap"])
+def test_a_character_map_that_lies_about_its_length_is_refused(key: str, folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    saved = json.loads(text) | {"normalizer": "HERE"}
+    nested = '{"type": "Sequence", "normalizers": [{"type": "Precompiled", "KEY": "/////////w=="}]}'
+    write(folder, {"tokenizer.json": json.dumps(saved).replace('"HERE"', nested.replace("KEY", key))})
+    with pytest.raises(InputError, match=r"charsmap: 7 bytes cannot hold the 4294967295 bytes"):
+        Tokenizer.from_folder(folder)
+
+
 def test_files_that_are_not_text_or_too_large_are_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +205,6 @@ def test_what_a_saved_folder_says(tmp_path: Path) -> None:
     }
     assert (tmp_path / "chat_template.jinja").read_bytes() == "{{ 'é\r\n' }}".encode()
     named = Tokenizer.from_gguf(metadata | {"tokenizer.chat_template.tool_use": "two"}, Path("x.gguf"))
-    (tmp_path / "named").mkdir()
     named.save(tmp_path / "named")
     assert Tokenizer.from_folder(tmp_path / "named").chat_templates == named.chat_templates
 
@@ -208,7 +217,6 @@ def test_a_post_processor_of_its_own_survives_saving(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode("x") == [0, 1, 2]
     assert tokenizer.adds_bos
-    (tmp_path / "again").mkdir()
     tokenizer.save(tmp_path / "again")
     assert Tokenizer.from_folder(tmp_path / "again").encode("x") == [0, 1, 2]
 

@@ -18,7 +18,7 @@ from einsum_transformer.formats.safetensors import atomic_file, sync
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder, weights_of
 from einsum_transformer.models.families import FAMILIES
-from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.families.family import Family, unsaid
 from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.tree import named_leaves
@@ -80,6 +80,9 @@ class Model:
         """Write a Hugging Face folder that transformers loads: config, weights, tokenizer, generation
         settings."""
         folder = Path(folder)
+        if lost := unsaid(self.family, self.config):
+            value = getattr(self.config, lost)
+            raise InputError(f"{folder}: a {self.family.model_type} config.json cannot say {lost} = {value}")
         config = self.family.write_config(self.config)
         head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
         parameters = self.named_parameters()

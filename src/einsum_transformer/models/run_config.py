@@ -13,7 +13,7 @@ from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.formats.safetensors import parse_json
 from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, nearest, shown
 from einsum_transformer.models.families import family_of
-from einsum_transformer.models.families.family import read_rope
+from einsum_transformer.models.families.family import read_rope, unsaid
 
 _LARGEST_FILE = 16 << 20
 
@@ -72,17 +72,17 @@ class RunConfig:
             raise ConfigError(
                 f"{self.source}: weight_dtype {self.weight_dtype!r}: float32, float64, bfloat16 or float16"
             )
-        for name in (
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "batch_size",
-            "seq_len",
-            "block_size",
-            "max_new_tokens",
-        ):
-            if not 1 <= getattr(self, name) <= 1 << 24:
-                raise ConfigError(f"{self.source}: {name} is {getattr(self, name)}, expected 1 or more")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 1 << 24:
+                raise ConfigError(f"{self.source}: {name} is {value}, expected 1 or more")
+        for name in ("temperature", "learning_rate", "top_k_sample"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{self.source}: {name} is {getattr(self, name)}, expected 0 or more")
+        if self.use_mqa and self.n_kv_heads not in (None, 1):
+            raise ConfigError(
+                f"{self.source}: use_mqa means one key/value head, n_kv_heads says {self.n_kv_heads}"
+            )
         if not self.strict_load:
             raise ConfigError(
                 f"{self.source}: strict_load cannot be false: a tensor that is missing is always an error"
@@ -99,7 +99,7 @@ class RunConfig:
         """The model part, with Hugging Face's names."""
         scaling = {"rope_theta": self.rope_base, "rope_scaling": self.rope_scaling}
         try:
-            return ModelConfig(
+            config = ModelConfig(
                 model_type=self.arch,
                 vocab_size=self.vocab_size,
                 hidden_size=self.d_model,
@@ -118,6 +118,15 @@ class RunConfig:
             )
         except ConfigError as error:
             raise ConfigError(f"{self.source}: {error}") from None
+        if lost := unsaid(family_of(self.arch, self.source), config):
+            raise ConfigError(f"{self.source}: arch {self.arch!r} has no {lost} = {getattr(config, lost)}")
+        return config
+
+
+_COUNTS = (
+    *("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len"),
+    *("batch_size", "seq_len", "block_size", "max_new_tokens", "lora_rank", "draft_layers"),
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from einsum_transformer.components.rope import RopeConfig
@@ -55,6 +55,14 @@ class Family:
             place, kind = f"{place.removesuffix('_bias')}_proj", "bias"
         name = self.gguf_names[place.removesuffix(".weight")]
         return f"blk.{layer[1]}.{name}.{kind}" if layer else f"{name}.{kind}"
+
+
+def unsaid(family: Family, config: ModelConfig) -> str:
+    """The first field that the family's config.json cannot say, or ""."""
+    said = family.read_config(Keys(family.write_config(config), "config.json"))
+    aside = {"defaulted", "ignored", "attention_block"}
+    names = [each.name for each in fields(ModelConfig) if each.name not in aside]
+    return next((name for name in names if getattr(said, name) != getattr(config, name)), "")
 
 
 def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) -> RopeConfig:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.components.rope import RopeConfig
+from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families.family import Family, read_rope, token_ids, write_rope
 
@@ -99,8 +100,14 @@ def read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     eos = every.get("tokenizer.ggml.eos_token_id", int, None)
     head_dim = keys.get("attention.key_length", int, hidden // max(heads, 1))
     scaling = keys.get("rope.scaling.type", str, "none")
+    window = keys.get("attention.sliding_window", int, None)
+    if (rotated := keys.get("rope.dimension_count", int, head_dim)) != head_dim:
+        raise ConfigError(
+            f"{keys.source}: llama.rope.dimension_count {rotated} is not the head's size {head_dim}"
+        )
     return ModelConfig(
-        model_type="llama",
+        # The format has one architecture for both; the window tells them apart.
+        model_type="llama" if window is None else "mistral",
         vocab_size=keys.get("vocab_size", int, len(vocabulary) if vocabulary is not None else ...),
         hidden_size=hidden,
         intermediate_size=keys.get("feed_forward_length", int),
@@ -115,10 +122,9 @@ def read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
             rope_type="default" if scaling == "none" else scaling,
             factor=keys.get("rope.scaling.factor", float, 1.0),
             original_max_position_embeddings=keys.get("rope.scaling.original_context_length", int, context),
-            partial_rotary_factor=keys.get("rope.dimension_count", int, head_dim) / max(head_dim, 1),
             attention_factor=keys.get("rope.scaling.attn_factor", float, None),
         ),
-        sliding_window=keys.get("attention.sliding_window", int, None),
+        sliding_window=window,
         bos_token_id=every.get("tokenizer.ggml.bos_token_id", int, None),
         eos_token_id=token_ids(eos),
         pad_token_id=every.get("tokenizer.ggml.padding_token_id", int, None),

@@ -1,0 +1,161 @@
+"""explain(): the dry run records what a real run does, and costs what the letters say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import einsum_transformer as et
+from einsum_transformer.analysis.explain import _distinct, _layer_names
+from einsum_transformer.engine import Recorder, ShapeArray, blas
+from einsum_transformer.models.decoder import build, weights_of
+from tiny_models import config_of, tiny_model
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+HUGE = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+}
+ATTENTION = {"scores", "mix"}
+
+
+def test_projections_cost_two_flops_a_parameter_and_token() -> None:
+    config = config_of()
+    program = et.explain(config, batch=3, tokens=7)
+    matrices = [weight for weight in weights_of(config) if len(weight.stored) == 2]
+    used = sum(prod(weight.stored) for weight in matrices if weight.path != "embed_tokens.weight")
+    named = {weight.path.removesuffix(".weight").rpartition(".")[2] for weight in matrices}
+    projections = [step for step in program.steps if step.role in named]
+    assert sum(step.times * step.flops for step in projections) == 2 * 3 * 7 * used
+    assert program.parameters == sum(prod(weight.stored) for weight in weights_of(config))
+
+
+def test_attention_costs_the_scores_it_computes() -> None:
+    """One block of queries sees all keys; a second one halves what the first needs no more."""
+    config = replace(config_of(), attention_block=16)
+    per_score = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    for tokens, scores in ((16, 16 * 16), (32, 16 * 16 + 16 * 32)):
+        program = et.explain(config, tokens=tokens)
+        products = [step for step in program.steps if step.role in ATTENTION and step.equation.count("h") > 1]
+        assert sum(step.times * step.flops for step in products) == per_score * scores
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}]
+)
+def test_the_dry_run_is_the_run(changes: dict[str, Any], backward: bool) -> None:
+    """Every equation of a real pass, as often, with the same FLOPs and bytes."""
+    model = tiny_model(**changes)
+    tokens = np.arange(24).reshape(2, 12)
+    with Recorder(events_wanted=True) as recorder:
+        logits, saved = model.decoder.forward(tokens, keep=backward)
+        if backward:
+            model.decoder.backward(logits, saved)
+    real, dry = Counter(), Counter()
+    for event in recorder.events:
+        real[event.equation] += np.array([1, event.flops, event.bytes])
+    program = et.explain(model, batch=2, tokens=12, backward=backward)
+    for step in program.steps:
+        dry[step.equation] += step.times * np.array(
+            [step.calls, step.flops, step.bytes_read + step.bytes_written]
+        )
+    assert {equation: tuple(cost) for equation, cost in real.items()} == {
+        equation: tuple(cost) for equation, cost in dry.items()
+    }
+
+
+def test_backward_of_the_projections_costs_twice_their_forward() -> None:
+    program = et.explain(config_of(), tokens=9, backward=True)
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    forward, through, weights = (
+        sum(
+            step.times * step.flops
+            for step in program.steps
+            if step.path[0] == direction and step.role in roles
+        )
+        for direction, roles in (
+            ("forward", names),
+            ("backward", names),
+            ("backward", {f"d{name}" for name in names}),
+        )
+    )
+    assert forward == through == weights
+
+
+def test_405_billion_parameters_without_a_weight(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(HUGE), encoding="utf-8")
+    program = et.explain(path, backward=True)
+    assert round(program.parameters / 1e9) == 406
+    assert {step.layers for step in program.steps} == {(), tuple(range(126))}
+    forward = program.totals("forward")["flops"]
+    assert forward == pytest.approx(2 * 128 * (program.parameters - 128256 * 16384), rel=5e-3)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ready_configs(path: Path) -> None:
+    billions = {"llama": 3.213, "mistral": 7.242, "fast_lora": 0.0357, "lora_test": 0.0357}
+    program = et.explain(path, tokens=4)
+    assert program.parameters / 1e9 == pytest.approx(billions[path.stem], rel=2e-3)
+
+
+def test_there_are_ready_configs() -> None:
+    assert {path.stem for path in CONFIGS} >= {"llama", "mistral", "fast_lora", "lora_test"}
+
+
+def test_print_and_json_agree() -> None:
+    program = et.explain(config_of(), batch=2, tokens=300, backward=True)
+    printed = str(program)
+    assert max(map(len, printed.splitlines())) <= 100
+    told = json.loads(json.dumps(program.to_dict()))
+    for step in told["steps"]:
+        assert f" {step['equation']} " in printed
+        assert step["role"] in printed
+    assert told["totals"]["forward"] == program.totals("forward")
+    assert sum(told["totals"][name]["flops"] for name in ("forward", "backward")) == program.flops
+    assert set(told["letters"]) == set("".join(step["equation"] for step in told["steps"])) - set(",->")
+
+
+def test_layers_that_differ_are_told_apart() -> None:
+    decoder = build(config_of(num_hidden_layers=5), lambda weight: ShapeArray(weight.shape))
+    odd = replace(decoder.layers[1], self_attn=replace(decoder.layers[1].self_attn, window=4))
+    layers = tuple(odd if i % 2 else block for i, block in enumerate(decoder.layers))
+    blocks, members = _distinct(replace(decoder, layers=layers))
+    assert [block.self_attn.window for block in blocks] == [None, 4]
+    assert members == [(0, 2, 4), (1, 3)]
+    names = [_layer_names(found) for found in ((7,), (0, 1, 2), (0, 2, 4))]
+    assert names == ["layer 7", "layers 0-2, each of 3", "layers 0, 2, ... 4, each of 3"]
+
+
+def test_threads_are_as_before() -> None:
+    before = blas.get_threads()
+    et.explain(config_of(), tokens=600)
+    assert blas.get_threads() == before
+
+
+@pytest.mark.parametrize("settings", [{"batch": 0}, {"tokens": -1}])
+def test_sizes_below_one_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(et.InputError, match=next(iter(settings))):
+        et.explain(config_of(), **settings)
+
+
+def test_a_dry_array_passes_checks_and_never_becomes_numbers() -> None:
+    x = ShapeArray((2, 3))
+    assert x.min() >= 5
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(x > 0)
+    with pytest.raises(TypeError, match=r"\(2, 3\) in a dry run has no numbers"):
+        np.asarray(x)

@@ -1,0 +1,352 @@
+"""The commands on tiny models: what they write where, and with which exit code they leave."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import einsum_transformer as et
+from einsum_transformer.cli.app import main
+from einsum_transformer.cli.run import DEFAULT_PROMPT
+from einsum_transformer.engine import blas
+from tiny_models import successor_model, tiny_model
+
+ROOT = Path(__file__).parents[2]
+RUN = {
+    "arch": "llama",
+    "// note": "tiny",
+    "d_model": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 48,
+    "vocab_size": 101,
+    "batch_size": 2,
+    "seq_len": 12,
+    "max_new_tokens": 20,
+}
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+class Etx:
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: Any, stdin: str = "") -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        captured = self.capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def etx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Etx]:
+    provider, threads = blas.current().name, blas.get_threads()
+    yield Etx(capsys, monkeypatch)
+    blas.use("mkl" if provider == "mkl" else "numpy")
+    blas.set_threads(threads)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(RUN), encoding="utf-8")
+    return path
+
+
+def save(folder: Path, model: et.Model, template: str | None = None) -> Path:
+    """A folder with one token for each byte of ASCII."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelled = [byte_level.pre_tokenize_str(chr(byte))[0][0] for byte in range(128)]
+    backend = Tokenizer(models.BPE({text: byte for byte, text in enumerate(spelled)}, []))
+    backend.pre_tokenizer, backend.decoder = byte_level, decoders.ByteLevel()
+    model.save(folder)
+    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that goes on with the next character of ASCII, and has a chat template."""
+    return save(tmp_path_factory.mktemp("speller"), successor_model(128), TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights, whose answers depend on everything before them."""
+    return save(tmp_path_factory.mktemp("babbler"), tiny_model(vocab_size=128, eos_token_id=None), TEMPLATE)
+
+
+def test_text_goes_to_stdout_and_the_table_to_stderr(etx: Etx, speller: Path) -> None:
+    code, out, err = etx("run", speller, "-p", "abc", "-n", 5)
+    assert (code, out) == (0, "defgh\n")
+    for line in (
+        "prefill",
+        "  attention",
+        "    scores + softmax",
+        "residuals and Python",
+        "RoPE: base 10000",
+    ):
+        assert line in err
+
+
+def test_quiet_writes_the_text_alone(etx: Etx, speller: Path) -> None:
+    assert etx("run", "-m", speller, "-p", "abc", "--max-new-tokens", 5, "--quiet") == (0, "defgh\n", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--stop", "g", "--stop", "z"], "def"),
+        (["--ctx-size", "6"], "defg"),
+        (["-n", "0"], ""),
+        (["--temp", "0.7", "--top-k", "3", "--seed", "1"], "defgh"),
+        (["--dtype", "float64", "--prefill-step-size", "1", "--blas", "numpy", "-t", "1"], "defgh"),
+        (["--weight-budget", "40K"], "defgh"),
+        (["--chat"], ";<=>?"),
+        (["--chat", "--system-prompt", "x"], ";<=>?"),
+    ],
+)
+def test_flags_reach_the_generation(etx: Etx, speller: Path, flags: list[str], text: str) -> None:
+    assert etx("run", speller, "-p", "abc", "-n", 5, "--quiet", *flags) == (0, f"{text}\n", "")
+
+
+def test_threads_are_set(etx: Etx, config: Path) -> None:
+    for count in (2, 1):
+        told = json.loads(etx("run", config, "--num-threads", count, "-n", 1, "--json")[1])
+        assert told["threads"] == count
+
+
+def test_prompts_from_a_file_and_from_stdin(etx: Etx, speller: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("xy", encoding="utf-8")
+    assert etx("run", speller, "--prompt-file", path, "-n", 2, "--quiet")[1] == "z{\n"
+    assert etx("run", speller, "-p", "-", "-n", 2, "--quiet", stdin="12")[1] == "34\n"
+
+
+def test_token_ids_from_a_file(etx: Etx, speller: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, np.array([[65, 66], [97, 98]], np.uint16))
+    code, out, _ = etx("run", speller, "--tokens", path, "-n", 3)
+    assert (code, out) == (0, "row 0: CDE\nrow 1: cde\n")
+    np.save(path, np.array([65, 66]))
+    assert etx("run", speller, "--tokens", path, "-n", 3, "--quiet")[1] == "CDE\n"
+
+
+def test_without_a_prompt_a_chat_model_is_asked_a_question(etx: Etx, speller: Path) -> None:
+    code, out, err = etx("run", speller, "-n", 3)
+    assert (code, out) == (0, ";<=\n")
+    assert f"no prompt given, so this one as a chat: {DEFAULT_PROMPT}" in err
+    assert etx("run", speller, "-n", 3, "--raw", "--quiet") == (0, "@AB\n", "")
+
+
+def test_json_is_one_object(etx: Etx, speller: Path) -> None:
+    code, out, err = etx("run", speller, "-p", "abc", "-n", 5, "--json")
+    told = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (told["text"], told["finish_reason"]) == ("defgh", "length")
+    assert (told["tokens"], told["prompt_tokens"]) == ([100, 101, 102, 103, 104], [97, 98, 99])
+    parts = sum(row["seconds"] for row in told["table"] if row["part"])
+    assert parts == pytest.approx(told["timings"]["parts_seconds"])
+    assert parts + told["timings"]["outside_seconds"] == pytest.approx(told["timings"]["seconds"])
+    assert told["timings"]["prompt_tokens"] == 3
+    assert told["blas"]
+    assert told["rope"]["base"] == 10000
+
+
+def test_a_config_runs_on_random_tokens(etx: Etx, config: Path) -> None:
+    code, out, err = etx("run", "--config", config)
+    assert code == 0
+    assert "2 x 12 random token ids of seed 0" in err
+    told = json.loads(etx("run", config, "--json")[1])
+    assert [len(tokens) for tokens in told["tokens"]] == [20, 20]
+    rows = [
+        f"row {i}: {' '.join(map(str, tokens[:16]))} ... (20 tokens)"
+        for i, tokens in enumerate(told["tokens"])
+    ]
+    assert out == "\n".join([*rows, ""])
+    ids = np.random.default_rng(0).integers(0, 101, (2, 12)).tolist()
+    assert told["prompt_tokens"] == ids
+
+
+def test_flags_and_set_override_a_config(etx: Etx, config: Path) -> None:
+    def told(*flags: Any) -> Any:
+        return json.loads(etx("run", config, "--json", *flags)[1])
+
+    assert [len(tokens) for tokens in told("-n", 2, "-b", 3)["tokens"]] == [2, 2, 2]
+    assert len(told("--set", "max_new_tokens=3", "--set", "batch_size=1")["tokens"]) == 3
+    assert told("--set", "max_new_tokens=3", "-n", 4, "-b", 1)["timings"]["new_tokens"] == 4
+    warm = told("--set", "temperature=1.5", "--seed", 5)["tokens"]
+    assert warm == told("--temp", 1.5, "--seed", 5)["tokens"]
+    assert warm != told("--temp", 0, "--seed", 5)["tokens"]
+    layers = next(row for row in told("--max-layers", 1, "-n", 1)["table"] if row["name"] == "layers")
+    assert layers["calls"] == 1
+
+
+def test_lora_is_said_to_be_ignored(etx: Etx, config: Path) -> None:
+    code, _, err = etx("run", config, "-n", 1, "--set", "use_lora=true")
+    assert code == 0
+    assert "use_lora concerns training; this run has no adapter" in err
+
+
+def test_prefill_only(etx: Etx, speller: Path, config: Path) -> None:
+    code, out, err = etx("run", speller, "-p", "abc", "--prefill-only")
+    assert (code, out) == (0, "likeliest next token: 100 'd'\n")
+    assert "first token" not in err
+    told = json.loads(etx("run", config, "--set", "prefill_only=true", "--json")[1])
+    assert told["finish_reason"] == ["prefill", "prefill"]
+    assert len(told["likeliest_next"]) == 2
+    assert {row["calls"] for row in told["table"] if row["name"] in ("decode", "sampling")} == {0}
+
+
+def test_chat_answers_each_line(etx: Etx, speller: Path) -> None:
+    code, out, err = etx("chat", speller, "-n", 3, stdin="hello\n\n  \n/exit\nnever\n")
+    assert (code, out) == (0, ";<=\n")
+    assert "[0 tokens kept, 10 read, 3 generated" in err
+
+
+def test_chat_keeps_its_cache_and_answers_as_without_it(etx: Etx, babbler: Path) -> None:
+    code, out, err = etx(
+        "chat", babbler, "-n", 6, "--temp", 0, "--json", stdin="one\ntwo\n/reset\n/bad\nthree\n"
+    )
+    told = json.loads(out)
+    assert (code, err) == (0, "/bad: no such command; /system TEXT, /reset, /exit\n")
+    first, second, third = told["turns"]
+    # The last token of an answer is in the text but was not yet fed.
+    assert (first["cached_tokens"], second["cached_tokens"]) == (
+        0,
+        first["prompt_tokens"] + first["tokens"] - 1,
+    )
+    assert third["cached_tokens"] == 0
+    assert [message["content"] for message in told["messages"][:1]] == ["three"]
+
+    model = et.load(babbler)
+    assert model.tokenizer is not None
+    messages: list[dict[str, str]] = []
+    answers = json.loads(etx("chat", babbler, "-n", 6, "--temp", 0, "--json", stdin="one\ntwo\n")[1])[
+        "messages"
+    ]
+    for question, answer in zip(answers[::2], answers[1::2], strict=True):
+        messages.append(question)
+        alone = et.generate(model, model.tokenizer.encode_chat(messages), max_new_tokens=6, temperature=0.0)
+        assert answer["content"] == alone.text
+        messages.append(answer)
+
+
+def test_chat_system_messages(etx: Etx, speller: Path) -> None:
+    told = json.loads(etx("chat", speller, "--system-prompt", "a", "-n", 1, "--json", stdin="x\n")[1])
+    assert [message["role"] for message in told["messages"]] == ["system", "user", "assistant"]
+    told = json.loads(etx("chat", speller, "-n", 1, "--json", stdin="x\n/system be brief\ny\n")[1])
+    assert [message["content"] for message in told["messages"][:2]] == ["be brief", "y"]
+
+
+def test_explain(etx: Etx, config: Path) -> None:
+    code, out, err = etx("explain", config, "--tokens", 8, "--batch", 2, "--backward")
+    assert (code, err) == (0, "")
+    assert out == f"{et.explain(config, batch=2, tokens=8, backward=True)}\n"
+    told = json.loads(etx("explain", "--config", config, "--set", "n_layers=7", "--json")[1])
+    assert told["model"]["num_hidden_layers"] == 7
+    assert told["tokens"] == 128
+
+
+def test_pull_prints_the_folder(etx: Etx, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from einsum_transformer import hub
+
+    asked: list[Any] = []
+    monkeypatch.setattr(hub, "download", lambda *arguments: asked.append(arguments) or tmp_path)
+    assert etx("pull", "owner/name", "--revision", "v1") == (0, f"{tmp_path}\n", "")
+    assert json.loads(etx("pull", "owner/name", "--offline", "--json")[1]) == {
+        "repo": "owner/name",
+        "path": str(tmp_path),
+    }
+    assert asked == [("owner/name", "v1", False), ("owner/name", None, True)]
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "explain", "pull"])
+def test_help_teaches(etx: Etx, command: str) -> None:
+    code, out, _ = etx(command, "--help")
+    assert code == 0
+    assert out.count(f"  etx {command}") >= 1
+    assert "--json" in out
+
+
+def test_no_arguments_are_a_call_for_help(etx: Etx) -> None:
+    code, out, _ = etx()
+    assert code == 0
+    assert all(f"\n  {command} " in out for command in ("run", "chat", "explain", "pull"))
+
+
+def process(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    call = [sys.executable, "-c", "from einsum_transformer.cli.app import main; main()", *map(str, arguments)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(call, text=True, env=environment(), **pipes | options)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT / "src")}
+
+
+def test_the_script_has_the_flags_of_run(config: Path) -> None:
+    call = [sys.executable, ROOT / "run_model.py", "--config", config, "-n", "2", "-b", "1", "--quiet"]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment(), check=True, timeout=60)
+    assert len(done.stdout.split()) == 2
+    assert done.stderr == ""
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom einsum_transformer.cli.app import main\n"
+        "try: main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+        timeout=60,
+    )
+    heavy = {"rich", "tokenizers", "gguf", "jinja2", "huggingface_hub", "opt_einsum"}
+    assert heavy & set(done.stderr.split()) == set()
+
+
+def test_an_interrupt_leaves_what_was_written(speller: Path) -> None:
+    with process("chat", speller, "-n", 3, "--quiet") as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("hello\n")
+        chat.stdin.flush()
+        assert chat.stdout.readline() == ";<=\n"
+        chat.send_signal(signal.SIGINT)
+        out, err = chat.communicate(timeout=60)
+        assert (chat.returncode, out, err) == (130, "", "")
+
+
+def test_a_reader_that_leaves_is_no_error(speller: Path) -> None:
+    with process("run", speller, "-p", "abc", "--quiet") as run:
+        assert run.stdout is not None
+        run.stdout.close()
+        assert run.wait(timeout=60) != 0
+        assert run.stderr is not None
+        assert run.stderr.read() == ""

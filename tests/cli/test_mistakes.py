@@ -1,0 +1,179 @@
+"""A mistake of the user ends in exit code 2 and one line on stderr that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from einsum_transformer.cli.app import main
+from einsum_transformer.cli.options import parse_size
+from einsum_transformer.errors import InputError
+from tiny_models import hf_config
+
+RUN = {
+    "arch": "llama",
+    "d_model": 32,
+    "n_layers": 1,
+    "n_heads": 4,
+    "d_ff": 48,
+    "vocab_size": 101,
+    "seq_len": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that are right, and files that are not."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    texts = {
+        "tiny.json": json.dumps(RUN),
+        "unknown.json": json.dumps(RUN | {"n_layer": 2}),
+        "wrong.json": json.dumps(RUN | {"n_layers": "two"}),
+        "list.json": "[]",
+        "torn.json": "{",
+        "bert.json": json.dumps(hf_config(model_type="bert")),
+        "pytorch_model.bin": "x",
+        "model.gguf": "GGUF",
+        "prompt.txt": "",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "latin1.txt").write_bytes(b"caf\xe9")
+    (folder / "empty").mkdir()
+    arrays = {
+        "floats": np.ones(3),
+        "large": np.array([5, 101]),
+        "cube": np.zeros((1, 1, 1), int),
+        "none": np.zeros(0, int),
+        "good": np.arange(6),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    good = (folder / "good.npy").read_bytes()
+    (folder / "torn.npy").write_bytes(good[:-4])
+    (folder / "huge.npy").write_bytes(good.replace(b"(6,), }           ", b"(1234567890123,), }"[:18] + b" "))
+    (folder / "text.npy").write_bytes(b"hello")
+    return folder
+
+
+MISTAKES = {
+    "run nowhere.json": "nowhere.json: cannot be read: No such file or directory",
+    "run ./nowhere": "./nowhere: no such file or folder",
+    "run nowhere": "'nowhere': no such file or folder, and a hub repository is written owner/name",
+    "run owner/nowhere --offline": "owner/nowhere: not in the cache",
+    "run unknown.json": "unknown.json: unknown key 'n_layer'; did you mean 'n_layers'?",
+    "run wrong.json": "wrong.json: key 'n_layers' is 'two', expected a whole number",
+    "run list.json": "list.json: a JSON object is expected",
+    "run torn.json": "torn.json: not JSON",
+    "run bert.json": "'bert' is not supported; supported: llama",
+    "run pytorch_model.bin": "pytorch_model.bin: pickle checkpoints are refused",
+    "run model.gguf": "model.gguf: ",
+    "run empty": "empty: holds no config.json",
+    "run tiny.json --config tiny.json": "give one of tiny.json, tiny.json",
+    "run tiny.json other": "unexpected extra argument",
+    "run tiny.json --set n_layer=2": "unknown key 'n_layer'; did you mean 'n_layers'?",
+    "run tiny.json --set n_layers": "--set 'n_layers': write key=value",
+    "run tiny.json --set n_heads=5": "tiny.json: ",
+    "run tiny.json --set speculative=true": "speculative decoding is not available in this version",
+    "run tiny.json --set quantization=W8A8": "quantization 'W8A8' is not available",
+    "run bert.json --set n_layers=2": "only a JSON config of this project has keys to set",
+    "run tiny.json -p hello": "has no tokenizer; give token ids instead of text (--tokens FILE.npy)",
+    "run tiny.json -p @": "--prompt: the prompt is empty",
+    "run tiny.json --prompt-file prompt.txt": "--prompt-file: the prompt is empty",
+    "run tiny.json --prompt-file latin1.txt": "latin1.txt: not UTF-8 text (byte 3)",
+    "run tiny.json --prompt-file nowhere.txt": "nowhere.txt: cannot be read",
+    "run tiny.json -p a --tokens good.npy": "--prompt and --tokens both give the prompt",
+    "run tiny.json --tokens good.npy --chat": "--chat needs a prompt of text",
+    "run tiny.json --tokens good.npy -b 2": "--batch-size: only for a run on random tokens",
+    "run tiny.json --system-prompt x": "--system-prompt needs --chat",
+    "run tiny.json --tokens nowhere.npy": "nowhere.npy: cannot be read: No such file",
+    "run tiny.json --tokens floats.npy": "floats.npy are float64: token ids are integers",
+    "run tiny.json --tokens large.npy": "large.npy: id 101 is outside the vocabulary of 101",
+    "run tiny.json --tokens cube.npy": "cube.npy: has shape (1, 1, 1)",
+    "run tiny.json --tokens none.npy": "none.npy have shape (1, 0): a non-empty",
+    "run tiny.json --tokens objects.npy": "objects.npy: not a .npy file of numbers",
+    "run tiny.json --tokens torn.npy": "torn.npy: not a .npy file of numbers",
+    "run tiny.json --tokens huge.npy": "huge.npy: not a .npy file of numbers",
+    "run tiny.json --tokens text.npy": "text.npy: not a .npy file of numbers",
+    "run tiny.json --tokens empty": "empty: cannot be read: Is a directory",
+    "run tiny.json --temp hot": "--temp",
+    "run tiny.json --temperature -1": "--temperature",
+    "run tiny.json --top-p 1.5": "--top-p",
+    "run tiny.json --repetition-penalty 0": "repetition_penalty is 0.0: it must be above 0",
+    "run tiny.json -n -1": "--max-tokens",
+    "run tiny.json --threads 0": "--threads",
+    "run tiny.json --seed -1": "--seed",
+    "run tiny.json --stop @": "an empty stop string",
+    "run tiny.json --blas fast": "--blas 'fast': choose auto, numpy or mkl",
+    "run tiny.json --dtype float16": "dtype 'float16': choose float32 or float64",
+    "run tiny.json --weight-budget 1G": "--weight-budget: tiny.json has random weights",
+    "run tiny.json --tokens good.npy --ctx-size 5": "the prompt has 6 tokens, the context is 5",
+    "run tiny.json --tokens good.npy --ctx-size 5 --prefill-only": "the prompt has 6 tokens, the context is 5",
+    "run tiny.json --set vocab_size=16777216 --set d_model=16777216": "not enough memory: Unable to allocate",
+    "run --bogus": "No such option: --bogus",
+    "run -n": "'-n' requires an argument",
+    "rnu": "No such command 'rnu'",
+    "chat tiny.json": "tiny.json (random weights, seed 0): has no chat template",
+    "explain tiny.json --tokens 0": "--tokens",
+    "explain nowhere.json": "nowhere.json: cannot be read",
+    "pull": "Missing argument 'REPO'",
+    "pull ../x": "'../x'",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_one_line_that_names_it(
+    line: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    # Random tokens are announced, which is no part of the mistake.
+    quiet = ["--quiet"] if line.startswith("run ") else []
+    with pytest.raises(SystemExit) as left:
+        main(["" if word == "@" else word for word in line.split()] + (quiet if line != "run -n" else []))
+    captured = capsys.readouterr()
+    assert left.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_an_unreadable_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error of the system that no command expects still is one line."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "weights.bin")
+
+    monkeypatch.setattr("einsum_transformer.checkpoint.load", refuse)
+    with pytest.raises(SystemExit) as left:
+        main(["run", str(folder / "tiny.json")])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: weights.bin: Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("500M", 500_000_000),
+        ("2G", 2_000_000_000),
+        ("1.5GiB", 3 << 29),
+        ("64KB", 64_000),
+        ("123", 123),
+        ("1 t", 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text, "--weight-budget") == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1X", "1iB", "0", "0.1", "9" * 400, "nan", "1e3"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match="--weight-budget"):
+        parse_size(text, "--weight-budget")

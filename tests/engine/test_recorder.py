@@ -1,0 +1,214 @@
+"""The recorder: what is timed and reported is what ran, and watching changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from einsum_transformer.engine import Equation, Recorder, blas, einsum, phase, tap
+from einsum_transformer.engine.parallel import for_each
+from tiny_models import tiny_model
+
+IDS = np.random.default_rng(0).integers(0, 61, (2, 11))
+
+
+def test_phases_nest() -> None:
+    with Recorder() as recorder, phase("outer"):
+        with phase("layer", layer=3), phase("inner"):
+            pass
+        with phase("later"):
+            pass
+    spans = [(span.path, span.layer, span.name) for span in recorder.spans]
+    assert spans == [
+        (("outer", "layer", "inner"), 3, "inner"),
+        (("outer", "layer"), 3, "layer"),
+        (("outer", "later"), None, "later"),
+        (("outer",), None, "outer"),
+    ]
+    inner, layer, later, outer = recorder.spans
+    assert 0 <= inner.seconds <= layer.seconds <= outer.seconds
+    assert outer.start <= layer.start <= inner.start <= later.start
+    assert layer.seconds + later.seconds <= outer.seconds
+
+
+def test_an_error_closes_its_phases() -> None:
+    """The next phase does not stand inside of the one that failed."""
+    with Recorder() as recorder:
+        with pytest.raises(KeyError), phase("fails", layer=1), phase("deep"):
+            raise KeyError
+        with phase("after"):
+            pass
+    assert [span.path for span in recorder.spans] == [("fails", "deep"), ("fails",), ("after",)]
+    assert recorder.spans[-1].layer is None
+
+
+def test_an_error_ends_the_recording() -> None:
+    with pytest.raises(KeyError), Recorder():
+        raise KeyError
+    with Recorder() as again, phase("x"):
+        pass
+    assert len(again.spans) == 1
+
+
+def test_one_at_a_time() -> None:
+    """The inner one is refused and the outer one goes on."""
+    with Recorder(events_wanted=True) as outer:
+        with pytest.raises(RuntimeError, match="active"), Recorder():
+            pass
+        einsum("ij->ji", np.ones((2, 3)))
+    assert len(outer.events) == 1
+
+
+def test_nothing_is_recorded_unless_asked() -> None:
+    einsum("ij,jk->ik", np.ones((2, 3)), np.ones((3, 4)))
+    with Recorder() as recorder:
+        einsum("ij,jk->ik", np.ones((2, 3)), np.ones((3, 4)))
+        tap("x", np.ones(2))
+    assert (recorder.spans, recorder.events, recorder.values) == ([], [], {})
+
+
+@pytest.mark.parametrize(
+    "equation", ["ij,jk->ik", "btd,fd->btf", "ij->j", "ii->i", "i,j->ij", "...d,fd->...f", "ij,jk,kl->il"]
+)
+def test_events(equation: str) -> None:
+    """One for each product, with its sizes, its operations and its bytes."""
+    sizes = {letter: 2 + i for i, letter in enumerate("ijklbtdf")}
+    terms = equation.split("->")[0].split(",")
+    operands = [
+        np.ones([sizes[c] for c in term if c != "."] if "." not in term else (3, 5, 8), np.float32)
+        for term in terms
+    ]
+    if equation.startswith("..."):
+        operands[1] = np.ones((9, 8), np.float32)
+    expected = einsum(equation, *operands)
+    with Recorder(events_wanted=True) as recorder, phase("here", layer=2):
+        np.testing.assert_array_equal(einsum(equation, *operands), expected)
+    assert recorder.events
+    assert {(event.path, event.layer) for event in recorder.events} == {(("here",), 2)}
+    assert all(event.seconds >= 0 and event.dtype == "float32" and event.how for event in recorder.events)
+    if len(operands) == 2:
+        (event,) = recorder.events
+        contracted = equation not in ("i,j->ij",)
+        spelled = (
+            {**dict(zip("xy", (3, 5))), "d": 8, "f": 9}
+            if "." in equation
+            else {c: sizes[c] for c in set("".join(terms))}
+        )
+        assert event.flops == (2 if contracted else 1) * math.prod(spelled.values())
+        assert event.bytes == 4 * (sum(operand.size for operand in operands) + expected.size)
+        assert event.equation == equation
+
+
+def test_a_chain_reports_every_product() -> None:
+    """Three operands are two products, whose FLOPs are reported like those of any other."""
+    a, b, c = np.ones((4, 5)), np.ones((5, 6)), np.ones((6, 7))
+    with Recorder(events_wanted=True) as recorder:
+        einsum("ij,jk,kl->il", a, b, c)
+    assert len(recorder.events) == 2
+    assert sum(event.flops for event in recorder.events) == min(2 * 4 * 6 * (5 + 7), 2 * 7 * 5 * (6 + 4))
+
+
+def test_taps_are_copies_under_their_place() -> None:
+    value = np.zeros(3)
+    with Recorder(values_wanted=True) as recorder:
+        with phase("layer", layer=4), phase("attention"):
+            assert tap("pattern", value) is value
+        assert tap("logits", value) is value
+        value += 1
+    assert {name: list(array) for name, array in recorder.values.items()} == {
+        "layers.4.layer.attention.pattern": [0, 0, 0],
+        "logits": [0, 0, 0],
+    }
+
+
+def test_watching_changes_no_result() -> None:
+    model = tiny_model()
+    loss, gradients = model.loss_and_gradients(IDS, IDS)
+    with Recorder(events_wanted=True, values_wanted=True):
+        watched_loss, watched = model.loss_and_gradients(IDS, IDS)
+    assert watched_loss == loss
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(watched[name], gradient)
+
+
+def test_flops_of_a_forward_pass() -> None:
+    """Two for each weight of a matrix and token, and the two products of the attention over the keys that it reads."""
+    model = tiny_model()
+    b, t, heads, h = *IDS.shape, 8, 6
+    with Recorder(events_wanted=True) as recorder:
+        model.logits(IDS)
+    matrices = sum(
+        w.size for name, w in model.named_parameters().items() if w.ndim == 2 and "embed" not in name
+    )
+    linear = [
+        event
+        for event in recorder.events
+        if any(name in event.equation for name in ("fd", "df", "kghd", "khd", "dkgh", "vd"))
+    ]
+    assert sum(event.flops for event in linear) == 2 * b * t * matrices
+    attention = [
+        event for event in recorder.events if event.equation in ("btkgh,bskh->bkgts", "bkgts,bskh->btkgh")
+    ]
+    assert sum(event.flops for event in attention) == 2 * 2 * 2 * b * t * t * heads * h
+    for event in recorder.events:
+        equation = Equation.parse(event.equation)
+        assert event.flops == equation.flops(event.sizes)
+        assert event.bytes == 4 * equation.elements(event.sizes)
+    assert {event.layer for event in recorder.events} == {None, 0, 1}
+
+
+def test_flops_of_the_backward_pass_are_twice_those_of_the_forward() -> None:
+    """For the matrices: each has two gradients."""
+    model = tiny_model()
+    with Recorder(events_wanted=True) as recorder:
+        model.loss_and_gradients(IDS, IDS)
+    flops = {}
+    for name in ("forward", "backward"):
+        mine = [event for event in recorder.events if event.path[0] == name]
+        flops[name] = sum(event.flops for event in mine if len(event.sizes) > 2 and "s" not in event.sizes)
+    matrices = sum(
+        w.size for name, w in model.named_parameters().items() if w.ndim == 2 and "embed" not in name
+    )
+    least = 2 * IDS.size * matrices
+    assert least <= flops["forward"] < 1.1 * least
+    assert 2 * least <= flops["backward"] < 2.2 * least
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_tallied(threads: int) -> None:
+    """The phases of tasks on threads share the wall time that they took: together no more than the phase around them."""
+
+    def task(i: int) -> None:
+        with phase("even" if i % 2 == 0 else "odd"):
+            einsum("ij,jk->ik", np.ones((90, 90)), np.ones((90, 90)))
+
+    before = blas.get_threads()
+    try:
+        blas.set_threads(threads)
+        with Recorder(events_wanted=True) as recorder, phase("around", layer=1):
+            for_each(task, [(i,) for i in range(20)])
+    finally:
+        blas.set_threads(before)
+    inside = [span for span in recorder.spans if span.name != "around"]
+    assert {span.path for span in inside} == {("around", "even"), ("around", "odd")}
+    assert {span.layer for span in inside} == {1}
+    assert 0 < sum(span.seconds for span in inside) <= recorder.spans[-1].seconds
+    assert len(recorder.events) == 20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_events_on_threads_know_their_phase(threads: int) -> None:
+    def task(i: int) -> None:
+        with phase("scores"):
+            einsum("ij,jk->ik", np.ones((90, 90)), np.ones((90, 90)))
+
+    before = blas.get_threads()
+    try:
+        blas.set_threads(threads)
+        with Recorder(events_wanted=True) as recorder, phase("attention"):
+            for_each(task, [(i,) for i in range(20)])
+    finally:
+        blas.set_threads(before)
+    assert {event.path for event in recorder.events} == {("attention", "scores")}

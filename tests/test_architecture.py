@@ -1,0 +1,331 @@
+"""The rules of the house, read from the source: who imports whom, what is written where, and which equations match.
+
+Each checker takes a path inside the repository and the source text, so that planted sources show that it can fail.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from einsum_transformer.engine.equation import LEGEND, Equation
+from einsum_transformer.models.families import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "einsum_transformer"
+HOME = f"src/{PACKAGE}/"
+RANKS = {
+    "errors": -1,
+    **dict.fromkeys(("engine", "numerics", "formats", "text", "tree"), 0),
+    **dict.fromkeys(("components", "leaves"), 1),
+    "models": 2,
+    **dict.fromkeys(("checkpoint", "hub"), 3),
+    **dict.fromkeys(("generation", "training", "quantization", "analysis", "evaluation"), 3),
+    "cluster": 4,
+    "cli": 5,
+    "__init__": 6,
+}
+HEAVY = {"torch", "transformers", "peft", "llama_cpp"}
+PRODUCTS = {"dot", "matmul", "tensordot", "einsum", "inner", "vdot"}
+FORBIDDEN = {"hasattr", "eval", "exec", "compile", "__import__"}
+UNPICKLERS = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib"}
+ARCHITECTURES = {
+    *FAMILIES,
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "mpt",
+    "mixtral",
+}
+
+
+def files(*folders: str) -> list[tuple[str, str]]:
+    """(path inside the repository, source) of every Python file there."""
+    found = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    found += sorted(ROOT.glob("*.py")) if folders != ("src",) else []
+    return [(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8")) for file in found]
+
+
+SOURCE = files("src")
+EVERYTHING = files("src", "tests", "tools", "benchmarks", "examples")
+MODULES = {path.removeprefix(HOME).removesuffix(".py").removesuffix("/__init__") for path, _ in SOURCE}
+
+
+def imports(path: str, source: str) -> Iterator[str]:
+    """Every imported module, `a.b` for `from a import b`; relative ones made absolute."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = path.removeprefix("src/").split("/")[: -node.level]
+                base = ".".join([*package, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def modules_of(path: str, source: str) -> Iterator[str]:
+    """The files of the package that a file imports: `engine/blas`, `tree`, `engine` for a name of engine/__init__."""
+    for name in imports(path, source):
+        head, *rest = name.split(".")
+        if head == PACKAGE:
+            inside = "/".join(rest)
+            yield inside if inside in MODULES else inside.rpartition("/")[0] or "__init__"
+
+
+def check_ranks(path: str, source: str) -> Iterator[str]:
+    own = path.removeprefix(HOME).removesuffix(".py").split("/")[0]
+    if own not in RANKS:
+        yield f"{path}: {own} has no rank"
+        return
+    for module in modules_of(path, source):
+        other = module.split("/")[0]
+        # checkpoint.py and hub.py lie in one folder, the package itself.
+        siblings = other == own or {own, other} == {"checkpoint", "hub"}
+        if not siblings and not RANKS.get(other, 99) < RANKS[own]:
+            yield f"{path}: {own} (rank {RANKS[own]}) imports {module} (rank {RANKS.get(other)})"
+
+
+def check_third_party(path: str, source: str) -> Iterator[str]:
+    for name in imports(path, source):
+        head = name.split(".")[0]
+        if head in HEAVY and not path.startswith(("tools/", "benchmarks/")):
+            yield f"{path}: imports {head}"
+        if head == "ray" and not path.startswith(f"{HOME}cluster/"):
+            yield f"{path}: imports ray"
+        if head in UNPICKLERS:
+            yield f"{path}: imports {head}"
+
+
+def check_products(path: str, source: str) -> Iterator[str]:
+    """Matrix products only in engine/, where every contraction is an einsum."""
+    if path.startswith(f"{HOME}engine/"):
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.MatMult):
+            yield f"{path}:{node.lineno}: @"
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in PRODUCTS
+            and ast.unparse(node.value) in ("np", "numpy")
+        ):
+            yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+    yield from (
+        f"{path}: {name}" for name in imports(path, source) if name in {f"numpy.{p}" for p in PRODUCTS}
+    )
+
+
+def check_builtins(path: str, source: str) -> Iterator[str]:
+    """No dispatch by asking what an object has (jinja's own functions are told apart in no other way), and no code made
+    from text."""
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        literal = (
+            len(node.args) > 1 and isinstance(node.args[1], ast.Constant) and path != f"{HOME}text/sandbox.py"
+        )
+        if node.func.id in FORBIDDEN or (node.func.id == "getattr" and literal):
+            yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def check_architecture_names(path: str, source: str) -> Iterator[str]:
+    """Families alone know what a model is called; the names of tokenizers in text/ are another matter."""
+    if path.startswith((f"{HOME}models/families/", f"{HOME}text/")):
+        return
+    for node in ast.walk(ast.parse(source)):
+        name = (
+            node.value if isinstance(node, ast.Constant) else node.name if isinstance(node, _NAMED) else None
+        )
+        if isinstance(name, str) and name.lower() in ARCHITECTURES:
+            yield f"{path}:{getattr(node, 'lineno', 0)}: {name!r}"
+
+
+_NAMED = (ast.FunctionDef, ast.ClassDef, ast.alias)
+
+
+def check_import_side_effects(path: str, source: str) -> Iterator[str]:
+    """A module only imports, defines and assigns."""
+    allowed = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
+    for node in ast.parse(source).body:
+        docstring = (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        )
+        guard = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+        if not (
+            docstring or isinstance(node, allowed) or guard in ("TYPE_CHECKING", "__name__ == '__main__'")
+        ):
+            yield f"{path}:{node.lineno}: {ast.unparse(node)[:60]}"
+
+
+def equations(tree: ast.AST) -> Iterator[tuple[int, ast.expr]]:
+    """(line, first argument) of every call of einsum and weight_grad."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).split(".")[-1] in ("einsum", "weight_grad")
+            and node.args
+        ):
+            yield node.lineno, node.args[0]
+
+
+def check_legend(path: str, source: str) -> Iterator[str]:
+    """Equations are literals in the letters of the legend, or the engine and its leaves pass them on."""
+    passed_on = path.startswith((f"{HOME}engine/", f"{HOME}leaves/", f"{HOME}analysis/"))
+    for line, argument in equations(ast.parse(source)):
+        if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
+            if not passed_on:
+                yield f"{path}:{line}: the equation is no literal: {ast.unparse(argument)}"
+        elif unknown := set(argument.value) - set(LEGEND) - set(",->. "):
+            yield f"{path}:{line}: {argument.value!r}: {sorted(unknown)}"
+
+
+def check_backward_equations(path: str, source: str) -> Iterator[str]:
+    """A contraction in a backward function has the three terms of one in a forward function of the file.
+
+    A sum of products of two arrays of one shape (`btd,btd->bt`) is a reduction and belongs to no contraction.
+    """
+    tree = ast.parse(source)
+    backward = {line for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and "backward" in f.name
+                for line, _ in equations(f)}  # fmt: skip
+    forward, wanted = set(), []
+    for line, argument in equations(tree):
+        if not isinstance(argument, ast.Constant):
+            continue
+        parsed = Equation.parse(argument.value)
+        terms = tuple(sorted((*parsed.inputs, parsed.output)))
+        if line not in backward:
+            forward.add(terms)
+        elif len(set(parsed.inputs)) == 2 and set("".join(parsed.inputs)) - set(parsed.output):
+            wanted.append((line, argument.value, terms))
+    yield from (
+        f"{path}:{line}: {text!r} has no forward" for line, text, terms in wanted if terms not in forward
+    )
+
+
+def components() -> list[tuple[str, str]]:
+    return [(path, source) for path, source in SOURCE if path.startswith(f"{HOME}components/")]
+
+
+RULES = {
+    check_ranks: SOURCE,
+    check_third_party: EVERYTHING,
+    check_products: SOURCE,
+    check_builtins: SOURCE,
+    check_architecture_names: SOURCE,
+    check_import_side_effects: SOURCE,
+    check_legend: SOURCE,
+    check_backward_equations: components(),
+}
+
+
+@pytest.mark.parametrize("check", RULES, ids=lambda check: check.__name__)
+def test_rule(check) -> None:
+    assert RULES[check]
+    assert [problem for path, source in RULES[check] for problem in check(path, source)] == []
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one import cycle, or nothing: those left when all that import nothing left are taken away."""
+    left = dict(graph)
+    while free := [module for module, wanted in left.items() if not wanted & left.keys()]:
+        for module in free:
+            del left[module]
+    return sorted(left)
+
+
+def test_no_import_cycles() -> None:
+    graph = {}
+    for path, source in SOURCE:
+        own = path.removeprefix(HOME).removesuffix(".py").removesuffix("/__init__")
+        graph[own] = set(modules_of(path, source)) - {own}
+    assert cycle(graph) == []
+
+
+def test_a_cycle_is_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+COMPONENT, MODEL = f"{HOME}components/x.py", f"{HOME}models/x.py"
+PLANTED = [
+    (check_ranks, COMPONENT, "from einsum_transformer.models.config import ModelConfig"),
+    (check_ranks, COMPONENT, "def f():\n    import einsum_transformer.cli.app"),
+    (check_ranks, COMPONENT, "from einsum_transformer.leaves import lazy"),
+    (check_ranks, COMPONENT, "from ..models import decoder"),
+    (check_ranks, COMPONENT, "import einsum_transformer"),
+    (check_ranks, f"{HOME}engine/x.py", "from einsum_transformer.tree import tree_map"),
+    (check_ranks, f"{HOME}formats/x.py", "from einsum_transformer.numerics import softmax"),
+    (check_ranks, f"{HOME}errors.py", "from einsum_transformer import tree"),
+    (check_ranks, MODEL, "from einsum_transformer.checkpoint import load"),
+    (check_ranks, f"{HOME}checkpoint.py", "from einsum_transformer.generation.decode import generate"),
+    (check_ranks, f"{HOME}generation/x.py", "from einsum_transformer.training import loop"),
+    (check_ranks, f"{HOME}new/x.py", ""),
+    (check_third_party, f"{HOME}training/x.py", "import ray"),
+    (check_third_party, "tests/x.py", "def f():\n    from torch import nn"),
+    (check_third_party, "examples/x.py", "import transformers.models"),
+    (check_third_party, "tools/x.py", "import pickle"),
+    (check_products, COMPONENT, "y = x @ w"),
+    (check_products, COMPONENT, "x @= w"),
+    (check_products, MODEL, "y = np.einsum('ij,jk', x, w)"),
+    (check_products, MODEL, "from numpy import dot"),
+    (check_products, MODEL, "product = numpy.matmul"),
+    (check_builtins, COMPONENT, "if hasattr(x, 'forward'): pass"),
+    (check_builtins, COMPONENT, "y = getattr(x, 'array', None)"),
+    (check_builtins, f"{HOME}cli/x.py", "exec(open('config.py').read())"),
+    (check_builtins, f"{HOME}cli/x.py", "compile(text, 'f', 'exec')"),
+    (check_architecture_names, MODEL, "if model_type == 'llama': pass"),
+    (check_architecture_names, COMPONENT, "class Mistral: pass"),
+    (check_architecture_names, f"{HOME}checkpoint.py", "from einsum_transformer.models.families import llama"),
+    (check_import_side_effects, COMPONENT, "print('loaded')"),
+    (check_import_side_effects, COMPONENT, "import os\nos.environ['OMP_NUM_THREADS'] = '1'\nfor x in []: pass"),
+    (check_import_side_effects, COMPONENT, "try:\n    import mkl\nexcept ImportError: pass"),
+    (check_legend, COMPONENT, "einsum('ij,jk->ik', a, b)"),
+    (check_legend, COMPONENT, "weight_grad('btD,btf->fD', dy, x, w)"),
+    (check_legend, COMPONENT, "einsum(text, a, b)"),
+    (check_backward_equations, COMPONENT,
+     "def forward():\n    einsum('btd,fd->btf', x, w)\ndef backward():\n    einsum('btf,btd->df', dy, x)"),
+    (check_backward_equations, COMPONENT, "def _mix_backward():\n    weight_grad('btv,btd->vd', dy, x, w)"),
+]  # fmt: skip
+FINE = [
+    (check_ranks, COMPONENT, "from einsum_transformer.components.rope import Rotation\nimport numpy"),
+    (check_ranks, f"{HOME}checkpoint.py", "from einsum_transformer import hub"),
+    (check_ranks, f"{HOME}engine/x.py", "from einsum_transformer.errors import InputError"),
+    (check_third_party, "tools/x.py", "import torch, transformers"),
+    (check_third_party, f"{HOME}cluster/x.py", "import ray"),
+    (check_products, f"{HOME}engine/x.py", "y = np.matmul(a, b) + a @ b"),
+    (check_builtins, COMPONENT, "p = re.compile('x')\nv = getattr(x, name)"),
+    (check_architecture_names, COMPONENT, "kind = 'llama3'"),
+    (check_import_side_effects, MODEL, '"""Doc."""\nx: int = 1\nif TYPE_CHECKING:\n    import y'),
+    (check_legend, COMPONENT, "einsum('btd,fd->btf', x, w)"),
+    (check_backward_equations, COMPONENT,
+     "def forward():\n    einsum('btd,fd->btf', x, w)\n"
+     "def backward():\n    weight_grad('btf,btd->fd', dy, x, w)\n    einsum('btf,fd->btd', dy, w)\n    einsum('btd->d', x)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "path", "source"), PLANTED)
+def test_planted_source_is_found(check, path: str, source: str) -> None:
+    assert list(check(path, source))
+
+
+@pytest.mark.parametrize(("check", "path", "source"), FINE)
+def test_allowed_source_passes(check, path: str, source: str) -> None:
+    assert list(check(path, source)) == []

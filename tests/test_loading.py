@@ -1,0 +1,317 @@
+"""load(): what is in the files is what computes, or the file, the tensor and the reason are named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import einsum_transformer as et
+from einsum_transformer.formats.folder import write_safetensors_folder
+from golden_files import write_folder
+from tiny_models import hf_config, random_weights, reference_logits, write_config, write_tiny
+
+Array = np.ndarray
+IDS = np.random.default_rng(9).integers(0, 61, (2, 17))
+Q = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Wide enough that the loader lays matrices out input-major.
+WIDE = {"vocab_size": 600, "intermediate_size": 560, "head_dim": 64}
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(et.InputError) as caught:
+        et.load(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 2000
+    return message
+
+
+_opened: list[str] = []
+
+
+@cache
+def _watch() -> None:
+    # An audit hook sees every way to open a file, and can never be taken away again.
+    sys.addaudithook(lambda event, args: _opened.append(str(args[0])) if event == "open" else None)
+
+
+def files_opened() -> list[str]:
+    """The paths of the files that are opened from now on."""
+    _watch()
+    _opened.clear()
+    return _opened
+
+
+def shards(folder: Path, weights: dict[str, Array], config: dict[str, Any]) -> dict[str, str]:
+    """A folder of many small shards; returns the index's weight_map."""
+    folder.mkdir(exist_ok=True)
+    write_config(folder / "config.json", config)
+    write_safetensors_folder(folder, weights, max_shard_bytes=4000)
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize("changes", [{}, WIDE, WIDE | {"tie_word_embeddings": True, "attention_bias": True}])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_equals_the_reference(changes: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    folder, weights = write_tiny(tmp_path, **changes)
+    model = et.load(folder, dtype=dtype)
+    expected = np.array([reference_logits(hf_config(**changes), weights, list(row)) for row in IDS])
+    got = model.logits(IDS)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10 if dtype == "float64" else 3e-5)
+    one = model.logits(IDS[:1, :1])  # a matrix-vector product takes another way
+    np.testing.assert_allclose(one, expected[:1, :1], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("budget", [None, 0])
+def test_types_of_files(kind: Any, budget: int | None, tmp_path: Path) -> None:
+    """Each number of the file, exactly, in the type that is computed in."""
+    weights = {name: array.astype(kind) for name, array in random_weights(hf_config(**WIDE)).items()}
+    folder = write_folder(tmp_path, hf_config(**WIDE), weights)
+    for dtype in ("float32", "float64"):
+        parameters = et.load(folder, dtype=dtype, weight_budget=budget).named_parameters()
+        assert parameters.keys() == weights.keys()
+        for name, array in weights.items():
+            assert parameters[name].dtype == dtype
+            np.testing.assert_array_equal(
+                parameters[name], array.astype(np.float64).astype(dtype), err_msg=name
+            )
+
+
+def test_bfloat16_without_ml_dtypes_imported_by_the_caller(tmp_path: Path) -> None:
+    """And a saved folder has the type that was computed in, in the file and in config.json."""
+    weights = {name: array.astype(ml_dtypes.bfloat16) for name, array in random_weights(hf_config()).items()}
+    folder = write_folder(tmp_path / "in", hf_config(dtype="bfloat16"), weights)
+    program = "import sys, einsum_transformer as et; et.load(sys.argv[1]).save(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", program, folder, tmp_path / "out"], check=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    for name, array in load_file(tmp_path / "out" / "model.safetensors").items():
+        np.testing.assert_array_equal(array, weights[name].astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint8, np.bool_])
+def test_integers_are_no_weights(kind: Any, tmp_path: Path) -> None:
+    """Packed or quantized numbers mean nothing without their scales."""
+    folder, weights = write_tiny(tmp_path)
+    write_folder(folder, hf_config(), weights | {Q: np.ones_like(weights[Q]).astype(kind)})
+    assert Q in refusal(folder)
+
+
+@pytest.mark.parametrize("present", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_or_not_with_or_without_a_head(tied: bool, present: bool, tmp_path: Path) -> None:
+    """Only an untied model without a head is an error; all others survive saving to the bit."""
+    config = hf_config(tie_word_embeddings=tied)
+    weights = random_weights(hf_config(tie_word_embeddings=True))
+    if present:
+        weights[HEAD] = weights[EMBEDDING] if tied else random_weights(hf_config())[HEAD]
+    folder = write_folder(tmp_path / "in", config, weights)
+    if not tied and not present:
+        assert HEAD in refusal(folder)
+        return
+    model = et.load(folder)
+    assert (HEAD in model.named_parameters()) == (not tied)
+    model.save(tmp_path / "out")
+    np.testing.assert_array_equal(et.load(tmp_path / "out").logits(IDS), model.logits(IDS))
+
+
+def test_a_trained_tied_model_is_tied(tmp_path: Path) -> None:
+    """The embedding is one array: what changes it changes the head, and the saved file has the new numbers."""
+    path = write_config(tmp_path / "config.json", hf_config(tie_word_embeddings=True))
+    model = et.load(path)
+    model.named_parameters()[EMBEDDING][5] += 1.0
+    assert model.decoder.head.weight is model.decoder.embed_tokens.weight
+    model.save(tmp_path / "out")
+    np.testing.assert_array_equal(et.load(tmp_path / "out").logits(IDS), model.logits(IDS))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        np.float32(3.0),
+        np.zeros((61, 32), np.float32),
+        np.zeros((32, 61), np.float32),
+        np.zeros(0, np.float32),
+    ],
+)
+def test_a_tied_model_with_another_head_is_refused(head: Any, tmp_path: Path) -> None:
+    """Also of another shape, and of none."""
+    config = hf_config(tie_word_embeddings=True)
+    folder = write_folder(tmp_path, config, random_weights(config) | {HEAD: np.asarray(head)})
+    assert HEAD in refusal(folder)
+
+
+def test_every_shard_and_every_key_is_needed(tmp_path: Path) -> None:
+    """Delete a shard, rename a key, in turn: each time the one that is missing is named."""
+    weights, config = random_weights(hf_config()), hf_config()
+    places = shards(tmp_path / "whole", weights, config)
+    assert len(set(places.values())) > 5
+    np.testing.assert_array_equal(
+        et.load(tmp_path / "whole").logits(IDS),
+        et.load(write_folder(tmp_path / "one", config, weights)).logits(IDS),
+    )
+    for name in [EMBEDDING, Q, "model.norm.weight", "model.layers.1.mlp.down_proj.weight"]:
+        folder = tmp_path / name
+        shards(folder, weights, config)
+        (folder / places[name]).unlink()
+        assert places[name] in refusal(folder)
+        renamed = {key + ("x" if key == name else ""): array for key, array in weights.items()}
+        shards(folder, renamed, config)
+        message = refusal(folder)
+        assert name in message
+        assert f"{name}x" in message
+
+
+@pytest.mark.parametrize(
+    "target", ["../x.safetensors", "/tmp/x.safetensors", "a/../../x.safetensors", "..", "", "x\0.safetensors"]
+)
+def test_paths_that_leave_the_folder(target: str, tmp_path: Path) -> None:
+    """Refused, and nothing outside is opened."""
+    weights = random_weights(hf_config())
+    folder = tmp_path / "model"
+    places = shards(folder, weights, hf_config())
+    write_folder(tmp_path, {}, {Q: weights[Q]})
+    (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places | {Q: target}}))
+    opened = files_opened()
+    message = refusal(folder)
+    assert "model.safetensors.index.json" in message
+    assert not [path for path in opened if path.endswith("x.safetensors")]
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_links_that_leave_the_folder(file: str, tmp_path: Path) -> None:
+    """Weights behind a link out of the folder are refused; a config is read as text either way."""
+    folder, _ = write_tiny(tmp_path / "model")
+    (folder / file).rename(tmp_path / file)
+    (folder / file).symlink_to(tmp_path / file)
+    if file == "model.safetensors":
+        assert "link" in refusal(folder)
+
+
+@pytest.mark.parametrize("head_dim", [2, 4, 6, 32])
+@pytest.mark.parametrize("given", [True, False])
+def test_head_dim(head_dim: int, given: bool, tmp_path: Path) -> None:
+    """Explicit, whatever hidden_size / heads is; derived from it where it is absent."""
+    config = hf_config(head_dim=head_dim)
+    weights = random_weights(config)
+    folder = write_folder(tmp_path, {k: v for k, v in config.items() if given or k != "head_dim"}, weights)
+    if not given and head_dim != 4:
+        assert "q_proj" in refusal(folder)
+        return
+    expected = reference_logits(config, weights, list(IDS[0]))
+    np.testing.assert_allclose(et.load(folder).logits(IDS)[0], expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\x1b[31mb", "x" * 100_000, "\u202e", "model.layers.0.self_attn.q_proj.weight\n"]
+)
+def test_odd_tensor_names_are_told_in_one_short_line(name: str, tmp_path: Path) -> None:
+    folder, weights = write_tiny(tmp_path)
+    write_folder(folder, hf_config(), weights | {name: np.zeros(1, np.float32)})
+    message = refusal(folder)
+    assert message.isprintable()
+
+
+def test_many_wrong_tensors_are_told_shortly(tmp_path: Path) -> None:
+    many = {f"model.layers.{i}.mlp.down_proj.weight": np.zeros(1, np.float32) for i in range(5000)}
+    assert "and 4" in refusal(write_folder(tmp_path, hf_config(num_hidden_layers=4), many))
+
+
+class TestMaxLayers:
+    def test_the_first_layers(self, tmp_path: Path) -> None:
+        folder, weights = write_tiny(tmp_path / "in", num_hidden_layers=3)
+        model = et.load(folder, max_layers=2)
+        assert model.config.num_hidden_layers == len(model.decoder.layers) == 2
+        expected = reference_logits(hf_config(num_hidden_layers=2), weights, list(IDS[0]))
+        np.testing.assert_allclose(model.logits(IDS)[0], expected, rtol=0, atol=3e-5)
+        model.save(tmp_path / "out")
+        np.testing.assert_array_equal(et.load(tmp_path / "out").logits(IDS), model.logits(IDS))
+
+    def test_more_than_there_are(self, tmp_path: Path) -> None:
+        folder, _ = write_tiny(tmp_path)
+        assert et.load(folder, max_layers=99).config == et.load(folder).config
+
+    @pytest.mark.parametrize("count", [0, -1])
+    def test_none(self, count: int, tmp_path: Path) -> None:
+        assert "max_layers" in refusal(write_tiny(tmp_path)[0], max_layers=count)
+
+    def test_what_is_left_out_is_still_checked(self, tmp_path: Path) -> None:
+        folder, weights = write_tiny(tmp_path)
+        last = "model.layers.1.mlp.up_proj.weight"
+        write_folder(folder, hf_config(), {name: array for name, array in weights.items() if name != last})
+        assert last in refusal(folder, max_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "int8"}, "int8"),
+        ({"seed": -1}, "seed"),
+        ({"weight_budget": -1}, "weight_budget"),
+        ({"quantization": "W4A4"}, "W4A4"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], word: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "config.json", hf_config())
+    assert word in refusal(path, **options)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "nowhere.json",
+        "nowhere.gguf",
+        "/nowhere",
+        "./nowhere",
+        "~nobody-of-this-name/x",
+        "x\0y",
+        "a" * 5000,
+        "a b",
+        "/",
+    ],
+)
+def test_sources_that_are_not_there(source: str) -> None:
+    with pytest.raises(et.InputError) as caught:
+        et.load(source, offline=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.safetensors", "model.gguf", "notes.txt"])
+def test_files_that_are_no_model(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x04K\x01.")
+    assert name in refusal(tmp_path / name)
+
+
+def test_a_folder_of_pickles(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.json", hf_config())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
+    assert "pytorch_model.bin" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1, "a": 2}'])
+def test_a_broken_generation_config(text: str, tmp_path: Path) -> None:
+    folder, _ = write_tiny(tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    assert "generation_config.json" in refusal(folder)
+
+
+def test_the_buffers_of_old_checkpoints_are_no_weights(tmp_path: Path) -> None:
+    folder, weights = write_tiny(tmp_path)
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    write_folder(folder, hf_config(), weights | inv_freq)
+    assert et.load(folder).named_parameters().keys() == weights.keys()

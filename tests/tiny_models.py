@@ -1,0 +1,258 @@
+"""Tiny models with random weights, as folders, as GGUF files and in memory; and a reference written with loops."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import einsum_transformer as et
+from einsum_transformer.components.rope import inverse_frequencies
+from einsum_transformer.models.config import Keys, ModelConfig
+from einsum_transformer.models.decoder import Weight, build
+from einsum_transformer.models.families import family_of
+from einsum_transformer.models.families.family import read_rope
+from golden_files import write_folder
+
+Array = np.ndarray
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 60,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def hf_config(**changes: Any) -> dict[str, Any]:
+    """The config.json of a tiny llama with `changes`."""
+    return CONFIG | changes
+
+
+def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, Array]:
+    """A checkpoint of the config: float32 by checkpoint name, norms and biases random too."""
+    rng = np.random.default_rng(seed)
+    d, f, v, h = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
+    q, k = config["num_attention_heads"] * h, config["num_key_value_heads"] * h
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (v, d)
+    for layer in range(config["num_hidden_layers"]):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        matrices = {
+            f"{attention}.q_proj": (q, d),
+            f"{attention}.k_proj": (k, d),
+            f"{attention}.v_proj": (k, d),
+        }
+        matrices[f"{attention}.o_proj"] = (d, q)
+        mlps = {f"{mlp}.gate_proj": (f, d), f"{mlp}.up_proj": (f, d), f"{mlp}.down_proj": (d, f)}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (d,)
+        for name, shape in (matrices | mlps).items():
+            shapes[f"{name}.weight"] = shape
+            if config.get("attention_bias" if name in matrices else "mlp_bias"):
+                shapes[f"{name}.bias"] = shape[:1]
+    return {name: _values(rng, name, shape) for name, shape in shapes.items()}
+
+
+def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+    spread = {1: 0.2}.get(len(shape), shape[-1] ** -0.5)
+    spread = 1.0 if "embed" in name else spread
+    return (rng.standard_normal(shape) * spread + ("norm" in name)).astype(np.float32)
+
+
+def tiny_model(dtype: str = "float32", seed: int = 0, **changes: Any) -> et.Model:
+    """A model of `random_weights` in memory, its arrays writable and its own."""
+    raw = hf_config(**changes)
+    family = family_of(raw["model_type"], "tiny")
+    config = family.read_config(Keys(raw, "tiny"))
+    weights = random_weights(raw, seed)
+
+    def leaf(weight: Weight) -> Array:
+        return weights[family.checkpoint_name(weight.path)].astype(dtype).reshape(weight.shape)
+
+    return et.Model(config, build(config, leaf))
+
+
+def successor_model(vocab: int, **changes: Any) -> et.Model:
+    """A model that continues token i with (i + 1) % vocab, surely and whatever came before."""
+    settings = {"hidden_size": vocab, "vocab_size": vocab, "num_hidden_layers": 1, "eos_token_id": None}
+    model = tiny_model(**(settings | changes))
+    for name, weight in model.named_parameters().items():
+        weight[...] = 1 if "norm" in name else 0
+    parameters = model.named_parameters()
+    parameters["model.embed_tokens.weight"][...] = np.eye(vocab)
+    parameters["lm_head.weight"][...] = np.roll(np.eye(vocab), 1, axis=0)
+    return model
+
+
+def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, dict[str, Array]]:
+    """A Hugging Face folder of the tiny model, and its weights."""
+    config = hf_config(**changes)
+    weights = random_weights(config, seed)
+    return write_folder(folder, config, weights), weights
+
+
+def write_config(path: Path, config: Any) -> Path:
+    """`config` as a JSON file; text is written as it is."""
+    path.write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
+    return path
+
+
+def reference_logits(
+    config: Mapping[str, Any], weights: Mapping[str, Array], tokens: list[int], interleaved: bool = False
+) -> Array:
+    """Scores (t, v) of one sequence in float64, position by position and head by head, without any cache."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim, window = config["head_dim"], config.get("sliding_window") or len(tokens)
+    w = {name: array.astype(np.float64) for name, array in weights.items()}
+    x = w["model.embed_tokens.weight"][tokens]
+    turn = _turns(config, len(tokens), interleaved)
+
+    def linear(values: Array, name: str) -> Array:
+        return values @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def norm(values: Array, name: str) -> Array:
+        return (
+            values
+            / np.sqrt((values**2).mean(-1, keepdims=True) + config["rms_norm_eps"])
+            * w[f"{name}.weight"]
+        )
+
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        normed = norm(x, f"{at}.input_layernorm")
+        q = linear(normed, f"{at}.self_attn.q_proj").reshape(-1, heads, head_dim)
+        k, v = (linear(normed, f"{at}.self_attn.{n}_proj").reshape(-1, kv_heads, head_dim) for n in "kv")
+        mixed = np.zeros_like(q)
+        for t in range(len(tokens)):
+            seen = range(max(0, t - window + 1), t + 1)
+            for head in range(heads):
+                group = head // (heads // kv_heads)
+                scores = np.array([turn(q[t, head], t) @ turn(k[s, group], s) for s in seen]) / head_dim**0.5
+                p = np.exp(scores - scores.max())
+                mixed[t, head] = p / p.sum() @ v[list(seen), group]
+        x = x + linear(mixed.reshape(len(tokens), -1), f"{at}.self_attn.o_proj")
+        normed = norm(x, f"{at}.post_attention_layernorm")
+        gate, up = linear(normed, f"{at}.mlp.gate_proj"), linear(normed, f"{at}.mlp.up_proj")
+        x = x + linear(gate / (1 + np.exp(-gate)) * up, f"{at}.mlp.down_proj")
+    head_name = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
+    return linear(norm(x, "model.norm"), head_name)
+
+
+def _turns(config: Mapping[str, Any], length: int, interleaved: bool) -> Any:
+    """turn(vector, position): the vector's rotated dimensions turned as pairs of complex numbers."""
+    rope = read_rope(Keys(dict(config), "reference"), config["max_position_embeddings"])
+    inv_freq, factor = inverse_frequencies(rope, config["head_dim"], length)
+    half = len(inv_freq)
+
+    def turn(vector: Array, position: int) -> Array:
+        even, odd = (
+            (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+            if interleaved
+            else (slice(half), slice(half, 2 * half))
+        )
+        turned = (vector[even] + 1j * vector[odd]) * np.exp(1j * position * inv_freq) * factor
+        out = vector.copy()
+        out[even], out[odd] = turned.real, turned.imag
+        return out
+
+    return turn
+
+
+def write_gguf(path: Path, config: Mapping[str, Any], weights: Mapping[str, Array], **keys: Any) -> Path:
+    """The checkpoint as llama.cpp's converter writes it: other names, q and k rows permuted. keys: more metadata."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = {
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.context_length": config["max_position_embeddings"],
+        "llama.embedding_length": config["hidden_size"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": config["num_attention_heads"],
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.attention.key_length": config["head_dim"],
+        "llama.attention.value_length": config["head_dim"],
+        "llama.rope.dimension_count": config["head_dim"],
+        "llama.rope.freq_base": float(config["rope_theta"]),
+        "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "llama.vocab_size": config["vocab_size"],
+    }
+    extra = {key: value for key, value in keys.items() if isinstance(value, Array)}
+    for key, value in (numbers | {key: value for key, value in keys.items() if key not in extra}).items():
+        if value is None:
+            continue
+        add = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        add[type(value)](key, value)
+    for name, array in weights.items():
+        writer.add_tensor(_gguf_name(name), permuted(name, array, config))
+    for name, array in extra.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    place, kind = name.rsplit(".", 1)
+    if not place.startswith("model.layers."):
+        return f"{_GGUF[place]}.{kind}"
+    _, _, layer, place = place.split(".", 3)
+    return f"blk.{layer}.{_GGUF[place]}.{kind}"
+
+
+def permuted(name: str, array: Array, config: Mapping[str, Any]) -> Array:
+    """Rows of q and k from pairs (i, i + h/2) to pairs (2i, 2i + 1), each with its own number of heads."""
+    counts = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = counts.get(name.split(".")[-2])
+    if heads is None:
+        return array
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+
+
+def config_of(**changes: Any) -> ModelConfig:
+    """The ModelConfig of the tiny llama with `changes`."""
+    raw = hf_config(**changes)
+    return family_of(raw["model_type"], "tiny").read_config(Keys(raw, "tiny"))
