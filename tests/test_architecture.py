@@ -1,6 +1,7 @@
-"""The rules of the house, read from the source: who imports whom, what is written where, and which equations match.
+"""The rules of the house, read from the source: who imports whom, what stands where, which equations match.
 
-Each checker takes a path inside the repository and the source text, so that planted sources show that it can fail.
+Each checker takes a path inside the repository and the source text, so that planted sources show that it can
+fail.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def imports(path: str, source: str) -> Iterator[str]:
 
 
 def modules_of(path: str, source: str) -> Iterator[str]:
-    """The files of the package that a file imports: `engine/blas`, `tree`, `engine` for a name of engine/__init__."""
+    """The files of the package that a file imports: `engine/blas`, `tree`, `engine` for a name of
+    engine/__init__."""
     for name in imports(path, source):
         head, *rest = name.split(".")
         if head == PACKAGE:
@@ -124,8 +126,10 @@ def check_products(path: str, source: str) -> Iterator[str]:
 
 
 def check_builtins(path: str, source: str) -> Iterator[str]:
-    """No dispatch by asking what an object has (jinja's own functions are told apart in no other way), and no code made
-    from text."""
+    """No dispatch by asking what an object has, and no code made from text.
+
+    text/sandbox.py may ask, because jinja's own functions are told apart in no other way.
+    """
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             continue
@@ -207,7 +211,7 @@ def check_backward_equations(path: str, source: str) -> Iterator[str]:
                 for line, _ in equations(f)}  # fmt: skip
     forward, wanted = set(), []
     for line, argument in equations(tree):
-        if not isinstance(argument, ast.Constant):
+        if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
             continue
         parsed = Equation.parse(argument.value)
         terms = tuple(sorted((*parsed.inputs, parsed.output)))
@@ -243,7 +247,8 @@ def test_rule(check) -> None:
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of one import cycle, or nothing: those left when all that import nothing left are taken away."""
+    """The modules of one import cycle, or nothing: those left when all that import nothing left are taken
+    away."""
     left = dict(graph)
     while free := [module for module, wanted in left.items() if not wanted & left.keys()]:
         for module in free:
@@ -293,9 +298,9 @@ PLANTED = [
     (check_builtins, f"{HOME}cli/x.py", "compile(text, 'f', 'exec')"),
     (check_architecture_names, MODEL, "if model_type == 'llama': pass"),
     (check_architecture_names, COMPONENT, "class Mistral: pass"),
-    (check_architecture_names, f"{HOME}checkpoint.py", "from einsum_transformer.models.families import llama"),
+    (check_architecture_names, COMPONENT, "from einsum_transformer.models.families import llama"),
     (check_import_side_effects, COMPONENT, "print('loaded')"),
-    (check_import_side_effects, COMPONENT, "import os\nos.environ['OMP_NUM_THREADS'] = '1'\nfor x in []: pass"),
+    (check_import_side_effects, COMPONENT, "for name in THREADS:\n    os.environ[name] = '1'"),
     (check_import_side_effects, COMPONENT, "try:\n    import mkl\nexcept ImportError: pass"),
     (check_legend, COMPONENT, "einsum('ij,jk->ik', a, b)"),
     (check_legend, COMPONENT, "weight_grad('btD,btf->fD', dy, x, w)"),
@@ -317,7 +322,8 @@ FINE = [
     (check_legend, COMPONENT, "einsum('btd,fd->btf', x, w)"),
     (check_backward_equations, COMPONENT,
      "def forward():\n    einsum('btd,fd->btf', x, w)\n"
-     "def backward():\n    weight_grad('btf,btd->fd', dy, x, w)\n    einsum('btf,fd->btd', dy, w)\n    einsum('btd->d', x)"),
+     "def backward():\n    weight_grad('btf,btd->fd', dy, x, w)\n    einsum('btf,fd->btd', dy, w)\n"
+     "    einsum('btd->d', x)"),
 ]  # fmt: skip
 
 

@@ -128,7 +128,8 @@ def test_tied_or_not_with_or_without_a_head(tied: bool, present: bool, tmp_path:
 
 
 def test_a_trained_tied_model_is_tied(tmp_path: Path) -> None:
-    """The embedding is one array: what changes it changes the head, and the saved file has the new numbers."""
+    """The embedding is one array: what changes it changes the head, and the saved file has the new
+    numbers."""
     path = write_config(tmp_path / "config.json", hf_config(tie_word_embeddings=True))
     model = et.load(path)
     model.named_parameters()[EMBEDDING][5] += 1.0

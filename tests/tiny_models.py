@@ -1,4 +1,5 @@
-"""Tiny models with random weights, as folders, as GGUF files and in memory; and a reference written with loops."""
+"""Tiny models with random weights, as folders, as GGUF files and in memory; and a reference written with
+loops."""
 
 import json
 from collections.abc import Mapping
@@ -73,8 +74,7 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, Array]
 
 
 def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    spread = {1: 0.2}.get(len(shape), shape[-1] ** -0.5)
-    spread = 1.0 if "embed" in name else spread
+    spread = 0.2 if len(shape) == 1 else 1.0 if "embed" in name else shape[-1] ** -0.5
     return (rng.standard_normal(shape) * spread + ("norm" in name)).astype(np.float32)
 
 
@@ -178,7 +178,8 @@ def _turns(config: Mapping[str, Any], length: int, interleaved: bool) -> Any:
 
 
 def write_gguf(path: Path, config: Mapping[str, Any], weights: Mapping[str, Array], **keys: Any) -> Path:
-    """The checkpoint as llama.cpp's converter writes it: other names, q and k rows permuted. keys: more metadata."""
+    """The checkpoint as llama.cpp's converter writes it: other names, q and k rows permuted. keys: more
+    metadata."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")

@@ -1,4 +1,6 @@
-"""Inputs of make_golden_text.py: chat templates in the style of well-known models, conversations, tricky strings."""
+"""Inputs of make_golden_text.py: chat templates as well-known models have them, conversations, tricky strings."""
+
+# ruff: noqa: E501
 
 from typing import Any
 

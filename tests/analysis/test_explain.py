@@ -16,17 +16,18 @@ import einsum_transformer as et
 from einsum_transformer.analysis.explain import _distinct, _layer_names
 from einsum_transformer.engine import Recorder, ShapeArray, blas
 from einsum_transformer.models.decoder import build, weights_of
+from einsum_transformer.models.run_config import parse_run_config, read_json
 from tiny_models import config_of, tiny_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
 HUGE = {
-    "model_type": "llama",
     "vocab_size": 128256,
     "hidden_size": 16384,
     "intermediate_size": 53248,
     "num_hidden_layers": 126,
     "num_attention_heads": 128,
     "num_key_value_heads": 8,
+    "head_dim": 128,
 }
 ATTENTION = {"scores", "mix"}
 
@@ -95,10 +96,8 @@ def test_backward_of_the_projections_costs_twice_their_forward() -> None:
     assert forward == through == weights
 
 
-def test_405_billion_parameters_without_a_weight(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(HUGE), encoding="utf-8")
-    program = et.explain(path, backward=True)
+def test_405_billion_parameters_without_a_weight() -> None:
+    program = et.explain(config_of(**HUGE), backward=True)
     assert round(program.parameters / 1e9) == 406
     assert {step.layers for step in program.steps} == {(), tuple(range(126))}
     forward = program.totals("forward")["flops"]
@@ -108,7 +107,7 @@ def test_405_billion_parameters_without_a_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_ready_configs(path: Path) -> None:
     billions = {"llama": 3.213, "mistral": 7.242, "fast_lora": 0.0357, "lora_test": 0.0357}
-    program = et.explain(path, tokens=4)
+    program = et.explain(parse_run_config(read_json(path), str(path)), tokens=4)
     assert program.parameters / 1e9 == pytest.approx(billions[path.stem], rel=2e-3)
 
 
@@ -140,16 +139,27 @@ def test_layers_that_differ_are_told_apart() -> None:
     assert names == ["layer 7", "layers 0-2, each of 3", "layers 0, 2, ... 4, each of 3"]
 
 
-def test_threads_are_as_before() -> None:
+def test_tiles_that_would_go_to_threads_know_their_phases() -> None:
     before = blas.get_threads()
-    et.explain(config_of(), tokens=600)
-    assert blas.get_threads() == before
+    blas.set_threads(2)
+    try:
+        program = et.explain(config_of(), batch=4, tokens=2048)
+        assert blas.get_threads() == 2
+    finally:
+        blas.set_threads(before)
+    roles = {step.role for step in program.steps if step.path[:3] == ("forward", "layer", "attention")}
+    assert roles == {"q_proj", "k_proj", "v_proj", "scores", "mix", "o_proj"}
 
 
 @pytest.mark.parametrize("settings", [{"batch": 0}, {"tokens": -1}])
 def test_sizes_below_one_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(et.InputError, match=next(iter(settings))):
         et.explain(config_of(), **settings)
+
+
+def test_a_path_is_no_model() -> None:
+    with pytest.raises(et.InputError, match="explain takes a model or a config, not str"):
+        et.explain("config.json")  # type: ignore[arg-type]
 
 
 def test_a_dry_array_passes_checks_and_never_becomes_numbers() -> None:

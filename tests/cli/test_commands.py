@@ -111,6 +111,13 @@ def test_text_goes_to_stdout_and_the_table_to_stderr(etx: Etx, speller: Path) ->
         assert line in err
 
 
+def test_text_is_written_as_it_comes(etx: Etx, speller: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[str] = []
+    monkeypatch.setattr("einsum_transformer.cli.options.write", pieces.append)
+    etx("run", speller, "-p", "abc", "-n", 3, "--quiet")
+    assert pieces == ["d", "e", "f", "\n"]
+
+
 def test_quiet_writes_the_text_alone(etx: Etx, speller: Path) -> None:
     assert etx("run", "-m", speller, "-p", "abc", "--max-new-tokens", 5, "--quiet") == (0, "defgh\n", "")
 
@@ -254,6 +261,44 @@ def test_chat_keeps_its_cache_and_answers_as_without_it(etx: Etx, babbler: Path)
         messages.append(answer)
 
 
+def test_chat_starts_anew_where_the_template_rewrites_the_past(
+    etx: Etx, tmp_path: Path, babbler: Path
+) -> None:
+    model = et.load(babbler)
+    save(tmp_path, model, "{{ messages[-1].content }} a:")
+    told = json.loads(etx("chat", tmp_path, "-n", 6, "--json", stdin="one\nsomething longer\n")[1])
+    assert [turn["cached_tokens"] for turn in told["turns"]] == [0, 0]
+    alone = et.generate(model, list(b"something longer a:"), max_new_tokens=6, temperature=0.0)
+    assert list(told["messages"][-1]["content"].encode()) == alone.tokens
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_interrupted_answer_is_forgotten(
+    etx: Etx, speller: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a terminal the conversation goes on, with a cache of its own making."""
+    pieces: list[str] = []
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("einsum_transformer.cli.options.write", write)
+    monkeypatch.setattr(sys, "stdin", Terminal("one\ntwo\nthree\n"))
+    with pytest.raises(SystemExit) as left:
+        main(["chat", str(speller), "-n", "3"])
+    err = capsys.readouterr().err
+    assert left.value.code == 0
+    assert "".join(pieces) == ";<=\n;<\n;<=\n"
+    assert err.count("stopped; this question is forgotten") == 1
+    assert [line[:15] for line in err.splitlines() if line.startswith("[")] == ["[0 tokens kept,"] * 2
+
+
 def test_chat_system_messages(etx: Etx, speller: Path) -> None:
     told = json.loads(etx("chat", speller, "--system-prompt", "a", "-n", 1, "--json", stdin="x\n")[1])
     assert [message["role"] for message in told["messages"]] == ["system", "user", "assistant"]
@@ -264,7 +309,7 @@ def test_chat_system_messages(etx: Etx, speller: Path) -> None:
 def test_explain(etx: Etx, config: Path) -> None:
     code, out, err = etx("explain", config, "--tokens", 8, "--batch", 2, "--backward")
     assert (code, err) == (0, "")
-    assert out == f"{et.explain(config, batch=2, tokens=8, backward=True)}\n"
+    assert out == f"{et.explain(et.load(config), batch=2, tokens=8, backward=True)}\n"
     told = json.loads(etx("explain", "--config", config, "--set", "n_layers=7", "--json")[1])
     assert told["model"]["num_hidden_layers"] == 7
     assert told["tokens"] == 128

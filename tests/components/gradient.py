@@ -1,4 +1,5 @@
-"""The directional gradient check: <dy, (f(p + e v) - f(p - e v)) / 2e> == <dp, v>, for one parameter at a time."""
+"""The directional gradient check: <dy, (f(p + e v) - f(p - e v)) / 2e> == <dp, v>, for one parameter at a
+time."""
 
 from __future__ import annotations
 

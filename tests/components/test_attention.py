@@ -89,7 +89,8 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("pads", [[0, 3], [6, 2], [6, 6]])
 def test_a_row_that_sees_no_key(pads: list[int], window: int | None, dtype: str) -> None:
-    """Padding gives zeros, takes no part in any gradient, and nothing is infinite or NaN; 6 of 6 is a whole row."""
+    """Padding gives zeros, takes no part in any gradient, and nothing is infinite or NaN; 6 of 6 is a
+    whole row."""
     x, padding = tokens(2, 6, dtype), np.array(pads)
     attention, queries = weights(dtype, window=window, query_block=2), np.arange(6)
     rope = turn(np.maximum(queries - padding[:, None], 0), dtype)
@@ -133,7 +134,8 @@ def test_scores_of_any_size() -> None:
 @pytest.mark.parametrize("shift", [-1e4, -300, -104, -88, -70, -60, 60, 69, 88, 104, 300, 1e4])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_a_constant_on_all_scores_changes_nothing(spread: float, shift: float) -> None:
-    """In float32 too, whether or not exp of the scores themselves is in range; nor does the gradient change."""
+    """In float32 too, whether or not exp of the scores themselves is in range; nor does the gradient
+    change."""
     rng = np.random.default_rng(3)
     x, dy = tokens(1, 9, "float32"), tokens(1, 9, "float32")
     q = np.eye(H)[0] * H**0.5

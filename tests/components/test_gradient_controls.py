@@ -16,7 +16,8 @@ Array = np.ndarray
 RNG = np.random.default_rng(0)
 X, DY = RNG.standard_normal((2, 2, 5, 8))
 NORM = RMSNorm(RNG.standard_normal(8))
-MLP = SwiGLU(*RNG.standard_normal((2, 12, 8)), RNG.standard_normal((8, 12)))
+GATE, UP = RNG.standard_normal((2, 12, 8))
+MLP = SwiGLU(GATE, UP, RNG.standard_normal((8, 12)))
 
 
 def residual(x: Array) -> Array:
@@ -39,7 +40,7 @@ def test_right() -> None:
 def wrong_inputs() -> dict[str, Array]:
     dnormed, around, through, _ = parts()
     right = through(dnormed) + around
-    _, gate, up = MLP.forward(NORM.forward(X)[0])[1]
+    _, gate, _ = MLP.forward(NORM.forward(X)[0])[1]
     dup = np.einsum("btd,df->btf", DY, MLP.down_proj) * gate / (1 + np.exp(-gate))
     return {
         "residual through the norm": through(dnormed + around),

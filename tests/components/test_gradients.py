@@ -1,4 +1,5 @@
-"""Every component's backward pass against differences of its forward pass, in float64, for each parameter by itself."""
+"""Every component's backward pass against differences of its forward pass, in float64, for each parameter by
+itself."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def marked(start: int, count: int, batch: int = B) -> tuple[Array, Array]:
 
 
 def seen(positions: int, window: int | None, block: int) -> Attention:
-    """An attention that shows what it looks at: scores all 0, values one-hot, so that each row of its output is 1 / count
-    at the keys that are visible."""
+    """An attention that shows what it looks at: scores all 0 and values one-hot, so that each row of its
+    output is 1 / count at the keys that are visible."""
     eye = np.eye(positions)
     zero = np.zeros((1, 1, positions, positions))
     heads = (zero, zero[0], eye[None], eye[:, None, None])
@@ -48,7 +48,8 @@ def turn(positions: int, batch: int, count: int) -> Rotation:
 def test_every_query_sees_its_window_and_nothing_else(
     chunks: list[int], window: int | None, pads: list[int] | None, block: int, capacity: int
 ) -> None:
-    """Whole or in chunks of any sizes, through a ring or not: the last min(i + 1, window) keys, and no padding."""
+    """Whole or in chunks of any sizes, through a ring or not: the last min(i + 1, window) keys, and no
+    padding."""
     total = sum(chunks)
     size = total + total % 2
     paddings = np.zeros(1, int) if pads is None else np.minimum(pads, total)
@@ -93,7 +94,8 @@ def test_a_whole_pass_without_a_cache_sees_the_same(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_growth_is_geometric(dtype: type) -> None:
-    """3,000 tokens one by one move the memory a dozen times at most, and hold no more than twice what they need."""
+    """3,000 tokens one by one move the memory a dozen times at most, and hold no more than twice what they
+    need."""
     cache, sizes = LayerCache(), []
     for position in range(3000):
         keys, values = marked(position, 1)

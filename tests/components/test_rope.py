@@ -21,7 +21,7 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 def config(kind: str, **settings: Any) -> RopeConfig:
-    return RopeConfig(rope_type=kind, original_max_position_embeddings=64, **TYPES[kind] | settings)
+    return RopeConfig(**{"rope_type": kind, "original_max_position_embeddings": 64} | TYPES[kind] | settings)
 
 
 def test_every_type_is_tried_here() -> None:
@@ -115,9 +115,7 @@ def test_any_number_gives_finite_angles_or_an_error(kind: str, name: str, value:
     """A setting is refused when the config is made, or its cosines and sines are numbers."""
     number = int(value) if name.startswith("original") and np.isfinite(value) else value
     try:
-        rope = RopeConfig(
-            **{"rope_type": kind, "original_max_position_embeddings": 64} | TYPES[kind] | {name: number}
-        )
+        rope = config(kind, **{name: number})
         with np.errstate(all="ignore"):
             turn = rotation(rope, 8, FAR, np.dtype(np.float64))
     except ConfigError:

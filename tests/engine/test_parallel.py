@@ -95,22 +95,3 @@ def test_an_error_in_a_phase_while_recording() -> None:
         with phase("after"):
             pass
     assert recorder.spans[-1].path == ("after",)
-
-
-def test_calls_from_several_threads() -> None:
-    """Two callers at once: all tasks of both, and the thread count is restored."""
-    done = np.zeros((2, 200), int)
-
-    def caller(row: int) -> None:
-        def task(i: int) -> None:
-            done[row, i] += 1
-
-        for_each(task, [(i,) for i in range(200)])
-
-    callers = [threading.Thread(target=caller, args=(row,)) for row in range(2)]
-    for each in callers:
-        each.start()
-    for each in callers:
-        each.join()
-    assert (done == 1).all()
-    assert blas.get_threads() == blas.current().get_threads() == 2

@@ -134,7 +134,8 @@ def test_watching_changes_no_result() -> None:
 
 
 def test_flops_of_a_forward_pass() -> None:
-    """Two for each weight of a matrix and token, and the two products of the attention over the keys that it reads."""
+    """Two for each weight of a matrix and token, and the two products of the attention over the keys that
+    it reads."""
     model = tiny_model()
     b, t, heads, h = *IDS.shape, 8, 6
     with Recorder(events_wanted=True) as recorder:
@@ -178,7 +179,8 @@ def test_flops_of_the_backward_pass_are_twice_those_of_the_forward() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_tallied(threads: int) -> None:
-    """The phases of tasks on threads share the wall time that they took: together no more than the phase around them."""
+    """The phases of tasks on threads share the wall time that they took: together no more than the phase
+    around them."""
 
     def task(i: int) -> None:
         with phase("even" if i % 2 == 0 else "odd"):

@@ -104,7 +104,8 @@ def test_wrong_equations_are_refused_as_with_numbers() -> None:
 
 
 def programs(run: Callable[[Any], Any], changes: dict[str, Any]) -> list[Counter[Any]]:
-    """What each of two decoders, one of numbers and one of shapes, says it computed: (equation, sizes, place)."""
+    """What each of two decoders, one of numbers and one of shapes, says it computed: (equation, sizes,
+    place)."""
     config = config_of(**changes)
     found = []
     before = blas.get_threads()

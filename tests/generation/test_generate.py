@@ -90,7 +90,8 @@ def test_a_row_does_not_depend_on_what_stands_beside_it() -> None:
 
 
 def test_seeds() -> None:
-    """The same seed the same text, another another; rows of one prompt differ; without a seed every run differs."""
+    """The same seed the same text, another another; rows of one prompt differ; without a seed every run
+    differs."""
 
     def run(seed: int | None) -> list[list[int]]:
         results = et.generate(MODEL, [[1, 2]] * 3, max_new_tokens=20, temperature=1.0, seed=seed)

@@ -1,4 +1,5 @@
-"""Sampling draws from exactly the distribution that temperature, top-k, top-p, min-p and the penalty describe."""
+"""Sampling draws from exactly the distribution that temperature, top-k, top-p, min-p and the penalty
+describe."""
 
 from __future__ import annotations
 
@@ -89,8 +90,10 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_draws(case: dict[str, Any]) -> None:
     probabilities = expected(LOGITS, **case)
-    options = {key: value for key, value in case.items() if key != "history"}
-    sampling = Sampling(**{"temperature": 1.0} | options)
+    options: dict[str, Any] = {"temperature": 1.0} | {
+        key: value for key, value in case.items() if key != "history"
+    }
+    sampling = Sampling(**options)
     history = case.get("history", ())
     np.testing.assert_allclose(sampling.probabilities(LOGITS, history), probabilities, rtol=0, atol=1e-6)
     counts = draw(sampling, 5000, history)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +26,7 @@ def run(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
 
 def cut(text: str, at: list[int]) -> list[str]:
     bounds = sorted({0, len(text), *(i % (len(text) + 1) for i in at)})
-    return [text[a:b] for a, b in zip(bounds, bounds[1:])]
+    return [text[a:b] for a, b in pairwise(bounds)]
 
 
 def naive(stop: str, text: str) -> tuple[str, bool]:

@@ -122,7 +122,8 @@ def test_it_is_a_leaf_of_the_shape_of_its_equation() -> None:
 
 
 def test_rows_read_only_rows() -> None:
-    """An embedding of a large vocabulary is not loaded for three tokens; one that is in memory is not read again."""
+    """An embedding of a large vocabulary is not loaded for three tokens; one that is in memory is not read
+    again."""
     values = np.arange(40.0).reshape(10, 4)
     leaf, reads = tensor(values, limit=1 << 20)
     ids = np.array([[3, 3], [9, 0]])

@@ -1,8 +1,10 @@
-"""One forward pass for everything: in chunks through a cache or whole, alone or in a batch, the scores are the same."""
+"""One forward pass for everything: in chunks through a cache or whole, alone or in a batch, the scores are
+the same."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,9 +41,7 @@ def in_chunks(model: et.Model, ids: Array, sizes: list[int], cache: KVCache | No
     cache = model.cache() if cache is None else cache
     bounds = np.cumsum([0, *sizes])
     bounds = [*bounds[bounds < ids.shape[1]], ids.shape[1]]
-    return np.concatenate(
-        [model.decoder.forward(ids[:, a:b], cache)[0] for a, b in zip(bounds, bounds[1:])], axis=1
-    )
+    return np.concatenate([model.decoder.forward(ids[:, a:b], cache)[0] for a, b in pairwise(bounds)], axis=1)
 
 
 def assert_close(got: Array, expected: Array) -> None:
@@ -99,7 +99,8 @@ def test_a_window_hides_what_lies_before_it() -> None:
 @pytest.mark.parametrize("pad", [0, 1, 2, WINDOW, 31, 99, 100])
 @pytest.mark.parametrize("name", ["gqa", "window", "llama3"])
 def test_left_padding(name: str, pad: int) -> None:
-    """A row beside a longer one gives what it gives alone, also in chunks and in what follows; padding may be any id."""
+    """A row beside a longer one gives what it gives alone, also in chunks and in what follows; padding may
+    be any id."""
     model, ids = BUILT[name], tokens(2, 106)
     for filler in (0, 60):
         ids[1, :pad] = filler
@@ -163,7 +164,8 @@ def test_last_and_none_compute_the_same_cache() -> None:
 
 @pytest.mark.parametrize("name", ["llama3", "yarn", "linear"])
 def test_beyond_the_context_trained_on(name: str) -> None:
-    """Position 300 of a model made for 32 or 64: cached, padded and whole are one, and equal the reference."""
+    """Position 300 of a model made for 32 or 64: cached, padded and whole are one, and equal the
+    reference."""
     model, config, ids = BUILT[name], hf_config(**MODELS[name]), tokens(1, 300)
     whole = model.logits(ids)
     assert_close(in_chunks(model, ids, [40, 150] + [1] * 60), whole)
@@ -172,8 +174,8 @@ def test_beyond_the_context_trained_on(name: str) -> None:
 
 
 def test_dynamic_rope_until_the_trained_length() -> None:
-    """Within it nothing is stretched, so a cache changes nothing; beyond it a whole pass is what transformers gives,
-    while cached keys keep the angles of the step in which they came."""
+    """Within it nothing is stretched, so a cache changes nothing; beyond it a whole pass is what transformers
+    gives, while cached keys keep the angles of the step in which they came."""
     model = tiny_model(
         max_position_embeddings=20, rope_scaling={"type": "dynamic", "factor": 2.0}, num_hidden_layers=1
     )

@@ -1,4 +1,5 @@
-"""The whole decoder's backward pass against differences of its forward pass, for each weight by itself, in float64."""
+"""The whole decoder's backward pass against differences of its forward pass, for each weight by itself, in
+float64."""
 
 from __future__ import annotations
 

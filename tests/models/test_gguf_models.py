@@ -128,7 +128,8 @@ def test_published_llama3_factors_are_saved_by_name(factor: float, tmp_path: Pat
 
 
 def test_partial_rotation(tmp_path: Path) -> None:
-    """rope.dimension_count below the head's size: llama.cpp turns the file's first dimensions as neighbouring pairs."""
+    """rope.dimension_count below the head's size: llama.cpp turns the file's first dimensions as
+    neighbouring pairs."""
     config = hf_config(head_dim=8)
     weights = random_weights(config)
     file = write_gguf(tmp_path / "m.gguf", config, weights, **{"llama.rope.dimension_count": 4})
@@ -146,7 +147,8 @@ def test_partial_rotation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q5_0"])
 @pytest.mark.parametrize("budget", [None, 0])
 def test_quantized_matrices(kind: str, budget: int | None, tmp_path: Path) -> None:
-    """Blocks of the file give exactly what gguf's own dequantization gives, in every memory layout, permuted or not."""
+    """Blocks of the file give exactly what gguf's own dequantization gives, in every memory layout,
+    permuted or not."""
     config = hf_config(**WIDE)
     code = gguf.GGMLQuantizationType[kind]
     weights = random_weights(config)
@@ -195,8 +197,9 @@ HOSTILE: dict[str, Any] = {
     "general.architecture": ["gpt2", "", "lama"],
     "tokenizer.ggml.eos_token_id": [(1 << 32) - 1, "x"],
     "rope_freqs.weight": [
-        np.ones((1, 3), np.float32), np.ones((3, 3), np.float32), np.ones(4, np.float32), np.ones(0x100, np.float32),
-        np.zeros(3, np.float32), np.full(3, np.nan, np.float32), np.full(3, 1e-45, np.float32), np.ones(3, np.int32),
+        *(np.ones(shape, np.float32) for shape in ((1, 3), (3, 3), 4, 256)),
+        *(np.full(3, value, np.float32) for value in (0, np.nan, 1e-45)),
+        np.ones(3, np.int32),
     ],
     "blk.0.attn_q.scale": [np.ones(1, np.float32)],
 }  # fmt: skip
@@ -230,7 +233,8 @@ def test_missing_keys(missing: str, tmp_path: Path) -> None:
 
 
 def test_layers_are_counted_before_they_are_built(tmp_path: Path) -> None:
-    """200,000 layers of a file that has two are refused from the names alone, not after minutes and gigabytes."""
+    """200,000 layers of a file that has two are refused from the names alone, not after minutes and
+    gigabytes."""
     file = write_gguf(tmp_path / "m.gguf", CONFIG, random_weights(CONFIG), **{"llama.block_count": 200_000})
     program = (
         "import resource, sys, einsum_transformer as et\n"

@@ -1,4 +1,5 @@
-"""A config from outside either loads and computes numbers, or is refused in one line that names the file and the key."""
+"""A config from outside either loads and computes numbers, or is refused in one line that names the file and
+the key."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ import einsum_transformer as et
 from tiny_models import LLAMA3, hf_config, write_config, write_tiny
 
 NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 3, 1.5, -0.0, "x", "", [], {}, [1], {"a": 1}, 1 << 24, 1 << 31, (1 << 63) - 1, 1 << 63,
-    10**30, 10**400, math.nan, math.inf, -math.inf, 1e-320, 1e308,
+    None, True, False, 0, -1, 1, 3, 1.5, -0.0, "x", "", [], {}, [1], {"a": 1}, 1 << 24, 1 << 31,
+    (1 << 63) - 1, 1 << 63, 10**30, 10**400, math.nan, math.inf, -math.inf, 1e-320, 1e308,
 ]  # fmt: skip
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 2.0},
@@ -77,7 +78,7 @@ def outcome(path: Path) -> str:
 def tried(path: Path, config: dict[str, Any], key: str, *inside: str) -> dict[str, str]:
     """Nasty value -> what went wrong, where something did."""
     found = {}
-    # A size of 2^24 is too large for this machine, not for the format: test_sizes_are_checked_before_memory_is_taken.
+    # A size of 2^24 is too large for this machine, not for the format: that is another test's subject.
     for value in NASTY if key not in SIZES else [value for value in NASTY if value != 1 << 24]:
         changed = json.loads(json.dumps(config))
         place = changed
@@ -189,7 +190,8 @@ LAYER_ROPES = {
     ids=["by layer type", "one layer type", "misspelt", "two types", "foreign key", "no type"],
 )
 def test_rope_settings_that_would_be_ignored(rope: dict[str, Any], tmp_path: Path) -> None:
-    """They are obeyed, refused, or at least reported among the ignored keys; the default rotation is no answer."""
+    """They are obeyed, refused, or at least reported among the ignored keys; the default rotation is no
+    answer."""
     path = write_config(tmp_path / "config.json", BASE | {"rope_parameters": rope})
     try:
         config = et.load(path).config
@@ -269,7 +271,8 @@ except et.InputError as error:
 
 @pytest.mark.parametrize("name", HUGE)
 def test_sizes_are_checked_before_memory_is_taken(name: str, tmp_path: Path) -> None:
-    """A config of a few bytes must not cost gigabytes or minutes: 1 GiB and 3 s are given, and it is refused."""
+    """A config of a few bytes must not cost gigabytes or minutes: 1 GiB and 3 s are given, and it is
+    refused."""
     kind, changes = HUGE[name]
     source, _ = write_tiny(tmp_path)
     config = {"d_model": 32, "n_heads": 4, "d_ff": 40, "vocab_size": 61} if kind == "run" else hf_config()

@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from einsum_transformer.analysis.report import quantity
-from einsum_transformer.checkpoint import read_config
 from einsum_transformer.components.embedding import Embedding
 from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, einsum, phase
 from einsum_transformer.engine.equation import LEGEND
@@ -118,21 +116,16 @@ class Program:
 
 
 def explain(
-    source: Model | ModelConfig | RunConfig | str | Path,
-    batch: int = 1,
-    tokens: int = 128,
-    backward: bool = False,
-    offline: bool = False,
+    model: Model | ModelConfig | RunConfig, batch: int = 1, tokens: int = 128, backward: bool = False
 ) -> Program:
     """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
 
-    source: a model, its config, or anything `load` takes, of which only the config is read: its size does not
-    matter. backward: also the gradient equations.
+    Of a model only the config is read, so its size does not matter. backward: also the gradient equations.
     """
     for name, value in (("batch", batch), ("tokens", tokens)):
         if value < 1:
             raise InputError(f"{name} is {value}: at least 1")
-    config = _config(source, offline)
+    config = _config(model)
     decoder = build(config, _stand_in)
     blocks, members = _distinct(decoder)
     program = replace(decoder, layers=blocks, embed_tokens=_DryEmbedding(decoder.embed_tokens.weight))
@@ -142,10 +135,16 @@ def explain(
     return Program(config, batch, tokens, backward, parameters, tuple(_steps(recorder.events, members)))
 
 
-def _config(source: Any, offline: bool) -> ModelConfig:
-    if isinstance(source, Model):
-        return source.config
-    return source if isinstance(source, ModelConfig) else read_config(source, offline)
+def _config(model: Any) -> ModelConfig:
+    if isinstance(model, Model):
+        return model.config
+    if isinstance(model, RunConfig):
+        return model.model_config()
+    if not isinstance(model, ModelConfig):
+        raise InputError(
+            f"explain takes a model or a config, not {type(model).__name__}; for files: etx explain"
+        )
+    return model
 
 
 class _DryWeight(Leaf):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json as jsonlib
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +85,8 @@ def chat(
 def _converse(talk: _Talk, terminal: bool) -> None:
     """Read lines until /exit or the end of the input."""
     if terminal:
-        import readline  # noqa: F401 - gives input() a history and line editing
-
+        with suppress(ImportError):  # gives input() a history and line editing, except on Windows
+            importlib.import_module("readline")
         options.note("/system TEXT, /reset, /exit")
     while True:
         try:

@@ -33,7 +33,8 @@ def explain(
     etx explain --config configs/fast_lora.json --set use_mqa=true --json
     """
     from einsum_transformer.analysis.explain import explain as dry_run
+    from einsum_transformer.checkpoint import read_config
 
     source = options.source_of(model, model_flag, config, assignments)
-    program = dry_run(source, batch, tokens, backward, offline)
+    program = dry_run(read_config(source, offline), batch, tokens, backward)
     options.write((jsonlib.dumps(program.to_dict()) if json else str(program)) + "\n")

@@ -203,15 +203,7 @@ def read_tokens(path: Path) -> Any:
         array = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (
-        ValueError,
-        EOFError,
-        OverflowError,
-        TypeError,
-        SyntaxError,
-        RecursionError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # whatever NumPy's parser makes of a header that is none
         raise InputError(f"{path}: not a .npy file of numbers: {error}") from None
     if array.ndim not in (1, 2):
         raise InputError(f"{path}: has shape {array.shape}; token ids are (time) or (batch, time)")
