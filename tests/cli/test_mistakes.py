@@ -12,7 +12,7 @@ import pytest
 from einsum_transformer.cli.app import main
 from einsum_transformer.cli.options import parse_size
 from einsum_transformer.errors import InputError
-from tiny_models import hf_config
+from tiny_models import hf_config, tiny_model
 
 RUN = {
     "arch": "llama",
@@ -44,6 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
     (folder / "empty").mkdir()
+    tiny_model().save(folder / "settings")
+    settings = json.dumps({"max_new_tokens": "many"})
+    (folder / "settings" / "generation_config.json").write_text(settings, encoding="utf-8")
     arrays = {
         "floats": np.ones(3),
         "large": np.array([5, 101]),
@@ -75,6 +78,7 @@ MISTAKES = {
     "run model.gguf": "model.gguf: ",
     "run empty": "empty: holds no config.json",
     "run tiny.json --config tiny.json": "give one of tiny.json, tiny.json",
+    "run settings --tokens good.npy": "generation_config.json: key 'max_new_tokens' is 'many'",
     "run tiny.json other": "unexpected extra argument",
     "run tiny.json --set n_layer=2": "unknown key 'n_layer'; did you mean 'n_layers'?",
     "run tiny.json --set n_layers": "--set 'n_layers': write key=value",

@@ -178,15 +178,17 @@ def generation_settings(
     """Flags first (None: not given), then the keys of a JSON config, then those of generation_config.json."""
     from einsum_transformer.generation.decode import Settings
     from einsum_transformer.generation.sampling import Sampling
+    from einsum_transformer.models.config import Keys
 
     stated = dict(model.generation_config or {})
     if config is not None:
         stated |= {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k_sample}
         stated["max_new_tokens"] = config.max_new_tokens
-    budget = max_tokens if max_tokens is not None else stated.get("max_new_tokens", 128)
+    if max_tokens is None:
+        max_tokens = Keys(stated, "generation_config.json").get("max_new_tokens", int, 128)
     sampling = {name: flags.pop(name) for name in _SAMPLING}
     settings = {name: value for name, value in flags.items() if value is not None}
-    return Sampling.from_generation_config(stated, **sampling), Settings(budget, **settings)
+    return Sampling.from_generation_config(stated, **sampling), Settings(max_tokens, **settings)
 
 
 def parse_size(text: str, flag: str) -> int:

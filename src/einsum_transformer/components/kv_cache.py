@@ -107,7 +107,7 @@ class LayerCache:
         wanted = wanted + _PADDING if self.window is None else min(wanted, self.window)
         b, _, heads, h = k.shape
         for name in ("_keys", "_values"):
-            old, fresh = getattr(self, name), np.empty((b, heads, h, wanted), k.dtype)
+            old, fresh = getattr(self, name), np.empty_like(k, order="C", shape=(b, heads, h, wanted))
             if old is not None:
                 fresh[..., : self.length] = old[..., : self.length]
             setattr(self, name, fresh)

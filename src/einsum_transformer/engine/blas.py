@@ -51,8 +51,10 @@ def use(name: str) -> Provider:
         name = "mkl" if _mkl_library() is not None and _is_intel() else "numpy"
     if name not in ("numpy", "mkl"):
         raise InputError(f"--blas {name!r}: choose auto, numpy or mkl")
+    threads = get_threads()
     _current = numpy_provider() if name == "numpy" else mkl_provider()
     matmul = _current.matmul
+    set_threads(threads)
     return _current
 
 
@@ -65,24 +67,18 @@ def set_threads(count: int) -> None:
     """Let the BLAS in use compute with `count` threads from now on."""
     if count < 1:
         raise InputError(f"--threads {count}: at least 1")
-    global _threads
     provider = current()
     provider.set_threads(count)
     if provider.name == "mkl":
         # What is not a float matrix product still goes through NumPy.
         numpy_provider().set_threads(count)
-    _threads = count
 
 
 def get_threads() -> int:
     """Threads that the BLAS in use computes with."""
-    global _threads
-    if _threads is None:
-        _threads = current().get_threads()
-    return _threads
+    return current().get_threads()
 
 
-_threads: int | None = None
 _current: Provider | None = None
 
 
@@ -112,7 +108,6 @@ def mkl_provider() -> Provider:
     library = _mkl_library()
     if library is None:
         raise InputError("--blas mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
-    library.MKL_Set_Num_Threads(_threads or numpy_provider().get_threads())
     return Provider(
         "mkl",
         importlib.metadata.version("mkl"),
@@ -154,15 +149,18 @@ _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 def _mkl_matmul(library: Any) -> Callable[..., Array]:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     products = {}
-    for kind, name, real in (("f", "cblas_sgemm", ctypes.c_float), ("d", "cblas_dgemm", ctypes.c_double)):
+    for kind, name, real in (
+        (np.float32, "cblas_sgemm", ctypes.c_float),
+        (np.float64, "cblas_dgemm", ctypes.c_double),
+    ):
         gemm = getattr(library, name)
         gemm.argtypes = [integer] * 6 + [real, pointer, integer, pointer, integer, real, pointer, integer]
         gemm.restype = None
-        products[kind] = gemm
+        products[np.dtype(kind).str] = gemm
 
     def product(a: Array, b: Array) -> Array:
         """a . b by MKL for float matrices; stacks of matrices go one by one, all else to NumPy."""
-        gemm = products.get(a.dtype.char)
+        gemm = products.get(a.dtype.str)
         if gemm is None or a.dtype != b.dtype or a.ndim < 2 or b.ndim < 2 or 0 in a.shape or 0 in b.shape:
             return np.matmul(a, b)
         if a.ndim == 2 and b.ndim == 2:

@@ -77,7 +77,8 @@ def weight_grad(equation: str, dy: Array, x: Array, weight: Any) -> Any:
     gradient."""
     if isinstance(weight, Leaf):
         return weight.weight_grad(equation, dy, x)
-    return einsum(equation, dy, x, order="C" if weight.strides[-1] == weight.itemsize else "F")
+    input_major = isinstance(weight, Array) and weight.strides[-1] != weight.itemsize
+    return einsum(equation, dy, x, order="F" if input_major else "C")
 
 
 def take_rows(weight: Any, indices: Array) -> Array:
@@ -98,6 +99,14 @@ def take_rows(weight: Any, indices: Array) -> Array:
     return lines.T.reshape(rows.shape)
 
 
+def add_rows(rows: int, indices: Array, dy: Array) -> Array:
+    """The transpose of `take_rows`: a matrix (rows, d) whose row i is the sum of dy (b, t, d) where indices == i."""
+    total = np.zeros_like(dy, order="C", shape=(rows, dy.shape[-1]))
+    if isinstance(dy, Array):
+        np.add.at(total, indices.ravel(), np.ascontiguousarray(dy).reshape(indices.size, -1))
+    return total
+
+
 def lowering(equation: str, *operands: Any) -> str:
     """How `einsum` would run this call: the matrix product it becomes and what it copies."""
     arrays = [
@@ -116,9 +125,18 @@ def _einsum(equation: str, operands: tuple[Any, ...], order: str) -> Array:
     arrays = [np.asarray(operand) for operand in operands]
     if len(arrays) > 2:
         return _chain(equation, arrays, order)
-    if recorder.active is not None and recorder.active.events_wanted:
-        return _timed(equation, arrays, order)
-    return _plan(equation, Equation.parse(equation), arrays, order).run(*arrays)
+    return _run(equation, Equation.parse(equation), arrays, order)
+
+
+def _run(text: str, equation: Equation, arrays: list[Array], order: str) -> Array:
+    """One or two operands through their plan, with an event for a recorder that wants it."""
+    plan = _plan(text, equation, arrays, order)
+    if recorder.active is None or not recorder.active.events_wanted:
+        return plan.run(*arrays)
+    start = time.perf_counter()
+    result = plan.run(*arrays)
+    _report(text, equation, arrays, plan.how, time.perf_counter() - start)
+    return result
 
 
 def _plan(text: str, equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
@@ -212,17 +230,7 @@ def _pairwise(terms: list[str], arrays: list[Array], output: str, order: str) ->
         first = _pairwise(terms[:2], arrays[:2], kept, order)
         return _pairwise([kept, *terms[2:]], [first, *arrays[2:]], output, order)
     equation = Equation(tuple(terms), output)
-    return _plan(str(equation), equation, arrays, order).run(*arrays)
-
-
-def _timed(text: str, arrays: list[Array], order: str) -> Array:
-    equation = Equation.parse(text)
-    plan = _plan(text, equation, arrays, order)
-    start = time.perf_counter()
-    result = plan.run(*arrays)
-    seconds = time.perf_counter() - start
-    _report(text, equation, arrays, plan.how, seconds)
-    return result
+    return _run(str(equation), equation, arrays, order)
 
 
 def _dry(text: str, operands: tuple[Any, ...]) -> Any:

@@ -22,13 +22,13 @@ _lock = threading.Lock()
 def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], coarse: bool = True) -> None:
     """task(*arguments[i]) for every i, on as many threads as BLAS has if the tasks are coarse, else one by
     one."""
-    threads = min(blas.get_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
-    if threads == 1:
+    before = blas.get_threads() if coarse and len(arguments) > 1 else 1
+    threads = min(before, len(arguments))
+    if threads <= 1:
         for given in arguments:
             task(*given)
         return
     remaining = iter(arguments)
-    before = blas.get_threads()
     blas.set_threads(1)
     try:
         with recorder.parallel():

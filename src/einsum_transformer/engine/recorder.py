@@ -82,9 +82,8 @@ class Recorder:
         flops: int,
         traffic: int,
     ) -> None:
-        self.events.append(
-            Event(equation, sizes, dtype, how, seconds, flops, traffic, self._path, self._layer)
-        )
+        path = self._path if _tally is None else (*self._path, *getattr(_tally.here, "path", ()))
+        self.events.append(Event(equation, sizes, dtype, how, seconds, flops, traffic, path, self._layer))
 
 
 active: Recorder | None = None
@@ -111,6 +110,8 @@ class _Tally:
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.lock = threading.Lock()
+        self.here = threading.local()
+        """The phase that each thread is in, for the events it reports."""
 
 
 _tally: _Tally | None = None
@@ -123,9 +124,11 @@ class _TalliedPhase:
         self.tally, self.name = tally, name
 
     def __enter__(self) -> None:
+        self.tally.here.path = (self.name,)
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        self.tally.here.path = ()
         with self.tally.lock:
             self.tally.seconds[self.name] += time.perf_counter() - self.start
 

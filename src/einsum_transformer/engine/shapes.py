@@ -118,17 +118,21 @@ class ShapeArray(NDArrayOperatorsMixin):
 
 def _reduced(shape: tuple[int, ...], axis: Any, keepdims: bool) -> tuple[int, ...]:
     axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
-    gone = {a % len(shape) for a in axes}
+    gone = {np.lib.array_utils.normalize_axis_index(a, len(shape)) for a in axes}
     if keepdims:
         return tuple(1 if i in gone else n for i, n in enumerate(shape))
     return tuple(n for i, n in enumerate(shape) if i not in gone)
 
 
-def _like(a: ShapeArray, dtype: Any = None, shape: Any = None) -> ShapeArray:
+def _like(a: ShapeArray, dtype: Any = None, order: str = "K", shape: Any = None) -> ShapeArray:
     return ShapeArray(a.shape if shape is None else shape, a.dtype if dtype is None else dtype)
 
 
 def _concatenate(arrays: Any, axis: int = 0) -> ShapeArray:
+    axis = np.lib.array_utils.normalize_axis_index(axis, len(arrays[0].shape))
+    others = {(*a.shape[:axis], *a.shape[axis + 1 :]) for a in arrays}
+    if len(others) > 1:
+        raise ValueError(f"cannot concatenate {[a.shape for a in arrays]} along axis {axis}")
     shape = list(arrays[0].shape)
     shape[axis] = sum(a.shape[axis] for a in arrays)
     return ShapeArray(tuple(shape), arrays[0].dtype)
@@ -146,5 +150,5 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.take: _take,
     np.shape: lambda a: a.shape,
     np.ndim: lambda a: a.ndim,
-    np.broadcast_to: lambda a, shape: ShapeArray(shape, a.dtype),
+    np.broadcast_to: lambda a, shape: ShapeArray(np.broadcast_to(a.dummy, shape).shape, a.dtype),
 }

@@ -33,9 +33,13 @@ class Meter:
     """How much one rendering has made so far, in characters and list items."""
 
     largest: int
+    end: float = math.inf
     total: float = 0
 
     def check(self, size: float) -> None:
+        # The trace function is gone once the interpreter has swallowed what it raised (in a finalizer, say).
+        if time.monotonic() > self.end:
+            raise OutOfTime
         if size > self.largest:
             raise InputError(f"chat template: makes a value of more than {self.largest} characters")
 
@@ -62,7 +66,7 @@ def bounded(seconds: float, largest: int, watched: frozenset[str]) -> Iterator[N
             raise OutOfTime
         return trace if frame.f_code.co_filename in watched else None
 
-    token, previous = METER.set(Meter(largest)), sys.gettrace()
+    token, previous = METER.set(Meter(largest, end)), sys.gettrace()
     sys.settrace(trace)
     try:
         yield
