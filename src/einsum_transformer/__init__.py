@@ -1,11 +1,15 @@
 """Transformer language models in NumPy, where the einsum equation on the page is the code that runs."""
 
-from einsum_transformer.analysis.explain import explain
-from einsum_transformer.checkpoint import load
-from einsum_transformer.engine import einsum
-from einsum_transformer.errors import ConfigError, FormatError, InputError
-from einsum_transformer.generation.decode import Generation, generate
-from einsum_transformer.models.model import Model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from einsum_transformer.analysis.explain import explain
+    from einsum_transformer.checkpoint import load
+    from einsum_transformer.engine.contract import einsum
+    from einsum_transformer.errors import ConfigError, FormatError, InputError
+    from einsum_transformer.generation.decode import Generation, generate
+    from einsum_transformer.models.model import Model
 
 __all__ = [
     "ConfigError",
@@ -20,3 +24,28 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Each name's home, imported when it is first asked for: the command line's --help needs none of them.
+_HOMES = {
+    "ConfigError": "errors",
+    "FormatError": "errors",
+    "Generation": "generation.decode",
+    "InputError": "errors",
+    "Model": "models.model",
+    "einsum": "engine.contract",
+    "explain": "analysis.explain",
+    "generate": "generation.decode",
+    "load": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

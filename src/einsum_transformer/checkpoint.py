@@ -18,6 +18,7 @@ from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.safetensors import bf16_to_float32
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.models.config import Keys, ModelConfig
@@ -33,6 +34,7 @@ Array = np.ndarray
 DTYPES = ("float32", "float64")
 _GROUP_BYTES = 64 << 20
 _SHORT_ROW = 1024
+_NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"})
 
 
 def load(
@@ -66,6 +68,8 @@ def load(
         raise InputError(
             f"adapter {str(adapter)!r}: adapters are not available; merge it into the weights first"
         )
+    if weight_budget is not None and weight_budget < 0:
+        raise InputError(f"weight_budget is {weight_budget}: a number of bytes is expected")
     if max_layers is not None and max_layers < 1:
         raise InputError(f"max_layers is {max_layers}: at least 1")
     options = _Options(np.dtype(dtype), max_layers, seed, weight_budget)
@@ -89,9 +93,12 @@ def resolve(source: str | Path, revision: str | None = None, offline: bool = Fal
     """The file or folder that `source` names, fetched from the hub if it is a repository that is not here."""
     if str(source).lower() == hub.DEFAULT_MODEL:
         return hub.default_model(offline)
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{str(source)[:100]!r}: no such file or folder ({error.__class__.__name__})") from None
     if path.suffix in (".json", ".gguf", ".safetensors") or str(source).startswith((".", "/", "~")):
         raise InputError(f"{source}: no such file or folder")
     return hub.download(str(source), revision, offline)
@@ -230,7 +237,8 @@ def _from_folder(folder: Path, options: _Options) -> Model:
     _check_names(tensors, stored, family, spare)
     if tied and spare in tensors.names():
         embedding = names["embed_tokens.weight"]
-        if not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
+        same_kind = tensors.info(spare).shape == tensors.info(embedding).shape
+        if not same_kind or not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
             raise FormatError(f"{folder}: tie_word_embeddings is true, but {spare} differs from {embedding}")
         tensors.release(spare)
     reader = _Reader(tensors, options, {path: [] for path in names}, names)
@@ -275,8 +283,11 @@ def _check_names(
     unexpected = sorted(name for name in found if name not in stored and name != spare)
     if missing or unexpected:
         sides = [("missing from the file", missing), ("in the file but not in the model", unexpected)]
-        told = "; ".join(f"{what}: {_list(names)}" for what, names in sides if names)
+        told = "; ".join(f"{what}: {_list([*map(quoted, names)])}" for what, names in sides if names)
         raise FormatError(f"{tensors.path}: {told}")
+    if packed := [name for name in stored if tensors.info(name).dtype in _NO_WEIGHTS]:
+        kind = tensors.info(packed[0]).dtype
+        raise FormatError(f"{tensors.path}: tensor {packed[0]} is {kind}: a weight is a floating-point tensor")
     shapes = {name: tensors.info(name).shape for name in stored}
     wrong = [
         f"{name} is {list(shapes[name])} in the file, {list(expected)} by the config"

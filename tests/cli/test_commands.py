@@ -328,6 +328,16 @@ def test_pull_prints_the_folder(etx: Etx, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert asked == [("owner/name", "v1", False), ("owner/name", None, True)]
 
 
+def test_characters_that_the_terminal_does_not_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("einsum_transformer.hub.download", lambda *_: tmp_path / "\N{SNOWMAN}")
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with pytest.raises(SystemExit) as left:
+        main(["pull", "owner/name"])
+    assert left.value.code == 0
+    assert raw.getvalue() == f"{tmp_path / '?'}\n".encode()
+
+
 @pytest.mark.parametrize("command", ["run", "chat", "explain", "pull"])
 def test_help_teaches(etx: Etx, command: str) -> None:
     code, out, _ = etx(command, "--help")

@@ -69,7 +69,7 @@ def test_least_recently_used_goes_first(limit: int, names: list[int]) -> None:
     """Against a list that is searched; weight i has i + 1 elements of 4 bytes."""
     budget, model, reads = Budget(4 * limit), [], []
     for i in names:
-        got = budget.get(str(i), lambda i=i: reads.append(i) or np.full(i + 1, i, np.float32))
+        got = budget.get(str(i), lambda i=i: reads.append(i) or np.full(i + 1, i, np.float32), 4 * (i + 1))
         np.testing.assert_array_equal(got, np.full(i + 1, i))
         expected_read = i not in model
         if not expected_read:
@@ -86,9 +86,9 @@ def test_least_recently_used_goes_first(limit: int, names: list[int]) -> None:
 def test_room_is_made_before_a_weight_is_read() -> None:
     """Otherwise old and new are in memory together, beyond the limit."""
     budget = Budget(100)
-    budget.get("old", lambda: np.zeros(25, np.float32))
+    budget.get("old", lambda: np.zeros(25, np.float32), 100)
     held_while_reading = []
-    budget.get("new", lambda: held_while_reading.append(budget.held) or np.zeros(25, np.float32), *())
+    budget.get("new", lambda: held_while_reading.append(budget.held) or np.zeros(25, np.float32), 100)
     assert held_while_reading == [0]
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.analysis.report import quantity
-from einsum_transformer.components.embedding import Embedding
 from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, einsum, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
@@ -128,9 +127,8 @@ def explain(
     config = _config(model)
     decoder = build(config, _stand_in)
     blocks, members = _distinct(decoder)
-    program = replace(decoder, layers=blocks, embed_tokens=_DryEmbedding(decoder.embed_tokens.weight))
     with Recorder(events_wanted=True) as recorder, _one_thread():
-        _dry_run(program, batch, tokens, backward)
+        _dry_run(replace(decoder, layers=blocks), batch, tokens, backward)
     parameters = sum(prod(weight.stored) for weight in weights_of(config))
     return Program(config, batch, tokens, backward, parameters, tuple(_steps(recorder.events, members)))
 
@@ -154,7 +152,7 @@ class _DryWeight(Leaf):
         self.name, self.shape, self.dtype = name, shape, _DTYPE
 
     def array(self) -> Any:
-        return _shaped(self.shape, self.dtype)
+        return ShapeArray(self.shape, self.dtype)
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Any:
         with phase(_WeightName(self.name)):
@@ -165,29 +163,15 @@ class _DryWeight(Leaf):
             return einsum(equation, dy, x)
 
 
-class _DryEmbedding(Embedding):
-    """An embedding whose gradient is a shape: adding up rows is no equation."""
-
-    __slots__ = ()
-
-    def backward(self, dy: Any, saved: Any) -> Embedding:
-        return Embedding(_shaped(self.weight.shape, dy.dtype))
-
-
 class _WeightName(str):
     """The name of a phase that stands for a weight."""
 
     __slots__ = ()
 
 
-def _shaped(shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    """A ShapeArray where the annotations say array."""
-    return ShapeArray(shape, dtype)
-
-
 def _stand_in(weight: Weight) -> Any:
     if len(weight.stored) == 1:
-        return _shaped(weight.shape, _DTYPE)  # norms and biases take part in sums rather than products
+        return ShapeArray(weight.shape, _DTYPE)  # norms and biases take part in sums rather than products
     name = weight.path.removesuffix(".weight")
     return _DryWeight(name.rpartition(".")[2], weight.shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -25,6 +26,8 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know a character that a model says
     sys.exit(_code_of(arguments or ["--help"]))
 
 

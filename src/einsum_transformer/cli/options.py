@@ -184,11 +184,12 @@ def generation_settings(
     if config is not None:
         stated |= {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k_sample}
         stated["max_new_tokens"] = config.max_new_tokens
-    if max_tokens is None:
-        max_tokens = Keys(stated, "generation_config.json").get("max_new_tokens", int, 128)
+    budget = max_tokens
+    if budget is None:
+        budget = Keys(stated, "generation_config.json").get("max_new_tokens", int, 128)
     sampling = {name: flags.pop(name) for name in _SAMPLING}
     settings = {name: value for name, value in flags.items() if value is not None}
-    return Sampling.from_generation_config(stated, **sampling), Settings(max_tokens, **settings)
+    return Sampling.from_generation_config(stated, **sampling), Settings(budget, **settings)
 
 
 def parse_size(text: str, flag: str) -> int:

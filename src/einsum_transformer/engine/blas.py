@@ -108,11 +108,17 @@ def mkl_provider() -> Provider:
     library = _mkl_library()
     if library is None:
         raise InputError("--blas mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
+
+    def set_threads(count: int) -> None:
+        # A limit of this thread alone (threadpoolctl leaves one behind) would go before the one set here.
+        library.MKL_Set_Num_Threads_Local(0)
+        library.MKL_Set_Num_Threads(count)
+
     return Provider(
         "mkl",
         importlib.metadata.version("mkl"),
         _mkl_matmul(library),
-        lambda count: library.MKL_Set_Num_Threads(count),
+        set_threads,
         lambda: int(library.MKL_Get_Max_Threads()),
     )
 

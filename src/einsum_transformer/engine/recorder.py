@@ -82,7 +82,7 @@ class Recorder:
         flops: int,
         traffic: int,
     ) -> None:
-        path = self._path if _tally is None else (*self._path, *getattr(_tally.here, "path", ()))
+        path = self._path if _tally is None else (*self._path, *_tally.here.path)
         self.events.append(Event(equation, sizes, dtype, how, seconds, flops, traffic, path, self._layer))
 
 
@@ -104,14 +104,19 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
+class _Here(threading.local):
+    """The phase that each thread is in, for the events it reports."""
+
+    path: tuple[str, ...] = ()
+
+
 class _Tally:
     """Phases inside of parallel tasks: their seconds on all threads together, by name."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.lock = threading.Lock()
-        self.here = threading.local()
-        """The phase that each thread is in, for the events it reports."""
+        self.here = _Here()
 
 
 _tally: _Tally | None = None

@@ -130,18 +130,19 @@ def stream(
         logits = prefill(model, tokens, cache, settings.prefill_step_size)
     live = list(range(len(rows)))
     while True:
-        next_tokens, keep = [], []
+        next_tokens, keep, texts = [], [], []
         with phase("sampling"):
             for position, index in enumerate(live):
                 padding = 0 if cache.pads is None else int(cache.pads[position])
                 token, text = rows[index].step(logits[position], room=limit + padding - cache.length)
                 if text:
-                    yield index, text
+                    texts.append((index, text))
                 if rows[index].result.finish_reason is None:
                     next_tokens.append(token)
                     keep.append(position)
         for result in results:
             result.kv_cache_bytes = cache.nbytes
+        yield from texts
         if not keep:
             return
         if len(keep) < len(live):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -25,20 +26,23 @@ class Budget:
         self.peak = 0
         self._loaded: OrderedDict[str, Array] = OrderedDict()
 
-    def get(self, name: str, read: Callable[[], Array]) -> Array:
-        """The weight `name`, from memory or read again."""
+    def get(self, name: str, read: Callable[[], Array], nbytes: int) -> Array:
+        """The weight `name` of `nbytes` bytes, from memory or read again, after room was made for it."""
         if name in self._loaded:
             self._loaded.move_to_end(name)
             return self._loaded[name]
-        with phase("load"):
-            array = read()
-        while self._loaded and self.held + array.nbytes > self.limit:
+        while self._loaded and self.held + nbytes > self.limit:
             _, dropped = self._loaded.popitem(last=False)
             self.held -= dropped.nbytes
+        with phase("load"):
+            array = read()
         self._loaded[name] = array
         self.held += array.nbytes
         self.peak = max(self.peak, self.held)
         return array
+
+    def holds(self, name: str) -> bool:
+        return name in self._loaded
 
 
 class LazyTensor(Leaf):
@@ -56,11 +60,15 @@ class LazyTensor(Leaf):
         self.name, self.shape, self.dtype = name, shape, np.dtype(dtype)
         self._read, self._budget = read, budget
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def array(self) -> Array:
-        return self._budget.get(self.name, lambda: self._read(None)).reshape(self.shape)
+        return self._budget.get(self.name, lambda: self._read(None), self.nbytes).reshape(self.shape)
 
     def rows(self, indices: Array) -> Array:
-        if len(self.shape) != 2 or self.name in self._budget._loaded:
+        if len(self.shape) != 2 or self._budget.holds(self.name):
             return super().rows(indices)
         with phase("load"):
             return self._read(indices)
