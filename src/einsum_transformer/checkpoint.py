@@ -98,7 +98,9 @@ def resolve(source: str | Path, revision: str | None = None, offline: bool = Fal
         if path.exists():
             return path
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{str(source)[:100]!r}: no such file or folder ({error.__class__.__name__})") from None
+        raise InputError(
+            f"{str(source)[:100]!r}: no such file or folder ({error.__class__.__name__})"
+        ) from None
     if path.suffix in (".json", ".gguf", ".safetensors") or str(source).startswith((".", "/", "~")):
         raise InputError(f"{source}: no such file or folder")
     return hub.download(str(source), revision, offline)
@@ -287,7 +289,9 @@ def _check_names(
         raise FormatError(f"{tensors.path}: {told}")
     if packed := [name for name in stored if tensors.info(name).dtype in _NO_WEIGHTS]:
         kind = tensors.info(packed[0]).dtype
-        raise FormatError(f"{tensors.path}: tensor {packed[0]} is {kind}: a weight is a floating-point tensor")
+        raise FormatError(
+            f"{tensors.path}: tensor {packed[0]} is {kind}: a weight is a floating-point tensor"
+        )
     shapes = {name: tensors.info(name).shape for name in stored}
     wrong = [
         f"{name} is {list(shapes[name])} in the file, {list(expected)} by the config"

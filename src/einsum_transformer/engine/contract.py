@@ -100,7 +100,8 @@ def take_rows(weight: Any, indices: Array) -> Array:
 
 
 def add_rows(rows: int, indices: Array, dy: Array) -> Array:
-    """The transpose of `take_rows`: a matrix (rows, d) whose row i is the sum of dy (b, t, d) where indices == i."""
+    """The transpose of `take_rows`: a matrix (rows, d) whose row i is the sum of dy (b, t, d) where indices
+    == i."""
     total = np.zeros_like(dy, order="C", shape=(rows, dy.shape[-1]))
     if isinstance(dy, Array):
         np.add.at(total, indices.ravel(), np.ascontiguousarray(dy).reshape(indices.size, -1))

@@ -163,8 +163,8 @@ def _elementwise(output: str, left: Operand, right: Operand) -> Plan:
         return Plan(lambda a, b: np.asarray(np.multiply(a, b)), "multiply")
     if view_left is None and view_right is not None:
         return Plan(lambda a, b: np.multiply(a, view_right(b)), "multiply")
-    left, right = view_left or _same, view_right or _same
-    return Plan(lambda a, b: np.multiply(left(a), right(b)), "multiply")
+    first, second = view_left or _same, view_right or _same
+    return Plan(lambda a, b: np.multiply(first(a), second(b)), "multiply")
 
 
 def _broadcast_view(output: str, operand: Operand) -> Run | None:
