@@ -227,6 +227,16 @@ def test_odd_tensor_names_are_told_in_one_short_line(name: str, tmp_path: Path) 
     assert message.isprintable()
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "x", "lm_head.bias"]
+)
+def test_a_tensor_without_a_place_is_refused(name: str, tmp_path: Path) -> None:
+    """It would mean that the model is another one than the config says."""
+    folder, weights = write_tiny(tmp_path)
+    write_folder(folder, hf_config(), weights | {name: np.zeros(1, np.float32)})
+    assert name in refusal(folder)
+
+
 def test_many_wrong_tensors_are_told_shortly(tmp_path: Path) -> None:
     many = {f"model.layers.{i}.mlp.down_proj.weight": np.zeros(1, np.float32) for i in range(5000)}
     assert "and 4" in refusal(write_folder(tmp_path, hf_config(num_hidden_layers=4), many))

@@ -76,6 +76,19 @@ def test_dimensions_that_are_not_rotated_pass(partial: float, interleaved: bool)
     assert (y[:, 1:, :, :rotated] != x[:, 1:, :, :rotated]).all()
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_pair_is_turned_as_a_complex_number(interleaved: bool) -> None:
+    """(a + ib) e^(i angle), with pairs (i, i + r/2) or, interleaved, (2i, 2i + 1)."""
+    x, places = np.random.default_rng(4).standard_normal((1, 3, 2, 8)), np.array([[0, 1, 5]])
+    y = rotation(RopeConfig(rope_theta=100.0), 8, places, x.dtype, interleaved).forward(x)
+    for pair in range(4):
+        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 4)
+        angles = places[0, :, None] * 100.0 ** (-2 * pair / 8)
+        turned = (x[0, ..., a] + 1j * x[0, ..., b]) * np.exp(1j * angles)
+        np.testing.assert_allclose(y[0, ..., a], turned.real, atol=1e-14)
+        np.testing.assert_allclose(y[0, ..., b], turned.imag, atol=1e-14)
+
+
 def test_rows_of_a_batch_have_positions_of_their_own() -> None:
     x = np.random.default_rng(3).standard_normal((2, 3, 1, 4))
     places = np.array([[0, 1, 2], [0, 0, 1]])

@@ -112,20 +112,21 @@ def stream(
     Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch
     around it. A given cache is continued: its tokens precede the prompts'.
     """
-    rows = [_Row(model, result, sampling, settings, index) for index, result in enumerate(results)]
-    limit = min(
-        settings.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings
-    )
-    longest = max(len(result.prompt_tokens) for result in results)
-    start = 0 if cache is None else cache.length
-    if start + longest > limit:
-        raise InputError(f"the prompt has {start + longest} tokens, the context is {limit}: shorten it")
-    tokens, pads = _left_padded([result.prompt_tokens for result in results])
-    model.checked(tokens)
-    if cache is None:
-        cache = model.cache(min(longest + settings.max_new_tokens, limit), pads if pads.any() else None)
-    elif pads.any():
-        raise InputError("prompts that continue a cache must have the same length")
+    with phase("setup"):
+        rows = [_Row(model, result, sampling, settings, index) for index, result in enumerate(results)]
+        limit = min(
+            settings.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings
+        )
+        longest = max(len(result.prompt_tokens) for result in results)
+        start = 0 if cache is None else cache.length
+        if start + longest > limit:
+            raise InputError(f"the prompt has {start + longest} tokens, the context is {limit}: shorten it")
+        tokens, pads = _left_padded([result.prompt_tokens for result in results])
+        model.checked(tokens)
+        if cache is None:
+            cache = model.cache(min(longest + settings.max_new_tokens, limit), pads if pads.any() else None)
+        elif pads.any():
+            raise InputError("prompts that continue a cache must have the same length")
     with phase("prefill"):
         logits = prefill(model, tokens, cache, settings.prefill_step_size)
     live = list(range(len(rows)))

@@ -19,7 +19,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder, weights_of
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.family import Family, unsaid
-from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
+from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy, cross_entropy_backward
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.tree import named_leaves
 
@@ -51,12 +51,12 @@ class Model:
 
         tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
         """
-        tokens, targets = self.checked(tokens), np.asarray(targets)
+        tokens, targets = self.checked(tokens), _integers(targets, "targets")
         if targets.shape != tokens.shape:
             raise InputError(
                 f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same"
             )
-        self.checked(np.where(targets == -100, 0, targets), "targets")
+        self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
         with phase("forward"):
             logits, saved = self.decoder.forward(tokens, keep=True)
         with phase("loss"):
@@ -92,16 +92,15 @@ class Model:
             self.tokenizer.save(folder)
         if self.generation_config is not None:
             _write_json(folder / "generation_config.json", dict(self.generation_config))
-        _write_json(folder / "config.json", head | config | {"dtype": dtype})
         write_safetensors_folder(folder, parameters, max_shard_bytes)
+        # Last: if the weights cannot be written, the folder still says what an earlier save's weights are.
+        _write_json(folder / "config.json", head | config | {"dtype": dtype})
 
     def checked(self, tokens: Any, what: str = "tokens") -> Array:
         """`tokens` as a (b, t) array of ids that the vocabulary has."""
-        tokens = np.asarray(tokens)
+        tokens = _integers(tokens, what)
         if tokens.ndim != 2 or tokens.size == 0:
             raise InputError(f"{what} have shape {tokens.shape}: a non-empty (batch, time) array is expected")
-        if tokens.dtype.kind not in "iu":
-            raise InputError(f"{what} are {tokens.dtype}: token ids are integers")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
@@ -113,6 +112,17 @@ class Model:
         for path, leaf in named_leaves(decoder):
             array = leaf.array() if isinstance(leaf, Leaf) else leaf
             yield self.family.checkpoint_name(path), array.reshape(stored[path])
+
+
+def _integers(values: Any, what: str) -> Array:
+    """`values` as an array of whole numbers, or an error (also for rows of different lengths)."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InputError(f"{what}: rows of different lengths; generate() takes such batches") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"{what} are {array.dtype}: token ids are integers")
+    return array
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
