@@ -195,7 +195,7 @@ def _dry_run(decoder: Decoder, batch: int, tokens: int, backward: bool) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tiles one after the other: on threads their events would not know their phases."""
+    """Tiles one after the other, so that their events come in program order."""
     before = blas.get_threads()
     blas.set_threads(1)
     try:

@@ -6,20 +6,14 @@ Array = np.ndarray
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)); exp may overflow to infinity, whose reciprocal is the right limit 0."""
-    y = np.negative(x)
-    with np.errstate(over="ignore"):
-        np.exp(y, out=y)
-    y += 1
+    """1 / (1 + exp(-x)), in the memory layout of x."""
+    y = _one_plus_exp(x)
     return np.reciprocal(y, out=y)
 
 
 def silu(x: Array) -> Array:
     """x * sigmoid(x), in the memory layout of x."""
-    y = np.negative(x)
-    with np.errstate(over="ignore"):
-        np.exp(y, out=y)
-    y += 1
+    y = _one_plus_exp(x)
     return np.divide(x, y, out=y)
 
 
@@ -30,4 +24,13 @@ def dsilu(x: Array) -> Array:
     y *= x
     y += 1
     y *= s
+    return y
+
+
+def _one_plus_exp(x: Array) -> Array:
+    """1 + exp(-x); exp may overflow to infinity, whose reciprocal is the right limit 0."""
+    y = np.negative(x)
+    with np.errstate(over="ignore"):
+        np.exp(y, out=y)
+    y += 1
     return y
