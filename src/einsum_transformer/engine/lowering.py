@@ -99,8 +99,8 @@ def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtyp
     clean_left, left, note_left = _clean(left, equation.output + right.term, dtype)
     clean_right, right, note_right = _clean(right, equation.output + left.term, dtype)
     contracted = [letter for letter in left.term if letter in right.term and letter not in equation.output]
-    if not contracted or (order != "F" and all(left.size(letter) == 1 for letter in contracted)):
-        plan = _elementwise(equation.output, left, right)
+    if all(left.size(letter) == 1 for letter in contracted):
+        plan = _elementwise(equation.output, left, right, order)
     elif (
         any((letter in left.term) != (letter in right.term) for letter in equation.output)
         or not equation.output
@@ -154,8 +154,12 @@ def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(reversed(strides[: len(shape)]))
 
 
-def _elementwise(output: str, left: Operand, right: Operand) -> Plan:
+def _elementwise(output: str, left: Operand, right: Operand, order: str) -> Plan:
     """Nothing is summed, or axes of size 1: one broadcast multiplication."""
+    if order == "F" and not set(output) <= set(left.term):
+        natural = sorted(output, key=lambda letter: (letter in left.term, letter not in right.term))
+        plan, permutation = _elementwise("".join(natural), left, right, "C"), list(map(natural.index, output))
+        return Plan(lambda a, b: plan.run(a, b).transpose(permutation), plan.how)
     view_left, view_right = _broadcast_view(output, left), _broadcast_view(output, right)
 
     if not output:
