@@ -19,10 +19,10 @@ from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.mapped import quoted
-from einsum_transformer.formats.safetensors import bf16_to_float32
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
+from einsum_transformer.leaves.resident import Stored, read_all, rooms
 from einsum_transformer.models.config import Keys, ModelConfig
-from einsum_transformer.models.decoder import Weight, build, weights_of
+from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.families import FAMILIES, family_of
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import Model
@@ -32,8 +32,6 @@ from einsum_transformer.text.tokenizer import Tokenizer
 Array = np.ndarray
 
 DTYPES = ("float32", "float64")
-_GROUP_BYTES = 64 << 20
-_SHORT_ROW = 1024
 _NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"})
 
 
@@ -201,10 +199,14 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
     seed = 0 if options.seed is None else options.seed
     if seed < 0:
         raise InputError(f"seed is {seed}: it must be at least 0")
-    needed = sum(math.prod(weight.stored) for weight in weights_of(config)) * options.dtype.itemsize
+    weights = weights_of(config)
+    needed = sum(math.prod(weight.stored) for weight in weights) * options.dtype.itemsize
     if needed > (present := _memory()):
         sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f}"
         raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
+
+    arrays = rooms([weight.stored for weight in weights], options.dtype)
+    places = {weight.path: array for weight, array in zip(weights, arrays)}
 
     def leaf(weight: Weight) -> Array:
         if weight.path.endswith("norm.weight"):
@@ -214,7 +216,8 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
         rng = np.random.default_rng([seed, zlib.crc32(weight.path.encode())])
         values = rng.standard_normal(weight.shape, dtype=np.float32).astype(options.dtype, copy=False)
         values *= config.initializer_range
-        return laid_out(values.reshape(weight.stored), weight)
+        places[weight.path][...] = values.reshape(weight.stored)
+        return places[weight.path].reshape(weight.shape)
 
     return Model(config, build(config, leaf), source=f"{source} (random weights, seed {seed})")
 
@@ -232,8 +235,10 @@ def _from_folder(folder: Path, options: _Options) -> Model:
     config = options.cut(full)
     family = FAMILIES[config.model_type]
     tensors = open_tensors(folder)
-    names = {weight.path: family.checkpoint_name(weight.path) for weight in weights_of(full)}
-    stored = {names[weight.path]: weight.stored for weight in weights_of(full)}
+    weights = weights_of(full)
+    names = {weight.path: family.checkpoint_name(weight.path) for weight in weights}
+    wanted = {weight.path: Stored(names[weight.path], weight.stored) for weight in weights}
+    stored = {each.name: each.shape for each in wanted.values()}
     tied = config.tie_word_embeddings
     spare = family.checkpoint_name("lm_head.weight") if tied else ""
     _check_names(tensors, stored, family, spare)
@@ -243,8 +248,7 @@ def _from_folder(folder: Path, options: _Options) -> Model:
         if not same_kind or not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
             raise FormatError(f"{folder}: tie_word_embeddings is true, but {spare} differs from {embedding}")
         tensors.release(spare)
-    reader = _Reader(tensors, options, {path: [] for path in names}, names)
-    decoder = build(config, reader.lazy if options.weight_budget is not None else reader.now)
+    decoder = _leaves(tensors, config, wanted, options)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     generation = folder / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
@@ -306,54 +310,25 @@ def _list(names: list[str], separator: str = ", ") -> str:
     return separator.join(names[:8]) + (f"{separator}and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-class _Reader:
-    """Turns a file's tensors into leaves: `now` as arrays, `lazy` as tensors that stay in the file."""
+def _leaves(
+    tensors: TensorSource, config: ModelConfig, stored: Mapping[str, Stored], options: _Options
+) -> Decoder:
+    """The decoder with its weights in memory, or under a budget with matrices that stay in the file."""
+    weights = weights_of(config)
+    budget = options.weight_budget
+    # Norms and biases are small, and take part in sums rather than products: they are never lazy.
+    held = [weight for weight in weights if budget is None or len(weight.stored) == 1]
+    arrays = read_all(tensors, [stored[weight.path] for weight in held], options.dtype)
+    loaded = {weight.path: array.reshape(weight.shape) for weight, array in zip(held, arrays)}
+    room = Budget(budget or 0)
 
-    def __init__(
-        self,
-        tensors: TensorSource,
-        options: _Options,
-        fixes: Mapping[str, list[Callable[[Array], Array]]],
-        names: Mapping[str, str],
-    ) -> None:
-        self.tensors, self.dtype, self.fixes, self.names = tensors, options.dtype, fixes, names
-        self.budget = Budget(options.weight_budget or 0)
+    def leaf(weight: Weight) -> Any:
+        array = loaded.get(weight.path)
+        if array is not None:
+            return array
+        return LazyTensor(tensors, stored[weight.path], weight.shape, options.dtype, room)
 
-    def now(self, weight: Weight) -> Array:
-        return self._read(weight, laid_out)
-
-    def lazy(self, weight: Weight) -> Any:
-        if len(weight.stored) == 1:
-            return self.now(weight)  # norms and biases are small, and take part in sums rather than products
-        name = self.names[weight.path]
-
-        def read(rows: Array | None) -> Array:
-            if rows is None or self.fixes[weight.path]:
-                return self._read(weight, lambda array, weight: array)
-            stored = self.tensors.read(name)[rows]
-            return _computable(stored, self.dtype)
-
-        return LazyTensor(name, weight.shape, self.dtype, read, self.budget)
-
-    def _read(self, weight: Weight, layout: Callable[[Array, Weight], Array]) -> Array:
-        name = self.names[weight.path]
-        stored = self.tensors.read(name)
-        array = _computable(stored, self.dtype)
-        for fix in self.fixes[weight.path]:
-            array = fix(array)
-        array = layout(array, weight)
-        if not np.may_share_memory(array, stored):
-            self.tensors.release(name)
-        return array
-
-
-def _computable(stored: Array, dtype: np.dtype) -> Array:
-    """The tensor in the type that is computed in; without a copy if it is stored so."""
-    if stored.dtype == dtype:
-        return stored
-    if stored.dtype.name == "bfloat16":
-        return bf16_to_float32(stored).astype(dtype, copy=False)
-    return stored.astype(dtype)
+    return build(config, leaf)
 
 
 def _bits(a: Array) -> Array:
@@ -363,81 +338,32 @@ def _bits(a: Array) -> Array:
 def _from_gguf(file: GGUFFile, options: _Options) -> Model:
     family, full = _gguf_config(file)
     config = options.cut(full)
-    names = {weight.path: family.gguf_name(weight.path) for weight in weights_of(full)}
-    stored = {names[weight.path]: weight.stored for weight in weights_of(full)}
+    weights = weights_of(full)
+    names = {weight.path: family.gguf_name(weight.path) for weight in weights}
+    stored = {names[weight.path]: weight.stored for weight in weights}
     _check_names(file, stored, replace(family, ignored_tensors=r"rope_freqs\.weight"), "")
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    fixes: dict[str, list[Callable[[Array], Array]]] = {}
-    for path in names:
-        place = ".".join(path.split(".")[2:])
-        permuted = place in family.gguf_permuted
-        fixes[path] = [_undo_permutation(heads[place.split(".")[1][0]])] if permuted else []
-    reader = _Reader(file, options, fixes, names)
-    if options.weight_budget is not None:
-        decoder = build(config, reader.lazy)
-    else:
-        loaded = _read_groups(file, options.dtype, weights_of(config), reader)
-        decoder = build(config, lambda weight: loaded[weight.path])
+    wanted = {}
+    for weight in weights:
+        place = ".".join(weight.path.split(".")[2:])
+        paired = place in family.gguf_permuted
+        order = _paired_rows(heads[place.split(".")[1][0]]) if paired else None
+        wanted[weight.path] = Stored(names[weight.path], weight.stored, order)
+    decoder = _leaves(file, config, wanted, options)
     tokenizer = (
         Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
     )
     return Model(config, decoder, tokenizer, None, str(file.path))
 
 
-def _read_groups(file: GGUFFile, dtype: np.dtype, weights: list[Weight], reader: _Reader) -> dict[str, Array]:
-    """All weights, a group at a time: within a group by two threads, and each group's file pages given back
-    after it."""
-    loaded: dict[str, Array] = {}
-    group: list[Weight] = []
-    size = 0
-    for weight in weights:
-        group.append(weight)
-        size += int(np.prod(weight.stored)) * 4
-        if size < _GROUP_BYTES and weight is not weights[-1]:
-            continue
-        arrays = file.read_many([reader.names[each.path] for each in group])
-        for each in group:
-            name = reader.names[each.path]
-            array = _computable(arrays[name], dtype)
-            for fix in reader.fixes[each.path]:
-                array = fix(array)
-            # A group's tensors share one allocation: what was fixed goes back there, a copy would outlive it.
-            loaded[each.path] = laid_out(array, each, arrays[name] if arrays[name].flags.writeable else None)
-            if not np.may_share_memory(loaded[each.path], arrays[name]) or arrays[name].flags.writeable:
-                file.release(name)
-        group, size = [], 0
-    return loaded
+def _paired_rows(heads: int) -> Callable[[Array], Array]:
+    """The rows in the order of GGUF, where RoPE turns rows (2i, 2i + 1) together and not (i, i + h/2)."""
 
+    def view(rows: Array) -> Array:
+        halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        return halves.swapaxes(1, 2)
 
-def laid_out(array: Array, weight: Weight, room: Array | None = None) -> Array:
-    """A weight as the equations view it, its matrix with short rows laid out input-major.
-
-    A decode step is one vector times every matrix, bound by reading it. BLAS reads a matrix with rows of 576
-    floats at two thirds of the memory's speed, and the same matrix transposed at nearly all of it
-    (docs/performance.md); from about a thousand floats a row on, both are alike. room: memory of the same
-    size that the result may take.
-    """
-    short_rows = len(weight.stored) == 2 and weight.stored[1] < _SHORT_ROW <= weight.stored[0] * 2
-    if short_rows:
-        array = array.T
-    if room is not None and room.dtype == array.dtype:
-        target = room.reshape(array.shape)
-        if array is not target:
-            np.copyto(target, array.copy() if np.may_share_memory(target, array) else array)
-        array = target
-    elif short_rows:
-        array = np.ascontiguousarray(array)
-    return (array.T if short_rows else array).reshape(weight.shape)
-
-
-def _undo_permutation(heads: int) -> Callable[[Array], Array]:
-    """GGUF stores q and k rows as RoPE pairs (2i, 2i + 1); back to pairs (i, i + h/2), head by head."""
-
-    def undo(rows: Array) -> Array:
-        pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-    return undo
+    return view
 
 
 def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:

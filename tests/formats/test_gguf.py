@@ -181,10 +181,9 @@ QUANTIZED = [kind for kind in GGMLQuantizationType if can_dequantize(kind)]
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
 def test_quantized_tensors_equal_the_reference_bit_for_bit(tmp_path, monkeypatch, kind):
     # Random bytes hold every nibble, and scales that are subnormal, infinite and NaN; sizes below split the
-    # tensor into uneven pieces and jobs.
+    # tensor into uneven pieces.
     elements, nbytes = GGML_QUANT_SIZES[kind]
     monkeypatch.setattr("einsum_transformer.formats.dequantize._PIECE", 4 * elements)
-    monkeypatch.setattr(module, "_JOB", 10 * elements)
     stored = np.random.default_rng(int(kind)).integers(0, 256, (37, 3 * nbytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
         want = gguf_dequantize(stored, kind)
@@ -205,23 +204,22 @@ def test_common_types_do_not_load_the_gguf_package(tmp_path, monkeypatch):
         assert not GGUFFile(tmp_path / "t.gguf").read("x").any()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_read_many_equals_read_one_by_one(tmp_path, threads):
+def test_rows_are_those_of_the_whole(tmp_path):
     rng = np.random.default_rng(3)
     scales = rng.normal(size=(64, 1)).astype(np.float16).view(np.uint8)
     blocks = np.concatenate([scales, rng.integers(0, 256, (64, 32), dtype=np.uint8)], axis=1)
     tensors = {
         "plain": (rng.normal(size=(3, 5)).astype(np.float32), None),
         "q": (blocks.reshape(8, -1), GGMLQuantizationType.Q8_0),
-        "q2": (blocks[::-1][:5], GGMLQuantizationType.Q8_0),
+        "flat": (blocks.reshape(-1), GGMLQuantizationType.Q8_0),
+        "deep": (blocks.reshape(4, 4, -1), GGMLQuantizationType.Q8_0),
     }
     write(tmp_path / "t.gguf", tensors)
     source = GGUFFile(tmp_path / "t.gguf")
-    many = source.read_many(source.names(), threads)
-    assert list(many) == ["plain", "q", "q2"]
-    for name, array in many.items():
-        np.testing.assert_array_equal(array, source.read(name), strict=True)
-    assert source.read_many([]) == {}
+    for name in source.names():
+        whole = source.read(name)
+        for start, stop in ((0, len(whole)), (1, 3), (2, 2)):
+            np.testing.assert_array_equal(source.read_rows(name, start, stop), whole[start:stop], strict=True)
 
 
 def test_type_that_cannot_be_dequantized_is_named(tmp_path):
@@ -387,8 +385,8 @@ def test_a_real_model_equals_the_reference():
     assert len(source.metadata["tokenizer.ggml.tokens"]) == 49152
     assert {source.info(name).dtype for name in source.names()} == {"F32", "Q4_1", "Q8_0"}
     assert sum(source.read(name).size for name in source.names()) == 134_515_008
-    for name, array in source.read_many(["token_embd.weight", "blk.29.ffn_down.weight"]).items():
-        info = source.info(name)
+    for name in ("token_embd.weight", "blk.29.ffn_down.weight"):
+        array, info = source.read(name), source.info(name)
         stored = np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset)
         want = gguf_dequantize(stored.reshape(info.shape[0], -1), GGMLQuantizationType[info.dtype])
         np.testing.assert_array_equal(array.view(np.uint32), want.view(np.uint32))

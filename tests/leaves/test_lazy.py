@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import einsum_transformer as et
 from einsum_transformer.engine import Leaf, einsum, weight_grad
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
+from einsum_transformer.leaves.resident import Stored
 from einsum_transformer.tree import named_leaves
+from memory_source import MemorySource
 from tiny_models import write_tiny
 
 Array = np.ndarray
@@ -94,23 +96,19 @@ def test_room_is_made_before_a_weight_is_read() -> None:
 
 def tensor(
     values: Array, limit: int = 0, shape: tuple[int, ...] | None = None
-) -> tuple[LazyTensor, list[Any]]:
-    """A lazy tensor over `values`, and the list of what was read: None for all, or the rows."""
-    reads: list[Any] = []
-
-    def read(rows: Array | None) -> Array:
-        reads.append(rows)
-        return values if rows is None else values[rows]
-
-    return LazyTensor("w", shape or values.shape, values.dtype, read, Budget(limit)), reads
+) -> tuple[LazyTensor, MemorySource]:
+    """A lazy tensor over `values`, and its file, which notes what is read."""
+    source = MemorySource(w=values)
+    leaf = LazyTensor(source, Stored("w", values.shape), shape or values.shape, values.dtype, Budget(limit))
+    return leaf, source
 
 
 def test_it_is_a_leaf_of_the_shape_of_its_equation() -> None:
     values = np.random.default_rng(0).standard_normal((6, 4))
-    leaf, reads = tensor(values, shape=(2, 3, 4))
+    leaf, source = tensor(values, shape=(2, 3, 4))
     assert isinstance(leaf, Leaf)
     assert (leaf.shape, leaf.ndim, leaf.dtype) == ((2, 3, 4), 3, np.float64)
-    assert not reads
+    assert not source.reads
     x = np.random.default_rng(1).standard_normal((2, 5, 4))
     np.testing.assert_array_equal(
         einsum("btd,khd->btkh", x, leaf), einsum("btd,khd->btkh", x, values.reshape(2, 3, 4))
@@ -118,21 +116,20 @@ def test_it_is_a_leaf_of_the_shape_of_its_equation() -> None:
     dy = np.random.default_rng(2).standard_normal((2, 5, 2, 3))
     got = weight_grad("btkh,btd->khd", dy, x, leaf)
     np.testing.assert_allclose(got, np.einsum("btkh,btd->khd", dy, x))
-    assert len(reads) == 1  # the gradient does not need the weight
+    assert len(source.reads) == 1  # the gradient does not need the weight
 
 
 def test_rows_read_only_rows() -> None:
     """An embedding of a large vocabulary is not loaded for three tokens; one that is in memory is not read
     again."""
     values = np.arange(40.0).reshape(10, 4)
-    leaf, reads = tensor(values, limit=1 << 20)
+    leaf, source = tensor(values, limit=1 << 20)
     ids = np.array([[3, 3], [9, 0]])
     np.testing.assert_array_equal(leaf.rows(ids), values[ids])
-    assert len(reads) == 1
-    assert reads[0] is not None
+    assert source.reads == [("w", (row, row + 1)) for row in (3, 3, 9, 0)]
     leaf.array()
     np.testing.assert_array_equal(leaf.rows(ids), values[ids])
-    assert len(reads) == 2
+    assert source.reads[4:] == [("w", None)]
 
 
 def test_two_tensors_of_one_name_are_not_mixed_up() -> None:

@@ -36,6 +36,10 @@ class TensorSource(Protocol):
         """The tensor: a read-only view of the mapped file, or a new float32 array if it is quantized."""
         ...
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """read(name)[start:stop] without the rest."""
+        ...
+
     def release(self, name: str) -> None:
         """Give the tensor's whole pages back to the system, where it can; reading it again maps them anew."""
         ...

@@ -80,6 +80,9 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         return self._holder(name).read(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self._holder(name).read_rows(name, start, stop)
+
     def release(self, name: str) -> None:
         self._holder(name).release(name)
 

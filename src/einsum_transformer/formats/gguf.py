@@ -9,7 +9,6 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,7 +63,6 @@ _TYPES = {
     41: ("Q1_0", 128, 18),
 }
 _BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in _TYPES.values()}
-_JOB = 1 << 22  # elements that one thread dequantizes at a time
 
 # Metadata type number -> NumPy type
 _NUMBERS = {
@@ -104,46 +102,32 @@ class GGUFFile(MappedFile):
             raise
 
     def read(self, name: str) -> np.ndarray:
-        return self.read_many((name,))[name]
+        info = self.info(name)
+        if info.dtype in DTYPES:
+            return self._view(info)
+        return self._dequantized(info, self._stored(info)).reshape(info.shape)
 
-    def read_many(self, names: Iterable[str], threads: int = 2) -> dict[str, np.ndarray]:
-        """Read several tensors, the quantized ones into slices of one float32 array, by `threads` threads.
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        info = self.info(name)
+        if info.dtype in DTYPES:
+            return self._view(info)[start:stop]
+        if len(info.shape) < 2:
+            return self.read(name)[start:stop]
+        row_bytes = info.nbytes // info.shape[0]  # whole blocks, as the header was checked for
+        stored = self._stored(info)[start * row_bytes : stop * row_bytes]
+        return self._dequantized(info, stored).reshape(-1, *info.shape[1:])
 
-        One large array costs less than many small ones, since the system hands it out in huge pages.
-        """
-        infos = [self.info(name) for name in names]
-        sizes = [0 if info.dtype in DTYPES else math.prod(info.shape) for info in infos]
-        values = np.empty(sum(sizes), np.float32)
-        arrays, jobs, begin = {}, [], 0
-        for info, size in zip(infos, sizes):
-            if info.dtype in DTYPES:
-                arrays[info.name] = self._view(info)
-                continue
-            flat = values[begin : begin + size]
-            arrays[info.name] = flat.reshape(info.shape)
-            jobs += [(info, start, flat[start : start + _JOB]) for start in range(0, size, _JOB)]
-            begin += size
-        if len(jobs) < 2 or threads < 2:  # waking a thread costs more than a small tensor
-            for job in jobs:
-                self._fill(*job)
-        else:
-            from concurrent.futures import ThreadPoolExecutor
-
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda job: self._fill(*job), jobs))
-        return arrays
-
-    def _fill(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
-        """Dequantize as many elements of a tensor as `out` has, from element `start` on."""
+    def _dequantized(self, info: TensorInfo, stored: np.ndarray) -> np.ndarray:
         elements, nbytes = _BLOCKS[info.dtype]
-        first, count = start // elements * nbytes, len(out) // elements * nbytes
+        out = np.empty(len(stored) // nbytes * elements, np.float32)
         try:
-            dequantize(self._stored(info)[first : first + count], info.dtype, _BLOCKS[info.dtype], out)
+            dequantize(stored, info.dtype, _BLOCKS[info.dtype], out)
         except NotImplementedError:
             raise FormatError(
                 f"{self.path}: tensor {quoted(info.name)} has type {info.dtype}, "
                 "which cannot be dequantized; convert the file to another type"
             ) from None
+        return out
 
 
 class _Header:

@@ -48,6 +48,9 @@ class SafetensorsFile(MappedFile):
             raise FormatError(f"{self.path}: tensor {quoted(name)} is BOOL and has a byte other than 0 and 1")
         return self._view(info)
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.read(name)[start:stop]
+
 
 def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:
     """A JSON object from outside: UTF-8, no key twice at any level, keys without lone surrogates."""

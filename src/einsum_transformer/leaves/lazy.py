@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.engine import Leaf, phase
+from einsum_transformer.formats import TensorSource
+from einsum_transformer.leaves.resident import Stored, converted, fill, mapped
 
 Array = np.ndarray
 
@@ -46,29 +48,32 @@ class Budget:
 
 
 class LazyTensor(Leaf):
-    """A tensor of a file, viewed as `shape`; read(None) gives all of it, read(rows) these rows of its first
-    axis."""
+    """A tensor of a file, viewed as `shape`, that is read when an equation needs it."""
 
     def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: Any,
-        read: Callable[[Array | None], Array],
-        budget: Budget,
+        self, tensors: TensorSource, stored: Stored, shape: tuple[int, ...], dtype: Any, budget: Budget
     ) -> None:
-        self.name, self.shape, self.dtype = name, shape, np.dtype(dtype)
-        self._read, self._budget = read, budget
+        self.name, self.shape, self.dtype = stored.name, shape, np.dtype(dtype)
+        self._tensors, self._stored, self._budget = tensors, stored, budget
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> Array:
-        return self._budget.get(self.name, lambda: self._read(None), self.nbytes).reshape(self.shape)
+        return self._budget.get(self.name, self._read, self.nbytes).reshape(self.shape)
 
     def rows(self, indices: Array) -> Array:
-        if len(self.shape) != 2 or self._budget.holds(self.name):
+        plain = len(self.shape) == 2 and self._stored.in_file_order is None
+        if not plain or self._budget.holds(self.name):
             return super().rows(indices)
         with phase("load"):
-            return self._read(indices)
+            found = [self._tensors.read_rows(self.name, i, i + 1) for i in indices.ravel().tolist()]
+            return converted(np.concatenate(found), self.dtype).reshape(*indices.shape, self.shape[1])
+
+    def _read(self) -> Array:
+        array = mapped(self._tensors, self._stored, self.dtype)
+        if array is None:
+            array = np.empty(self._stored.shape, self.dtype)
+            fill(self._tensors, [(self._stored, array)])
+        return array

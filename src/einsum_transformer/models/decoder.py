@@ -4,6 +4,7 @@ head."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Callable
@@ -208,7 +209,13 @@ def _annotations(kind: type) -> dict[str, str]:
 
 def _weight(path: str, spec: str, sizes: dict[str, int]) -> Weight:
     """`(k g h) d`: stored as [k*g*h, d], viewed as [k, g, h, d]."""
-    axes = [axis.strip("()").split() for axis in re.findall(r"\([^)]*\)|\S+", spec)]
-    stored = tuple(int(np.prod([sizes[letter] for letter in axis])) for axis in axes)
-    letters = "".join(letter for axis in axes for letter in axis)
+    axes = _axes(spec)
+    stored = tuple(math.prod(sizes[letter] for letter in axis) for axis in axes)
+    letters = "".join(axes)
     return Weight(path, letters, stored, tuple(sizes[letter] for letter in letters))
+
+
+@cache
+def _axes(spec: str) -> tuple[str, ...]:
+    """`(k g h) d` -> ("kgh", "d")"""
+    return tuple(re.sub(r"[() ]", "", axis) for axis in re.findall(r"\([^)]*\)|\S+", spec))

@@ -1,0 +1,109 @@
+"""Weights held in memory: one allocation for all, each matrix laid out as the products read it fastest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from einsum_transformer.engine.parallel import for_each
+from einsum_transformer.formats import TensorSource
+
+Array = np.ndarray
+
+_SHORT_ROW = 1024
+_LINE = 64  # bytes of a cache line, where every weight begins
+_PIECE = 1 << 18  # elements that are read, converted and transposed while they are in the cache
+_TASK = 1 << 22  # elements of one thread's task
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a file that is to be read: its name, its shape there, and the order of its rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    in_file_order: Callable[[Array], Array] | None = None
+    """From the weight to the view of it whose first axis runs through the file; None if that is the weight
+    itself."""
+
+
+def input_major(shape: tuple[int, ...]) -> bool:
+    """Whether a weight of this shape in a file, [out, in], is kept as [in, out] in memory.
+
+    A decode step is one vector times every matrix, bound by reading it. BLAS reads a matrix with rows of 576
+    floats at two thirds of the memory's speed, and the same matrix transposed at nearly all of it
+    (docs/performance.md); from about a thousand floats a row on, both are alike.
+    """
+    return len(shape) == 2 and shape[1] < _SHORT_ROW <= shape[0] * 2
+
+
+def rooms(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[Array]:
+    """Uninitialized arrays of these shapes, input-major ones as transposed views, in one allocation.
+
+    The system hands one large allocation out in pages of 2 MB, many small ones in pages of 4 kB: touching 538
+    MB for the first time takes 0.08 s or 0.3 to 1 s (docs/performance.md).
+    """
+    step = _LINE // dtype.itemsize
+    sizes = [math.prod(shape) for shape in shapes]
+    memory = np.empty(sum(-(-size // step) * step for size in sizes) + step, dtype)
+    begin = -memory.ctypes.data % _LINE // dtype.itemsize
+    arrays = []
+    for shape, size in zip(shapes, sizes):
+        flat = memory[begin : begin + size]
+        arrays.append(flat.reshape(shape[::-1]).T if input_major(shape) else flat.reshape(shape))
+        begin += -(-size // step) * step
+    return arrays
+
+
+def read_all(tensors: TensorSource, wanted: Sequence[Stored], dtype: np.dtype) -> list[Array]:
+    """The wanted tensors in `dtype`; one that lies in the file as it is wanted stays there, mapped and
+    read-only."""
+    arrays = [None if input_major(stored.shape) else mapped(tensors, stored, dtype) for stored in wanted]
+    missing = [i for i, array in enumerate(arrays) if array is None]
+    fresh = rooms([wanted[i].shape for i in missing], dtype)
+    fill(tensors, [(wanted[i], room) for i, room in zip(missing, fresh)])
+    for i, room in zip(missing, fresh):
+        arrays[i] = room
+    return [array for array in arrays if array is not None]
+
+
+def mapped(tensors: TensorSource, stored: Stored, dtype: np.dtype) -> Array | None:
+    """The tensor as a view of its file, or None if its type or the order of its rows has to change."""
+    as_it_is = tensors.info(stored.name).dtype == {4: "F32", 8: "F64"}[dtype.itemsize]
+    return tensors.read(stored.name) if as_it_is and stored.in_file_order is None else None
+
+
+def fill(tensors: TensorSource, pairs: Sequence[tuple[Stored, Array]]) -> None:
+    """Read each tensor into its array, of any layout, on as many threads as BLAS has; the file's pages are
+    given back."""
+    tasks = []
+    for stored, array in pairs:
+        target = array if stored.in_file_order is None else stored.in_file_order(array)
+        rows, per_row = target.shape[0], math.prod(target.shape[1:])
+        step = rows if target.ndim == 1 else max(1, _TASK // per_row)
+        for start in range(0, rows, step):
+            tasks.append((tensors, stored, target, start, min(start + step, rows)))
+    for_each(_fill_rows, tasks, coarse=sum(array.size for _, array in pairs) > _TASK)
+
+
+def _fill_rows(tensors: TensorSource, stored: Stored, target: Array, start: int, stop: int) -> None:
+    """target[start:stop] from the file, by pieces: a piece that is in the cache is transposed three times as
+    fast."""
+    per_row = math.prod(target.shape[1:])
+    step = stop - start if target.ndim == 1 else max(1, _PIECE // per_row)
+    file_rows = stored.shape[0] // target.shape[0]  # rows of the file in one step along the target
+    for begin in range(start, stop, step):
+        end = min(begin + step, stop)
+        rows = tensors.read_rows(stored.name, begin * file_rows, end * file_rows)
+        target[begin:end] = converted(rows, target.dtype).reshape(target[begin:end].shape)
+    tensors.release(stored.name)
+
+
+def converted(rows: Array, dtype: np.dtype) -> Array:
+    """Numbers of a file in the type that is computed in; bfloat16 by way of float32, exactly."""
+    if rows.dtype.itemsize <= 2:
+        rows = rows.astype(np.float32)
+    return rows.astype(dtype, copy=False)
