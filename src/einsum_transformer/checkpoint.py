@@ -248,8 +248,8 @@ def _from_folder(folder: Path, options: _Options) -> Model:
         if not same_kind or not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
             raise FormatError(f"{folder}: tie_word_embeddings is true, but {spare} differs from {embedding}")
         tensors.release(spare)
-    decoder = _leaves(tensors, config, wanted, options)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    decoder = _leaves(tensors, config, wanted, options)
     generation = folder / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
     return Model(config, decoder, tokenizer, settings, str(folder))
@@ -349,10 +349,11 @@ def _from_gguf(file: GGUFFile, options: _Options) -> Model:
         paired = place in family.gguf_permuted
         order = _paired_rows(heads[place.split(".")[1][0]]) if paired else None
         wanted[weight.path] = Stored(names[weight.path], weight.stored, order)
-    decoder = _leaves(file, config, wanted, options)
+    # Before the weights: what building it takes is free again when they come.
     tokenizer = (
         Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
     )
+    decoder = _leaves(file, config, wanted, options)
     return Model(config, decoder, tokenizer, None, str(file.path))
 
 
