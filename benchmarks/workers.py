@@ -47,9 +47,9 @@ class Ours:
     """This package, on one of its BLAS providers."""
 
     def __init__(self, source: str, threads: int, context: int, provider: str) -> None:
+        # Before NumPy, as a program that only uses this package does: it prepares NumPy's BLAS.
+        import einsum_transformer as et  # isort: skip
         import numpy as np
-
-        import einsum_transformer as et
         from einsum_transformer.engine import blas
         from einsum_transformer.generation.decode import encode, prefill
 
