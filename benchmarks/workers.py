@@ -50,6 +50,7 @@ class Ours:
         # Before NumPy, as a program that only uses this package does: it prepares NumPy's BLAS.
         import einsum_transformer as et  # isort: skip
         import numpy as np
+
         from einsum_transformer.engine import blas
         from einsum_transformer.generation.decode import encode, prefill
 
