@@ -9,17 +9,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from golden_models import CASES, make_model
+from golden_optimizers import make_steps
 from golden_parts import make_parts
 from golden_smollm2 import write_greedy
 from transformers.utils.logging import disable_progress_bar
 
+OTHERS = {"parts": make_parts, "optimizers": make_steps}
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
 def main() -> None:
     """Write the files that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", help="model names or 'parts'; default: all of them")
+    parser.add_argument("what", nargs="*", help="model names, 'parts' or 'optimizers'; default: all of them")
     parser.add_argument(
         "--smollm2",
         type=Path,
@@ -31,8 +33,8 @@ def main() -> None:
     if arguments.smollm2:
         write_greedy(arguments.smollm2, GOLDEN / "smollm2_greedy.json")
         return
-    for name in arguments.what or [*CASES, "parts"]:
-        arrays = make_parts() if name == "parts" else make_model(name)
+    for name in arguments.what or [*CASES, *OTHERS]:
+        arrays = OTHERS[name]() if name in OTHERS else make_model(name)
         path = GOLDEN / f"{name}.npz"
         np.savez_compressed(path, allow_pickle=False, **arrays)
         print(f"{path.name}: {path.stat().st_size} bytes, {len(arrays)} arrays")

@@ -36,6 +36,19 @@ def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return function(tree, *others)
 
 
+def map_named(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") -> Any:
+    """A tree of the same type whose leaves are function(dotted path, leaf); None stays None."""
+    if tree is None:
+        return None
+    if not _is_node(tree):
+        return function(prefix, tree)
+    mapped = {
+        key: map_named(function, child, f"{prefix}.{key}" if prefix else key)
+        for key, child in _children(tree)
+    }
+    return tuple(mapped.values()) if isinstance(tree, tuple) else dataclasses.replace(tree, **mapped)
+
+
 def static(**options: Any) -> Any:
     """A dataclass field that is a setting and no weight: the walks pass it by."""
     return dataclasses.field(metadata={"static": True}, **options)

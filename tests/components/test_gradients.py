@@ -151,7 +151,7 @@ def test_cross_entropy(ignored: int) -> None:
     logits = 3 * normal(B, T, V)
     targets = np.random.default_rng(0).integers(0, V, (B, T))
     targets.ravel()[:ignored] = IGNORE_INDEX
-    loss, saved = cross_entropy(logits, targets)
+    loss, saved = cross_entropy(logits.copy(), targets)  # it works in the memory of the scores
     rows = [
         (row, target) for row, target in zip(logits.reshape(-1, V), targets.ravel()) if target != IGNORE_INDEX
     ]
@@ -161,8 +161,20 @@ def test_cross_entropy(ignored: int) -> None:
     assert not dlogits[targets == IGNORE_INDEX].any()
     if rows:
         assert_gradient(
-            "logits", lambda p: np.array(cross_entropy(p, targets)[0]), logits, dlogits, np.ones(())
+            "logits", lambda p: np.array(cross_entropy(p.copy(), targets)[0]), logits, dlogits, np.ones(())
         )
+
+
+def test_cross_entropy_of_parts() -> None:
+    """Parts of a batch, each divided by the count of all, add up to the mean of the whole."""
+    logits, targets = 3 * normal(B, T, V), np.random.default_rng(0).integers(0, V, (B, T))
+    targets[0, :7] = IGNORE_INDEX
+    whole, saved = cross_entropy(logits.copy(), targets)
+    count = int((targets != IGNORE_INDEX).sum())
+    parts = [cross_entropy(logits[:, i : i + 3].copy(), targets[:, i : i + 3], count) for i in range(0, T, 3)]
+    assert sum(loss for loss, _ in parts) == pytest.approx(whole, rel=1e-12)
+    gradients = [cross_entropy_backward(saved) for _, saved in parts]
+    np.testing.assert_allclose(np.concatenate(gradients, 1), cross_entropy_backward(saved), rtol=1e-12)
 
 
 def test_cross_entropy_of_extreme_logits() -> None:

@@ -23,4 +23,4 @@ class Embedding:
 
     def backward(self, dy: Array, saved: Array) -> Embedding:
         # x = take_rows(weight, tokens): rows of tokens that occur more than once add up
-        return Embedding(add_rows(self.weight.shape[0], saved, dy))
+        return Embedding(add_rows(self.weight, saved, dy))

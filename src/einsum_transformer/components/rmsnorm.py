@@ -7,7 +7,7 @@ from typing import Annotated
 
 import numpy as np
 
-from einsum_transformer.engine import einsum
+from einsum_transformer.engine import einsum, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -31,7 +31,7 @@ class RMSNorm:
         x, rstd = saved
         # y = normed * weight
         normed = einsum("btd,bt->btd", x, rstd)
-        dweight = einsum("btd,btd->d", dy, normed)
+        dweight = weight_grad("btd,btd->d", dy, normed, self.weight)
         dnormed = dy * self.weight
         # normed = x * rstd, and rstd depends on every x of its row
         along = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]

@@ -56,7 +56,7 @@ class SwiGLU:
             weight_grad("btf,btd->fd", dgate, x, self.gate_proj),
             weight_grad("btf,btd->fd", dup, x, self.up_proj),
             ddown_proj,
-            None if self.gate_bias is None else einsum("btf->f", dgate),
-            None if self.up_bias is None else einsum("btf->f", dup),
-            None if self.down_bias is None else einsum("btd->d", dy),
+            weight_grad("btf->f", dgate, self.gate_bias),
+            weight_grad("btf->f", dup, self.up_bias),
+            weight_grad("btd->d", dy, self.down_bias),
         )

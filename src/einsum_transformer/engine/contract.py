@@ -43,9 +43,17 @@ class Leaf(ABC):
         """einsum(equation, *operands) where operands[position] is this leaf."""
         return einsum(equation, *operands[:position], self.array(), *operands[position + 1 :])
 
-    def weight_grad(self, equation: str, dy: Array, x: Array) -> Any:
+    def weight_grad(self, equation: str, *operands: Array) -> Any:
         """The gradient that belongs to this leaf, or None if it takes none."""
-        return einsum(equation, dy, x, order="C")
+        return einsum(equation, *operands, order="C")
+
+    def add_rows(self, indices: Array, dy: Array) -> Any:
+        """The gradient of `rows` that belongs to this leaf, or None if it takes none."""
+        return add_rows(ShapeArray(self.shape, self.dtype), indices, dy)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """For sums and products by element, where a norm's weight or a bias stands."""
+        return np.asarray(self.array(), dtype)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -72,13 +80,18 @@ def einsum(equation: str, *operands: Any, order: str = "K") -> Array:
     return _einsum(equation, operands, order)
 
 
-def weight_grad(equation: str, dy: Array, x: Array, weight: Any) -> Any:
-    """einsum(equation, dy, x) in the memory layout of `weight`; a leaf answers with what is its own
-    gradient."""
+def weight_grad(equation: str, *operands_and_weight: Any) -> Any:
+    """einsum(equation, *operands) in the memory layout of the last argument, the weight whose gradient it is.
+
+    A leaf answers with what is its own gradient; None, a bias that is not there, has None.
+    """
+    *operands, weight = operands_and_weight
+    if weight is None:
+        return None
     if isinstance(weight, Leaf):
-        return weight.weight_grad(equation, dy, x)
-    input_major = isinstance(weight, Array) and weight.strides[-1] != weight.itemsize
-    return einsum(equation, dy, x, order="F" if input_major else "C")
+        return weight.weight_grad(equation, *operands)
+    input_major = isinstance(weight, Array) and weight.ndim > 1 and weight.strides[-1] != weight.itemsize
+    return einsum(equation, *operands, order="F" if input_major else "C")
 
 
 def take_rows(weight: Any, indices: Array) -> Array:
@@ -99,10 +112,12 @@ def take_rows(weight: Any, indices: Array) -> Array:
     return lines.T.reshape(rows.shape)
 
 
-def add_rows(rows: int, indices: Array, dy: Array) -> Array:
-    """The transpose of `take_rows`: a matrix (rows, d) whose row i is the sum of dy (b, t, d) where indices
-    == i."""
-    total = np.zeros_like(dy, order="C", shape=(rows, dy.shape[-1]))
+def add_rows(weight: Any, indices: Array, dy: Array) -> Any:
+    """The transpose of `take_rows`, the gradient of a matrix (v, d): row i is the sum of dy (b, t, d) where
+    indices == i."""
+    if isinstance(weight, Leaf):
+        return weight.add_rows(indices, dy)
+    total = np.zeros_like(dy, order="C", shape=weight.shape)
     if isinstance(dy, Array):
         np.add.at(total, indices.ravel(), np.ascontiguousarray(dy).reshape(indices.size, -1))
     return total

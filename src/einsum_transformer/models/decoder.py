@@ -21,8 +21,9 @@ from einsum_transformer.components.kv_cache import KVCache, LayerCache
 from einsum_transformer.components.rmsnorm import RMSNorm
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.components.swiglu import SwiGLU
-from einsum_transformer.engine import phase
+from einsum_transformer.engine import phase, tap
 from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -81,12 +82,18 @@ class Decoder:
     head_dim: int = static(default=64)
 
     def forward(
-        self, tokens: Array, cache: KVCache | None = None, positions: str = "all", keep: bool = False
+        self,
+        tokens: Array,
+        cache: KVCache | None = None,
+        positions: str = "all",
+        keep: bool = False,
+        recompute: bool = False,
     ) -> tuple[Array, Any]:
         """tokens (b, t) -> logits of "all" positions (b, t, v), of the "last" (b, 1, v), or of "none" (b, 0,
         v).
 
         cache: keys and values of earlier tokens, extended by these. keep: also return what `backward` needs.
+        recompute: keep only what enters each block; `backward` runs the block again for the rest.
         """
         start = 0 if cache is None else cache.length
         pads = None if cache is None else cache.pads
@@ -101,20 +108,35 @@ class Decoder:
         saved_blocks = []
         for i, block in enumerate(self.layers):
             with phase("layer", layer=i):
-                x, saved = block.forward(x, turn, queries, pads, None if cache is None else cache.layers[i])
+                y, saved = block.forward(x, turn, queries, pads, None if cache is None else cache.layers[i])
             if keep:
-                saved_blocks.append(saved)
-            del saved
+                saved_blocks.append(x if recompute else saved)
+            x = tap("output", y)
+            del saved, y
         with phase("head"):
             if positions != "all":
                 x = x[:, -1:] if positions == "last" else x[:, :0]
             x, saved_norm = self.norm.forward(x)
             logits, saved_head = self.head.forward(x)
-        return logits, (saved_embedding, saved_blocks, saved_norm, saved_head, turn) if keep else None
+        again = queries if recompute else None
+        return logits, (saved_embedding, saved_blocks, saved_norm, saved_head, turn, again) if keep else None
+
+    def loss_and_gradient(
+        self, tokens: Array, targets: Array, count: int | None = None, recompute: bool = False
+    ) -> tuple[float, Decoder]:
+        """The cross-entropy of targets (b, t) after tokens (b, t), divided by `count` (see `cross_entropy`),
+        and its gradient by every weight."""
+        with phase("forward"):
+            logits, saved = self.forward(tokens, keep=True, recompute=recompute)
+        with phase("loss"):
+            loss, saved_loss = cross_entropy(logits, targets, count)
+            dlogits = cross_entropy_backward(saved_loss)
+        with phase("backward"):
+            return loss, self.backward(dlogits, saved)
 
     def backward(self, dlogits: Array, saved: Any) -> Decoder:
         """The gradient of a loss by every weight, from its gradient by the logits (b, t, v)."""
-        saved_embedding, saved_blocks, saved_norm, saved_head, turn = saved
+        saved_embedding, saved_blocks, saved_norm, saved_head, turn, again = saved
         with phase("head"):
             dx, dhead = self.head.backward(dlogits, saved_head)
             dx, dnorm = self.norm.backward(dx, saved_norm)
@@ -122,11 +144,15 @@ class Decoder:
         for i in reversed(range(len(self.layers))):
             with phase("layer", layer=i):
                 # Popped, so that a layer's activations are free as soon as its gradient is there.
-                dx, dblock = self.layers[i].backward(dx, saved_blocks.pop(), turn)
+                saved_block = saved_blocks.pop()
+                if again is not None:
+                    with phase("recomputed"):
+                        _, saved_block = self.layers[i].forward(saved_block, turn, again, None, None)
+                dx, dblock = self.layers[i].backward(dx, saved_block, turn)
             dlayers.append(dblock)
         with phase("embedding"):
             dembed = self.embed_tokens.backward(dx, saved_embedding)
-            if self.lm_head is None:
+            if self.lm_head is None and dembed.weight is not None:
                 # One matrix in two roles: its gradient is the sum of both.
                 np.add(dembed.weight, dhead.weight, out=dembed.weight)
         head = None if self.lm_head is None else dhead
@@ -146,6 +172,8 @@ class Weight:
     letters: str
     stored: tuple[int, ...]
     shape: tuple[int, ...]
+    out_axes: int
+    """How many axes of `shape` make up the first axis of `stored`, a matrix's outputs."""
 
 
 def build(config: ModelConfig, leaf: Callable[[Weight], Any]) -> Decoder:
@@ -212,7 +240,7 @@ def _weight(path: str, spec: str, sizes: dict[str, int]) -> Weight:
     axes = _axes(spec)
     stored = tuple(math.prod(sizes[letter] for letter in axis) for axis in axes)
     letters = "".join(axes)
-    return Weight(path, letters, stored, tuple(sizes[letter] for letter in letters))
+    return Weight(path, letters, stored, tuple(sizes[letter] for letter in letters), len(axes[0]))
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.components.kv_cache import KVCache
-from einsum_transformer.engine import Leaf, phase
+from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import write_safetensors_folder
 from einsum_transformer.formats.safetensors import atomic_file, sync
@@ -19,7 +19,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder, weights_of
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.family import Family, unsaid
-from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy, cross_entropy_backward
+from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.tree import named_leaves
 
@@ -57,13 +57,7 @@ class Model:
                 f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same"
             )
         self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
-        with phase("forward"):
-            logits, saved = self.decoder.forward(tokens, keep=True)
-        with phase("loss"):
-            loss, saved_loss = cross_entropy(logits, targets)
-            dlogits = cross_entropy_backward(saved_loss)
-        with phase("backward"):
-            gradient = self.decoder.backward(dlogits, saved)
+        loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
         return loss, dict(self._named(gradient))
 
     def named_parameters(self) -> dict[str, Array]:

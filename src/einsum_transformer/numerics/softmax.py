@@ -1,8 +1,13 @@
 """Softmax over the last axis, its logarithm, and the cross-entropy built on it."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 Array = np.ndarray
+Saved = tuple[Array, Array, Array, Array, int]
+
+_PIECE = 1 << 17  # elements
 
 IGNORE_INDEX = -100
 """Targets with this value take no part in the loss (the convention of PyTorch and Hugging Face)."""
@@ -22,27 +27,43 @@ def log_softmax(x: Array) -> Array:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def cross_entropy(logits: Array, targets: Array) -> tuple[float, tuple[Array, Array, int]]:
-    """Mean of -log softmax(logits)[target] over the targets that are not IGNORE_INDEX.
+def cross_entropy(logits: Array, targets: Array, count: int | None = None) -> tuple[float, Saved]:
+    """Sum of -log softmax(logits)[target] over the targets that are not IGNORE_INDEX, divided by `count`.
 
-    logits: (..., v); targets: (...) ints. Returns the loss and what the backward needs. With no target at all
-    the loss is 0 and so is its gradient.
+    logits: (b, t, v), overwritten; targets: (b, t) ints. count: what to divide by where this is a part of a
+    batch, so that the parts add up to the batch's mean; by default the number of targets that count, for the
+    mean. Returns the loss and what the backward needs. With no target the loss is 0 and so is its gradient.
     """
-    log_p = log_softmax(logits)
     counted = targets != IGNORE_INDEX
-    picked = np.take_along_axis(log_p, np.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    count = int(counted.sum())
-    loss = -float(np.sum(picked, where=counted, dtype=np.float64)) / max(count, 1)
-    return loss, (log_p, targets, count)
+    count = max(1, int(counted.sum()) if count is None else count)
+    top = logits.max(axis=-1)
+    index = np.where(counted, targets, 0)[..., None]
+    at_target = np.take_along_axis(logits, index, axis=-1)[..., 0]
+    # Vocabulary outermost: a piece of it, for all positions, stays in the cache for all passes.
+    total = np.zeros(top.shape, np.float64)
+    for piece in _pieces(logits):
+        piece -= top
+        np.exp(piece, out=piece)
+        total += piece.sum(axis=0)
+    nll = np.log(total) + top - at_target
+    loss = float(np.sum(nll, where=counted, dtype=np.float64)) / count
+    return loss, (logits, total, counted, index, count)
 
 
-def cross_entropy_backward(saved: tuple[Array, Array, int]) -> Array:
-    """dlogits = (softmax(logits) - onehot(target)) / count, and 0 where the target is ignored."""
-    log_p, targets, count = saved
-    counted = (targets != IGNORE_INDEX)[..., None]
-    dlogits = np.exp(log_p)
-    index = np.where(counted, targets[..., None], 0)
-    at_target = np.take_along_axis(dlogits, index, axis=-1)
-    np.put_along_axis(dlogits, index, at_target - 1, axis=-1)
-    dlogits *= counted / max(count, 1)
-    return dlogits
+def cross_entropy_backward(saved: Saved) -> Array:
+    """dlogits = (softmax(logits) - onehot(target)) / count, and 0 where the target is ignored; in the memory
+    of the logits."""
+    p, total, counted, index, count = saved
+    scale = (counted / (total * count)).astype(p.dtype)
+    for piece in _pieces(p):
+        piece *= scale
+    at_target = np.take_along_axis(p, index, axis=-1) - (counted / count).astype(p.dtype)[..., None]
+    np.put_along_axis(p, index, at_target, axis=-1)
+    return p
+
+
+def _pieces(logits: Array) -> Iterator[Array]:
+    """Views (v', b, t) of a part of the vocabulary each."""
+    lines = np.moveaxis(logits, -1, 0)
+    step = max(1, _PIECE // max(1, lines[0].size))
+    return (lines[start : start + step] for start in range(0, len(lines), step))

@@ -1,0 +1,35 @@
+"""A weight that is not trained: it takes part in every product and no gradient of it is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import Leaf, einsum
+from einsum_transformer.engine.contract import take_rows
+
+Array = np.ndarray
+
+
+class Frozen(Leaf):
+    """`weight`, an array or another leaf, without its gradient."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+
+    def array(self) -> Array:
+        return self.weight.array() if isinstance(self.weight, Leaf) else self.weight
+
+    def rows(self, indices: Array) -> Array:
+        return take_rows(self.weight, indices)
+
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
+        return einsum(equation, *operands[:position], self.weight, *operands[position + 1 :])
+
+    def weight_grad(self, equation: str, *operands: Array) -> None:
+        return None
+
+    def add_rows(self, indices: Array, dy: Array) -> None:
+        return None

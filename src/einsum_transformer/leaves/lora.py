@@ -1,0 +1,127 @@
+"""LoRA: a frozen weight W plus a trained product of two thin matrices, W + scaling * B A (Hu et al., 2021).
+
+In the place of W in an equation, the term of W, say `fd`, becomes `fr,rd`: a product with a LoRA weight is
+W's product plus two thin ones, and W + scaling * B A is never held.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import Equation, EquationError, Leaf, einsum
+from einsum_transformer.engine.contract import add_rows, take_rows
+
+Array = np.ndarray
+
+
+class Dropout:
+    """Zeroes of LoRA inputs, drawn anew for every `key`, and the same again for the same key.
+
+    A mask depends on nothing but the key, the weight's name and the shape: the backward pass draws the mask
+    of the forward pass again rather than keeping it, and a resumed run draws those of the run that was cut.
+    """
+
+    def __init__(self, probability: float = 0.0) -> None:
+        self.probability = probability
+        self.key: tuple[int, ...] | None = None
+        """What the masks depend on, such as (seed, step, micro-batch); None outside of training: no
+        zeroes."""
+
+    def applied(self, x: Array, name: str) -> Array:
+        """x with zeroes of this probability, the rest scaled so that the mean stays."""
+        if self.key is None or self.probability == 0:
+            return x
+        rng = np.random.default_rng([*self.key, zlib.crc32(name.encode())])
+        # Drawn in the order of the axes, so that the memory layout of x changes nothing.
+        kept = rng.random(x.shape, np.float32) >= self.probability
+        return x * (kept * x.dtype.type(1 / (1 - self.probability)))
+
+
+class LoRA(Leaf):
+    """W + scaling * b a, viewed like W: its first `out_axes` axes are outputs, the others inputs.
+
+    a: (r, *inputs), b: (*outputs, r).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: Any,
+        a: Array,
+        b: Array,
+        scaling: float,
+        out_axes: int,
+        dropout: Dropout | None = None,
+    ) -> None:
+        self.name, self.base, self.a, self.b = name, base, a, b
+        self.scaling, self.out_axes, self.dropout = scaling, out_axes, dropout or Dropout()
+        self.shape, self.dtype = tuple(base.shape), base.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def array(self) -> Array:
+        """W + scaling * b a"""
+        base = self.base.array() if isinstance(self.base, Leaf) else self.base
+        return base + self.delta()
+
+    def delta(self) -> Array:
+        """scaling * b a, in the shape of W."""
+        a, b = self.a.reshape(self.rank, -1), self.b.reshape(-1, self.rank)
+        return (self.scaling * einsum("fr,rd->fd", b, a)).reshape(self.shape)
+
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
+        if len(operands) != 2:
+            raise EquationError(f"einsum {equation}: a LoRA weight takes part in products of two operands")
+        x = operands[1 - position]
+        y = einsum(equation, *((self.base, x) if position == 0 else (x, self.base)))
+        parsed = Equation.parse(equation)
+        weight, term, output = parsed.inputs[position], parsed.inputs[1 - position], parsed.output
+        outputs, inputs = weight[: self.out_axes], weight[self.out_axes :]
+        if not set(inputs) & set(output):
+            # "btd,fd->btf" is "btd,rd->btr", then "btr,fr->btf"
+            thin = "".join(letter for letter in term if letter not in inputs) + "r"
+            h = einsum(f"{term},r{inputs}->{thin}", self.dropout.applied(x, self.name), self.a)
+            h *= self.dtype.type(self.scaling)
+            y += einsum(f"{thin},{outputs}r->{output}", h, self.b)
+            return y
+        # "btf,fd->btd" is "btf,fr->btr", then "btr,rd->btd"
+        thin = "".join(letter for letter in term if letter not in outputs) + "r"
+        h = einsum(f"{term},{outputs}r->{thin}", x, self.b)
+        h *= self.dtype.type(self.scaling)
+        y += self.dropout.applied(einsum(f"{thin},r{inputs}->{output}", h, self.a), self.name)
+        return y
+
+    def weight_grad(self, equation: str, *operands: Array) -> dict[str, Array]:
+        """{"lora_A": da, "lora_B": db}"""
+        dy, x = operands
+        parsed = Equation.parse(equation)
+        outputs, inputs = parsed.output[: self.out_axes], parsed.output[self.out_axes :]
+        dy_term, x_term = parsed.inputs
+        summed = "".join(letter for letter in x_term if letter not in inputs)
+        x = self.dropout.applied(x, self.name)
+        # y = einsum("btr,fr->btf", h, b) * scaling, h = einsum("btd,rd->btr", x, a)
+        h = einsum(f"{x_term},r{inputs}->{summed}r", x, self.a)
+        h *= self.dtype.type(self.scaling)
+        db = einsum(f"{dy_term},{summed}r->{outputs}r", dy, h, order="C")
+        dh = einsum(f"{dy_term},{outputs}r->{summed}r", dy, self.b)
+        dh *= self.dtype.type(self.scaling)
+        da = einsum(f"{summed}r,{x_term}->r{inputs}", dh, x, order="C")
+        return {"lora_A": da, "lora_B": db}
+
+    def rows(self, indices: Array) -> Array:
+        """Rows of W, an embedding (v, d), plus those of scaling * b a."""
+        h = take_rows(self.b, indices) * self.dtype.type(self.scaling)
+        return take_rows(self.base, indices) + einsum("btr,rd->btd", h, self.a)
+
+    def add_rows(self, indices: Array, dy: Array) -> dict[str, Array]:
+        # y = einsum("btr,rd->btd", h, a), h = take_rows(b, indices) * scaling
+        h = take_rows(self.b, indices) * self.dtype.type(self.scaling)
+        da = einsum("btr,btd->rd", h, dy, order="C")
+        dh = einsum("btd,rd->btr", dy, self.a)
+        dh *= self.dtype.type(self.scaling)
+        return {"lora_A": da, "lora_B": add_rows(self.b, indices, dh)}

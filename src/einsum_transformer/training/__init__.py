@@ -1,0 +1,1 @@
+"""Training: data, optimizers, the loop, checkpoints, and LoRA's targets and files."""

@@ -1,0 +1,231 @@
+"""SGD and AdamW, step by step those of torch.optim, and the norm of all gradients.
+
+Weights, gradients and moments are flat dictionaries, name -> array, and the update works in place. An update
+reads and writes memory and computes next to nothing, so it runs over pieces that stay in the cache while all
+its passes are done, on all threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from einsum_transformer.engine.parallel import for_each
+from einsum_transformer.errors import InputError
+
+Array = np.ndarray
+Arrays = Mapping[str, Array]
+
+_PIECE = 1 << 15  # elements: with two moments and a scratch array, within a core's second-level cache
+_TASK = 1 << 20  # elements of one thread's task
+
+
+class Optimizer(Protocol):
+    """How weights follow their gradients."""
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the arrays that it keeps for each weight."""
+        ...
+
+    def update(
+        self,
+        weights: Arrays,
+        gradients: Arrays,
+        state: Mapping[str, Arrays],
+        lr: float,
+        step: int,
+        scale: float = 1.0,
+    ) -> None:
+        """Change `weights` and `state` in place by one step, the `step`-th counted from 0, with gradients *
+        scale."""
+        ...
+
+
+def start(optimizer: Optimizer, weights: Arrays) -> dict[str, dict[str, Array]]:
+    """The optimizer's state before the first step: zeros in the layout of each weight, by moment and name."""
+    return {moment: {name: np.zeros_like(w) for name, w in weights.items()} for moment in optimizer.moments}
+
+
+@dataclass(frozen=True, slots=True)
+class SGD:
+    """g += weight_decay w; without momentum w -= lr g, with it m = momentum m + g (g at the first step), and
+    then w -= lr m, or with nesterov w -= lr (g + momentum m) (torch.optim.SGD, dampening 0)."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range(self, momentum=(0, 1), weight_decay=(0, math.inf))
+        if self.nesterov and not self.momentum:
+            raise InputError("nesterov needs a momentum above 0")
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return ("momentum",) if self.momentum else ()
+
+    def update(
+        self,
+        weights: Arrays,
+        gradients: Arrays,
+        state: Mapping[str, Arrays],
+        lr: float,
+        step: int,
+        scale: float = 1.0,
+    ) -> None:
+        def change(w: Array, g: Array, scratch: Array, m: Array | None = None) -> None:
+            np.multiply(g, scale, out=scratch)
+            if self.weight_decay:
+                scratch += self.weight_decay * w
+            if m is not None:
+                m *= self.momentum
+                m += scratch
+                if self.nesterov:
+                    scratch += self.momentum * m
+                else:
+                    scratch = m * lr
+                    w -= scratch
+                    return
+            scratch *= lr
+            w -= scratch
+
+        _by_pieces(change, weights, gradients, [state[moment] for moment in self.moments])
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """Adam with decoupled decay (Loshchilov and Hutter, 2019; torch.optim.AdamW), t = step + 1:
+
+    w *= 1 - lr weight_decay; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
+    w -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps).
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_range(self, beta1=(0, 1), beta2=(0, 1), eps=(0, math.inf), weight_decay=(0, math.inf))
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return "m", "v"
+
+    def update(
+        self,
+        weights: Arrays,
+        gradients: Arrays,
+        state: Mapping[str, Arrays],
+        lr: float,
+        step: int,
+        scale: float = 1.0,
+    ) -> None:
+        step_size = lr / (1 - self.beta1 ** (step + 1))
+        root = 1 / math.sqrt(1 - self.beta2 ** (step + 1))
+
+        def change(w: Array, g: Array, scratch: Array, m: Array, v: Array) -> None:
+            np.multiply(g, scale * (1 - self.beta1), out=scratch)
+            m *= self.beta1
+            m += scratch
+            np.multiply(g, scale * math.sqrt(1 - self.beta2), out=scratch)
+            scratch *= scratch
+            v *= self.beta2
+            v += scratch
+            np.sqrt(v, out=scratch)
+            scratch *= root
+            scratch += self.eps
+            np.divide(m, scratch, out=scratch)
+            scratch *= step_size
+            if self.weight_decay:
+                w *= 1 - lr * self.weight_decay
+            w -= scratch
+
+        _by_pieces(change, weights, gradients, [state["m"], state["v"]])
+
+
+OPTIMIZERS: dict[str, type[SGD] | type[AdamW]] = {"sgd": SGD, "adamw": AdamW}
+
+
+def global_norm(gradients: Arrays) -> float:
+    """The root of the sum of squares of all gradients, summed in float64 in a fixed order; not finite if any
+    of them is."""
+    squares: dict[tuple[str, int], float] = {}
+
+    def add(name: str, start: int, piece: Array) -> None:
+        total = 0.0
+        for begin in range(0, len(piece), _PIECE):
+            part = piece[begin : begin + _PIECE].astype(np.float64)
+            total += float(np.sum(part * part))
+        squares[name, start] = total
+
+    tasks = [
+        (name, start, flat[start : start + _TASK])
+        for name, flat in ((name, _in_memory_order(g)) for name, g in gradients.items())
+        for start in range(0, len(flat), _TASK)
+    ]
+    with np.errstate(over="ignore"):
+        for_each(add, tasks, coarse=len(tasks) > 1)
+    return (
+        math.sqrt(math.fsum(squares[name, start] for name, start, _ in tasks))
+        if _finite(squares)
+        else math.nan
+    )
+
+
+def _finite(squares: Mapping[Any, float]) -> bool:
+    return all(map(math.isfinite, squares.values()))
+
+
+def _by_pieces(
+    change: Callable[..., None], weights: Arrays, gradients: Arrays, moments: list[Arrays]
+) -> None:
+    """change(w, g, scratch, *moments) for pieces of every weight, flat and in the order of the weight's
+    memory."""
+    tasks: list[tuple[Array, ...]] = []
+    for name, w in weights.items():
+        lines = [_in_memory_order(w), _in_memory_order(_like(gradients[name], w))]
+        lines += [_in_memory_order(each[name]) for each in moments]
+        for start in range(0, w.size, _TASK):
+            tasks.append(tuple(line[start : start + _TASK] for line in lines))
+
+    def task(w: Array, g: Array, *rest: Array) -> None:
+        scratch = np.empty(min(_PIECE, len(w)), w.dtype)
+        for begin in range(0, len(w), _PIECE):
+            end = min(begin + _PIECE, len(w))
+            change(w[begin:end], g[begin:end], scratch[: end - begin], *(m[begin:end] for m in rest))
+
+    for_each(task, tasks, coarse=sum(w.size for w in weights.values()) > _TASK)
+
+
+def _in_memory_order(array: Array) -> Array:
+    """A flat view of an array without gaps, in the order of its memory."""
+    flat = array.transpose(_axes(array)).reshape(-1)
+    assert flat.size == 0 or np.may_share_memory(flat, array)
+    return flat
+
+
+def _axes(array: Array) -> list[int]:
+    """From the outermost to the innermost; where an axis of size 1 lies does not matter, so it goes first."""
+    return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] != 1, -array.strides[axis]))
+
+
+def _like(array: Array, weight: Array) -> Array:
+    """The array in the memory layout of the weight; a copy only if it has another."""
+    if _axes(array) == _axes(weight) and array.dtype == weight.dtype:
+        return array
+    copied = np.empty_like(weight)
+    np.copyto(copied, array)
+    return copied
+
+
+def _check_range(settings: Any, **bounds: tuple[float, float]) -> None:
+    for name, (low, high) in bounds.items():
+        value = getattr(settings, name)
+        if not low <= value < high:
+            raise InputError(f"{name} is {value}: at least {low} and less than {high} is expected")
