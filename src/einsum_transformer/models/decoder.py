@@ -45,11 +45,13 @@ class Block:
             normed, saved_norm = self.input_layernorm.forward(x)
         with phase("attention"):
             y, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
+        tap("self_attn", y)
         x = np.add(x, y, out=y)
         with phase("norm"):
             normed, saved_post = self.post_attention_layernorm.forward(x)
         with phase("feed-forward"):
             y, saved_mlp = self.mlp.forward(normed)
+        tap("mlp", y)
         return np.add(x, y, out=y), (saved_norm, saved_attn, saved_post, saved_mlp)
 
     def backward(self, dy: Array, saved: tuple[Any, ...], rotation: Rotation) -> tuple[Array, Block]:
@@ -104,6 +106,7 @@ class Decoder:
             places = np.maximum(queries - pads[:, None], 0)
         with phase("embedding"):
             x, saved_embedding = self.embed_tokens.forward(tokens)
+            tap("embed_tokens", x)
             turn = rotation(self.rope, self.head_dim, places, x.dtype)
         saved_blocks = []
         for i, block in enumerate(self.layers):
@@ -111,13 +114,14 @@ class Decoder:
                 y, saved = block.forward(x, turn, queries, pads, None if cache is None else cache.layers[i])
             if keep:
                 saved_blocks.append(x if recompute else saved)
-            x = tap("output", y)
+            x = y
             del saved, y
         with phase("head"):
             if positions != "all":
                 x = x[:, -1:] if positions == "last" else x[:, :0]
             x, saved_norm = self.norm.forward(x)
             logits, saved_head = self.head.forward(x)
+            tap("lm_head", logits)
         again = queries if recompute else None
         return logits, (saved_embedding, saved_blocks, saved_norm, saved_head, turn, again) if keep else None
 

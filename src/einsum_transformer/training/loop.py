@@ -1,0 +1,180 @@
+"""The training loop: batch, forward, loss, backward, clipping, update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import Leaf, Recorder, phase, recorder
+from einsum_transformer.errors import InputError
+from einsum_transformer.leaves.frozen import Frozen
+from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.models.model import Model
+from einsum_transformer.numerics.softmax import IGNORE_INDEX
+from einsum_transformer.training.data import Batch, Batches
+from einsum_transformer.training.lora import gradients_by_name, trainable
+from einsum_transformer.training.optimizers import SGD, Optimizer, global_norm, start
+from einsum_transformer.training.schedule import Schedule
+from einsum_transformer.tree import map_named, named_leaves
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model is trained.
+
+    clip_norm: gradients are scaled so that the norm of all of them together is at most this. recompute: keep
+    what enters each block and no more, and run blocks again for the backward pass. max_bad_steps: how many
+    steps in a row may be left out because a number was not finite.
+    """
+
+    schedule: Schedule
+    optimizer: Optimizer = SGD()  # noqa: RUF009 (frozen)
+    clip_norm: float | None = None
+    seed: int = 0
+    recompute: bool = False
+    max_bad_steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise InputError(f"clip_norm is {self.clip_norm}: a number above 0 is expected")
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did. loss: the mean over its targets, before the update; norm: of all gradients, before
+    clipping."""
+
+    step: int
+    loss: float
+    norm: float
+    lr: float
+    targets: int
+    seconds: float
+    fault: str | None = None
+    """Why nothing was updated, or None: where the first number was that is not finite."""
+
+
+class TrainingFailed(InputError):
+    """Too many steps in a row gave numbers that are not finite."""
+
+
+class Trainer:
+    """A model in training. Its weights change in place; those of a read-only file are copied first.
+
+    What is trained is what the model says: every array, or with adapters (`with_lora`) their matrices alone.
+    """
+
+    def __init__(self, model: Model, batches: Batches, settings: Settings) -> None:
+        self.model = replace(model, decoder=_writable(model.decoder))
+        self.batches, self.settings = batches, settings
+        self.weights = trainable(self.model.decoder)
+        self.state = start(settings.optimizer, self.weights)
+        self.steps_done = 0
+        self.bad_steps = 0
+        """Steps left out in all, because a number was not finite."""
+        self._bad_in_a_row = 0
+        leaves = (leaf for _, leaf in named_leaves(self.model.decoder))
+        self._dropouts = [leaf.dropout for leaf in leaves if isinstance(leaf, LoRA)]
+
+    def run(self, steps: int) -> Iterator[StepReport]:
+        """Steps until `steps` are done, counted from the start of the training."""
+        while self.steps_done < steps:
+            yield self.step()
+
+    def step(self) -> StepReport:
+        """One step; the weights are as they were if a number in it is not finite."""
+        begin, number = time.perf_counter(), self.steps_done
+        with phase("batch"):
+            parts = self.batches.batch(number)
+            count = sum(int(np.sum(targets != IGNORE_INDEX)) for _, targets in parts)
+        loss, gradients = self._gradients(parts, count)
+        lr = self.settings.schedule(number)
+        with phase("clipping"):
+            norm = global_norm(gradients)
+        fault = None
+        if math.isfinite(loss) and math.isfinite(norm):
+            clip = self.settings.clip_norm
+            # Scaling happens inside the update; the gradients are not passed over once more.
+            scale = 1.0 if clip is None or norm <= clip else clip / norm
+            with phase("update"):
+                self.settings.optimizer.update(self.weights, gradients, self.state, lr, number, scale)
+            self._bad_in_a_row = 0
+        else:
+            fault = self._fault(parts, gradients)
+            self.bad_steps += 1
+            self._bad_in_a_row += 1
+            if self._bad_in_a_row > self.settings.max_bad_steps:
+                raise TrainingFailed(
+                    f"step {number}: {fault}; {self._bad_in_a_row} steps in a row were not finite: "
+                    "lower the learning rate, or clip the gradients"
+                )
+        self.steps_done += 1
+        return StepReport(number, loss, norm, lr, count, time.perf_counter() - begin, fault)
+
+    def _gradients(self, parts: list[Batch], count: int) -> tuple[float, dict[str, Array]]:
+        """The loss and the gradients of a batch, summed over its parts."""
+        loss, total = 0.0, {}
+        for i, (tokens, targets) in enumerate(parts):
+            for dropout in self._dropouts:
+                dropout.key = (self.settings.seed, self.steps_done, i)
+            part, gradient = self.model.decoder.loss_and_gradient(
+                tokens, targets, count, self.settings.recompute
+            )
+            loss += part
+            gradients = gradients_by_name(gradient)
+            for name, array in gradients.items() if total else ():
+                total[name] += array
+            total = total or gradients
+        for dropout in self._dropouts:
+            dropout.key = None
+        return loss, total
+
+    def _fault(self, parts: list[Batch], gradients: dict[str, Array]) -> str:
+        """Where the first number stands that is not finite, in the forward or else the backward pass."""
+        for tokens, _ in parts:
+            for place, value in _values(self.model, tokens):
+                if not np.isfinite(value).all():
+                    return f"{place} gives a number that is not finite"
+        # The backward pass goes from the last layer to the first.
+        for name in reversed(gradients):
+            if not np.isfinite(gradients[name]).all():
+                return f"the gradient of {name} is not finite"
+        return "the norm of the gradients is not finite"
+
+
+def _values(model: Model, tokens: Array) -> Iterator[tuple[str, Array]]:
+    """The output of every component for these tokens, in the order of the program: (`layers.3.mlp`, y)."""
+    watched = recorder.active or Recorder()
+    before, watched.values = watched.values, {}
+    watched.values_wanted = True
+    try:
+        if watched is recorder.active:
+            model.decoder.forward(tokens)
+        else:
+            with watched:
+                model.decoder.forward(tokens)
+        for key, value in watched.values.items():
+            head, *rest = key.split(".")
+            yield f"layers.{rest[0]}.{rest[-1]}" if head == "layers" else key.rpartition(".")[2], value
+    finally:
+        watched.values, watched.values_wanted = before, False
+
+
+def _writable(decoder: Any) -> Any:
+    """The decoder with every array that is trained in memory of its own, if it lies in a read-only file."""
+
+    def own(_: str, weight: Any) -> Any:
+        if isinstance(weight, (Frozen, LoRA)):
+            return weight
+        if isinstance(weight, Leaf):
+            return np.array(weight.array())
+        return weight if weight.flags.writeable else weight.copy(order="K")
+
+    return map_named(own, decoder)

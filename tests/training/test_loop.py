@@ -1,0 +1,149 @@
+"""The loop: it learns, parts of a batch add up, numbers that are not finite change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import einsum_transformer as et
+from einsum_transformer.engine import Recorder
+from einsum_transformer.errors import InputError
+from einsum_transformer.training.data import Batch, RandomTokens
+from einsum_transformer.training.loop import Settings, Trainer, TrainingFailed
+from einsum_transformer.training.lora import LoRAConfig, trainable, with_lora
+from einsum_transformer.training.optimizers import SGD, AdamW
+from einsum_transformer.training.schedule import Schedule
+from tiny_models import write_tiny
+
+FIXED = RandomTokens(61, 4, 12, seed=42, fixed=True)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> et.Model:
+    folder, _ = write_tiny(tmp_path / "in")
+    return et.load(folder)
+
+
+def settings(lr: float = 0.5, **others: Any) -> Settings:
+    return Settings(Schedule(lr, 1000), **others)
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [(SGD(), 0.5), (SGD(0.9, nesterov=True), 0.1), (AdamW(), 0.01)])
+def test_a_fixed_batch_is_learnt(tiny: et.Model, optimizer: Any, lr: float) -> None:
+    trainer = Trainer(tiny, FIXED, settings(lr, optimizer=optimizer, clip_norm=5.0))
+    reports = list(trainer.run(40))
+    assert reports[-1].loss < 0.5 * reports[0].loss
+    assert [report.step for report in reports] == list(range(40))
+    assert reports[0].targets == 48
+    tokens, targets = FIXED.batch(0)[0]
+    assert trainer.model.loss_and_gradients(tokens, targets)[0] < reports[-1].loss + 0.1
+
+
+def test_adapters_learn_and_the_base_stays(tiny: et.Model) -> None:
+    before = {name: array.copy() for name, array in tiny.named_parameters().items()}
+    model = with_lora(tiny, LoRAConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+    reports = list(Trainer(model, FIXED, settings(0.02, optimizer=AdamW())).run(60))
+    assert reports[-1].loss < 0.7 * reports[0].loss
+    for name, array in tiny.named_parameters().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+class Ragged:
+    """The same eight rows, in one part or one part each; rows have 1 to 8 targets."""
+
+    def __init__(self, parts: int) -> None:
+        rng = np.random.default_rng(3)
+        tokens, targets = rng.integers(0, 61, (2, 8, 12))
+        targets[np.arange(12) > np.arange(8)[:, None]] = -100
+        self.parts = list(zip(np.split(tokens, parts), np.split(targets, parts)))
+
+    def batch(self, step: int) -> list[Batch]:
+        return self.parts
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_parts_of_a_batch_add_up(tiny: et.Model, parts: int, recompute: bool, tmp_path: Path) -> None:
+    """Also where every part has another number of targets: the loss is a mean over targets."""
+    folder, _ = write_tiny(tmp_path / "same")
+    whole = Trainer(et.load(folder), Ragged(1), settings())
+    split = Trainer(et.load(folder), Ragged(parts), settings(recompute=recompute))
+    for one, other in zip(whole.run(3), split.run(3)):
+        assert other.loss == pytest.approx(one.loss, rel=1e-6)
+        assert other.norm == pytest.approx(one.norm, rel=1e-5)
+    for name, array in whole.weights.items():
+        np.testing.assert_allclose(split.weights[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_step(tiny: et.Model) -> None:
+    """With plain SGD a step has the length lr * clip_norm."""
+    trainer = Trainer(tiny, FIXED, settings(0.1, clip_norm=0.01))
+    before = {name: array.copy() for name, array in trainer.weights.items()}
+    assert trainer.step().norm > 0.01
+    moved = np.sqrt(sum(np.sum((array - before[name]) ** 2.0) for name, array in trainer.weights.items()))
+    assert moved == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("layers.1.mlp.up_proj", "layers.1.mlp"),
+        ("layers.0.self_attn.o_proj", "layers.0.self_attn"),
+        ("embed_tokens.weight", "embed_tokens"),
+    ],
+)
+def test_numbers_that_are_not_finite_change_nothing(
+    tiny: et.Model, path: str, place: str, watched: bool
+) -> None:
+    trainer = Trainer(tiny, FIXED, settings(optimizer=AdamW(), max_bad_steps=2))
+    trainer.step()
+    weight = trainer.weights[path]
+    kept, weight[...] = weight.copy(), np.inf
+    frozen = {name: array.copy() for name, array in trainer.weights.items()}
+    moments = {name: array.copy() for name, array in trainer.state["m"].items()}
+    with np.errstate(all="ignore"):
+        if watched:
+            with Recorder():
+                report = trainer.step()
+        else:
+            report = trainer.step()
+    assert report.fault == f"{place} gives a number that is not finite"
+    for name, array in trainer.weights.items():
+        np.testing.assert_array_equal(array, frozen[name])
+        np.testing.assert_array_equal(trainer.state["m"][name], moments[name])
+    weight[...] = kept
+    assert trainer.step().fault is None
+    weight[...] = np.nan
+    with np.errstate(all="ignore"), pytest.raises(TrainingFailed, match=f"step 5: {place}"):
+        list(trainer.run(10))
+    assert trainer.bad_steps == 4
+
+
+def test_a_read_only_file_is_trained_in_a_copy(tmp_path: Path) -> None:
+    """The mapped file and the loaded model keep their numbers."""
+    folder, _ = write_tiny(tmp_path / "in")
+    model = et.load(folder)
+    assert any(not array.flags.writeable for array in trainable(model.decoder).values())
+    trainer = Trainer(model, FIXED, settings())
+    assert all(array.flags.writeable for array in trainer.weights.values())
+    trainer.step()
+    again = et.load(folder).named_parameters()
+    assert any((array != again[name]).any() for name, array in trainer.model.named_parameters().items())
+
+
+def test_random_batches_are_a_function_of_the_step() -> None:
+    batches = replace(FIXED, fixed=False, accumulation=3)
+    tokens, targets = batches.batch(7)[1]
+    np.testing.assert_array_equal(tokens[:, 1:], targets[:, :-1])
+    np.testing.assert_array_equal(tokens, batches.batch(7)[1][0])
+    assert (batches.batch(8)[1][0] != tokens).any()
+    assert sum(len(part) for part, _ in batches.batch(0)) == 4
+    np.testing.assert_array_equal(FIXED.batch(0)[0][0], FIXED.batch(9)[0][0])
+    for bad in ({"batch_size": 0}, {"length": 0}, {"accumulation": 5}, {"seed": -1}):
+        with pytest.raises(InputError, match=next(iter(bad)).split("_")[0]):
+            replace(FIXED, **bad)
