@@ -95,3 +95,15 @@ def test_an_error_in_a_phase_while_recording() -> None:
         with phase("after"):
             pass
     assert recorder.spans[-1].path == ("after",)
+
+
+def test_errstate_holds_on_all_threads() -> None:
+    """What the caller ignores is ignored on other threads too: warnings are errors in these tests."""
+    big, barrier = np.full(4, 1e38, np.float32), threading.Barrier(2)
+
+    def task(_: int) -> None:
+        barrier.wait(10)
+        np.multiply(big, big)
+
+    with np.errstate(over="ignore"):
+        for_each(task, [(0,), (1,)])

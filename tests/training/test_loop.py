@@ -106,12 +106,11 @@ def test_numbers_that_are_not_finite_change_nothing(
     kept, weight[...] = weight.copy(), np.inf
     frozen = {name: array.copy() for name, array in trainer.weights.items()}
     moments = {name: array.copy() for name, array in trainer.state["m"].items()}
-    with np.errstate(all="ignore"):
-        if watched:
-            with Recorder():
-                report = trainer.step()
-        else:
+    if watched:
+        with Recorder():
             report = trainer.step()
+    else:
+        report = trainer.step()
     assert report.fault == f"{place} gives a number that is not finite"
     for name, array in trainer.weights.items():
         np.testing.assert_array_equal(array, frozen[name])
@@ -119,7 +118,7 @@ def test_numbers_that_are_not_finite_change_nothing(
     weight[...] = kept
     assert trainer.step().fault is None
     weight[...] = np.nan
-    with np.errstate(all="ignore"), pytest.raises(TrainingFailed, match=f"step 5: {place}"):
+    with pytest.raises(TrainingFailed, match=f"step 6: {place}"):
         list(trainer.run(10))
     assert trainer.bad_steps == 4
 

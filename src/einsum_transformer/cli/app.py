@@ -15,6 +15,7 @@ from einsum_transformer.cli.chat import chat
 from einsum_transformer.cli.explain import explain
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.run import run
+from einsum_transformer.cli.train import train
 from einsum_transformer.errors import InputError
 
 _MISUSE, _INTERRUPTED = 2, 130
@@ -62,7 +63,7 @@ def _application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     application.callback()(_etx)
-    for command in (run, chat, explain, pull):
+    for command in (run, chat, explain, train, pull):
         application.command(command.__name__)(command)
     return application
 
@@ -90,6 +91,7 @@ def _etx(
     etx run -p "The capital of France is" -n 8     continue a text, with a table of where the time went
     etx chat                                       talk to the default model, SmolLM2-135M-Instruct
     etx explain configs/llama.json --backward      the program of a model: equations, FLOPs, bytes
+    etx train --config configs/fast_lora.json      train on random tokens; --fix-batch for one batch
     etx run --config configs/fast_lora.json        a model of random weights, described by a JSON file
 
     Results go to stdout, all else to stderr. `etx COMMAND --help` shows the flags and more examples.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 from einsum_transformer.engine import blas, recorder
@@ -32,7 +33,9 @@ def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], co
     blas.set_threads(1)
     try:
         with recorder.parallel():
-            others = [_workers(threads - 1).submit(_drain, task, remaining) for _ in range(threads - 1)]
+            pool = _workers(threads - 1)
+            # In a context of the caller's: np.errstate holds on the other threads too.
+            others = [pool.submit(copy_context().run, _drain, task, remaining) for _ in range(threads - 1)]
             try:
                 _drain(task, remaining)
             finally:

@@ -48,8 +48,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did. loss: the mean over its targets, before the update; norm: of all gradients, before
-    clipping."""
+    """What one step did. step: counted from 0; loss: the mean over its targets, before the update; norm: of all
+    gradients, before clipping."""
 
     step: int
     loss: float
@@ -90,6 +90,11 @@ class Trainer:
 
     def step(self) -> StepReport:
         """One step; the weights are as they were if a number in it is not finite."""
+        # What overflows is found below and told in the report; NumPy's warnings would say it less well.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._step()
+
+    def _step(self) -> StepReport:
         begin, number = time.perf_counter(), self.steps_done
         with phase("batch"):
             parts = self.batches.batch(number)
@@ -112,7 +117,7 @@ class Trainer:
             self._bad_in_a_row += 1
             if self._bad_in_a_row > self.settings.max_bad_steps:
                 raise TrainingFailed(
-                    f"step {number}: {fault}; {self._bad_in_a_row} steps in a row were not finite: "
+                    f"step {number + 1}: {fault}; {self._bad_in_a_row} steps in a row were not finite: "
                     "lower the learning rate, or clip the gradients"
                 )
         self.steps_done += 1
