@@ -48,8 +48,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did. step: counted from 0; loss: the mean over its targets, before the update; norm: of all
-    gradients, before clipping."""
+    """What one step did. step: counted from 0; loss: the mean over its targets, before the update; norm: of
+    all gradients, before clipping."""
 
     step: int
     loss: float
