@@ -157,30 +157,30 @@ class Attention:
 
     def backward(self, dy: Array, saved: Saved, rotation: Rotation) -> tuple[Array, Attention]:
         x, q, k, v, mixed, sums, shifts, mask = saved
-        # y = einsum("btkgh,dkgh->btd", mixed, o_proj)
-        dmixed = einsum("btd,dkgh->btkgh", dy, self.o_proj)
-        do_proj = weight_grad("btd,btkgh->dkgh", dy, mixed, self.o_proj)
-        dq, dk, dv = self._mix_backward(dmixed, q, k, v, mixed, np.log(sums) + shifts, mask)
-        # q, k = rotation(q) * scale, rotation(k)
-        dq *= np.asarray(self.scale, q.dtype)
-        dq, dk = rotation.backward(dq), rotation.backward(dk)
-        # q, k, v = einsum("btd,kghd->btkgh", x, q_proj), einsum("btd,khd->btkh", x, k_proj / v_proj)
-        dx = einsum("btkgh,kghd->btd", dq, self.q_proj)
-        dx += einsum("btkh,khd->btd", dk, self.k_proj)
-        dx += einsum("btkh,khd->btd", dv, self.v_proj)
-        return dx, Attention(
-            weight_grad("btkgh,btd->kghd", dq, x, self.q_proj),
-            weight_grad("btkh,btd->khd", dk, x, self.k_proj),
-            weight_grad("btkh,btd->khd", dv, x, self.v_proj),
-            do_proj,
-            weight_grad("btkgh->kgh", dq, self.q_bias),
-            weight_grad("btkh->kh", dk, self.k_bias),
-            weight_grad("btkh->kh", dv, self.v_bias),
-            weight_grad("btd->d", dy, self.o_bias),
-            self.scale,
-            self.window,
-            self.query_block,
-        )
+        with phase("output"):
+            # y = einsum("btkgh,dkgh->btd", mixed, o_proj) + o_bias
+            dmixed = einsum("btd,dkgh->btkgh", dy, self.o_proj)
+            do_proj = weight_grad("btd,btkgh->dkgh", dy, mixed, self.o_proj)
+            do_bias = weight_grad("btd->d", dy, self.o_bias)
+        with phase("scores"):
+            dq, dk, dv = self._mix_backward(dmixed, q, k, v, mixed, np.log(sums) + shifts, mask)
+        with phase("rope"):
+            # q, k = rotation(q) * scale, rotation(k)
+            dq *= np.asarray(self.scale, q.dtype)
+            dq, dk = rotation.backward(dq), rotation.backward(dk)
+        with phase("qkv"):
+            # q = einsum("btd,kghd->btkgh", x, q_proj) + q_bias, k and v = einsum("btd,khd->btkh", ...) + bias
+            dx = einsum("btkgh,kghd->btd", dq, self.q_proj)
+            dx += einsum("btkh,khd->btd", dk, self.k_proj)
+            dx += einsum("btkh,khd->btd", dv, self.v_proj)
+            dq_proj = weight_grad("btkgh,btd->kghd", dq, x, self.q_proj)
+            dk_proj = weight_grad("btkh,btd->khd", dk, x, self.k_proj)
+            dv_proj = weight_grad("btkh,btd->khd", dv, x, self.v_proj)
+            dq_bias = weight_grad("btkgh->kgh", dq, self.q_bias)
+            dk_bias = weight_grad("btkh->kh", dk, self.k_bias)
+            dv_bias = weight_grad("btkh->kh", dv, self.v_bias)
+        gradients = (dq_proj, dk_proj, dv_proj, do_proj, dq_bias, dk_bias, dv_bias, do_bias)
+        return dx, Attention(*gradients, self.scale, self.window, self.query_block)
 
     def _mix_backward(
         self, dmixed: Array, q: Array, k: Array, v: Array, mixed: Array, lse: Array, mask: Mask
