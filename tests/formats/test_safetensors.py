@@ -13,10 +13,10 @@ import safetensors.numpy
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats.safetensors import (
     SafetensorsFile,
-    bf16_to_float32,
     float32_to_bf16,
     write_safetensors,
 )
+from einsum_transformer.leaves.resident import converted
 
 DTYPES = {
     "F64": np.float64,
@@ -323,7 +323,7 @@ def test_all_bfloat16_patterns_survive_load_widen_narrow_save(tmp_path):
     patterns = np.arange(1 << 16, dtype=np.uint16)
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     (first).write_bytes(raw_file({"x": entry("BF16", [256, 256], [0, 1 << 17])}, patterns.tobytes()))
-    wide = bf16_to_float32(SafetensorsFile(first).read("x"))
+    wide = converted(SafetensorsFile(first).read("x"), np.dtype(np.float32))
     np.testing.assert_array_equal(wide.view(np.uint32).ravel(), patterns.astype(np.uint32) << 16)
     write_safetensors(second, {"x": float32_to_bf16(wide)})
     np.testing.assert_array_equal(SafetensorsFile(second).read("x").view(np.uint16).ravel(), patterns)

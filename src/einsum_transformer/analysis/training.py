@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,15 +70,12 @@ def training_report(
 ) -> TrainingReport:
     """From a recorder's spans and what each step reported: its loss and its seconds."""
     whole = math.fsum(seconds)
-    per_step: dict[str, list[float]] = defaultdict(list)
-    ends = np.cumsum([span.path == ("clipping",) for span in spans]).tolist()
-    sums: dict[tuple[str, int], float] = defaultdict(float)
-    for span, step in zip(spans, ends):
-        if len(span.path) == 1 and span.name in STAGES:
-            # Clipping and update come after the span that ends the step's backward pass.
-            sums[span.name, step - (span.name in ("clipping", "update"))] += span.seconds
-    for name in STAGES:
-        per_step[name] = [sums.get((name, step), 0.0) for step in range(len(losses))]
+    per_step = {name: [0.0] * len(losses) for name in STAGES}
+    step = -1
+    for span in spans:
+        step += span.path == ("batch",)  # every step begins with its batch
+        if len(span.path) == 1 and span.name in per_step:
+            per_step[span.name][step] += span.seconds
     stages = tuple(_stage(name, per_step[name], whole) for name in STAGES)
     finite = np.flatnonzero(np.isfinite(losses))
     slope = float(np.polyfit(finite, np.array(losses)[finite], 1)[0]) if len(finite) > 1 else 0.0

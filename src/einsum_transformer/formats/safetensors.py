@@ -1,4 +1,4 @@
-"""The safetensors format: a memory-mapped reader, an atomic writer, and exact bfloat16 conversion.
+"""The safetensors format: a memory-mapped reader, an atomic writer, and exact conversion to bfloat16.
 
 A file is an 8-byte little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, and the
 tensors' bytes without gaps (https://github.com/huggingface/safetensors).
@@ -222,11 +222,6 @@ def write_tensors(
         tensor = tensors[name]
         flat = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1)
         file.write(flat.view(np.uint8).data)
-
-
-def bf16_to_float32(x: np.ndarray) -> np.ndarray:
-    """A bfloat16 array as float32: exact for all 65,536 bit patterns, NaN payloads included."""
-    return x.astype(np.float32)
 
 
 def float32_to_bf16(x: np.ndarray) -> np.ndarray:

@@ -66,8 +66,7 @@ class LoRA(Leaf):
 
     def array(self) -> Array:
         """W + scaling * b a"""
-        base = self.base.array() if isinstance(self.base, Leaf) else self.base
-        return base + self.delta()
+        return np.asarray(self.base) + self.delta()
 
     def delta(self) -> Array:
         """scaling * b a, in the shape of W."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +82,7 @@ class Trainer:
         """Steps left out in all, because a number was not finite."""
         self._bad_in_a_row = 0
         leaves = (leaf for _, leaf in named_leaves(self.model.decoder))
-        self._dropouts = [leaf.dropout for leaf in leaves if isinstance(leaf, LoRA)]
+        self._dropouts = {leaf.dropout for leaf in leaves if isinstance(leaf, LoRA)}
 
     def run(self, steps: int) -> Iterator[StepReport]:
         """Steps until `steps` are done, counted from the start of the training."""
@@ -160,11 +161,8 @@ def _values(model: Model, tokens: Array) -> Iterator[tuple[str, Array]]:
     before, watched.values = watched.values, {}
     watched.values_wanted = True
     try:
-        if watched is recorder.active:
+        with nullcontext() if recorder.active else watched:
             model.decoder.forward(tokens)
-        else:
-            with watched:
-                model.decoder.forward(tokens)
         for key, value in watched.values.items():
             head, *rest = key.split(".")
             yield f"layers.{rest[0]}.{rest[-1]}" if head == "layers" else key.rpartition(".")[2], value

@@ -171,15 +171,7 @@ def global_norm(gradients: Arrays) -> float:
     ]
     with np.errstate(over="ignore"):
         for_each(add, tasks, coarse=len(tasks) > 1)
-    return (
-        math.sqrt(math.fsum(squares[name, start] for name, start, _ in tasks))
-        if _finite(squares)
-        else math.nan
-    )
-
-
-def _finite(squares: Mapping[Any, float]) -> bool:
-    return all(map(math.isfinite, squares.values()))
+    return math.sqrt(math.fsum(squares[name, start] for name, start, _ in tasks))
 
 
 def _by_pieces(
