@@ -26,6 +26,7 @@ from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.families import FAMILIES, family_of
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import Model
+from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
 from einsum_transformer.text.tokenizer import Tokenizer
 
@@ -52,7 +53,7 @@ def load(
     dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random
     weights.
     weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs
-    it.
+    it. adapter: a PEFT folder, whose adapters are put on the weights (unmerged; see `merged`).
     Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by
     anything.
     """
@@ -62,15 +63,16 @@ def load(
         raise InputError(
             f"quantization {quantization!r} is not available; load without it (--set quantization=null)"
         )
-    if adapter is not None:
-        raise InputError(
-            f"adapter {str(adapter)!r}: adapters are not available; merge it into the weights first"
-        )
     if weight_budget is not None and weight_budget < 0:
         raise InputError(f"weight_budget is {weight_budget}: a number of bytes is expected")
     if max_layers is not None and max_layers < 1:
         raise InputError(f"max_layers is {max_layers}: at least 1")
     options = _Options(np.dtype(dtype), max_layers, seed, weight_budget)
+    model = _load(source, options, revision, offline)
+    return model if adapter is None else with_adapter(model, adapter)
+
+
+def _load(source: str | Path | RunConfig, options: _Options, revision: str | None, offline: bool) -> Model:
     if isinstance(source, RunConfig):
         return _from_run_config(source, options, revision, offline)
     path = resolve(source, revision, offline)

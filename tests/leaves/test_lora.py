@@ -13,12 +13,12 @@ import einsum_transformer as et
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
-from einsum_transformer.training.lora import (
-    LoRAConfig,
+from einsum_transformer.models.adapters import (
     gradients_by_name,
     trainable,
     with_lora,
 )
+from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.tree import map_named, named_leaves
 from tiny_models import write_tiny
 

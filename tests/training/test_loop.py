@@ -12,9 +12,10 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
+from einsum_transformer.models.adapters import trainable, with_lora
+from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.data import Batch, RandomTokens
 from einsum_transformer.training.loop import Settings, Trainer, TrainingFailed
-from einsum_transformer.training.lora import LoRAConfig, trainable, with_lora
 from einsum_transformer.training.optimizers import SGD, AdamW
 from einsum_transformer.training.schedule import Schedule
 from tiny_models import write_tiny
@@ -105,7 +106,7 @@ def test_numbers_that_are_not_finite_change_nothing(
     weight = trainer.weights[path]
     kept, weight[...] = weight.copy(), np.inf
     frozen = {name: array.copy() for name, array in trainer.weights.items()}
-    moments = {name: array.copy() for name, array in trainer.state["m"].items()}
+    moments = {name: array.copy() for name, array in trainer.compute.moments()["m"].items()}
     if watched:
         with Recorder():
             report = trainer.step()
@@ -114,7 +115,7 @@ def test_numbers_that_are_not_finite_change_nothing(
     assert report.fault == f"{place} gives a number that is not finite"
     for name, array in trainer.weights.items():
         np.testing.assert_array_equal(array, frozen[name])
-        np.testing.assert_array_equal(trainer.state["m"][name], moments[name])
+        np.testing.assert_array_equal(trainer.compute.moments()["m"][name], moments[name])
     weight[...] = kept
     assert trainer.step().fault is None
     weight[...] = np.nan

@@ -137,7 +137,7 @@ def train(
         trainer.bad_steps,
         sum(array.size for array in loaded.named_parameters().values()),
         list(trainer.weights.values()),
-        sum(array.nbytes for moment in trainer.state.values() for array in moment.values()),
+        sum(array.nbytes for moment in trainer.compute.moments().values() for array in moment.values()),
     )
     if json:
         losses = {"losses": [report.loss for report in reports]}
@@ -162,7 +162,8 @@ def _optimizer(name: str, momentum: float, nesterov: bool, weight_decay: float |
 
 def _with_adapters(model: Model, keys: RunConfig | None, seed: int) -> Model:
     """The model, with the adapters that its JSON config asks for."""
-    from einsum_transformer.training.lora import LoRAConfig, with_lora
+    from einsum_transformer.models.adapters import with_lora
+    from einsum_transformer.models.lora_config import LoRAConfig
 
     if keys is None or not keys.use_lora:
         return model

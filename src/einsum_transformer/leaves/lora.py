@@ -18,25 +18,30 @@ Array = np.ndarray
 
 
 class Dropout:
-    """Zeroes of LoRA inputs, drawn anew for every `key`, and the same again for the same key.
+    """Zeroes of LoRA inputs, drawn anew for every `key` and row, and the same again for the same ones.
 
-    A mask depends on nothing but the key, the weight's name and the shape: the backward pass draws the mask
-    of the forward pass again rather than keeping it, and a resumed run draws those of the run that was cut.
+    A mask depends on nothing but the key, the row's number in the whole batch and the weight's name: the
+    backward pass draws the mask of the forward pass again rather than keeping it, a resumed run draws those
+    of the run that was cut, and a batch computed in parts or by several processes has the masks of the whole.
     """
 
     def __init__(self, probability: float = 0.0) -> None:
         self.probability = probability
         self.key: tuple[int, ...] | None = None
-        """What the masks depend on, such as (seed, step, micro-batch); None outside of training: no
-        zeroes."""
+        """What the masks depend on, such as (seed, step); None outside of training: no zeroes."""
+        self.first_row = 0
+        """The number in the whole batch of the first row at hand."""
 
     def applied(self, x: Array, name: str) -> Array:
-        """x with zeroes of this probability, the rest scaled so that the mean stays."""
+        """x (b, t, ...) with zeroes of this probability, the rest scaled so that the mean stays."""
         if self.key is None or self.probability == 0:
             return x
-        rng = np.random.default_rng([*self.key, zlib.crc32(name.encode())])
-        # Drawn in the order of the axes, so that the memory layout of x changes nothing.
-        kept = rng.random(x.shape, np.float32) >= self.probability
+        kept = np.empty(x.shape, bool)
+        for i, row in enumerate(kept):
+            rng = np.random.default_rng([*self.key, self.first_row + i, zlib.crc32(name.encode())])
+            # Drawn in the order of the axes, so that neither the memory layout of x nor padding at the end of
+            # the row changes anything.
+            np.greater_equal(rng.random(x.shape[1:], np.float32), self.probability, out=row)
         return x * (kept * x.dtype.type(1 / (1 - self.probability)))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,20 @@ from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import write_safetensors_folder
-from einsum_transformer.formats.safetensors import atomic_file, sync
+from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, sync
+from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import Decoder, weights_of
+from einsum_transformer.models.decoder import Decoder, Weight, weights_of
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.family import Family, unsaid
+from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,23 @@ class Model:
     generation_config: Mapping[str, Any] | None = None
     """What generation_config.json says, or None."""
     source: str = "random weights"
+    lora: LoRAConfig | None = None
+    """What the adapters on the weights are, or None if there are none."""
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.config.model_type]
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Path -> place of everything the decoder holds. A tied matrix has two places if an adapter is on
+        one."""
+        held = replace(self.config, tie_word_embeddings=self.decoder.lm_head is None)
+        return {weight.path: weight for weight in weights_of(held)}
+
+    def module(self, path: str) -> str:
+        """The name in a checkpoint of the module whose weight is at `path`: "model.layers.0.mlp.up_proj"."""
+        return self.family.checkpoint_name(path).removesuffix(".weight")
 
     def logits(self, tokens: Any) -> Array:
         """tokens (b, t) ints -> next-token scores (b, t, v)."""
@@ -47,7 +64,7 @@ class Model:
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
         """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint
-        layout.
+        layout; of a model with adapters by their matrices alone, which have PEFT's names and layout.
 
         tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
         """
@@ -58,29 +75,50 @@ class Model:
             )
         self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
         loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
-        return loss, dict(self._named(gradient))
+        return loss, self._named(gradient)
 
     def named_parameters(self) -> dict[str, Array]:
         """Checkpoint name -> array in checkpoint layout (a view of the weight in use, where it is in
-        memory)."""
-        return dict(self._named(self.decoder))
+        memory); adapters' matrices under PEFT's names, beside the weights they are on."""
+        return self._named(self.decoder)
+
+    def adapter_parameters(self) -> dict[str, Array]:
+        """PEFT's name -> array of the adapters' matrices alone."""
+        adapters = {path: leaf for path, leaf in named_leaves(self.decoder) if isinstance(leaf, LoRA)}
+        return {
+            name: array
+            for path, leaf in adapters.items()
+            for name, array in self._pair(path, leaf.a, leaf.b).items()
+        }
 
     def cache(self, capacity: int = 0, pads: Array | None = None) -> KVCache:
         """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left
         padding."""
         return KVCache(self.config.windows, capacity, pads)
 
-    def save(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+    def save(
+        self, folder: str | Path, max_shard_bytes: int = 5_000_000_000, dtype: str | None = None
+    ) -> None:
         """Write a Hugging Face folder that transformers loads: config, weights, tokenizer, generation
-        settings."""
+        settings.
+
+        dtype: what the weights are stored in ("float32", "bfloat16"); default what is computed in. A model
+        with adapters is refused: merge them, or write them alone (`write_adapter`).
+        """
         folder = Path(folder)
+        if self.lora is not None:
+            raise InputError(f"{folder}: the model has an adapter: merge it first, or save the adapter alone")
         if lost := unsaid(self.family, self.config):
             value = getattr(self.config, lost)
             raise InputError(f"{folder}: a {self.family.model_type} config.json cannot say {lost} = {value}")
         config = self.family.write_config(self.config)
         head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
         parameters = self.named_parameters()
-        dtype = str(next(iter(parameters.values())).dtype)
+        if dtype == "bfloat16":
+            parameters = {name: float32_to_bf16(np.asarray(w, np.float32)) for name, w in parameters.items()}
+        elif dtype is not None:
+            parameters = {name: w.astype(dtype, copy=False) for name, w in parameters.items()}
+        dtype = dtype or str(next(iter(parameters.values())).dtype)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
@@ -101,11 +139,29 @@ class Model:
             raise InputError(f"{what}: id {bad} is outside the vocabulary of {self.config.vocab_size}")
         return tokens
 
-    def _named(self, decoder: Decoder) -> Iterator[tuple[str, Array]]:
-        stored = {weight.path: weight.stored for weight in weights_of(self.config)}
+    def _named(self, decoder: Decoder) -> dict[str, Array]:
+        """The leaves of a decoder, or of a gradient, by the names they have in files."""
+        places, found = self.weights, {}
         for path, leaf in named_leaves(decoder):
-            array = leaf.array() if isinstance(leaf, Leaf) else leaf
-            yield self.family.checkpoint_name(path), array.reshape(stored[path])
+            if isinstance(leaf, dict):
+                found |= self._pair(path, leaf["lora_A"], leaf["lora_B"])
+                continue
+            base = leaf
+            if isinstance(leaf, LoRA):
+                found |= self._pair(path, leaf.a, leaf.b)
+                base = leaf.base
+            # A tied matrix in its second role is there to have an adapter or none, and is no other parameter.
+            if path != HEAD or not self.config.tie_word_embeddings:
+                array = base.array() if isinstance(base, Leaf) else base
+                found[self.family.checkpoint_name(path)] = array.reshape(places[path].stored)
+        return found
+
+    def _pair(self, path: str, a: Array, b: Array) -> dict[str, Array]:
+        """An adapter's matrices, or their gradients, under PEFT's names and in its layout."""
+        a, b, module = a.reshape(len(a), -1), b.reshape(-1, len(a)), self.module(path)
+        if path == EMBEDDING:  # W (v, d) += scaling (A^T B^T), where PEFT's A is (r, v)
+            return {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
+        return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
 
 
 def _integers(values: Any, what: str) -> Array:

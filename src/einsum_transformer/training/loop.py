@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,10 +15,10 @@ from einsum_transformer.engine import Leaf, Recorder, phase, recorder
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.models.adapters import gradients_by_name, trainable
 from einsum_transformer.models.model import Model
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.training.data import Batch, Batches
-from einsum_transformer.training.lora import gradients_by_name, trainable
 from einsum_transformer.training.optimizers import SGD, Optimizer, global_norm, start
 from einsum_transformer.training.schedule import Schedule
 from einsum_transformer.tree import map_named, named_leaves
@@ -66,23 +66,100 @@ class TrainingFailed(InputError):
     """Too many steps in a row gave numbers that are not finite."""
 
 
+class Compute(Protocol):
+    """Who computes gradients and changes the weights: this process, or the workers of a cluster."""
+
+    def gradients(self, parts: list[Batch], count: int, step: int) -> tuple[float, dict[str, Array]]:
+        """The loss of a batch, divided by `count`, and its gradient by every trained array."""
+        ...
+
+    def update(self, gradients: dict[str, Array], lr: float, step: int, scale: float) -> None:
+        """Change the weights, in place, and the optimizer's state."""
+        ...
+
+    def moments(self) -> dict[str, dict[str, Array]]:
+        """The optimizer's state, by moment and name; to be read only."""
+        ...
+
+    def restore(self, moments: dict[str, dict[str, Array]]) -> None:
+        """Go on from this state, with the weights as they are now."""
+        ...
+
+
+class Local:
+    """This process computes."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self.decoder, self.settings = model.decoder, settings
+        self.weights = trainable(model.decoder)
+        self.state = start(settings.optimizer, self.weights)
+
+    def gradients(self, parts: list[Batch], count: int, step: int) -> tuple[float, dict[str, Array]]:
+        return batch_gradients(
+            self.decoder, numbered(parts), count, (self.settings.seed, step), self.settings
+        )
+
+    def update(self, gradients: dict[str, Array], lr: float, step: int, scale: float) -> None:
+        self.settings.optimizer.update(self.weights, gradients, self.state, lr, step, scale)
+
+    def moments(self) -> dict[str, dict[str, Array]]:
+        return self.state
+
+    def restore(self, moments: dict[str, dict[str, Array]]) -> None:
+        for moment, arrays in moments.items():
+            for name, array in arrays.items():
+                np.copyto(self.state[moment][name], array)
+
+
+def numbered(parts: list[Batch]) -> list[tuple[int, Array, Array]]:
+    """(number of its first row in the whole batch, tokens, targets) of each part."""
+    firsts = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
+    return [(int(first), tokens, targets) for first, (tokens, targets) in zip(firsts, parts)]
+
+
+def batch_gradients(
+    decoder: Any, parts: list[tuple[int, Array, Array]], count: int, key: tuple[int, ...], settings: Settings
+) -> tuple[float, dict[str, Array]]:
+    """The loss and the gradients of numbered parts, summed in their order; key: what dropout depends on."""
+    leaves = (leaf for _, leaf in named_leaves(decoder))
+    dropouts = {leaf.dropout for leaf in leaves if isinstance(leaf, LoRA)}
+    loss, total = 0.0, {}
+    for first_row, tokens, targets in parts:
+        for dropout in dropouts:
+            dropout.key, dropout.first_row = key, first_row
+        part, gradient = decoder.loss_and_gradient(tokens, targets, count, settings.recompute)
+        loss += part
+        gradients = gradients_by_name(gradient)
+        for name, array in gradients.items() if total else ():
+            total[name] += array
+        total = total or gradients
+    for dropout in dropouts:
+        dropout.key = None
+    return loss, total
+
+
 class Trainer:
     """A model in training. Its weights change in place; those of a read-only file are copied first.
 
     What is trained is what the model says: every array, or with adapters (`with_lora`) their matrices alone.
+    compute: makes of the model and the settings what computes; this process by default.
     """
 
-    def __init__(self, model: Model, batches: Batches, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batches: Batches,
+        settings: Settings,
+        compute: Callable[[Model, Settings], Compute] = Local,
+    ) -> None:
         self.model = replace(model, decoder=_writable(model.decoder))
         self.batches, self.settings = batches, settings
         self.weights = trainable(self.model.decoder)
-        self.state = start(settings.optimizer, self.weights)
+        self.compute = compute(self.model, settings)
         self.steps_done = 0
         self.bad_steps = 0
         """Steps left out in all, because a number was not finite."""
-        self._bad_in_a_row = 0
-        leaves = (leaf for _, leaf in named_leaves(self.model.decoder))
-        self._dropouts = {leaf.dropout for leaf in leaves if isinstance(leaf, LoRA)}
+        self.bad_in_a_row = 0
 
     def run(self, steps: int) -> Iterator[StepReport]:
         """Steps until `steps` are done, counted from the start of the training."""
@@ -100,7 +177,7 @@ class Trainer:
         with phase("batch"):
             parts = self.batches.batch(number)
             count = sum(int(np.sum(targets != IGNORE_INDEX)) for _, targets in parts)
-        loss, gradients = self._gradients(parts, count)
+        loss, gradients = self.compute.gradients(parts, count, number)
         lr = self.settings.schedule(number)
         with phase("clipping"):
             norm = global_norm(gradients)
@@ -110,37 +187,19 @@ class Trainer:
             # Scaling happens inside the update; the gradients are not passed over once more.
             scale = 1.0 if clip is None or norm <= clip else clip / norm
             with phase("update"):
-                self.settings.optimizer.update(self.weights, gradients, self.state, lr, number, scale)
-            self._bad_in_a_row = 0
+                self.compute.update(gradients, lr, number, scale)
+            self.bad_in_a_row = 0
         else:
             fault = self._fault(parts, gradients)
             self.bad_steps += 1
-            self._bad_in_a_row += 1
-            if self._bad_in_a_row > self.settings.max_bad_steps:
+            self.bad_in_a_row += 1
+            if self.bad_in_a_row > self.settings.max_bad_steps:
                 raise TrainingFailed(
-                    f"step {number + 1}: {fault}; {self._bad_in_a_row} steps in a row were not finite: "
+                    f"step {number + 1}: {fault}; {self.bad_in_a_row} steps in a row were not finite: "
                     "lower the learning rate, or clip the gradients"
                 )
         self.steps_done += 1
         return StepReport(number, loss, norm, lr, count, time.perf_counter() - begin, fault)
-
-    def _gradients(self, parts: list[Batch], count: int) -> tuple[float, dict[str, Array]]:
-        """The loss and the gradients of a batch, summed over its parts."""
-        loss, total = 0.0, {}
-        for i, (tokens, targets) in enumerate(parts):
-            for dropout in self._dropouts:
-                dropout.key = (self.settings.seed, self.steps_done, i)
-            part, gradient = self.model.decoder.loss_and_gradient(
-                tokens, targets, count, self.settings.recompute
-            )
-            loss += part
-            gradients = gradients_by_name(gradient)
-            for name, array in gradients.items() if total else ():
-                total[name] += array
-            total = total or gradients
-        for dropout in self._dropouts:
-            dropout.key = None
-        return loss, total
 
     def _fault(self, parts: list[Batch], gradients: dict[str, Array]) -> str:
         """Where the first number stands that is not finite, in the forward or else the backward pass."""

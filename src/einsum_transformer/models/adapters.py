@@ -1,0 +1,172 @@
+"""LoRA on a model: adapters put on, merged into the weights, and what of a model is trained."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.components.head import Head
+from einsum_transformer.engine import Leaf
+from einsum_transformer.errors import InputError
+from einsum_transformer.leaves.frozen import Frozen
+from einsum_transformer.leaves.lora import Dropout, LoRA
+from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.model import EMBEDDING, HEAD, Model
+from einsum_transformer.tree import map_named, named_leaves
+
+Array = np.ndarray
+Pair = tuple[Array, Array]
+"""A (r, inputs) and B (outputs, r)."""
+
+
+def with_lora(
+    model: Model, config: LoRAConfig, seed: int = 0, pairs: Mapping[str, Pair] | None = None
+) -> Model:
+    """The model with an adapter on each target and every other weight frozen.
+
+    A has PEFT's start: uniform in +-1 / sqrt(inputs), for an embedding standard normal, each tensor from a
+    stream of its own; B is zero, so that the model's output is the base's bit for bit. pairs: module name ->
+    A and B to begin with instead; then exactly those modules get an adapter. All share one `Dropout`.
+
+    Where one matrix serves as embedding and as head, an adapter is put on the role that is named and the
+    other keeps the matrix as it is (as in PEFT).
+    """
+    wanted = config.targets if pairs is None else pairs.__contains__
+    if any(isinstance(leaf, (Frozen, LoRA)) for _, leaf in named_leaves(model.decoder)):
+        raise InputError(f"{model.source}: the model has an adapter already; merge it first")
+    if model.decoder.lm_head is None and any(wanted(model.module(path)) for path in (EMBEDDING, HEAD)):
+        roles = replace(model.decoder, lm_head=Head(model.decoder.embed_tokens.weight))
+        model = replace(model, decoder=roles)
+    places = model.weights
+    dropout = Dropout(config.lora_dropout)
+    found: list[str] = []
+
+    def leaf(path: str, weight: Any) -> Any:
+        place, module = places[path], model.module(path)
+        if len(place.stored) < 2 or not wanted(module):
+            return Frozen(weight)
+        found.append(module)
+        rank, scaling = config.rank_and_scaling(module)
+        if rank > min(place.stored):
+            raise InputError(f"LoRA rank {rank} is larger than {module}, a matrix of {list(place.stored)}")
+        outputs, inputs = place.shape[: place.out_axes], place.shape[place.out_axes :]
+        if pairs is None:
+            a = _start(path, rank, inputs, place.stored[1], seed)
+            b = np.zeros((*outputs, rank))
+        else:
+            a, b = pairs[module]
+            _check_pair(module, a, b, rank, place.stored)
+        a = np.array(a, weight.dtype).reshape(rank, *inputs)
+        b = np.array(b, weight.dtype).reshape(*outputs, rank)
+        return LoRA(path, weight, a, b, scaling, len(outputs), dropout)
+
+    decoder = map_named(leaf, model.decoder)
+    missing = set(pairs or ()) - set(found)
+    if missing or not found:
+        modules = sorted(
+            {model.module(path).split(".")[-1] for path, w in places.items() if len(w.stored) > 1}
+        )
+        names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        names = sorted(missing)[:3] if missing else names
+        raise InputError(
+            f"{model.source}: LoRA target_modules {', '.join(map(repr, names))} name no matrix of this "
+            f"model; it has {', '.join(modules)}"
+        )
+    return replace(model, decoder=decoder, lora=config)
+
+
+def _start(path: str, rank: int, inputs: tuple[int, ...], width: int, seed: int) -> Array:
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    if path == EMBEDDING:
+        return rng.standard_normal((rank, *inputs))
+    bound = 1 / math.sqrt(width)
+    return rng.uniform(-bound, bound, (rank, *inputs))
+
+
+def _check_pair(module: str, a: Array, b: Array, rank: int, stored: tuple[int, ...]) -> None:
+    expected = (rank, stored[1]), (stored[0], rank)
+    if (a.shape, b.shape) != expected:
+        raise InputError(
+            f"the adapter of {module} is {list(a.shape)} and {list(b.shape)}, its config and the model "
+            f"ask for {list(expected[0])} and {list(expected[1])}: is it for another base model?"
+        )
+
+
+def trainable(decoder: Any) -> dict[str, Array]:
+    """Name -> array of everything in a decoder that is trained: its arrays, and its adapters' matrices."""
+    found: dict[str, Array] = {}
+    for path, leaf in named_leaves(decoder):
+        if isinstance(leaf, LoRA):
+            found |= {f"{path}.lora_A": leaf.a, f"{path}.lora_B": leaf.b}
+        elif not isinstance(leaf, Leaf):
+            found[path] = leaf
+    return found
+
+
+def gradients_by_name(gradient: Any) -> dict[str, Array]:
+    """The gradient of a decoder by the names of `trainable`."""
+    found: dict[str, Array] = {}
+    for path, leaf in named_leaves(gradient):
+        if isinstance(leaf, dict):
+            found |= {f"{path}.{part}": array for part, array in leaf.items()}
+        else:
+            found[path] = leaf
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What merging did to one weight. change: root mean square of scaling * B A; error: of what the stored
+    number misses of the exact sum; relative: error / change."""
+
+    name: str
+    change: float
+    error: float
+
+    @property
+    def relative(self) -> float:
+        return self.error / self.change if self.change else 0.0
+
+
+def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, list[Merged]]:
+    """The model with W + scaling * B A in the place of each adapter, and how exact each weight became.
+
+    dtype: what the weights will be stored in ("float32", "float64", "bfloat16"); the arrays stay what they
+    are computed in, with numbers that this type has. sign: -1 takes a merged adapter out again. A matrix
+    that serves as embedding and head and has an adapter on one of the roles becomes two matrices.
+    """
+    report: list[Merged] = []
+
+    def whole(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, Frozen):
+            return leaf.weight
+        if not isinstance(leaf, LoRA):
+            return leaf
+        exact = np.asarray(leaf.base).astype(np.float64)
+        delta = leaf.delta().astype(np.float64)
+        exact += sign * delta
+        stored = rounded(exact.astype(leaf.dtype), dtype)
+        change, error = (float(np.sqrt(np.mean(np.square(x)))) for x in (delta, stored - exact))
+        report.append(Merged(model.family.checkpoint_name(path), change, error))
+        return stored
+
+    decoder = map_named(whole, model.decoder)
+    if not report:
+        raise InputError(f"{model.source}: there is no adapter to merge")
+    tied = model.config.tie_word_embeddings and decoder.lm_head is None
+    config = replace(model.config, tie_word_embeddings=tied)
+    return replace(model, config=config, decoder=decoder, lora=None), report
+
+
+def rounded(array: Array, dtype: str) -> Array:
+    """The array with its numbers rounded to those of a storage type."""
+    if dtype != "bfloat16":
+        return array.astype(dtype).astype(array.dtype, copy=False)
+    from einsum_transformer.formats.safetensors import float32_to_bf16
+
+    return float32_to_bf16(array.astype(np.float32)).astype(array.dtype)
