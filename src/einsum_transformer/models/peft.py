@@ -32,7 +32,7 @@ from einsum_transformer.tree import named_leaves
 Array = np.ndarray
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LARGEST_CONFIG = 16 << 20
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -133,7 +133,7 @@ def _read_pairs(folder: Path, model: Model) -> dict[str, Pair]:
     try:
         halves: dict[str, dict[str, Array]] = {}
         for name in file.names():
-            plain = name.removeprefix(_PREFIX)
+            plain = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(plain)
             if match is None:
                 _check_copy(file, name, plain, model)
@@ -185,7 +185,7 @@ def write_adapter(model: Model, folder: str | Path) -> None:
     if model.lora is None:
         raise InputError(f"{folder}: the model has no adapter to write")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{_PREFIX}{name}": array for name, array in model.adapter_parameters().items()}
+    tensors = {f"{PREFIX}{name}": array for name, array in model.adapter_parameters().items()}
     write_safetensors(folder / TENSORS, tensors)
     with atomic_file(folder / CONFIG) as file:
         file.write((json.dumps(config_dict(model), indent=2) + "\n").encode())

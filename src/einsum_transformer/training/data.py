@@ -3,8 +3,8 @@ was."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,10 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> list[Batch]:
         """The micro-batches of a step, whose gradients add up."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """What decides the batches, in JSON types: batches that agree in it are the same."""
         ...
 
 
@@ -53,3 +57,6 @@ class RandomTokens:
         tokens = rng.integers(0, self.vocab_size, (self.batch_size, self.length + 1))
         parts = np.array_split(tokens, self.accumulation)
         return [(part[:, :-1], part[:, 1:]) for part in parts]
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "random tokens"} | asdict(self)

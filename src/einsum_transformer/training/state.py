@@ -1,0 +1,263 @@
+"""Checkpoints of a training: each a folder that is whole or not there at all; and going on from one.
+
+A checkpoint is what `model.save` writes, or with adapters a PEFT folder, so that it can be used at once; and
+beside it optimizer.safetensors, state.json, and manifest.json with the size and sha256 of every file. All
+randomness of a training is a function of seeds and step numbers, so that these say where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import blas
+from einsum_transformer.errors import FormatError, InputError
+from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats.folder import open_tensors
+from einsum_transformer.formats.safetensors import SafetensorsFile, parse_json, write_safetensors
+from einsum_transformer.leaves.frozen import Frozen
+from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.models import peft
+from einsum_transformer.training.loop import Trainer
+from einsum_transformer.tree import named_leaves
+
+Array = np.ndarray
+
+MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+_NAME = re.compile(r"step-\d{8}")
+_LEFTOVER = re.compile(r"\.step-\d{8}\.[0-9a-f]{12}\.tmp")
+_LARGEST_JSON = 16 << 20
+_CHUNK = 1 << 22
+
+
+def save(trainer: Trainer, root: str | Path, keep: int | None = None) -> Path:
+    """Write the state after `trainer.steps_done` steps as `root/step-00000042`, and return that folder.
+
+    It is written beside its place, brought to the disk file by file, and renamed: whatever happens on the
+    way, there is no half checkpoint. keep: remove all but so many of the newest, when the new one is there.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    place = root / f"step-{trainer.steps_done:08d}"
+    if not place.exists():
+        temporary = root / f".{place.name}.{os.urandom(6).hex()}.tmp"
+        temporary.mkdir()
+        try:
+            _write(trainer, temporary)
+            os.rename(temporary, place)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(root)
+    for old in checkpoints(root)[: -keep or None] if keep else []:
+        # Renamed first: removing takes a while, and what is cut off in between is no checkpoint any more.
+        aside = root / f".{old.name}.{os.urandom(6).hex()}.tmp"
+        os.rename(old, aside)
+        shutil.rmtree(aside)
+    return place
+
+
+def checkpoints(root: str | Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    root = Path(root)
+    found = root.iterdir() if root.is_dir() else ()
+    return sorted(path for path in found if _NAME.fullmatch(path.name))
+
+
+def clean(root: str | Path) -> None:
+    """Remove what a process that was killed left half written."""
+    for path in list(Path(root).iterdir()):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def restore(trainer: Trainer, folder: str | Path) -> list[str]:
+    """Bring a trainer, made as the saved one was, to the state of a checkpoint.
+
+    Returns what is different and does not change what is computed but may change its last bits. Errors:
+    InputError for a file that is missing or is not what the manifest says, and for another training.
+    """
+    folder = Path(folder)
+    verify(folder)
+    state = _read_json(folder / STATE)
+    differing = _differences(state.get("training"), description(trainer))
+    if differing:
+        raise InputError(f"{folder}: is of another training: {'; '.join(differing)}")
+    counts = {key: state.get(key) for key in ("steps_done", "bad_steps", "bad_in_a_row")}
+    for key, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise FormatError(f"{folder / STATE}: {key} is {count!r}, a count is expected")
+    _read_weights(trainer, folder)
+    moments = trainer.compute.moments()
+    if moments:
+        file = SafetensorsFile(folder / OPTIMIZER)
+        try:
+            read = {
+                moment: {name: _tensor(file, f"{moment}.{name}", like) for name, like in arrays.items()}
+                for moment, arrays in moments.items()
+            }
+            trainer.compute.restore(read)
+        finally:
+            file.close()
+    for key, count in counts.items():
+        setattr(trainer, key, count)
+    return _differences(state.get("machine"), _machine())
+
+
+def verify(folder: Path) -> None:
+    """Every file of the manifest is there, with its size and its sha256."""
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: holds no {MANIFEST}; a checkpoint folder is expected")
+    files = _read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise FormatError(f"{folder / MANIFEST}: has no list of files")
+    for name, entry in files.items():
+        path = folder / name
+        if name != Path(name).name or name in (".", ".."):
+            raise FormatError(f"{folder / MANIFEST}: {name!r} is not the plain name of a file in the folder")
+        if not path.is_file() or path.is_symlink():
+            raise FormatError(f"{path}: missing, although {MANIFEST} lists it; the checkpoint is damaged")
+        if path.stat().st_size != entry.get("bytes") or digest(path) != entry.get("sha256"):
+            raise FormatError(f"{path}: is not what {MANIFEST} says; the checkpoint is damaged")
+    if STATE not in files:
+        raise FormatError(f"{folder / MANIFEST}: lists no {STATE}")
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def description(trainer: Trainer) -> dict[str, Any]:
+    """What decides the numbers of a training, in JSON types: two trainings that agree in it are the same."""
+    settings, model = trainer.settings, trainer.model
+    optimizer: Any = settings.optimizer  # a dataclass, which its protocol cannot say
+    config = asdict(model.config)
+    schedule = asdict(settings.schedule)
+    if settings.schedule.shape == "constant":
+        # Then a training may go on for longer than was planned.
+        del schedule["steps"], schedule["final_lr"]
+    found = {
+        "model": {name: config[name] for name in config if name not in ("defaulted", "ignored")},
+        "lora": None if model.lora is None else asdict(model.lora),
+        "frozen": _frozen_crc(trainer),
+        "trained": {name: [str(w.dtype), *w.shape] for name, w in trainer.weights.items()},
+        "optimizer": {"name": type(optimizer).__name__} | asdict(optimizer),
+        "schedule": schedule,
+        "clip_norm": settings.clip_norm,
+        "seed": settings.seed,
+        "data": trainer.batches.description(),
+    }
+    return json.loads(json.dumps(found))
+
+
+def _machine() -> dict[str, Any]:
+    return {"blas": str(blas.current()), "threads": blas.get_threads(), "numpy": np.__version__}
+
+
+def _frozen_crc(trainer: Trainer) -> int:
+    """A check sum of the weights that are not trained and so are in no checkpoint."""
+    crc = 0
+    for _, leaf in named_leaves(trainer.model.decoder):
+        if isinstance(leaf, (Frozen, LoRA)):
+            weight = np.asarray(leaf.weight if isinstance(leaf, Frozen) else leaf.base)
+            # In the order of memory, so that nothing is copied; the layout follows from how it was loaded.
+            flat = weight.transpose(np.argsort(weight.strides, kind="stable")[::-1])
+            crc = zlib.crc32(np.ascontiguousarray(flat).reshape(-1).view(np.uint8).data, crc)
+    return crc
+
+
+def _write(trainer: Trainer, folder: Path) -> None:
+    if trainer.model.lora is None:
+        trainer.model.save(folder)
+    else:
+        peft.write_adapter(trainer.model, folder)
+    moments = trainer.compute.moments()
+    if moments:
+        named = {f"{moment}.{name}": w for moment, arrays in moments.items() for name, w in arrays.items()}
+        write_safetensors(folder / OPTIMIZER, named)
+    state = {
+        "steps_done": trainer.steps_done,
+        "bad_steps": trainer.bad_steps,
+        "bad_in_a_row": trainer.bad_in_a_row,
+        "training": description(trainer),
+        "machine": _machine(),
+    }
+    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    files = {path.name: path for path in sorted(folder.iterdir())}
+    listed = {name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": listed}, indent=1) + "\n", encoding="utf-8")
+    for path in (*files.values(), manifest):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    if os.name == "nt":
+        return  # folders cannot be opened there, and their names are written with the files
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_weights(trainer: Trainer, folder: Path) -> None:
+    model = trainer.model
+    if model.lora is None:
+        own = {model.family.checkpoint_name(path): w for path, w in trainer.weights.items()}
+        source: TensorSource = open_tensors(folder)
+        prefix = ""
+    else:
+        own, prefix = model.adapter_parameters(), peft.PREFIX
+        source = SafetensorsFile(folder / peft.TENSORS)
+    try:
+        read = {name: _tensor(source, prefix + name, w) for name, w in own.items()}
+        for name, w in own.items():
+            np.copyto(w, read[name])
+    finally:
+        source.close()
+
+
+def _tensor(source: TensorSource, name: str, like: Array) -> Array:
+    tensor = source.read(name)
+    if tensor.size != like.size or tensor.dtype != like.dtype:
+        raise FormatError(
+            f"{source.path}: {name} is {tensor.dtype} {list(tensor.shape)}, not as it was trained"
+        )
+    return tensor.reshape(like.shape)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
+        raise FormatError(f"{path}: missing, or larger than {_LARGEST_JSON >> 20} MiB")
+    return parse_json(path, path.name, path.read_bytes())
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Where two JSON values differ, by name: `seed is 1 there and 2 here`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        found = [
+            each
+            for key in keys
+            for each in _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+        ]
+        return found if len(found) < 5 else [*found[:4], f"and {len(found) - 4} more"]
+    return [] if there == here else [f"{name} is {there!r} there and {here!r} here"]
