@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = {"tokenizer.json": 1 << 29}  # larger than any published one by a factor of ten
 _MAX_OTHER_BYTES = 1 << 24
+_SMALLEST_VOCABULARY = 257
 _EDGES = ("add_bos_token", "add_eos_token")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Control tokens that end a turn or a document, whatever the checkpoint's end-of-sequence token is.
@@ -92,6 +93,28 @@ class Tokenizer:
         ids = (vocab.bos_id, vocab.eos_id, vocab.pad_id, vocab.unk_id)
         ends = _end_ids(vocab.backend, vocab.eos_id, vocab.turn_end_ids)
         return cls(vocab.backend, str(source), *ids, edges, ends, templates)
+
+    @classmethod
+    def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of `vocab_size` tokens learnt from texts; its EOS is `<|endoftext|>`, id 0."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        if vocab_size < _SMALLEST_VOCABULARY:
+            raise InputError(
+                f"a tokenizer of {vocab_size} tokens: at least {_SMALLEST_VOCABULARY} are needed, the bytes and EOS"
+            )
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, "trained on the data", None, 0, None, None, {}, frozenset({0}), {})
 
     @property
     def vocab_size(self) -> int:

@@ -1,14 +1,21 @@
-"""What a step trains on. A batch is a function of the step's number, so that a resumed run goes on where it
-was."""
+"""What a step trains on: random tokens, or the text of files. A batch is a function of the step's number, so
+that a resumed run goes on where it was."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.safetensors import parse_json
+from einsum_transformer.models.model import Model
+from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy
+from einsum_transformer.text.tokenizer import Tokenizer
 
 Array = np.ndarray
 Batch = tuple[Array, Array]
@@ -42,15 +49,9 @@ class RandomTokens:
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "length", "accumulation"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: at least 1 is expected")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}: it must be at least 0")
-        if self.batch_size < self.accumulation:
-            raise InputError(
-                f"accumulation splits a batch of {self.batch_size} into {self.accumulation}: at most its size"
-            )
+        _check_counts(self.batch_size, self.accumulation, self.seed)
+        if self.length < 1:
+            raise InputError(f"length is {self.length}: at least 1 is expected")
 
     def batch(self, step: int) -> list[Batch]:
         rng = np.random.default_rng([self.seed, 0 if self.fixed else step])
@@ -60,3 +61,235 @@ class RandomTokens:
 
     def description(self) -> dict[str, Any]:
         return {"kind": "random tokens"} | asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence to learn: its token ids, and which of them are targets."""
+
+    tokens: Array
+    trained: Array
+    place: str
+    """Where it stands: `file`, or `file: line 3`."""
+
+
+def read_examples(path: str | Path, tokenizer: Tokenizer, mask_prompt: bool = False) -> list[Example]:
+    """The sequences of a file: each line of a .jsonl file, any other file as one text.
+
+    A line is {"text": ...}, {"prompt": ..., "completion": ...} (one after the other as they are), or
+    {"messages": [...]} (by the tokenizer's chat template). A text and a completion end with EOS, if there is
+    one. mask_prompt: only completions and the assistant's turns are targets, not what comes before them.
+    Errors: InputError that names the file and the line.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if path.suffix.lower() != ".jsonl":
+        text = _decoded(raw, str(path))
+        if mask_prompt:
+            raise InputError(f"{path}: a plain text has no prompt to mask; that needs a .jsonl file")
+        if not text.strip():
+            raise InputError(f"{path}: holds no text")
+        return [_whole([*tokenizer.encode(text), *_end(tokenizer)], str(path))]
+    lines = [(f"{path}: line {n}", line) for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: holds no lines")
+    return [_example(line, tokenizer, mask_prompt, place) for place, line in lines]
+
+
+def _example(line: bytes, tokenizer: Tokenizer, mask_prompt: bool, place: str) -> Example:
+    raw = parse_json(Path(place.rpartition(": ")[0]), place.rpartition(": ")[2], line)
+    texts = {key: raw[key] for key in ("text", "prompt", "completion") if key in raw}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise InputError(f"{place}: {key!r} is {type(value).__name__}, a string is expected")
+    try:
+        if "messages" in raw:
+            return _conversation(raw["messages"], tokenizer, mask_prompt, place)
+        if "prompt" in texts and "completion" in texts:
+            prompt = tokenizer.encode(texts["prompt"])
+            if prompt and prompt[-1:] == [tokenizer.eos_id]:
+                prompt.pop()  # the text is not over
+            answer = [*tokenizer.encode(texts["completion"], add_special_tokens=False), *_end(tokenizer)]
+            example = _whole([*prompt, *answer], place)
+            example.trained[: len(prompt) if mask_prompt else 0] = False
+            return example
+        if "text" in texts:
+            if mask_prompt:
+                raise InputError('a "text" has no prompt to mask; write {"prompt": ..., "completion": ...}')
+            return _whole([*tokenizer.encode(texts["text"]), *_end(tokenizer)], place)
+    except InputError as error:
+        raise error if str(error).startswith(place) else InputError(f"{place}: {error}") from None
+    raise InputError(f"{place}: expected text, prompt and completion, or messages; it has {', '.join(raw)}")
+
+
+def _conversation(messages: Any, tokenizer: Tokenizer, mask_prompt: bool, place: str) -> Example:
+    tokens = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    example = _whole(tokens, place)
+    if not mask_prompt:
+        return example
+    example.trained[:] = False
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.encode_chat(messages[:i]) if i else []
+        after = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+        if tokens[: len(before)] != before or tokens[: len(after)] != after:
+            raise InputError(
+                "the chat template writes earlier turns anew, so the prompt cannot be told apart"
+            )
+        example.trained[len(before) : len(after)] = True
+    if not example.trained.any():
+        raise InputError("no message is the assistant's, so with the prompt masked nothing is left to learn")
+    return example
+
+
+def _whole(tokens: list[int], place: str) -> Example:
+    return Example(np.array(tokens, np.int32), np.ones(len(tokens), bool), place)
+
+
+def _end(tokenizer: Tokenizer) -> list[int]:
+    # A checkpoint that adds EOS by itself has done so.
+    return [] if tokenizer.eos_id is None or tokenizer.edges.get("add_eos_token") else [tokenizer.eos_id]
+
+
+def _decoded(raw: bytes, path: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line}: byte {error.start} is not UTF-8 text") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Sequences of one length: tokens and targets (n, t) int32; targets are -100 where nothing is learnt."""
+
+    tokens: Array
+    targets: Array
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def target_count(self) -> int:
+        return int(np.sum(self.targets != IGNORE_INDEX))
+
+    def batch(self, indices: Array) -> Batch:
+        """Those rows, without the columns at the end in which none of them has a target."""
+        tokens, targets = self.tokens[indices], self.targets[indices]
+        used = np.flatnonzero((targets != IGNORE_INDEX).any(axis=0))
+        width = int(used[-1]) + 1 if len(used) else 1
+        return tokens[:, :width], targets[:, :width]
+
+
+def arrange(examples: Sequence[Example], length: int, pack: bool = True, split_long: bool = True) -> Rows:
+    """Rows of `length` tokens. pack: examples one after the other, cut wherever a row is full (attention sees
+    the end of the one before); else every example begins a row, and the rest of its last row is padding.
+
+    split_long: an example of more than length + 1 tokens goes over several rows; else it is refused.
+    """
+    if length < 1:
+        raise InputError(f"length is {length}: at least 1 is expected")
+    for example in examples:
+        if len(example.tokens) > length + 1 and not split_long:
+            raise InputError(
+                f"{example.place}: {len(example.tokens)} tokens, rows have {length}; split or cut it"
+            )
+    if pack and examples:
+        tokens = np.concatenate([example.tokens for example in examples])
+        examples = [Example(tokens, np.concatenate([example.trained for example in examples]), "")]
+    rows = [row for example in examples for row in _cut(example, length)]
+    if not rows:
+        raise InputError("the data holds no token to learn: at least two tokens in a row are needed")
+    return Rows(np.stack([tokens for tokens, _ in rows]), np.stack([targets for _, targets in rows]))
+
+
+def _cut(example: Example, length: int) -> Iterator[Batch]:
+    """Rows of tokens and of the tokens after them, where there is anything to learn."""
+    following = np.where(example.trained, example.tokens, IGNORE_INDEX)
+    for start in range(0, len(example.tokens) - 1, length):
+        tokens, targets = np.zeros(length, np.int32), np.full(length, IGNORE_INDEX, np.int32)
+        part = following[start + 1 : start + 1 + length]
+        tokens[: len(part)], targets[: len(part)] = example.tokens[start : start + len(part)], part
+        if (part != IGNORE_INDEX).any():
+            yield tokens, targets
+
+
+def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """(to train on, to validate with): so many of the examples, drawn by seed; of a single text its end."""
+    if not 0 < share < 1:
+        raise InputError(f"the validation share is {share}: a number between 0 and 1 is expected")
+    if len(examples) > 1:
+        count = min(len(examples) - 1, max(1, round(share * len(examples))))
+        drawn = set(np.random.default_rng([seed, 0x5E1D]).permutation(len(examples))[:count].tolist())
+        train = [example for i, example in enumerate(examples) if i not in drawn]
+        return train, [example for i, example in enumerate(examples) if i in drawn]
+    whole = examples[0]
+    cut = min(len(whole.tokens) - 2, round((1 - share) * len(whole.tokens)))
+    if cut < 2:
+        raise InputError(f"{whole.place}: too short to hold a part of it out")
+    return [Example(whole.tokens[:cut], whole.trained[:cut], whole.place)], [
+        Example(whole.tokens[cut:], whole.trained[cut:], whole.place)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatches:
+    """Rows in an order drawn anew for every epoch, by seed; the position is the step's number and no more.
+
+    fixed: every step sees the first batch.
+    """
+
+    rows: Rows
+    batch_size: int
+    seed: int = 0
+    accumulation: int = 1
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        _check_counts(self.batch_size, self.accumulation, self.seed)
+        if self.batch_size > len(self.rows):
+            raise InputError(
+                f"batch_size is {self.batch_size}, the data gives {len(self.rows)} rows: take fewer or shorter ones"
+            )
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.rows) / self.batch_size
+
+    def batch(self, step: int) -> list[Batch]:
+        start = 0 if self.fixed else step * self.batch_size
+        places = [divmod(place, len(self.rows)) for place in range(start, start + self.batch_size)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        indices = np.array([orders[epoch][position] for epoch, position in places])
+        return [self.rows.batch(part) for part in np.array_split(indices, self.accumulation)]
+
+    def _order(self, epoch: int) -> Array:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+    def description(self) -> dict[str, Any]:
+        data = hashlib.sha256(self.rows.tokens.tobytes() + self.rows.targets.tobytes()).hexdigest()
+        settings = {name: getattr(self, name) for name in ("batch_size", "seed", "accumulation", "fixed")}
+        return {"kind": "text", "sha256": data, "rows": list(self.rows.tokens.shape)} | settings
+
+
+def mean_loss(model: Model, rows: Rows, batch_size: int) -> float:
+    """The cross-entropy of a model over all targets of some rows, per target."""
+    total, loss = rows.target_count, 0.0
+    for start in range(0, len(rows), batch_size):
+        tokens, targets = rows.batch(np.arange(start, min(start + batch_size, len(rows))))
+        loss += cross_entropy(model.logits(tokens), targets, total)[0]
+    return loss
+
+
+def _check_counts(batch_size: int, accumulation: int, seed: int) -> None:
+    for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: at least 1 is expected")
+    if seed < 0:
+        raise InputError(f"seed is {seed}: it must be at least 0")
+    if batch_size < accumulation:
+        raise InputError(f"accumulation splits a batch of {batch_size} into {accumulation}: at most its size")
