@@ -26,7 +26,8 @@ CONFIG = {
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> str:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)  # where runs/ is written
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(CONFIG))
     return str(path)
@@ -55,6 +56,13 @@ def test_a_fixed_batch_is_learnt(config: str, capsys: pytest.CaptureFixture[str]
     assert found["trainable"] == found["parameters"]
     assert found["gradient_bytes"] == 4 * found["parameters"]
     assert found["optimizer_bytes"] == 8 * found["parameters"]
+    for name, parts in found["tables"].items():
+        stage = sum(
+            s["seconds"]
+            for s in found["stages"]
+            if s["name"] == name or (name == "optimizer" and s["name"] in ("clipping", "update"))
+        )
+        assert sum(part["seconds"] for part in parts) == pytest.approx(stage)
     stages = sum(stage["seconds"] for stage in found["stages"])
     assert stages + found["outside_seconds"] == pytest.approx(found["seconds"])
     assert told(capsys, *flags)["losses"] == found["losses"]
@@ -85,6 +93,72 @@ def test_what_people_see(config: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr() == ("", "")
 
 
+TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
+
+
+@pytest.fixture
+def text(config: str, tmp_path: Path) -> list[str]:
+    """Flags for training on a text with a tokenizer that is trained first."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    flags = ["--config", config, "--set", "vocab_size=280", "--data", "a.txt", "--seq-len", "8"]
+    return [*flags, "--optimizer", "adamw", "--valid-share", "0.2", "-o", "out"]
+
+
+def metrics(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_text_is_learnt_and_the_model_kept(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, *text, "--steps", "40", "--lr", "0.02", "--eval-every", "20", "--plot", "loss.png")
+    assert found["validation"].keys() == {"0", "20", "40"}
+    assert found["validation"]["40"] < 0.5 * found["validation"]["0"]
+    assert Path("loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [line["step"] for line in metrics("out") if "loss" in line] == list(range(1, 41))
+    assert "step 40/40" in Path("out/train.log").read_text()
+    with pytest.raises(SystemExit):
+        main(["run", "out/step-00000040", "-p", "the cat sat on", "-n", "4", "--temp", "0", "--quiet"])
+    assert " the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "adapters", [[], ["--lora", "--lora-targets", "all-linear", "--lora-dropout", "0.2"]]
+)
+def test_resumed_is_uninterrupted(
+    text: list[str], adapters: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*text, *adapters, "--grad-accumulation-steps", "3", "--schedule", "cosine"]
+    whole = told(capsys, *flags, "--steps", "6", "--save-every", "2", "--keep-last", "9")
+    cut = Path("out")
+    assert sorted(path.name for path in cut.glob("step-*")) == [f"step-0000000{n}" for n in (2, 4, 6)]
+    last = {path.name: path.read_bytes() for path in Path("out/step-00000006").iterdir()}
+    for name in ("step-00000004", "step-00000006"):
+        for path in Path("out", name).iterdir():
+            path.unlink()
+        Path("out", name).rmdir()
+    again = told(capsys, *flags, "--steps", "6", "--resume")
+    assert again["losses"] == whole["losses"][2:]
+    assert [line["step"] for line in metrics("out") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert {path.name: path.read_bytes() for path in Path("out/step-00000006").iterdir()} == last
+
+
+def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, *text, "--steps", "2")
+    for flags, message in (
+        ([], "out: holds a training already; --resume goes on with it"),
+        (["--resume", "--steps", "2"], "all 2 steps are done already"),
+        (["--resume", "--seed", "1", "--steps", "3"], "is of another training: .*seed is 0 there and 1 here"),
+        (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 there and 0.5 here"),
+    ):
+        assert etx(*text, *flags, "--quiet") == 2
+        captured = capsys.readouterr()
+        assert re.search(message, captured.err), captured.err
+        assert captured.err.count("\n") == 1
+    damage = Path("out/step-00000002/model.safetensors")
+    damage.write_bytes(damage.read_bytes()[:-1] + b"x")
+    assert etx(*text, "--resume", "--steps", "3", "--quiet") == 2
+    assert "the checkpoint is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -97,6 +171,13 @@ def test_what_people_see(config: str, capsys: pytest.CaptureFixture[str]) -> Non
         (["--seq-len", "100000"], "--seq-len 100000: the context is 2048"),
         (["--grad-accumulation-steps", "5"], "accumulation splits a batch of 4 into 5"),
         (["--lr", "1e30", "--set", "n_layers=1"], "not finite"),
+        (["--resume"], "--resume and --save-every need --output"),
+        (["--data", "none.txt"], "none.txt: cannot be read: No such file"),
+        (["--valid", "a.txt"], "--valid needs --data"),
+        (["--long", "cut"], "--long 'cut': choose split or refuse"),
+        (["--lora-rank", "4"], "without --lora"),
+        (["--lora", "--lora-rank", "64"], "LoRA rank 64 is larger than"),
+        (["--adapter-path", "."], ".: holds no adapter_config.json"),
         (["--set", "use_lora=true", "--set", 'lora_target_modules=["w"]'], "name no matrix"),
     ],
 )

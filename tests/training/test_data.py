@@ -153,7 +153,7 @@ def test_every_row_comes_once_an_epoch_and_by_number() -> None:
     fixed = TextBatches(rows, 3, fixed=True)
     np.testing.assert_array_equal(fixed.batch(0)[0][0], fixed.batch(5)[0][0])
     assert batches.description() != TextBatches(Rows(rows.tokens + 1, rows.targets), 3, 1, 2).description()
-    with pytest.raises(InputError, match="batch_size is 11, the data gives 10 rows"):
+    with pytest.raises(InputError, match="batch_size is 11, the data has 10 rows"):
         TextBatches(rows, 11)
 
 
@@ -186,5 +186,5 @@ def test_a_trained_tokenizer_gives_the_text_back(tmp_path: Path) -> None:
     again = Tokenizer.from_folder(tmp_path)
     assert again.encode("the cat") == trained.encode("the cat")
     assert again.eos_id == 0
-    with pytest.raises(InputError, match="at least 257 are needed"):
+    with pytest.raises(InputError, match="the bytes and EOS alone are 257"):
         Tokenizer.train(["a"], 256)

@@ -1,10 +1,12 @@
-"""The reading of a training: how the loss went, where the time went, what the memory holds."""
+"""The reading of a training: how the loss went, where the time went, what the memory holds, what to do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,64 @@ import numpy as np
 from einsum_transformer.analysis.report import peak_rss_bytes, quantity
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.recorder import Span
+from einsum_transformer.errors import InputError
 
-STAGES = ("batch", "forward", "loss", "backward", "clipping", "update")
+Key = tuple[str, ...]
+
+STAGES = ("batch", "forward", "workers", "loss", "backward", "clipping", "update")
+_LAYER, _ATTENTION = ("layer",), ("layer", "attention")
+# The lines of each table: label -> the phases that make it up, below the table's own.
+_TABLES: dict[str, dict[str, tuple[Key, ...]]] = {
+    "forward": {
+        "embedding": (("embedding",),),
+        "norms": ((*_LAYER, "norm"),),
+        "attention: QKV": ((*_ATTENTION, "qkv"),),
+        "attention: RoPE": ((*_ATTENTION, "rope"),),
+        "attention: scores": ((*_ATTENTION, "scores"), (*_ATTENTION, "mix")),
+        "attention: output": ((*_ATTENTION, "output"),),
+        "feed-forward": ((*_LAYER, "feed-forward"),),
+        "head": (("head",),),
+    },
+    "backward": {
+        "head": (("head",),),
+        "attention: output": ((*_ATTENTION, "output"),),
+        "attention: scores": ((*_ATTENTION, "scores"),),
+        "attention: RoPE": ((*_ATTENTION, "rope"),),
+        "attention: QKV": ((*_ATTENTION, "qkv"),),
+        "feed-forward": ((*_LAYER, "feed-forward"),),
+        "norms": ((*_LAYER, "norm"),),
+        "embedding": (("embedding",),),
+        "blocks run again": ((*_LAYER, "recomputed"),),
+    },
+}
+
+
+class StepTimes:
+    """The seconds of every phase, step by step: spans are folded into them, and a long training keeps few."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.by_path: defaultdict[Key, dict[int, float]] = defaultdict(dict)
+
+    def add(self, spans: list[Span]) -> dict[str, float]:
+        """Take the spans of one step out of the list; returns the seconds of its stages."""
+        found: defaultdict[Key, float] = defaultdict(float)
+        for span in spans:
+            found[span.path] += span.seconds
+        spans.clear()
+        for path, seconds in found.items():
+            self.by_path[path][self.steps] = seconds
+        self.steps += 1
+        return {name: found[(name,)] for name in STAGES if (name,) in found}
+
+    def of(self, *paths: Key) -> list[float]:
+        """Seconds of some phases together, for every step."""
+        return [math.fsum(self.by_path[path].get(i, 0.0) for path in paths) for i in range(self.steps)]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Seconds of one part of a step: mean, median, 99th percentile, sum over all steps, share of them."""
+    """Seconds of one part of a step: mean, median, 99th percentile, sum of all steps, share of the whole."""
 
     name: str
     mean: float
@@ -26,6 +79,25 @@ class Stage:
     p99: float
     seconds: float
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a kind of training has to hold, by exact count; bytes."""
+
+    name: str
+    trainable: int
+    share: float
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def costs(parameters: int, itemsize: int, moments: int, adapters: Mapping[str, int]) -> list[Cost]:
+    """The cost of training all `parameters`, and of each kind of adapter: name -> its numbers."""
+    return [
+        Cost(name, count, count / max(parameters, 1), count * itemsize, count * itemsize * moments)
+        for name, count in ({"all weights": parameters} | dict(adapters)).items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +112,8 @@ class TrainingReport:
     stages: tuple[Stage, ...]
     outside_seconds: float
     """The steps minus their stages: what no phase covers."""
+    tables: Mapping[str, tuple[Stage, ...]]
+    """The parts of the forward pass, the backward pass and the optimizer; their sums are the stages'."""
     loss_first: float
     loss_last: float
     loss_trend: float
@@ -52,6 +126,7 @@ class TrainingReport:
     peak_rss_bytes: int | None
     blas: str
     threads: int
+    advice: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON types."""
@@ -59,7 +134,7 @@ class TrainingReport:
 
 
 def training_report(
-    spans: Sequence[Span],
+    times: StepTimes,
     losses: Sequence[float],
     seconds: Sequence[float],
     targets: int,
@@ -67,25 +142,28 @@ def training_report(
     parameters: int,
     weights: Sequence[np.ndarray],
     optimizer_bytes: int,
+    clipped: int = 0,
+    random_vocabulary: int | None = None,
 ) -> TrainingReport:
-    """From a recorder's spans and what each step reported: its loss and its seconds."""
+    """From the seconds of all phases, and what each step reported: its loss and its seconds.
+
+    clipped: steps whose gradients were scaled down. random_vocabulary: the size of the vocabulary if every
+    step drew random tokens from it, which cannot be learnt.
+    """
     whole = math.fsum(seconds)
-    per_step = {name: [0.0] * len(losses) for name in STAGES}
-    step = -1
-    for span in spans:
-        step += span.path == ("batch",)  # every step begins with its batch
-        if len(span.path) == 1 and span.name in per_step:
-            per_step[span.name][step] += span.seconds
-    stages = tuple(_stage(name, per_step[name], whole) for name in STAGES)
+    stages = tuple(_stage(name, times.of((name,)), whole) for name in STAGES if (name,) in times.by_path)
     finite = np.flatnonzero(np.isfinite(losses))
     slope = float(np.polyfit(finite, np.array(losses)[finite], 1)[0]) if len(finite) > 1 else 0.0
+    step = _stage("step", list(seconds), whole)
     return TrainingReport(
         steps=len(losses),
         skipped=skipped,
         seconds=whole,
-        step=_stage("step", list(seconds), whole),
+        step=step,
         stages=stages,
         outside_seconds=whole - math.fsum(stage.seconds for stage in stages),
+        tables={name: _parts(times, name, lines) for name, lines in _TABLES.items()}
+        | {"optimizer": _optimizer_parts(times)},
         loss_first=losses[0],
         loss_last=losses[-1],
         loss_trend=slope,
@@ -97,34 +175,127 @@ def training_report(
         peak_rss_bytes=peak_rss_bytes(),
         blas=str(blas.current()),
         threads=blas.get_threads(),
+        advice=tuple(_advice(np.array(losses)[finite], step, skipped, clipped, random_vocabulary)),
     )
 
 
 def _stage(name: str, values: list[float], whole: float) -> Stage:
-    p50, p99 = (float(p) for p in np.percentile(values, (50, 99)))
+    p50, p99 = (float(p) for p in np.percentile(values, (50, 99))) if values else (0.0, 0.0)
     total = math.fsum(values)
-    return Stage(name, total / len(values), p50, p99, total, total / whole if whole > 0 else 0.0)
+    return Stage(name, total / max(len(values), 1), p50, p99, total, total / whole if whole > 0 else 0.0)
+
+
+def _parts(times: StepTimes, table: str, lines: Mapping[str, tuple[Key, ...]]) -> tuple[Stage, ...]:
+    """The lines of a table that occurred, and what its stage did outside of them."""
+    whole = times.of((table,))
+    rest, total = np.array(whole), math.fsum(whole)
+    found = []
+    for label, keys in lines.items():
+        paths = [(table, *key) for key in keys]
+        if any(path in times.by_path for path in paths):
+            values = times.of(*paths)
+            found.append(_stage(label, values, total))
+            rest -= values
+    return (*found, _stage("residuals, tiles, Python", rest.tolist(), total)) if found else ()
+
+
+def _optimizer_parts(times: StepTimes) -> tuple[Stage, ...]:
+    names = ("clipping", "update")
+    total = math.fsum(times.of(*((name,) for name in names)))
+    return tuple(_stage(name, times.of((name,)), total) for name in names)
+
+
+def _advice(
+    losses: np.ndarray, step: Stage, skipped: int, clipped: int, random_vocabulary: int | None
+) -> list[str]:
+    """What the run itself says should be changed."""
+    found = []
+    if skipped:
+        found.append(
+            f"{skipped} steps gave numbers that are not finite: lower the rate, or use --clip-norm 1"
+        )
+    if len(losses) >= 6:
+        third = len(losses) // 3
+        first, last = float(losses[:third].mean()), float(losses[-third:].mean())
+        noise = float(np.abs(np.diff(losses)).mean())
+        if random_vocabulary is not None:
+            floor = math.log(random_vocabulary)
+            found.append(
+                f"random tokens, new in every step, cannot be learnt below log({random_vocabulary}) = "
+                f"{floor:.2f}: --fix-batch shows that a loss falls, --data trains on text"
+            )
+        elif last > first * 1.01:
+            found.append(f"the loss rises, from {first:.3f} to {last:.3f}: lower the learning rate")
+        elif last > first * 0.99:
+            found.append("the loss is flat: a rate 3 to 10 times as high may help, or more steps")
+        elif noise > first - last:
+            found.append(
+                "the loss jumps more from step to step than it falls: a lower rate, or a larger batch"
+            )
+        elif float(losses[-third:].mean()) < float(losses[-2 * third : -third].mean()) * 0.98:
+            found.append("the loss was still falling at the end: more steps will lower it further")
+    if clipped > len(losses) / 2:
+        found.append(
+            f"the gradients were clipped in {clipped} of {len(losses)} steps: the rate has little effect"
+        )
+    if step.p50 > 0 and step.p99 > 2 * step.p50 and len(losses) >= 10:
+        found.append(
+            f"the slowest steps took {step.p99 / step.p50:.1f} times the median: is the machine shared?"
+        )
+    return found
 
 
 def render(found: TrainingReport) -> Any:
     """The report for a terminal, as a rich renderable."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
+    tables: list[Any] = [_table("stage", [found.step, *found.stages], indent=True), Text("")]
+    for name, parts in found.tables.items():
+        if parts:
+            total = Stage(f"{name}, sum", *_sums(parts))
+            tables += [_table(name, [*parts, total], heading=f"of {name}"), Text("")]
+    return Group(*tables, *(Text(line) for line in summary(found)))
+
+
+def _sums(parts: Sequence[Stage]) -> tuple[float, float, float, float, float]:
+    mean, p50, p99, seconds, share = (
+        math.fsum(getattr(part, name) for part in parts)
+        for name in ("mean", "p50", "p99", "seconds", "share")
+    )
+    return mean, p50, p99, seconds, share
+
+
+def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: str = "share") -> Any:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage")
-    for heading in ("mean ms", "p50 ms", "p99 ms", "total s", "share"):
-        table.add_column(heading, justify="right")
-    for stage in (found.step, *found.stages):
+    table.add_column(title)
+    for column in ("mean ms", "p50 ms", "p99 ms", "total s", heading):
+        table.add_column(column, justify="right")
+    for i, stage in enumerate(stages):
         times = [f"{1000 * value:.2f}" for value in (stage.mean, stage.p50, stage.p99)]
-        depth = "" if stage is found.step else "  "
+        depth = "  " if indent and i else ""
         table.add_row(depth + stage.name, *times, f"{stage.seconds:.3f}", f"{100 * stage.share:.1f} %")
-    return Group(table, *(Text(line) for line in summary(found)))
+    return table
+
+
+def render_costs(rows: Sequence[Cost], optimizer: str) -> Any:
+    """What training has to hold, before it begins."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("to train")
+    for column in ("parameters", "share", "gradients", f"state of {optimizer}"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        sizes = [quantity(row.gradient_bytes, "B"), quantity(row.optimizer_bytes, "B")]
+        table.add_row(row.name, f"{row.trainable:,}", f"{100 * row.share:.3f} %", *sizes)
+    return table
 
 
 def summary(found: TrainingReport) -> list[str]:
-    """The lines below the table."""
+    """The lines below the tables."""
     covered = found.seconds - found.outside_seconds
     share = 100 * covered / found.seconds if found.seconds > 0 else 100.0
     peak = "unknown" if found.peak_rss_bytes is None else quantity(found.peak_rss_bytes, "B")
@@ -140,4 +311,27 @@ def summary(found: TrainingReport) -> list[str]:
         f"({trained:.2f} %); gradients {quantity(found.gradient_bytes, 'B')}, "
         f"optimizer {quantity(found.optimizer_bytes, 'B')}, peak memory {peak}",
         f"BLAS {found.blas}, {found.threads} thread{'s' * (found.threads != 1)}",
+        *(f"advice: {line}" for line in found.advice),
     ]
+
+
+def plot_losses(
+    path: str | Path, losses: Mapping[int, float], validation: Mapping[int, float], title: str
+) -> None:
+    """The loss over the steps as a PNG file; step -> loss, and step -> loss of the validation data."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError('--plot needs matplotlib: pip install "einsum-transformer[plot]"') from None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(list(losses), list(losses.values()), color="#1f77b4", linewidth=1, label="training batch")
+    if validation:
+        axes.plot(list(validation), list(validation.values()), "o-", color="#d62728", label="validation")
+        axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel="cross-entropy per token (nats)", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, format="png")

@@ -37,6 +37,7 @@ def chat(
     blas: options.Blas = "auto",
     threads: options.Threads = None,
     weight_budget: options.WeightBudget = None,
+    adapter_path: options.AdapterPath = None,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
     revision: options.Revision = None,
@@ -56,6 +57,7 @@ def chat(
     source = options.source_of(model, model_flag, None, None)
     silent = quiet or json
     where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
+    where |= {"adapter": adapter_path}
     loaded, _ = options.open_model(
         source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
     )

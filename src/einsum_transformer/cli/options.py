@@ -65,6 +65,12 @@ MaxLayers = Annotated[
     int | None,
     typer.Option("--max-layers", "--num-layers", metavar="N", min=1, help="Keep only the first layers."),
 ]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-path", metavar="FOLDER", help="A LoRA adapter, as PEFT or `etx train` writes it."
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option(

@@ -73,6 +73,7 @@ def run(
     blas: options.Blas = "auto",
     threads: options.Threads = None,
     weight_budget: options.WeightBudget = None,
+    adapter_path: options.AdapterPath = None,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
     assignments: options.Assignments = None,
@@ -105,6 +106,7 @@ def run(
         **given, chat=chat, system=system_prompt, batch_size=batch_size, seed=seed or 0, silent=silent
     )
     where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
+    where |= {"adapter": adapter_path}
     loaded, load_seconds = options.open_model(
         source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
     )

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json as jsonlib
-from typing import TYPE_CHECKING, Annotated
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,17 +16,34 @@ from einsum_transformer.cli import options
 from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
+    from einsum_transformer.analysis.training import TrainingReport
     from einsum_transformer.checkpoint import Model
     from einsum_transformer.models.run_config import RunConfig
+    from einsum_transformer.training.data import Batches, Rows
+    from einsum_transformer.training.journal import Journal
+    from einsum_transformer.training.loop import StepReport, Trainer
     from einsum_transformer.training.optimizers import SGD, AdamW
 
 _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
+_LINE_EVERY = 1.0  # seconds between lines of progress where there is no terminal
 
 
 def train(
     model: options.Model = None,
     model_flag: options.ModelFlag = None,
     config: options.ConfigFlag = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text, or .jsonl of text, prompts or messages.")
+    ] = None,
+    valid: Annotated[str | None, typer.Option(metavar="FILE", help="Data to validate with.")] = None,
+    valid_share: Annotated[
+        float, typer.Option(metavar="X", help="Without --valid, the part of --data that is held out.")
+    ] = 0.05,
+    mask_prompt: Annotated[bool, typer.Option("--mask-prompt", help="Learn the answers only.")] = False,
+    pad: Annotated[bool, typer.Option("--pad", help="A row for each example, not packed ones.")] = False,
+    long: Annotated[
+        str, typer.Option(metavar="split|refuse", help="What becomes of examples longer than a row.")
+    ] = "split",
     steps: Annotated[
         int, typer.Option("--steps", "--iters", metavar="N", min=1, help="Steps of training.")
     ] = 10,
@@ -60,6 +82,35 @@ def train(
         typer.Option("--grad-checkpoint", help="Less memory: blocks run again for the backward pass."),
     ] = False,
     fix_batch: Annotated[bool, typer.Option("--fix-batch", help="The same batch at every step.")] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train adapters; all weights stay as they are.")
+    ] = False,
+    lora_rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default 8.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(metavar="X", help="Default 16.")] = None,
+    lora_dropout: Annotated[float, typer.Option(metavar="P", help="Of the adapters' inputs.")] = 0.0,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="q_proj,v_proj (default), all-linear, or a regular expression."),
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    adapter_path: options.AdapterPath = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Keep the result and checkpoints here."),
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="A checkpoint in --output every N steps.")
+    ] = None,
+    keep_last: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Checkpoints that stay; older ones are removed.")
+    ] = 2,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")
+    ] = False,
+    eval_every: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Validate every N steps, not only at both ends.")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the loss curve.")] = None,
     seed: options.Seed = None,
     blas: options.Blas = "auto",
     threads: options.Threads = None,
@@ -71,19 +122,22 @@ def train(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a model on random tokens, and show how the loss and the time went.
+    """Train a model on text, or on random tokens, and show how the loss and the time went.
 
-    With --fix-batch all steps see one batch, whose loss a sound backward pass brings down. A JSON config with
-    use_lora trains adapters on its lora_target_modules and leaves the rest as it is. What each step did goes
-    to stderr.
+    Without --data all tokens are random; with --fix-batch all steps see one batch, whose loss a sound
+    backward pass brings down. --lora, or a JSON config with use_lora, trains adapters and leaves the rest
+    as it is. A JSON config has no tokenizer: --data then trains one of vocab_size tokens first.
+
+    The log and metrics.jsonl are in --output, or in a new folder under runs/. With --output a checkpoint of
+    the last step is kept: a model folder, or with adapters a PEFT folder, beside the optimizer's state.
 
     \b
     etx train --config configs/fast_lora.json --lr 0.05 --steps 10 --max-layers 4 --fix-batch --seed 42
-    etx train --config configs/fast_lora.json --set use_lora=false --optimizer adamw --lr 0.001 --fix-batch
-    etx train --steps 3 --seq-len 64 -b 2 --json
+    etx train --lora --data notes.txt --optimizer adamw --lr 2e-4 --steps 100 -o my-run --save-every 20
+    etx train --lora --data chats.jsonl --mask-prompt --pad --steps 100 -o my-run --resume
+    etx run --adapter-path my-run/step-00000100 -p "Once upon a time"
     """
-    from einsum_transformer.engine import Recorder
-    from einsum_transformer.training.data import RandomTokens
+    from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
     from einsum_transformer.training.schedule import Schedule
 
@@ -97,6 +151,10 @@ def train(
         seed or 0,
         grad_checkpoint,
     )
+    if output is None and (resume or save_every):
+        raise InputError("--resume and --save-every need --output, the folder that checkpoints are in")
+    if long not in ("split", "refuse"):
+        raise InputError(f"--long {long!r}: choose split or refuse")
     silent = quiet or json
     loaded, _ = options.open_model(
         source,
@@ -108,44 +166,311 @@ def train(
         seed=seed,
         revision=revision,
         offline=offline,
+        adapter=adapter_path,
     )
     rows = batch_size or (keys.batch_size if keys else _BATCH)
     length = seq_len or (keys.seq_len if keys else _LENGTH)
     if length > loaded.config.max_position_embeddings:
         raise InputError(f"--seq-len {length}: the context is {loaded.config.max_position_embeddings} tokens")
-    batches = RandomTokens(
-        loaded.config.vocab_size, rows, length, seed or 0, fix_batch, grad_accumulation_steps
+    text = _Text(data, valid, valid_share, mask_prompt, not pad, long == "split", output if resume else None)
+    loaded, batches, validation = _batches(
+        loaded, text, rows, length, seed or 0, fix_batch, grad_accumulation_steps
     )
-    trainer = Trainer(_with_adapters(loaded, keys, seed or 0), batches, settings)
-    reports = []
-    with Recorder() as recorder:
-        for report in trainer.run(steps):
-            reports.append(report)
-            if not silent:
-                fault = f"  left out: {report.fault}" if report.fault else ""
-                options.note(
-                    f"step {report.step + 1}/{steps}  loss {report.loss:.4f}  norm {report.norm:.3g}  "
-                    f"lr {report.lr:.3g}  {report.seconds:.2f} s{fault}"
-                )
-    from einsum_transformer.analysis.training import render, training_report
-
-    found = training_report(
-        recorder.spans,
-        [report.loss for report in reports],
-        [report.seconds for report in reports],
-        sum(report.targets for report in reports),
-        trainer.bad_steps,
-        sum(array.size for array in loaded.named_parameters().values()),
-        list(trainer.weights.values()),
-        sum(array.nbytes for moment in trainer.compute.moments().values() for array in moment.values()),
-    )
+    adapters = _Adapters(lora, lora_rank, lora_alpha, lora_dropout, lora_targets, rslora)
+    trainer = Trainer(_with_adapters(loaded, keys, adapters, seed or 0), batches, settings)
+    folder = Path(output or _new_folder(loaded.source))
+    with Journal(folder, resume) as journal, ExitStack() as stack:
+        run = _Run(trainer, journal, steps, validation, rows, silent, stack)
+        run.begin(resume)
+        run.train(save_every if output else None, keep_last, eval_every)
+        if output is not None:
+            run.save(keep_last)
+        found = run.report(loaded, None if data or fix_batch else loaded.config.vocab_size)
+        if plot is not None:
+            run.plot(plot)
     if json:
-        losses = {"losses": [report.loss for report in reports]}
-        options.write(jsonlib.dumps({"model": loaded.source} | found.to_dict() | losses) + "\n")
+        curves = {"losses": list(run.losses.values()), "validation": run.validated, "folder": str(folder)}
+        options.write(jsonlib.dumps({"model": loaded.source} | found.to_dict() | curves) + "\n")
     elif not quiet:
-        terminal = options.console()
-        terminal.print()
-        terminal.print(render(found))
+        _show(found, run, folder, output is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    data: str | None
+    valid: str | None
+    share: float
+    mask_prompt: bool
+    pack: bool
+    split_long: bool
+    resumed: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapters:
+    wanted: bool
+    rank: int | None
+    alpha: float | None
+    dropout: float
+    targets: str | None
+    rslora: bool
+
+
+@dataclass(slots=True)
+class _Run:
+    """A training as the command shows it: progress, log, metrics, validation, checkpoints."""
+
+    trainer: Trainer
+    journal: Journal
+    steps: int
+    validation: Rows | None
+    batch_size: int
+    silent: bool
+    stack: ExitStack
+    losses: dict[int, float] = field(default_factory=dict)
+    validated: dict[int, float] = field(default_factory=dict)
+    reports: list[StepReport] = field(default_factory=list)
+    times: Any = None
+    live: Any = None
+    spoken: float = 0.0
+
+    def begin(self, resume: bool) -> None:
+        """Go on from the newest checkpoint, or write what is begun; then the costs and a first validation."""
+        from einsum_transformer.training import state
+
+        trainer, journal = self.trainer, self.journal
+        found = state.checkpoints(journal.folder) if resume else []
+        if found:
+            for difference in state.restore(trainer, found[-1]):
+                self.say(f"note: {difference}; the last bits may differ from an uninterrupted run")
+            journal.forget_after(trainer.steps_done)
+            self.say(f"resumed after step {trainer.steps_done} from {found[-1]}")
+        else:
+            if resume:
+                self.say(f"{journal.folder} holds no checkpoint: beginning at step 1")
+            journal.forget_after(-1)
+            about = {"source": trainer.model.source, "begun": time.strftime("%Y-%m-%d %H:%M:%S")}
+            journal.about(about | {"steps": self.steps} | state.description(trainer))
+        if not self.silent:
+            self._show_costs()
+        if self.validation is not None and not found:
+            self.validate()
+
+    def train(self, save_every: int | None, keep_last: int, eval_every: int | None) -> None:
+        """All steps that are left."""
+        from einsum_transformer.analysis.training import StepTimes
+        from einsum_transformer.engine import Recorder
+
+        self.times = StepTimes()
+        done = self.trainer.steps_done
+        self.live = None if self.silent or not sys.stderr.isatty() else self._progress(done)
+        with Recorder() as recorder:
+            for report in self.trainer.run(self.steps):
+                stages = self.times.add(recorder.spans)
+                self.reports.append(report)
+                self.losses[report.step + 1] = report.loss
+                self._tell(report, stages)
+                if save_every and (report.step + 1) % save_every == 0:
+                    self.save(keep_last)
+                if eval_every and self.validation is not None and (report.step + 1) % eval_every == 0:
+                    self.validate()
+                recorder.spans.clear()
+        if self.validation is not None and self.steps not in self.validated:
+            self.validate()
+        if self.live is not None:
+            self.live.stop()
+
+    def validate(self) -> None:
+        from einsum_transformer.training.data import mean_loss
+
+        assert self.validation is not None
+        step = self.trainer.steps_done
+        loss = self.validated[step] = mean_loss(self.trainer.model, self.validation, self.batch_size)
+        self.journal.metrics({"step": step, "validation_loss": loss})
+        self.say(f"step {step}/{self.steps}  validation loss {loss:.4f}")
+
+    def save(self, keep_last: int) -> None:
+        from einsum_transformer.training import state
+
+        place = state.save(self.trainer, self.journal.folder, keep_last)
+        self.journal.note(f"checkpoint {place.name}")
+        self.journal.commit()
+
+    def say(self, text: str) -> None:
+        """A line in the log, and for whoever watches."""
+        self.journal.note(text)
+        if not self.silent:
+            self.live.console.print(text) if self.live is not None else options.note(text)
+
+    def report(self, loaded: Model, random_vocabulary: int | None) -> TrainingReport:
+        from einsum_transformer.analysis.training import StepTimes, training_report
+
+        if not self.reports:
+            raise InputError(
+                f"{self.journal.folder}: all {self.steps} steps are done already; ask for more with --steps"
+            )
+        clip, trainer = self.trainer.settings.clip_norm, self.trainer
+        found = training_report(
+            self.times or StepTimes(),
+            [report.loss for report in self.reports],
+            [report.seconds for report in self.reports],
+            sum(report.targets for report in self.reports),
+            trainer.bad_steps,
+            _count(loaded),
+            list(trainer.weights.values()),
+            sum(array.nbytes for moment in trainer.compute.moments().values() for array in moment.values()),
+            sum(clip is not None and report.norm > clip for report in self.reports),
+            random_vocabulary,
+        )
+        self.journal.note(jsonlib.dumps(found.to_dict()))
+        return found
+
+    def plot(self, path: str) -> None:
+        from einsum_transformer.analysis.training import plot_losses
+
+        plot_losses(path, self.losses, self.validated, self.trainer.model.source)
+        self.say(f"wrote {path}")
+
+    def _tell(self, report: StepReport, stages: dict[str, float]) -> None:
+        numbers = {"step": report.step + 1, "loss": report.loss, "norm": report.norm, "lr": report.lr}
+        speed = report.targets / report.seconds
+        self.journal.metrics(
+            numbers | {"targets": report.targets, "seconds": report.seconds, "fault": report.fault} | stages
+        )
+        done, last = report.step + 1, report.step + 1 == self.steps
+        left = (self.steps - done) * sum(r.seconds for r in self.reports[-10:]) / len(self.reports[-10:])
+        fault = f"  left out: {report.fault}" if report.fault else ""
+        line = (
+            f"step {done}/{self.steps}  loss {report.loss:.4f}  norm {report.norm:.3g}  lr {report.lr:.3g}  "
+            f"{report.seconds:.2f} s  {speed:.0f} tokens/s  {_memory()}  {_clock(left)} left{fault}"
+        )
+        self.journal.note(line)
+        if self.live is not None:
+            self.live.update(self.live.task_ids[0], completed=done, description=line)
+            if fault:
+                self.live.console.print(line)
+        elif not self.silent and (
+            fault or last or time.monotonic() - self.spoken >= _LINE_EVERY or done <= 3
+        ):
+            options.note(line)
+            self.spoken = time.monotonic()
+
+    def _progress(self, done: int) -> Any:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = options.console()
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        live = self.stack.enter_context(Progress(*columns, console=console))
+        live.add_task("", total=self.steps, completed=done)
+        return live
+
+    def _show_costs(self) -> None:
+        from einsum_transformer.analysis.training import costs, render_costs
+
+        trainer = self.trainer
+        adapters, lora = {}, trainer.model.lora
+        if lora is not None:
+            count = sum(array.size for array in trainer.weights.values())
+            adapters = {f"LoRA rank {lora.r}": count}
+        itemsize = next(iter(trainer.weights.values())).itemsize
+        name, moments = trainer.settings.optimizer, trainer.settings.optimizer.moments
+        rows = costs(_count(trainer.model), itemsize, len(moments), adapters)
+        options.console().print(render_costs(rows, type(name).__name__))
+
+
+def _count(model: Model) -> int:
+    """The parameters of a model without those of its adapters."""
+    own = model.adapter_parameters()
+    return sum(array.size for name, array in model.named_parameters().items() if name not in own)
+
+
+def _show(found: TrainingReport, run: _Run, folder: Path, kept: bool) -> None:
+    from einsum_transformer.analysis.training import render
+
+    terminal = options.console()
+    terminal.print()
+    terminal.print(render(found))
+    if run.validated:
+        curve = ", ".join(f"{loss:.4f} after step {step}" for step, loss in run.validated.items())
+        terminal.print(f"validation loss {curve}")
+    result = f"{folder}/step-{run.trainer.steps_done:08d}" if kept else "nothing, as there is no --output"
+    terminal.print(f"log and metrics: {folder}; kept: {result}")
+
+
+def _memory() -> str:
+    from einsum_transformer.analysis.report import peak_rss_bytes, quantity
+
+    peak = peak_rss_bytes()
+    return "" if peak is None else f"peak {quantity(peak, 'B')}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _new_folder(source: str) -> str:
+    name = Path(source.split(" (")[0]).stem
+    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = first, 1
+    while folder.exists():
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return str(folder)
+
+
+def _batches(
+    model: Model, text: _Text, rows: int, length: int, seed: int, fixed: bool, accumulation: int
+) -> tuple[Model, Batches, Rows | None]:
+    """The model with a tokenizer, the batches, and the rows to validate with."""
+    from einsum_transformer.training.data import (
+        RandomTokens,
+        TextBatches,
+        arrange,
+        held_out,
+        read_examples,
+    )
+
+    if text.data is None:
+        for flag, given in (("--valid", text.valid), ("--mask-prompt", text.mask_prompt)):
+            if given:
+                raise InputError(f"{flag} needs --data, a file of text")
+        return model, RandomTokens(model.config.vocab_size, rows, length, seed, fixed, accumulation), None
+    model = _with_tokenizer(model, text)
+    assert model.tokenizer is not None
+    examples = read_examples(text.data, model.tokenizer, text.mask_prompt)
+    if text.valid is not None:
+        other = read_examples(text.valid, model.tokenizer, text.mask_prompt)
+    elif text.share > 0:
+        examples, other = held_out(examples, text.share, seed)
+    else:
+        other = []
+    arranged = arrange(examples, length, text.pack, text.split_long)
+    validation = arrange(other, length, text.pack, text.split_long) if other else None
+    model.checked(arranged.tokens)
+    return model, TextBatches(arranged, rows, seed, accumulation, fixed), validation
+
+
+def _with_tokenizer(model: Model, text: _Text) -> Model:
+    """The model as it is if it has a tokenizer, else with one that is trained on the data."""
+    from dataclasses import replace
+
+    from einsum_transformer.text.tokenizer import Tokenizer
+    from einsum_transformer.training.state import checkpoints
+
+    if model.tokenizer is not None:
+        return model
+    saved = [folder for folder in checkpoints(text.resumed or "") if (folder / "tokenizer.json").exists()]
+    config = replace(model.config, eos_token_id=(0,))
+    if text.resumed and saved:
+        return replace(model, tokenizer=Tokenizer.from_folder(saved[-1]), config=config)
+    path = Path(str(text.data))
+    try:
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    tokenizer = Tokenizer.train(content.splitlines(keepends=True), model.config.vocab_size)
+    return replace(model, tokenizer=tokenizer, config=config)
 
 
 def _optimizer(name: str, momentum: float, nesterov: bool, weight_decay: float | None) -> SGD | AdamW:
@@ -160,11 +485,27 @@ def _optimizer(name: str, momentum: float, nesterov: bool, weight_decay: float |
     return AdamW() if weight_decay is None else AdamW(weight_decay=weight_decay)
 
 
-def _with_adapters(model: Model, keys: RunConfig | None, seed: int) -> Model:
-    """The model, with the adapters that its JSON config asks for."""
+def _with_adapters(model: Model, keys: RunConfig | None, flags: _Adapters, seed: int) -> Model:
+    """The model, with the adapters that flags or its JSON config ask for."""
     from einsum_transformer.models.adapters import with_lora
-    from einsum_transformer.models.lora_config import LoRAConfig
+    from einsum_transformer.models.lora_config import ALL_LINEAR, LoRAConfig
 
-    if keys is None or not keys.use_lora:
+    given = flags.wanted or flags.rank or flags.alpha or flags.targets or flags.dropout or flags.rslora
+    if model.lora is not None:
+        if given:
+            raise InputError("--adapter-path says what the adapter is; --lora and its flags begin a new one")
         return model
-    return with_lora(model, LoRAConfig(keys.lora_rank, keys.lora_alpha, keys.lora_target_modules), seed)
+    if not given and not (keys and keys.use_lora):
+        return model
+    if not flags.wanted and not (keys and keys.use_lora):
+        raise InputError("flags of LoRA were given without --lora")
+    rank, alpha = (keys.lora_rank, keys.lora_alpha) if keys else (8, 16.0)
+    targets: str | tuple[str, ...] = keys.lora_target_modules if keys else ("q_proj", "v_proj")
+    if flags.targets is not None:
+        plain = all(
+            part.strip().replace("_", "").replace(".", "").isalnum() for part in flags.targets.split(",")
+        )
+        names = tuple(part.strip() for part in flags.targets.split(","))
+        targets = names if plain and flags.targets != ALL_LINEAR else flags.targets
+    config = LoRAConfig(flags.rank or rank, flags.alpha or alpha, targets, flags.dropout, flags.rslora)
+    return with_lora(model, config, seed)

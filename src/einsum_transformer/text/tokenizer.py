@@ -102,7 +102,7 @@ class Tokenizer:
 
         if vocab_size < _SMALLEST_VOCABULARY:
             raise InputError(
-                f"a tokenizer of {vocab_size} tokens: at least {_SMALLEST_VOCABULARY} are needed, the bytes and EOS"
+                f"a tokenizer of {vocab_size} tokens: the bytes and EOS alone are {_SMALLEST_VOCABULARY}"
             )
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

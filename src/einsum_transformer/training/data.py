@@ -253,7 +253,7 @@ class TextBatches:
         _check_counts(self.batch_size, self.accumulation, self.seed)
         if self.batch_size > len(self.rows):
             raise InputError(
-                f"batch_size is {self.batch_size}, the data gives {len(self.rows)} rows: take fewer or shorter ones"
+                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: make them shorter"
             )
 
     @property

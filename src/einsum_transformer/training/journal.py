@@ -1,0 +1,78 @@
+"""The folder of a training: run.json, train.log, metrics.jsonl, and the checkpoints beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.formats.safetensors import atomic_file, sync
+from einsum_transformer.training import state
+
+ABOUT, LOG, METRICS = "run.json", "train.log", "metrics.jsonl"
+
+
+class Journal:
+    """What a training writes while it runs. A folder has one training; going on with it is asked for."""
+
+    def __init__(self, folder: str | Path, resume: bool = False) -> None:
+        self.folder = Path(folder)
+        if not resume and (self.folder / ABOUT).exists():
+            raise InputError(f"{self.folder}: holds a training already; --resume goes on with it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state.clean(self.folder)
+        self._log = (self.folder / LOG).open("a", encoding="utf-8")
+        self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.note(f"ended by {type(error).__name__}: {error}")
+        self._log.close()
+        self._metrics.close()
+
+    def about(self, facts: Mapping[str, Any]) -> None:
+        """Write run.json: what is trained, how, on what."""
+        with atomic_file(self.folder / ABOUT) as file:
+            file.write((json.dumps(facts, indent=1) + "\n").encode())
+            sync(file)
+
+    def note(self, text: str) -> None:
+        """A line of train.log, with the time."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def metrics(self, numbers: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self._metrics.write(json.dumps(numbers) + "\n")
+        self._metrics.flush()
+
+    def forget_after(self, steps: int) -> None:
+        """Remove the metrics of steps that a resumed training does again, and a line that was cut off."""
+        kept = []
+        for line in (self.folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= steps:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        self._metrics.close()
+        with atomic_file(self.folder / METRICS) as file:
+            file.write("".join(kept).encode())
+            sync(file)
+        self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+
+    def commit(self) -> None:
+        """Bring log and metrics to the disk, as is done for a checkpoint."""
+        for file in (self._log, self._metrics):
+            file.flush()
+            os.fsync(file.fileno())
