@@ -190,3 +190,10 @@ def test_one_line_for_a_mistake(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_merged_at_the_end(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert etx(*text, "--lora", "--merge", "--steps", "3", "--quiet") == 0
+    assert Path("out/merged/model.safetensors").exists()
+    assert etx(*text, "--merge", "--quiet", "-o", "full", "--steps", "1") == 2
+    assert "there is no adapter to merge" in capsys.readouterr().err

@@ -93,6 +93,10 @@ def train(
         typer.Option(metavar="NAMES", help="q_proj,v_proj (default), all-linear, or a regular expression."),
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="At the end also write --output/merged, the adapters in the weights."),
+    ] = False,
     adapter_path: options.AdapterPath = None,
     output: Annotated[
         str | None,
@@ -153,6 +157,9 @@ def train(
     )
     if output is None and (resume or save_every):
         raise InputError("--resume and --save-every need --output, the folder that checkpoints are in")
+    merge = merge or bool(keys and keys.use_lora and keys.lora_merge_after_training)
+    if merge and output is None:
+        raise InputError("merging after training needs --output, the folder that the model goes to")
     if long not in ("split", "refuse"):
         raise InputError(f"--long {long!r}: choose split or refuse")
     silent = quiet or json
@@ -185,6 +192,8 @@ def train(
         run.train(save_every if output else None, keep_last, eval_every)
         if output is not None:
             run.save(keep_last)
+        if merge and output is not None:
+            run.merge(folder / "merged")
         found = run.report(loaded, None if data or fix_batch else loaded.config.vocab_size)
         if plot is not None:
             run.plot(plot)
@@ -295,6 +304,13 @@ class _Run:
         place = state.save(self.trainer, self.journal.folder, keep_last)
         self.journal.note(f"checkpoint {place.name}")
         self.journal.commit()
+
+    def merge(self, folder: Path) -> None:
+        from einsum_transformer.models.adapters import merged
+
+        whole, report = merged(self.trainer.model)
+        whole.save(folder)
+        self.say(f"merged {len(report)} adapters into the weights: {folder}")
 
     def say(self, text: str) -> None:
         """A line in the log, and for whoever watches."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from einsum_transformer.components.head import Head
 from einsum_transformer.engine import Leaf
-from einsum_transformer.errors import InputError
+from einsum_transformer.errors import FormatError, InputError
+from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, parse_json, sync
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
 from einsum_transformer.models.lora_config import LoRAConfig
@@ -167,6 +170,30 @@ def rounded(array: Array, dtype: str) -> Array:
     """The array with its numbers rounded to those of a storage type."""
     if dtype != "bfloat16":
         return array.astype(dtype).astype(array.dtype, copy=False)
-    from einsum_transformer.formats.safetensors import float32_to_bf16
-
     return float32_to_bf16(array.astype(np.float32)).astype(array.dtype)
+
+
+_MERGED = "merged_adapters.json"
+
+
+def read_merged(folder: Path) -> list[str]:
+    """The digests of the adapters that were merged into the model in a folder; none for anything else."""
+    path = folder / _MERGED
+    if not path.is_file():
+        return []
+    if path.stat().st_size > 1 << 20:
+        raise FormatError(f"{path}: larger than 1 MiB")
+    held = parse_json(path, "the list of adapters", path.read_bytes()).get("sha256")
+    if not isinstance(held, list) or not all(isinstance(digest, str) for digest in held):
+        raise FormatError(f"{path}: sha256 must be a list of digests")
+    return held
+
+
+def write_merged(folder: Path, digests: list[str]) -> None:
+    """Say beside a model's weights which adapters they hold."""
+    if not digests:
+        (folder / _MERGED).unlink(missing_ok=True)
+        return
+    with atomic_file(folder / _MERGED) as file:
+        file.write((json.dumps({"sha256": digests}, indent=1) + "\n").encode())
+        sync(file)

@@ -6,6 +6,7 @@ embedding `.lora_embedding_A` [r, in] and `.lora_embedding_B` [out, r] (https://
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -56,6 +57,18 @@ _NOTHING = {
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
     return (folder / CONFIG).is_file()
+
+
+def adapter_digest(folder: Path) -> str:
+    """The sha256 of an adapter: of its tensors and of what scales them."""
+    read_config(folder)
+    found = hashlib.sha256()
+    for name in (TENSORS, CONFIG):
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{folder}: holds no {name}")
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def with_adapter(model: Model, folder: str | Path) -> Model:
