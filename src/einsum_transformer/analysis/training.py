@@ -236,7 +236,7 @@ def _advice(
             found.append("the loss was still falling at the end: more steps will lower it further")
     if clipped > len(losses) / 2:
         found.append(
-            f"the gradients were clipped in {clipped} of {len(losses)} steps: the rate has little effect"
+            f"gradients were clipped in {clipped} of {len(losses)} steps: --clip-norm is low, or the rate high"
         )
     if step.p50 > 0 and step.p99 > 2 * step.p50 and len(losses) >= 10:
         found.append(
