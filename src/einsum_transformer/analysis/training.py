@@ -18,7 +18,8 @@ from einsum_transformer.errors import InputError
 
 Key = tuple[str, ...]
 
-STAGES = ("batch", "forward", "workers", "loss", "backward", "clipping", "update")
+STAGES = ("batch", "forward", "loss", "backward", "share", "workers", "sum", "clipping", "update")
+"""Forward, loss and backward where this process computes; share, workers and sum where a cluster does."""
 _LAYER, _ATTENTION = ("layer",), ("layer", "attention")
 # The lines of each table: label -> the phases that make it up, below the table's own.
 _TABLES: dict[str, dict[str, tuple[Key, ...]]] = {
@@ -235,9 +236,7 @@ def _advice(
         elif float(losses[-third:].mean()) < float(losses[-2 * third : -third].mean()) * 0.98:
             found.append("the loss was still falling at the end: more steps will lower it further")
     if clipped > len(losses) / 2:
-        found.append(
-            f"gradients were clipped in {clipped} of {len(losses)} steps: --clip-norm is low, or the rate high"
-        )
+        found.append(f"gradients were clipped in {clipped} of {len(losses)} steps: is --clip-norm too low?")
     if step.p50 > 0 and step.p99 > 2 * step.p50 and len(losses) >= 10:
         found.append(
             f"the slowest steps took {step.p99 / step.p50:.1f} times the median: is the machine shared?"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,16 +15,12 @@ from einsum_transformer.cli import options
 from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
-    from einsum_transformer.analysis.training import TrainingReport
     from einsum_transformer.checkpoint import Model
     from einsum_transformer.models.run_config import RunConfig
     from einsum_transformer.training.data import Batches, Rows
-    from einsum_transformer.training.journal import Journal
-    from einsum_transformer.training.loop import StepReport, Trainer
     from einsum_transformer.training.optimizers import SGD, AdamW
 
 _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
-_LINE_EVERY = 1.0  # seconds between lines of progress where there is no terminal
 
 
 def train(
@@ -115,6 +110,21 @@ def train(
         int | None, typer.Option(metavar="N", min=1, help="Validate every N steps, not only at both ends.")
     ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the loss curve.")] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Divide each batch over N Ray workers; threads are divided too."
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of a Ray cluster; default: start one here.")
+    ] = None,
+    shard_optimizer: Annotated[
+        bool, typer.Option("--shard-optimizer", help="Divide the optimizer's state over the workers too.")
+    ] = False,
+    worker_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="The longest that a worker's answer may take.")
+    ] = 600.0,
     seed: options.Seed = None,
     blas: options.Blas = "auto",
     threads: options.Threads = None,
@@ -141,6 +151,7 @@ def train(
     etx train --lora --data chats.jsonl --mask-prompt --pad --steps 100 -o my-run --resume
     etx run --adapter-path my-run/step-00000100 -p "Once upon a time"
     """
+    from einsum_transformer.cli.training_run import TrainingRun, show
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
     from einsum_transformer.training.schedule import Schedule
@@ -183,11 +194,14 @@ def train(
     loaded, batches, validation = _batches(
         loaded, text, rows, length, seed or 0, fix_batch, grad_accumulation_steps
     )
+    compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer)
     adapters = _Adapters(lora, lora_rank, lora_alpha, lora_dropout, lora_targets, rslora)
-    trainer = Trainer(_with_adapters(loaded, keys, adapters, seed or 0), batches, settings)
+    adapted = _with_adapters(loaded, keys, adapters, seed or 0)
     folder = Path(output or _new_folder(loaded.source))
     with Journal(folder, resume) as journal, ExitStack() as stack:
-        run = _Run(trainer, journal, steps, validation, rows, silent, stack)
+        trainer = Trainer(adapted, batches, settings, compute)
+        stack.callback(trainer.compute.close)
+        run = TrainingRun(trainer, journal, steps, validation, rows, silent, stack)
         run.begin(resume)
         run.train(save_every if output else None, keep_last, eval_every)
         if output is not None:
@@ -201,7 +215,7 @@ def train(
         curves = {"losses": list(run.losses.values()), "validation": run.validated, "folder": str(folder)}
         options.write(jsonlib.dumps({"model": loaded.source} | found.to_dict() | curves) + "\n")
     elif not quiet:
-        _show(found, run, folder, output is not None)
+        show(found, run, folder, output is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,206 +237,6 @@ class _Adapters:
     dropout: float
     targets: str | None
     rslora: bool
-
-
-@dataclass(slots=True)
-class _Run:
-    """A training as the command shows it: progress, log, metrics, validation, checkpoints."""
-
-    trainer: Trainer
-    journal: Journal
-    steps: int
-    validation: Rows | None
-    batch_size: int
-    silent: bool
-    stack: ExitStack
-    losses: dict[int, float] = field(default_factory=dict)
-    validated: dict[int, float] = field(default_factory=dict)
-    reports: list[StepReport] = field(default_factory=list)
-    times: Any = None
-    live: Any = None
-    spoken: float = 0.0
-
-    def begin(self, resume: bool) -> None:
-        """Go on from the newest checkpoint, or write what is begun; then the costs and a first validation."""
-        from einsum_transformer.training import state
-
-        trainer, journal = self.trainer, self.journal
-        found = state.checkpoints(journal.folder) if resume else []
-        if found:
-            for difference in state.restore(trainer, found[-1]):
-                self.say(f"note: {difference}; the last bits may differ from an uninterrupted run")
-            journal.forget_after(trainer.steps_done)
-            self.say(f"resumed after step {trainer.steps_done} from {found[-1]}")
-        else:
-            if resume:
-                self.say(f"{journal.folder} holds no checkpoint: beginning at step 1")
-            journal.forget_after(-1)
-            about = {"source": trainer.model.source, "begun": time.strftime("%Y-%m-%d %H:%M:%S")}
-            journal.about(about | {"steps": self.steps} | state.description(trainer))
-        if not self.silent:
-            self._show_costs()
-        if self.validation is not None and not found:
-            self.validate()
-
-    def train(self, save_every: int | None, keep_last: int, eval_every: int | None) -> None:
-        """All steps that are left."""
-        from einsum_transformer.analysis.training import StepTimes
-        from einsum_transformer.engine import Recorder
-
-        self.times = StepTimes()
-        done = self.trainer.steps_done
-        self.live = None if self.silent or not sys.stderr.isatty() else self._progress(done)
-        with Recorder() as recorder:
-            for report in self.trainer.run(self.steps):
-                stages = self.times.add(recorder.spans)
-                self.reports.append(report)
-                self.losses[report.step + 1] = report.loss
-                self._tell(report, stages)
-                if save_every and (report.step + 1) % save_every == 0:
-                    self.save(keep_last)
-                if eval_every and self.validation is not None and (report.step + 1) % eval_every == 0:
-                    self.validate()
-                recorder.spans.clear()
-        if self.validation is not None and self.steps not in self.validated:
-            self.validate()
-        if self.live is not None:
-            self.live.stop()
-
-    def validate(self) -> None:
-        from einsum_transformer.training.data import mean_loss
-
-        assert self.validation is not None
-        step = self.trainer.steps_done
-        loss = self.validated[step] = mean_loss(self.trainer.model, self.validation, self.batch_size)
-        self.journal.metrics({"step": step, "validation_loss": loss})
-        self.say(f"step {step}/{self.steps}  validation loss {loss:.4f}")
-
-    def save(self, keep_last: int) -> None:
-        from einsum_transformer.training import state
-
-        place = state.save(self.trainer, self.journal.folder, keep_last)
-        self.journal.note(f"checkpoint {place.name}")
-        self.journal.commit()
-
-    def merge(self, folder: Path) -> None:
-        from einsum_transformer.models.adapters import merged
-
-        whole, report = merged(self.trainer.model)
-        whole.save(folder)
-        self.say(f"merged {len(report)} adapters into the weights: {folder}")
-
-    def say(self, text: str) -> None:
-        """A line in the log, and for whoever watches."""
-        self.journal.note(text)
-        if not self.silent:
-            self.live.console.print(text) if self.live is not None else options.note(text)
-
-    def report(self, loaded: Model, random_vocabulary: int | None) -> TrainingReport:
-        from einsum_transformer.analysis.training import StepTimes, training_report
-
-        if not self.reports:
-            raise InputError(
-                f"{self.journal.folder}: all {self.steps} steps are done already; ask for more with --steps"
-            )
-        clip, trainer = self.trainer.settings.clip_norm, self.trainer
-        found = training_report(
-            self.times or StepTimes(),
-            [report.loss for report in self.reports],
-            [report.seconds for report in self.reports],
-            sum(report.targets for report in self.reports),
-            trainer.bad_steps,
-            _count(loaded),
-            list(trainer.weights.values()),
-            sum(array.nbytes for moment in trainer.compute.moments().values() for array in moment.values()),
-            sum(clip is not None and report.norm > clip for report in self.reports),
-            random_vocabulary,
-        )
-        self.journal.note(jsonlib.dumps(found.to_dict()))
-        return found
-
-    def plot(self, path: str) -> None:
-        from einsum_transformer.analysis.training import plot_losses
-
-        plot_losses(path, self.losses, self.validated, self.trainer.model.source)
-        self.say(f"wrote {path}")
-
-    def _tell(self, report: StepReport, stages: dict[str, float]) -> None:
-        numbers = {"step": report.step + 1, "loss": report.loss, "norm": report.norm, "lr": report.lr}
-        speed = report.targets / report.seconds
-        self.journal.metrics(
-            numbers | {"targets": report.targets, "seconds": report.seconds, "fault": report.fault} | stages
-        )
-        done, last = report.step + 1, report.step + 1 == self.steps
-        left = (self.steps - done) * sum(r.seconds for r in self.reports[-10:]) / len(self.reports[-10:])
-        fault = f"  left out: {report.fault}" if report.fault else ""
-        line = (
-            f"step {done}/{self.steps}  loss {report.loss:.4f}  norm {report.norm:.3g}  lr {report.lr:.3g}  "
-            f"{report.seconds:.2f} s  {speed:.0f} tokens/s  {_memory()}  {_clock(left)} left{fault}"
-        )
-        self.journal.note(line)
-        if self.live is not None:
-            self.live.update(self.live.task_ids[0], completed=done, description=line)
-            if fault:
-                self.live.console.print(line)
-        elif not self.silent and (
-            fault or last or time.monotonic() - self.spoken >= _LINE_EVERY or done <= 3
-        ):
-            options.note(line)
-            self.spoken = time.monotonic()
-
-    def _progress(self, done: int) -> Any:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        console = options.console()
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-        live = self.stack.enter_context(Progress(*columns, console=console))
-        live.add_task("", total=self.steps, completed=done)
-        return live
-
-    def _show_costs(self) -> None:
-        from einsum_transformer.analysis.training import costs, render_costs
-
-        trainer = self.trainer
-        adapters, lora = {}, trainer.model.lora
-        if lora is not None:
-            count = sum(array.size for array in trainer.weights.values())
-            adapters = {f"LoRA rank {lora.r}": count}
-        itemsize = next(iter(trainer.weights.values())).itemsize
-        name, moments = trainer.settings.optimizer, trainer.settings.optimizer.moments
-        rows = costs(_count(trainer.model), itemsize, len(moments), adapters)
-        options.console().print(render_costs(rows, type(name).__name__))
-
-
-def _count(model: Model) -> int:
-    """The parameters of a model without those of its adapters."""
-    own = model.adapter_parameters()
-    return sum(array.size for name, array in model.named_parameters().items() if name not in own)
-
-
-def _show(found: TrainingReport, run: _Run, folder: Path, kept: bool) -> None:
-    from einsum_transformer.analysis.training import render
-
-    terminal = options.console()
-    terminal.print()
-    terminal.print(render(found))
-    if run.validated:
-        curve = ", ".join(f"{loss:.4f} after step {step}" for step, loss in run.validated.items())
-        terminal.print(f"validation loss {curve}")
-    result = f"{folder}/step-{run.trainer.steps_done:08d}" if kept else "nothing, as there is no --output"
-    terminal.print(f"log and metrics: {folder}; kept: {result}")
-
-
-def _memory() -> str:
-    from einsum_transformer.analysis.report import peak_rss_bytes, quantity
-
-    peak = peak_rss_bytes()
-    return "" if peak is None else f"peak {quantity(peak, 'B')}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def _new_folder(source: str) -> str:
@@ -487,6 +301,22 @@ def _with_tokenizer(model: Model, text: _Text) -> Model:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     tokenizer = Tokenizer.train(content.splitlines(keepends=True), model.config.vocab_size)
     return replace(model, tokenizer=tokenizer, config=config)
+
+
+def _compute(
+    workers: int | None, address: str | None, threads: int | None, timeout: float, shard: bool
+) -> Any:
+    """Who computes: this process, or workers of a Ray cluster."""
+    from einsum_transformer.training.loop import Local
+
+    if workers is None:
+        for flag, given in (("--ray-address", address), ("--shard-optimizer", shard)):
+            if given:
+                raise InputError(f"{flag} needs --ray-workers, their number")
+        return Local
+    from einsum_transformer.cluster.data_parallel import data_parallel
+
+    return data_parallel(workers, address, threads, timeout, shard)
 
 
 def _optimizer(name: str, momentum: float, nesterov: bool, weight_decay: float | None) -> SGD | AdamW:

@@ -22,7 +22,9 @@ class Journal:
 
     def __init__(self, folder: str | Path, resume: bool = False) -> None:
         self.folder = Path(folder)
-        if not resume and (self.folder / ABOUT).exists():
+        metrics = self.folder / METRICS
+        begun = metrics.exists() and metrics.stat().st_size > 0
+        if not resume and (begun or state.checkpoints(self.folder)):
             raise InputError(f"{self.folder}: holds a training already; --resume goes on with it")
         self.folder.mkdir(parents=True, exist_ok=True)
         state.clean(self.folder)

@@ -85,6 +85,10 @@ class Compute(Protocol):
         """Go on from this state, with the weights as they are now."""
         ...
 
+    def close(self) -> None:
+        """End what was started for it."""
+        ...
+
 
 class Local:
     """This process computes."""
@@ -109,6 +113,9 @@ class Local:
         for moment, arrays in moments.items():
             for name, array in arrays.items():
                 np.copyto(self.state[moment][name], array)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 def numbered(parts: list[Batch]) -> list[tuple[int, Array, Array]]:
