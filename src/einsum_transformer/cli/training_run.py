@@ -1,4 +1,4 @@
-"""What `train` shows and writes while it runs: progress, log, metrics, validation, checkpoints, the report."""
+"""What `train` shows and writes while it runs: progress, log, metrics, validation, checkpoints, tables."""
 
 from __future__ import annotations
 
