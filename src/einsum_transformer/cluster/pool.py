@@ -65,8 +65,8 @@ class Connection:
 class Pool:
     """`count` workers made of one plan, each with its share of its machine's threads.
 
-    threads: of a machine, all its cores by default. timeout: seconds that an answer may take. recovered: called
-    with the number of a worker that took a dead one's place, before it is asked anything.
+    threads: of a machine, all its cores by default. timeout: seconds that an answer may take. recovered:
+    called with the number of a worker that took a dead one's place, before it is asked anything.
     """
 
     def __init__(

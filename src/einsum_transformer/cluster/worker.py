@@ -51,6 +51,22 @@ class Place:
     cores: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Name -> shape of every trained array, in the equations and as a checkpoint stores it."""
+
+    seen: dict[str, tuple[int, ...]]
+    stored: dict[str, tuple[int, ...]]
+
+    def sent(self, arrays: Arrays) -> dict[str, Array]:
+        """As they travel, views in the same memory."""
+        return {name: array.reshape(self.stored[name]) for name, array in arrays.items()}
+
+    def received(self, arrays: Arrays) -> dict[str, Array]:
+        """As the equations take them, views in the same memory."""
+        return {name: array.reshape(self.seen[name]) for name, array in arrays.items()}
+
+
 def emptied(decoder: Any) -> Any:
     """The decoder of a `Plan`: every leaf's settings, none of its numbers."""
 
@@ -132,12 +148,16 @@ class Worker:
         weights = {name: trained[name] for name in names}
         self.shards[shard] = -1, start(self.plan.settings.optimizer, weights)
 
-    def receive(self, shard: int, step: int, moments: Moments) -> None:
-        """Hold a shard with these moments; step: the last one that is in them."""
-        self.shards[shard] = step, {
-            moment: {name: np.array(array) for name, array in arrays.items()}
-            for moment, arrays in moments.items()
-        }
+    def receive(self, shard: int, copy: tuple[int, Moments]) -> None:
+        """Hold a shard as another worker or a checkpoint has it: (the last step in it, the moments)."""
+        step, moments = copy
+        self.shards[shard] = (
+            step,
+            {
+                moment: {name: np.array(array) for name, array in arrays.items()}
+                for moment, arrays in moments.items()
+            },
+        )
 
     def moments(self, shard: int) -> tuple[int, Moments]:
         """The last step that is in a shard, and its moments."""
@@ -160,5 +180,5 @@ class Worker:
         return weights
 
     def follow(self, *update: Any) -> None:
-        """`update` of a twin: the moments change as they did in the other copy, the weights go nowhere."""
+        """`update` of a twin: its moments change as the other copy's did, its new weights are the same."""
         self.update(*update)
