@@ -13,6 +13,12 @@ from einsum_transformer.cluster.worker import Place, Plan, Worker
 from einsum_transformer.errors import InputError
 
 _ADDRESS = re.compile(r"auto|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
+_LOCAL_ENVIRONMENT = {
+    # A Ray for this process alone listens on the loopback interface alone. Ray has this switch for other
+    # systems than Linux, where it is off, and reads it when it is imported.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 _REPLACEMENTS = 4
 _STORE_BYTES = 1 << 27
 """Of a local object store, beyond what is known to lie in it."""
@@ -34,6 +40,9 @@ class Connection:
     alone; `close` ends what was begun here."""
 
     def __init__(self, address: str | None, workers: int, store_bytes: int) -> None:
+        if address is None:
+            for name, value in _LOCAL_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
         self.ray = import_ray()
         if address is not None and not _ADDRESS.fullmatch(address):
             raise InputError(f"Ray address {address!r}: auto or host:port is expected")
@@ -42,14 +51,10 @@ class Connection:
             return
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             quiet |= {
                 "num_cpus": workers,
-                "num_gpus": 0,
                 "include_dashboard": False,
                 "object_store_memory": store_bytes + _STORE_BYTES,
-                # Ray asks nobody for a password: a cluster for this process stays on this machine.
-                "_node_ip_address": "127.0.0.1",
             }
         try:
             self.ray.init(address or "local", **quiet)
