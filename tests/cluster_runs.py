@@ -23,12 +23,12 @@ STEPS = 4
 
 
 class Ragged:
-    """Seven rows in parts of three and four, with 1 to 7 targets each."""
+    """Nine rows in parts of four and five, with 1 to 9 targets each."""
 
     def batch(self, step: int) -> list[Batch]:
-        tokens, targets = np.random.default_rng(step).integers(0, 61, (2, 7, 12))
-        targets[np.arange(12) > np.arange(7)[:, None]] = -100
-        return [(tokens[:3], targets[:3]), (tokens[3:], targets[3:])]
+        tokens, targets = np.random.default_rng(step).integers(0, 61, (2, 9, 12))
+        targets[np.arange(12) > np.arange(9)[:, None]] = -100
+        return [(tokens[:4], targets[:4]), (tokens[4:], targets[4:])]
 
 
 def trainer(

@@ -14,12 +14,11 @@ from einsum_transformer.errors import InputError
 
 _ADDRESS = re.compile(r"auto|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 _LOCAL_ENVIRONMENT = {
-    # A Ray for this process alone listens on the loopback interface alone. Ray has this switch for other
-    # systems than Linux, where it is off, and reads it when it is imported.
+    # Off where Ray is asked to stay on the loopback interface, which it does on other systems than Linux by
+    # default; it reads this when it is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-_REPLACEMENTS = 4
 _STORE_BYTES = 1 << 27
 """Of a local object store, beyond what is known to lie in it."""
 
@@ -35,15 +34,19 @@ def import_ray() -> Any:
     return ray
 
 
+def import_local_ray() -> Any:
+    """`import_ray` for a Ray that listens on the loopback interface alone, if this is its first import."""
+    for name, value in _LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return import_ray()
+
+
 class Connection:
     """A Ray that is in use already, one that is connected to at `address`, or a local one for this process
     alone; `close` ends what was begun here."""
 
     def __init__(self, address: str | None, workers: int, store_bytes: int) -> None:
-        if address is None:
-            for name, value in _LOCAL_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-        self.ray = import_ray()
+        self.ray = import_local_ray() if address is None else import_ray()
         if address is not None and not _ADDRESS.fullmatch(address):
             raise InputError(f"Ray address {address!r}: auto or host:port is expected")
         self.ours = not self.ray.is_initialized()
@@ -175,9 +178,12 @@ class Pool:
         """A new actor in the place of a dead one; it takes the CPU that Ray counted for the other."""
         while True:
             self.replaced += 1
-            if self.replaced > _REPLACEMENTS:
+            # A machine may take all of them along, and one or two may be unlucky again.
+            if self.replaced > len(self.actors) + 2:
                 reason = str(error).strip().splitlines()[0]
-                raise InputError(f"worker {worker} died, after {_REPLACEMENTS} others in one step: {reason}")
+                raise InputError(
+                    f"worker {worker} died, after {self.replaced - 1} others in one step: {reason}"
+                )
             self._kill(worker)
             self.actors[worker] = self._actor(self.threads[worker], cpus=0)
             try:
