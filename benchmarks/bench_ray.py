@@ -1,0 +1,165 @@
+"""One training step on one Ray worker and on several, each with one BLAS thread; the weights are random.
+
+The runs take turns, round by round, and medians are reported. README.md says what each number means.
+
+    python benchmarks/bench_ray.py --json ray.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import machine
+from machine import Table, median, progress
+
+LORA_TARGETS = ["q_proj", "v_proj"]
+PHASES = ("share", "workers", "sum", "clipping", "update")
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A run: what is trained, by how many workers, and where the optimizer's state is."""
+
+    name: str
+    workers: int
+    lora: bool
+    shard_optimizer: bool = False
+
+
+def cases(workers: int) -> list[Case]:
+    """Of every weight and of adapters alone, the baseline of each first."""
+    many = f"{workers} workers"
+    return [
+        Case("all weights, 1 worker", 1, lora=False),
+        Case(f"all weights, {many}", workers, lora=False),
+        Case(f"all weights, {many}, divided state", workers, lora=False, shard_optimizer=True),
+        Case("LoRA, 1 worker", 1, lora=True),
+        Case(f"LoRA, {many}", workers, lora=True),
+    ]
+
+
+def trainer(case: Case, options: argparse.Namespace, stack: ExitStack) -> Any:
+    """The run's Trainer, with its workers started; the stack ends them."""
+    import einsum_transformer as et
+    from einsum_transformer.cluster.data_parallel import data_parallel
+    from einsum_transformer.models.adapters import with_lora
+    from einsum_transformer.models.lora_config import LoRAConfig
+    from einsum_transformer.training.data import RandomTokens
+    from einsum_transformer.training.loop import Settings, Trainer
+    from einsum_transformer.training.optimizers import AdamW
+    from einsum_transformer.training.schedule import Schedule
+
+    model = et.load(options.config)
+    if case.lora:
+        model = with_lora(model, LoRAConfig(8, target_modules=LORA_TARGETS))
+    batches = RandomTokens(model.config.vocab_size, options.batch_size, options.seq_len)
+    start = data_parallel(case.workers, threads=case.workers, shard_optimizer=case.shard_optimizer)
+    return Trainer(
+        model,
+        batches,
+        Settings(Schedule(1e-4, 1), AdamW()),
+        lambda model, settings: stack.enter_context(start(model, settings)),
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Case -> part of a step -> milliseconds of every round."""
+    from einsum_transformer.cluster.pool import Connection
+    from einsum_transformer.engine import Recorder, blas
+
+    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with ExitStack() as stack:
+        blas.set_threads(1)
+        wanted = cases(options.workers)
+        connection = Connection(None, sum(case.workers for case in wanted), options.store_bytes)
+        stack.callback(connection.close)
+        started = []
+        for case in wanted:
+            progress(f"starting {case.name}")
+            started.append((case, trainer(case, options, stack)))
+        # The first round warms up and does not count.
+        for number in range(options.rounds + 1):
+            progress("warm-up" if number == 0 else f"round {number} of {options.rounds}")
+            turn = number % len(started)
+            for case, made in started[turn:] + started[:turn]:
+                with Recorder() as recorder:
+                    seconds = made.step().seconds
+                if number == 0:
+                    continue
+                samples[case.name]["step"].append(seconds * 1e3)
+                for name in PHASES:
+                    spent = sum(span.seconds for span in recorder.spans if span.path == (name,))
+                    samples[case.name][name].append(spent * 1e3)
+    return samples
+
+
+def medians(samples: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    return {case: {part: median(values) for part, values in parts.items()} for case, parts in samples.items()}
+
+
+def table(options: argparse.Namespace, samples: dict[str, dict[str, list[float]]]) -> Table:
+    found, tokens = medians(samples), options.batch_size * options.seq_len
+    wanted = cases(options.workers)
+    baseline = {case.lora: found[case.name]["step"] for case in wanted if case.workers == 1}
+    rows = []
+    for case in wanted:
+        times = found[case.name]
+        cells = [f"{times['step']:.1f}", f"{tokens / times['step'] * 1e3:.0f}"]
+        cells += [f"{times[name]:.1f}" for name in PHASES]
+        rows.append((case.name, *cells, f"{baseline[case.lora] / times['step']:.2f}x"))
+    return Table("A training step", ("", "ms", "tokens/s", *PHASES, "1 worker / this"), rows)
+
+
+def notes(options: argparse.Namespace, samples: dict[str, dict[str, list[float]]]) -> list[str]:
+    spreads = [machine.spread(parts["step"]) for parts in samples.values()]
+    return [
+        machine.machine_line(),
+        f"{options.config.name}, random weights; {options.batch_size} x {options.seq_len} tokens; AdamW",
+        f"Ray {version('ray')}, NumPy {version('numpy')}; one BLAS thread for each worker and the driver",
+        f"medians of {options.rounds} rounds; largest less smallest round: at most {max(spreads):.0%} of "
+        "the median",
+    ]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", type=Path, default=ROOT / "configs/fast_lora.json", help="default: %(default)s")
+    add("--workers", type=int, default=os.cpu_count() or 2, help="default: the cores, %(default)s")
+    add("--batch-size", type=int, default=8, metavar="N", help="rows of a step (default: %(default)s)")
+    add("--seq-len", type=int, default=128, metavar="N", help="tokens of a row (default: %(default)s)")
+    add("--rounds", type=int, default=7, help="rounds that count; one more warms up (default: %(default)s)")
+    add("--store-bytes", type=int, default=1 << 31, help="of Ray's object store (default: %(default)s)")
+    add("--quick", action="store_true", help="one short round, to see that all runs: numbers mean nothing")
+    add("--json", type=Path, metavar="FILE", help="write settings and every sample")
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    options = parser.parse_args(arguments)
+    if options.workers < 2:
+        parser.error("--workers: at least 2, to set beside one")
+    if options.quick:
+        options.batch_size, options.seq_len, options.rounds = options.workers, 8, 1
+    return options
+
+
+def main() -> None:
+    options = parse()
+    samples = measure(options)
+    machine.show(notes(options, samples), [table(options, samples)], options.markdown)
+    settings = {key: str(value) for key, value in vars(options).items() if key != "json"}
+    found = {"machine": machine.describe(), "settings": settings, "medians": medians(samples)}
+    machine.save_json(options.json, found | {"samples": samples})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What workers do without Ray: rows and shards are divided, decoders taken apart and put together."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
+from einsum_transformer.cluster.pool import Connection
+from einsum_transformer.cluster.worker import emptied, frozen_weights
+from einsum_transformer.errors import InputError
+from einsum_transformer.models.adapters import trainable, with_lora
+from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.tree import map_named, named_leaves
+from tiny_models import tiny_model
+
+
+def test_rows_keep_their_order_and_numbers() -> None:
+    tokens = np.arange(9)[:, None] * [1, 1]
+    shares = _shares([(tokens[:5], tokens[:5] + 1), (tokens[5:], tokens[5:] + 1)], 3)
+    assert [[(first, len(t)) for first, t, _ in share] for share in shares] == [
+        [(0, 2), (5, 2)],
+        [(2, 2), (7, 1)],
+        [(4, 1), (8, 1)],
+    ]
+    for share in shares:
+        for first, t, y in share:
+            np.testing.assert_array_equal(t[:, 0], np.arange(first, first + len(t)))
+            np.testing.assert_array_equal(y, t + 1)
+
+
+def test_a_part_with_fewer_rows_than_workers_is_refused() -> None:
+    tokens = np.zeros((3, 4), int)
+    with pytest.raises(InputError, match=r"^3 rows cannot be divided over 4 Ray workers"):
+        _shares([(tokens, tokens)], 4)
+
+
+def test_the_sum_is_in_the_order_of_the_workers() -> None:
+    shares = [{"w": np.float32([[x]])} for x in (1e8, -1e8, 1.0)]
+    assert _sum(shares)["w"] == 1.0
+    assert _sum(shares[::-1])["w"] == 0.0
+    assert _sum(shares[2:]) is shares[2]
+
+
+def test_shards_are_of_about_the_same_size() -> None:
+    sizes = {"a": 7, "b": 5, "c": 4, "d": 3, "e": 1}
+    assert _balanced(sizes, 2) == [["a", "d"], ["b", "c", "e"]]
+    assert _balanced(sizes, 6)[5] == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_decoder_is_put_together_again(tied: bool, lora: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    if lora:
+        model = with_lora(model, LoRAConfig(r=2, target_modules=["q_proj", "o_proj", "embed_tokens"]))
+    frozen = {path: np.array(w) for path, w in frozen_weights(model.decoder).items()}
+    empty, trained = emptied(model.decoder), trainable(model.decoder)
+    assert not any(isinstance(leaf, np.ndarray) for _, leaf in named_leaves(empty))
+    again = map_named(lambda path, leaf: leaf(path, frozen, trained), empty)
+    tokens = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(again.forward(tokens)[0], model.decoder.forward(tokens)[0])
+    assert trainable(again).keys() == trained.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"workers": 0}, "^0 Ray workers: at least 1"),
+        ({"workers": 1, "shard_optimizer": True}, "at least 2 Ray workers"),
+        ({"workers": 2, "threads": 0}, "^0 threads"),
+        ({"workers": 2, "timeout": 0.0}, "timeout of 0.0 s"),
+    ],
+)
+def test_wrong_settings_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        data_parallel(**given)
+
+
+def test_ray_is_asked_for_when_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r'pip install "einsum-transformer\[ray\]"'):
+        Connection("auto", 2, 0)

@@ -1,0 +1,55 @@
+"""A cluster of two machines, played by this one: the same weights, also when a machine goes away."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster_runs import STEPS, final, snapshot, trainer
+from einsum_transformer.cluster.data_parallel import data_parallel
+from einsum_transformer.cluster.pool import import_local_ray
+from einsum_transformer.errors import InputError
+from einsum_transformer.training.loop import Local
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+MACHINE = {"num_cpus": 2, "object_store_memory": 1 << 27, "include_dashboard": False}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head with two CPUs; this process connects to it by its address."""
+    ray = import_local_ray()
+    utils = importlib.import_module("ray.cluster_utils")
+    found = utils.Cluster(initialize_head=True, head_node_args=MACHINE)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+def test_a_machine_that_goes_away_changes_nothing(cluster: Any, shard_optimizer: bool) -> None:
+    second = cluster.add_node(**MACHINE)
+    made = trainer(data_parallel(4, cluster.address, 2, 60, shard_optimizer))
+    with made.compute as compute:
+        nodes = [place.node for place in compute.pool.places]
+        assert nodes[0] != nodes[1]
+        assert nodes == nodes[:2] * 2
+        assert compute.pool.threads == [1] * 4
+        list(made.run(2))
+        cluster.remove_node(second, allow_graceful=False)
+        list(made.run(STEPS))
+        assert len({place.node for place in compute.pool.places}) == 1
+        found = snapshot(made)
+    expected = final(Local)
+    for name, array in expected.items():
+        assert np.linalg.norm(found[name] - array) <= 1e-12 * np.linalg.norm(array), name
+
+
+def test_more_workers_than_the_cluster_has_cpus(cluster: Any) -> None:
+    with pytest.raises(InputError, match=r"^2 of 3 Ray workers started within 5 s.*free CPUs"):
+        trainer(data_parallel(3, cluster.address, 2, 5))
+    assert not import_local_ray().is_initialized()
