@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from golden_curves import write_curves
 from golden_lora import make_adapters
 from golden_models import CASES, make_model
 from golden_optimizers import make_steps
@@ -30,11 +31,15 @@ def main() -> None:
         type=Path,
         help="folder of SmolLM2-135M-Instruct.Q4_1.gguf: write smollm2_greedy.json only",
     )
+    parser.add_argument("--curves", type=Path, help="the same folder: write curves.json only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
     if arguments.smollm2:
         write_greedy(arguments.smollm2, GOLDEN / "smollm2_greedy.json")
+        return
+    if arguments.curves:
+        write_curves(arguments.curves, GOLDEN / "sonnets.txt", GOLDEN / "curves.json")
         return
     for name in arguments.what or [*CASES, *OTHERS]:
         arrays = OTHERS[name]() if name in OTHERS else make_model(name)
