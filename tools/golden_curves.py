@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 STEPS, ROWS, LENGTH = 40, 2, 48
 RANK, ALPHA, TARGETS = 8, 16, ["q_proj", "v_proj"]
 OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, {"lr": 0.5}),
+    "sgd": (torch.optim.SGD, {"lr": 0.05}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.01}),
 }
 
