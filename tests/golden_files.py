@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from einsum_transformer.formats.folder import write_safetensors_folder
 
@@ -24,6 +25,28 @@ MODELS = (
     "mistral_full",
     "mistral_window",
     "mistral_headdim",
+)
+ADAPTERS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "embed_tokens",
+    "lm_head",
+    "all-linear",
+    "regex",
+    "patterns",
+    "rslora",
+    "bias",
+    "tied embed_tokens",
+    "tied lm_head",
+    "tied both",
+    "tied all-linear",
+    "mistral",
+    "bfloat16",
 )
 IGNORED = -100
 
@@ -59,6 +82,55 @@ def load_golden(name: str) -> Golden:
         loss=float(arrays["loss"]),
         gradients=gradients,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenAdapter:
+    """An adapter that peft made on a golden model, and what torch computes; see tools/golden_lora.py."""
+
+    base: str
+    settings: dict[str, Any]
+    """What LoraConfig was called with."""
+    dtype: str
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    """The adapter's matrices by PEFT's names."""
+    copies: list[str]
+    """Names under which the folder holds the embedding too."""
+    logits: np.ndarray
+    loss: float
+    gradients: dict[str, np.ndarray]
+
+
+def load_adapter(name: str) -> GoldenAdapter:
+    """The golden adapter of that name."""
+    with np.load(FOLDER / "lora.npz") as file:
+        arrays = {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
+
+    def under(kind: str) -> dict[str, np.ndarray]:
+        return {key.removeprefix(kind): arrays[key] for key in arrays if key.startswith(kind)}
+
+    settings, config, copies = (json.loads(str(arrays[key])) for key in ("settings", "config", "copies"))
+    return GoldenAdapter(
+        base=str(arrays["base"]),
+        settings=settings,
+        dtype=str(arrays["dtype"]),
+        config=config,
+        tensors=under("adapter/"),
+        copies=copies,
+        logits=arrays["logits"],
+        loss=float(arrays["loss"]),
+        gradients=under("grad/"),
+    )
+
+
+def write_adapter_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
+    """A PEFT folder of one config and its tensors, written by the safetensors library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def load_parts(prefix: str) -> dict[str, np.ndarray]:

@@ -8,30 +8,38 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from golden_curves import write_curves
+from golden_lora import make_adapters
 from golden_models import CASES, make_model
 from golden_optimizers import make_steps
 from golden_parts import make_parts
 from golden_smollm2 import write_greedy
 from transformers.utils.logging import disable_progress_bar
 
-OTHERS = {"parts": make_parts, "optimizers": make_steps}
+OTHERS = {"parts": make_parts, "optimizers": make_steps, "lora": make_adapters}
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
 def main() -> None:
     """Write the files that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", help="model names, 'parts' or 'optimizers'; default: all of them")
+    parser.add_argument(
+        "what", nargs="*", help="model names, 'parts', 'optimizers' or 'lora'; default: all of them"
+    )
     parser.add_argument(
         "--smollm2",
         type=Path,
         help="folder of SmolLM2-135M-Instruct.Q4_1.gguf: write smollm2_greedy.json only",
     )
+    parser.add_argument("--curves", type=Path, help="the same folder: write curves.json only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
     if arguments.smollm2:
         write_greedy(arguments.smollm2, GOLDEN / "smollm2_greedy.json")
+        return
+    if arguments.curves:
+        write_curves(arguments.curves, GOLDEN / "sonnets.txt", GOLDEN / "curves.json")
         return
     for name in arguments.what or [*CASES, *OTHERS]:
         arrays = OTHERS[name]() if name in OTHERS else make_model(name)

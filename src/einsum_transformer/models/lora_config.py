@@ -42,7 +42,7 @@ class LoRAConfig:
         for pattern in (*patterns, *self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise InputError(f"LoRA: {pattern!r} is no regular expression: {error}") from None
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout is {self.lora_dropout}: at least 0 and less than 1 is expected")

@@ -51,6 +51,11 @@ _NOTHING = {
     "use_bdlora": (False,),
     "arrow_config": (),
     "layer_replication": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "ensure_weight_tying": (False,),
+    # The other ways to begin (pissa, olora, corda, lora_ga, loftq) change the base's weights as well.
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
 
 
@@ -118,7 +123,7 @@ def read_config(folder: Path) -> LoRAConfig:
             keys.get("lora_dropout", float, 0.0),
             keys.get("use_rslora", bool, False),
             _patterns(raw, "rank_pattern", path, int),
-            {name: float(alpha) for name, alpha in _patterns(raw, "alpha_pattern", path, float).items()},
+            _patterns(raw, "alpha_pattern", path, float),
         )
     except ConfigError:
         raise
@@ -131,7 +136,10 @@ def _patterns(raw: dict[str, Any], name: str, path: Path, kind: type) -> dict[st
     kinds = (int, float) if kind is float else (int,)
     if not isinstance(found, dict) or not all(type(value) in kinds for value in found.values()):
         raise ConfigError(f"{path}: {name} must map patterns to numbers")
-    return found
+    try:
+        return {pattern: kind(value) for pattern, value in found.items()}
+    except OverflowError:
+        raise ConfigError(f"{path}: {name} holds a number that is too large") from None
 
 
 def _read_pairs(folder: Path, model: Model) -> dict[str, Pair]:
@@ -148,7 +156,8 @@ def _read_pairs(folder: Path, model: Model) -> dict[str, Pair]:
         for name in file.names():
             plain = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(plain)
-            if match is None:
+            # Only an embedding's have names of their own; peft knows no other.
+            if match is None or bool(match["embedding"]) != (match["module"] == model.module(EMBEDDING)):
                 _check_copy(file, name, plain, model)
                 continue
             if file.info(name).dtype not in _FLOATS:
@@ -160,7 +169,10 @@ def _read_pairs(folder: Path, model: Model) -> dict[str, Pair]:
                 )
             # An embedding's A is the one with a column for each token, which here is B's row.
             part = match["part"] if not match["embedding"] else "BA"["AB".index(match["part"])]
-            halves.setdefault(match["module"], {})[part] = array.T if match["embedding"] else array
+            half = halves.setdefault(match["module"], {})
+            if part in half:
+                raise FormatError(f"{path}: tensor {quoted(name)} is there twice, under two names")
+            half[part] = array.T if match["embedding"] else array
     finally:
         file.close()
     for module, half in halves.items():
@@ -209,7 +221,6 @@ def config_dict(model: Model) -> dict[str, Any]:
     """adapter_config.json of a model: target_modules are the names that the adapters really are on."""
     config = model.lora
     assert config is not None
-    modules = [model.module(path) for path, leaf in named_leaves(model.decoder) if isinstance(leaf, LoRA)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -218,7 +229,7 @@ def config_dict(model: Model) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": _targets(config, modules),
+        "target_modules": _targets(model, config),
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "bias": "none",
@@ -229,11 +240,15 @@ def config_dict(model: Model) -> dict[str, Any]:
     }
 
 
-def _targets(config: LoRAConfig, modules: list[str]) -> Any:
+def _targets(model: Model, config: LoRAConfig) -> list[str]:
     """What says the same to PEFT: short names, or else the modules' whole ones.
 
-    A regular expression and "all-linear" mean the same there, but depend on what else a model has.
+    A regular expression and "all-linear" mean the same there, but depend on what else a model has; and an
+    adapter that was read may be on fewer modules than its short names say (layers_to_transform).
     """
-    if not isinstance(config.target_modules, str):
+    modules = [model.module(path) for path, leaf in named_leaves(model.decoder) if isinstance(leaf, LoRA)]
+    matrices = [model.module(path) for path, weight in model.weights.items() if len(weight.stored) > 1]
+    short = not isinstance(config.target_modules, str)
+    if short and [module for module in matrices if config.targets(module)] == modules:
         return list(config.target_modules)
     return modules

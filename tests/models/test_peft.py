@@ -1,0 +1,359 @@
+"""Adapter folders and merging: exact round trips, every refusal in one line, and what merging costs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import einsum_transformer as et
+from einsum_transformer.errors import FormatError, InputError
+from einsum_transformer.models.adapters import Merged, merged, with_lora
+from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.peft import config_dict, is_adapter, read_config, with_adapter, write_adapter
+from golden_files import write_adapter_folder
+from tiny_models import tiny_model
+
+Array = np.ndarray
+Tensors = dict[str, Array]
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9))
+PREFIX = "base_model.model."
+Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
+EMBED = f"{PREFIX}model.embed_tokens"
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+TARGETS: dict[str, Any] = {
+    "names": ("q_proj", "v_proj"),
+    "all": "all-linear",
+    "regex": r".*layers\.1\..*(q|down)_proj",
+    "embedding": ("embed_tokens", "o_proj"),
+    "head": ("lm_head",),
+    "both": ("embed_tokens", "lm_head"),
+}
+
+
+def random_pairs(model: et.Model, seed: int = 0) -> et.Model:
+    """The model with random A and B in its adapters."""
+    rng = np.random.default_rng(seed)
+    for array in model.adapter_parameters().values():
+        array[...] = 0.06 * rng.standard_normal(array.shape)
+    return model
+
+
+def adapted(dtype: str = "float32", tied: bool = False, **settings: Any) -> et.Model:
+    model = tiny_model(dtype, tie_word_embeddings=tied)
+    return random_pairs(with_lora(model, LoRAConfig(**{"r": 2, **settings})))
+
+
+def tensors_of(model: et.Model) -> Tensors:
+    return {f"{PREFIX}{name}": array for name, array in model.adapter_parameters().items()}
+
+
+def q_tensors(rank: int = 2, outputs: int = 48, inputs: int = 32) -> Tensors:
+    """An adapter on one matrix of the tiny model."""
+    a, b = np.full((rank, inputs), 0.5, np.float32), np.full((outputs, rank), 0.25, np.float32)
+    return {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}
+
+
+def refusal(folder: Path, model: et.Model | None = None) -> str:
+    """The one line with which the adapter is refused; it names the folder."""
+    with pytest.raises(InputError) as caught:
+        with_adapter(model or tiny_model(), folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_round_trip(targets: Any, tied: bool, dtype: str, tmp_path: Path) -> None:
+    """Matrices, settings and logits are bit for bit what was written; writing again gives the same files."""
+    model = adapted(dtype, tied, target_modules=targets, use_rslora=True, lora_alpha=3.0)
+    write_adapter(model, tmp_path / "a")
+    assert is_adapter(tmp_path / "a")
+    again = with_adapter(tiny_model(dtype, tie_word_embeddings=tied), tmp_path / "a")
+    ours, theirs = model.adapter_parameters(), again.adapter_parameters()
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype == dtype
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    np.testing.assert_array_equal(model.logits(TOKENS), again.logits(TOKENS))
+    write_adapter(again, tmp_path / "b")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_settings_round_trip(tmp_path: Path) -> None:
+    """Patterns, dropout and numbers that JSON writes as integers."""
+    patterns = {"rank_pattern": {r"layers\.1\..*q_proj": 3}, "alpha_pattern": {"v_proj": 7.0}}
+    model = adapted(lora_alpha=5, lora_dropout=0.25, **patterns)
+    write_adapter(model, tmp_path)
+    assert read_config(tmp_path) == model.lora
+    np.testing.assert_array_equal(with_adapter(tiny_model(), tmp_path).logits(TOKENS), model.logits(TOKENS))
+
+
+def test_written_names_are_those_the_adapter_is_on(tmp_path: Path) -> None:
+    """Of short names that mean more modules than there are adapters, the whole names are written."""
+    config = CONFIG | {"layers_to_transform": [0]}
+    model = with_adapter(tiny_model(), write_adapter_folder(tmp_path, config, q_tensors()))
+    assert config_dict(model)["target_modules"] == ["model.layers.0.self_attn.q_proj"]
+    assert config_dict(adapted())["target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_types_of_floats(kind: Any, tmp_path: Path) -> None:
+    """Are read exactly where the model's type has their numbers."""
+    narrow = {name: array.astype(kind) for name, array in q_tensors().items()}
+    model = with_adapter(tiny_model(), write_adapter_folder(tmp_path, CONFIG, narrow))
+    for name, array in tensors_of(model).items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, q_tensors()[name])
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_b_of_zeros_gives_the_base_bit_for_bit(targets: Any, tied: bool, tmp_path: Path) -> None:
+    base = tiny_model(tie_word_embeddings=tied)
+    fresh = with_lora(base, LoRAConfig(target_modules=targets))
+    np.testing.assert_array_equal(fresh.logits(TOKENS), base.logits(TOKENS))
+    write_adapter(fresh, tmp_path)
+    np.testing.assert_array_equal(with_adapter(base, tmp_path).logits(TOKENS), base.logits(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3': only LORA"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"bias": "lora_only"}, "bias = 'lora_only' is not supported"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
+        ({"target_modules": None}, "target_modules is None"),
+        ({"target_modules": [1]}, r"target_modules is \[1\]"),
+        ({"target_modules": "("}, "no regular expression"),
+        ({"r": 0}, "rank r is 0"),
+        ({"r": "8"}, "r"),
+        ({"r": True}, "r"),
+        ({"r": 1 << 40}, "rank r is"),
+        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
+        ({"use_rslora": 1}, "use_rslora"),
+        ({"rank_pattern": {"q_proj": 2.0}}, "rank_pattern must map patterns to numbers"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must map patterns to numbers"),
+        ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"rank_pattern": {"a{99999999999}": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern must map patterns to numbers"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_settings_that_mean_something_else_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    write_adapter_folder(tmp_path, CONFIG | changes, q_tensors())
+    message = refusal(tmp_path)
+    assert "adapter_config.json" in message
+    with pytest.raises(InputError, match=words):
+        with_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": False, "modules_to_save": None, "layers_to_transform": None, "megatron_config": None},
+        {"init_lora_weights": True, "lora_bias": False, "rank_pattern": {}, "alpha_pattern": None},
+        {"init_lora_weights": "gaussian", "inference_mode": True, "peft_version": "0.21.2"},
+    ],
+)
+def test_settings_that_say_nothing_are_passed_by(changes: dict[str, Any], tmp_path: Path) -> None:
+    write_adapter_folder(tmp_path, CONFIG | changes, q_tensors())
+    assert with_adapter(tiny_model(), tmp_path).lora == LoRAConfig(2, 4.0, ("q_proj",))
+
+
+def without(tensors: Tensors) -> Tensors:
+    return {name: array for name, array in tensors.items() if "lora_B" not in name}
+
+
+def renamed(new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(Q, new): array for name, array in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without, "has only one of lora_A and lora_B"),
+        (lambda _: q_tensors(outputs=40), r"\[40, 2\].*\[48, 2\].*another base model"),
+        (lambda _: q_tensors(inputs=64), r"\[2, 64\].*\[2, 32\].*another base model"),
+        (lambda _: q_tensors(rank=3), r"\[3, 32\].*\[2, 32\]"),
+        (lambda t: {name: array.T for name, array in t.items()}, r"\[32, 2\]"),
+        (lambda t: {name: array[None] for name, array in t.items()}, "has 3 axes, a matrix is expected"),
+        (lambda t: {name: array.astype(np.int32) for name, array in t.items()}, "is I32, not a float"),
+        (renamed(f"{PREFIX}model.layers.7.self_attn.q_proj"), "layers.7.*name no matrix"),
+        (renamed(f"{PREFIX}model.norm"), "model.norm.*name no matrix"),
+        (lambda t: t | {f"{PREFIX}model.norm.weight": np.ones(32, np.float32)}, "no part of a LoRA adapter"),
+        (lambda t: t | {f"{Q}.lora_magnitude_vector": np.ones(48, np.float32)}, "no part of a LoRA adapter"),
+        (lambda t: t | {f"{Q}.lora_B.bias": np.ones(48, np.float32)}, "no part of a LoRA adapter"),
+        (lambda t: t | {f"{Q}.lora_A": t[f"{Q}.lora_A.weight"]}, "there twice"),
+        (lambda t: t | {f"{Q.removeprefix(PREFIX)}.lora_A.weight": t[f"{Q}.lora_A.weight"]}, "there twice"),
+        (renamed(EMBED), "no part of a LoRA adapter"),
+        (lambda t: {n.replace("lora_", "lora_embedding_"): a for n, a in t.items()}, "no part of a LoRA"),
+        (lambda _: {}, "holds no LoRA matrices"),
+    ],
+    ids=range(17),
+)
+def test_tensors_that_do_not_fit_are_refused(
+    change: Callable[[Tensors], Tensors], words: str, tmp_path: Path
+) -> None:
+    write_adapter_folder(tmp_path, CONFIG, change(q_tensors()))
+    refusal(tmp_path)
+    with pytest.raises(InputError, match=words):
+        with_adapter(tiny_model(), tmp_path)
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    """By name; of a pickle it is said that it is not read."""
+    assert not is_adapter(tmp_path)
+    assert "holds no adapter_config.json" in refusal(tmp_path)
+    config, tensors = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    write_adapter_folder(tmp_path, CONFIG, q_tensors())
+    whole = tensors.read_bytes()
+    for damaged in (whole[:-1], whole[:20], b"", b"\xff" * 8 + whole[8:], whole + b"\0"):
+        tensors.write_bytes(damaged)
+        assert tensors.name in refusal(tmp_path)
+    tensors.unlink()
+    assert "holds no adapter_model.safetensors" in refusal(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02}")
+    assert "a pickle, adapter_model.bin, is not read" in refusal(tmp_path)
+    for damaged in (b"{", b"[]", b"\xff", b'{"r": 1, "r": 2}', b"[" * 10**5):
+        config.write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"adapter_config\.json"):
+            with_adapter(tiny_model(), tmp_path)
+
+
+def embedding_tensors() -> Tensors:
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((2, 61)), rng.standard_normal((32, 2))
+    return {f"{EMBED}.lora_embedding_A": a, f"{EMBED}.lora_embedding_B": b}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["weight", "base_layer.weight"])
+def test_a_copy_of_the_embedding_must_be_the_models(name: str, tied: bool, tmp_path: Path) -> None:
+    """It is passed by if it is equal, and refused if it differs in one number or in shape."""
+    model = tiny_model(tie_word_embeddings=tied)
+    weight = model.named_parameters()["model.embed_tokens.weight"]
+    config = CONFIG | {"target_modules": ["embed_tokens"]}
+    copy = weight.copy()
+    write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": copy})
+    assert len(with_adapter(model, tmp_path).adapter_parameters()) == 2
+    copy[3, 4] += 1e-3
+    for wrong in (copy, weight[:-1].copy()):
+        write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": wrong})
+        assert "differs from the base model's; merge it there" in refusal(tmp_path, model)
+
+
+def test_models_without_or_with_an_adapter_are_refused(tmp_path: Path) -> None:
+    """There is nothing to write or merge, there is one already, and a whole model is no place for one."""
+    with pytest.raises(InputError, match="has no adapter to write"):
+        write_adapter(tiny_model(), tmp_path)
+    with pytest.raises(InputError, match="no adapter to merge"):
+        merged(tiny_model())
+    write_adapter_folder(tmp_path, CONFIG, q_tensors())
+    assert "has an adapter already" in refusal(tmp_path, adapted())
+    with pytest.raises(InputError, match="merge it first"):
+        adapted().save(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_merging_and_taking_out_again(targets: Any, tied: bool, tmp_path: Path) -> None:
+    """Merged logits are the unmerged ones; unmerged weights the base's; the merged folder is a model."""
+    base = tiny_model(tie_word_embeddings=tied)
+    # Logits of a trained model's size, of which float32 has the sixth decimal.
+    base.named_parameters()["model.norm.weight"][...] *= 0.25
+    model = random_pairs(with_lora(base, LoRAConfig(r=2, target_modules=targets)))
+    whole, report = merged(model)
+    assert whole.lora is None
+    assert np.abs(model.logits(TOKENS) - base.logits(TOKENS)).max() > 1e-2
+    np.testing.assert_allclose(whole.logits(TOKENS), model.logits(TOKENS), rtol=0, atol=1e-5)
+    assert len(report) == len(model.adapter_parameters()) / 2
+    assert all(0 < one.relative < 1e-5 for one in report)
+    write_adapter(model, tmp_path / "adapter")
+    whole.save(tmp_path / "merged")
+    again = et.load(tmp_path / "merged")
+    np.testing.assert_array_equal(again.logits(TOKENS), whole.logits(TOKENS))
+    back, _ = merged(with_adapter(again, tmp_path / "adapter"), sign=-1)
+    weights, embedding = base.named_parameters(), base.named_parameters()["model.embed_tokens.weight"]
+    for name, array in back.named_parameters().items():
+        np.testing.assert_allclose(array, weights.get(name, embedding), rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_merging_is_exact_in_float64(targets: Any) -> None:
+    """W + scaling B A is what the unmerged products compute."""
+    model = adapted("float64", target_modules=targets)
+    whole, report = merged(model, "float64")
+    np.testing.assert_allclose(whole.logits(TOKENS), model.logits(TOKENS), rtol=0, atol=1e-12)
+    assert all(one.error == 0 for one in report)
+
+
+def test_merging_leaves_the_base_and_the_adapter_as_they_were() -> None:
+    model = adapted(target_modules="all-linear")
+    before = {name: array.copy() for name, array in model.named_parameters().items()}
+    merged(model)
+    for name, array in model.named_parameters().items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+
+
+def test_merging_into_sixteen_bits_says_what_is_lost() -> None:
+    """Numbers of bfloat16 alone; the report's sizes are those of float64 arithmetic."""
+    model = adapted(target_modules=("q_proj",))
+    base = tiny_model().named_parameters()
+    parameters = model.adapter_parameters()
+    whole, report = merged(model, "bfloat16")
+    assert [one.name for one in report] == [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    for one in report:
+        stored, module = whole.named_parameters()[one.name], one.name.removesuffix(".weight")
+        a, b = (parameters[f"{module}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+        delta = 8 * b @ a
+        exact = base[one.name] + delta
+        np.testing.assert_array_equal(stored, exact.astype(ml_dtypes.bfloat16).astype(np.float32))
+        assert one.change == pytest.approx(np.sqrt(np.mean(delta**2)), rel=1e-5)
+        assert one.error == pytest.approx(np.sqrt(np.mean((stored - exact) ** 2)), rel=1e-3)
+        assert 1e-4 < one.relative < 1e-2
+    assert Merged("w", 0.0, 0.0).relative == 0.0
+
+
+@pytest.mark.parametrize("role", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_role_of_a_tied_matrix(role: str, tmp_path: Path) -> None:
+    """The other role keeps the matrix; merging makes two of it, and says so in the config."""
+    base = tiny_model(tie_word_embeddings=True)
+    model = adapted(tied=True, target_modules=(role,))
+    whole, _ = merged(model)
+    assert not whole.config.tie_word_embeddings
+    weights, shared = whole.named_parameters(), base.named_parameters()["model.embed_tokens.weight"]
+    other = {"embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[role]
+    np.testing.assert_array_equal(weights[f"{other}.weight"], shared)
+    whole.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    assert merged(adapted(tied=True, target_modules=("q_proj",)))[0].config.tie_word_embeddings

@@ -1,0 +1,63 @@
+"""Check with peft that an adapter folder written by `write_adapter` loads and gives the logits we have."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+TOLERANCE = 1e-4
+
+
+def problem(base: Path, adapter: Path, tokens: np.ndarray, reference: np.ndarray) -> str:
+    """What is wrong with the adapter, or an empty string."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        without = plain(input_ids=ids, use_cache=False).logits.numpy()
+        model = PeftModel.from_pretrained(plain, adapter).eval()
+        logits = model(input_ids=ids, use_cache=False).logits.numpy()
+    # peft only warns of names that it does not know, or that the folder lacks
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        strange = set(file.keys()) ^ {name for name in get_peft_model_state_dict(model) if ".lora_" in name}
+    if strange:
+        return f"names that only one of peft and the folder has: {', '.join(sorted(strange))}"
+    if logits.shape != reference.shape:
+        return f"logits have shape {logits.shape}, the reference's have {reference.shape}"
+    difference, moved = (float(np.abs(logits - other).max()) for other in (reference, without))
+    print(f"{adapter}: largest difference {difference:.1e}; the adapter moves the logits by {moved:.1e}")
+    if not moved > 10 * TOLERANCE:
+        return "the adapter changes too little for the comparison to say anything"
+    # so written that a NaN fails
+    return "" if difference <= TOLERANCE else f"logits differ by more than {TOLERANCE}"
+
+
+def main() -> None:
+    """Exit with 1 if the adapter does not load cleanly or has other logits."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", type=Path, help="Hugging Face folder of the model that the adapter is on")
+    parser.add_argument("adapter", type=Path, help="PEFT folder")
+    parser.add_argument("reference", type=Path, help=".npz with the keys tokens (b, t) and logits (b, t, v)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    with np.load(arguments.reference) as file:
+        tokens, reference = file["tokens"], file["logits"]
+    if message := problem(arguments.base, arguments.adapter, tokens, reference):
+        print(f"{arguments.adapter}: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Adapters by peft on golden models: its files, and the logits, loss and gradients torch has with them."""
+
+import json
+import tempfile
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from golden_models import CASES, GRID, IGNORED, build, draw_tokens, fewer_bits, forward
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A golden model of golden_models.py and the settings of the adapter on it."""
+
+    base: str
+    settings: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+
+
+def on(target: str | list[str], **settings: Any) -> dict[str, Any]:
+    """LoraConfig's settings for an adapter on `target`; a list of names or one string, as there."""
+    return {"r": 2, "lora_alpha": 3.0, "target_modules": target, **settings}
+
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PATTERNS = {
+    "rank_pattern": {r"layers\.1\..*(q|v)_proj": 5, "k_proj": 1},
+    "alpha_pattern": {r"layers\.[12]\.self_attn\.v_proj": 7.0, "k_proj": 4.0},
+}
+ADAPTERS: dict[str, Adapter] = {
+    **{name: Adapter("llama_gqa", on([name])) for name in (*MATRICES, "embed_tokens", "lm_head")},
+    "all-linear": Adapter("llama_gqa", on("all-linear")),
+    "regex": Adapter("llama_gqa", on(r"model\.layers\.[02]\..*(q|down)_proj")),
+    "patterns": Adapter("llama_gqa", on(["q_proj", "k_proj", "v_proj"], **PATTERNS)),
+    "rslora": Adapter("llama_gqa", on(["v_proj", "up_proj"], r=7, use_rslora=True)),
+    "bias": Adapter("llama_bias", on("all-linear")),
+    "tied embed_tokens": Adapter("llama_mha_tied", on(["embed_tokens"])),
+    "tied lm_head": Adapter("llama_mha_tied", on(["lm_head"])),
+    "tied both": Adapter("llama_mha_tied", on(["embed_tokens", "lm_head", "q_proj"])),
+    "tied all-linear": Adapter("llama_mha_tied", on("all-linear")),
+    "mistral": Adapter("mistral_window", on(["q_proj", "v_proj"], r=8, lora_alpha=16.0)),
+    "bfloat16": Adapter("mistral_headdim", on(["o_proj", "gate_proj"]), torch.bfloat16),
+}
+
+
+def fill(model: Any, seed: int) -> None:
+    """Random A and B, neither of them zero; numbers of few bits, which compress well."""
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                values = np.round(0.25 * rng.standard_normal(tuple(parameter.shape)) * GRID) / GRID
+                parameter.copy_(torch.from_numpy(values))
+
+
+def write(model: Any, adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]:
+    """Write the folder as peft does, its tensors in the adapter's type; returns them."""
+    model.save_pretrained(folder)
+    tensors = {name: tensor.to(adapter.dtype) for name, tensor in load_file(folder / TENSORS).items()}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    return tensors
+
+
+def make_adapter(name: str) -> dict[str, np.ndarray]:
+    """The arrays of one adapter: what peft writes, and what torch computes with what peft reads from it."""
+    adapter = ADAPTERS[name]
+    case, seed = CASES[adapter.base], zlib.crc32(adapter.base.encode())
+    tokens, targets = draw_tokens(case, seed)
+    base: Any = build(case, seed, {})
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **adapter.settings))
+    fill(adapted, zlib.crc32(name.encode()))
+    with tempfile.TemporaryDirectory() as path:
+        tensors = write(adapted, adapter, Path(path))
+        config = json.loads((Path(path) / CONFIG).read_text())
+        # peft keeps a set; its order would change with every run
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()
+        fresh: Any = build(case, seed, {})
+        model = PeftModel.from_pretrained(fresh, path, is_trainable=True)
+    logits = forward(model.eval(), tokens)
+    flat, counted = logits.reshape(-1, logits.shape[-1]), torch.from_numpy(targets).reshape(-1)
+    loss = torch.nn.functional.cross_entropy(flat, counted, ignore_index=IGNORED, reduction="mean")
+    loss.backward()
+    gradients = {key.replace(".default", ""): value.grad for key, value in model.named_parameters()}
+    trained = {key: fewer_bits(grad.numpy()) for key, grad in gradients.items() if grad is not None}
+    # Beside an adapter on an embedding, peft writes the embedding: the base golden has it already.
+    copies = sorted(set(tensors) - set(trained))
+    assert all(".lora_" in key for key in trained)
+    assert trained.keys() <= tensors.keys()
+    with torch.no_grad():
+        moved = float((forward(build(case, seed, {}), tokens) - logits).abs().max())
+    assert moved > 1e-2, f"{name} moves the logits by {moved:.1e} only"
+    return {
+        "base": np.array(adapter.base),
+        "settings": np.array(json.dumps(adapter.settings)),
+        "dtype": np.array(str(adapter.dtype).removeprefix("torch.")),
+        "config": np.array(json.dumps(config)),
+        "copies": np.array(json.dumps(copies)),
+        "logits": fewer_bits(logits.detach().numpy()),
+        "loss": loss.detach().numpy(),
+        **{f"adapter/{key}": tensors[key].float().numpy() for key in trained},
+        **{f"grad/{key}": gradient for key, gradient in trained.items()},
+    }
+
+
+def make_adapters() -> dict[str, np.ndarray]:
+    """The arrays of all adapters, each under `name/`."""
+    # That a tied model has an adapter on one role, and that an embedding is saved, is what is wanted here.
+    warnings.filterwarnings("ignore", module="peft")
+    return {f"{name}/{key}": array for name in ADAPTERS for key, array in make_adapter(name).items()}
