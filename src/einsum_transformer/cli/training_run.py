@@ -149,7 +149,8 @@ class TrainingRun:
         numbers = {"step": report.step + 1, "loss": report.loss, "norm": report.norm, "lr": report.lr}
         speed = report.targets / report.seconds
         self.journal.metrics(
-            numbers | {"targets": report.targets, "seconds": report.seconds, "fault": report.fault} | stages
+            numbers
+            | {"targets": report.targets, "seconds": report.seconds, "fault": report.fault, "stages": stages}
         )
         done, last = report.step + 1, report.step + 1 == self.steps
         left = (self.steps - done) * sum(r.seconds for r in self.reports[-10:]) / len(self.reports[-10:])
