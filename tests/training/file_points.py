@@ -50,7 +50,9 @@ def _surround(module: ModuleType, name: str, passed: Callable[[str], None]) -> N
 
     def told(*arguments: Any, **options: Any) -> Any:
         # The second number of mkdir is no file but a mode.
-        places = [each for number, each in enumerate(arguments) if isinstance(each, (str, Path)) or not number]
+        places = [
+            each for number, each in enumerate(arguments) if isinstance(each, (str, Path)) or not number
+        ]
         what = " ".join([name, *map(_name, places)])
         passed(f"before {what}")
         result = real(*arguments, **options)
@@ -68,7 +70,11 @@ def _opener(passed: Callable[[str], None]) -> Any:
             return real(file, mode, buffering, *text, **named)
         raw = _Written(file, mode.replace("b", "").replace("t", ""))
         raw.passed = passed
-        return io.BufferedWriter(raw) if "b" in mode else io.TextIOWrapper(io.BufferedWriter(raw), *text, **named)
+        return (
+            io.BufferedWriter(raw)
+            if "b" in mode
+            else io.TextIOWrapper(io.BufferedWriter(raw), *text, **named)
+        )
 
     return told
 

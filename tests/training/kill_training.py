@@ -293,16 +293,24 @@ class Trial:
         expect(validation(self.folder) == validation(whole), f"validation {validation(self.folder)}")
         names = {path.name for path in self.folder.iterdir()}
         last = {f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"}
-        expect(names == {"run.json", "train.log", "metrics.jsonl", *last}, f"the folder holds {sorted(names)}")
+        expect(
+            names == {"run.json", "train.log", "metrics.jsonl", *last}, f"the folder holds {sorted(names)}"
+        )
 
     def fill_disk(self) -> None:
         """Files that cannot grow beyond a size: one line, exit code 2, and the last checkpoint goes on."""
         folder = self.folder
-        ended = Process(self.flags(folder), lambda: file_points.die_at("before rename .step-#.#.tmp step-#", 3))
+        ended = Process(
+            self.flags(folder), lambda: file_points.die_at("before rename .step-#.#.tmp step-#", 3)
+        )
         expect(ended.wait().code == -signal.SIGKILL, "the training was to be killed at its third checkpoint")
         good = {path.name: content(path) for path in folder.glob("step-*")}
         sizes = {len(data) for files in good.values() for data in files.values()}
-        logs = {(folder / name).stat().st_size + more for name in ("train.log", "metrics.jsonl") for more in (-1, 40)}
+        logs = {
+            (folder / name).stat().st_size + more
+            for name in ("train.log", "metrics.jsonl")
+            for more in (-1, 40)
+        }
         for limit in sorted({0, 1, *(size - 1 for size in sizes), *logs}):
             ended = Process(self.flags(folder, resume=True), lambda: _limit_files(limit)).wait()
             what = f"files of at most {limit} bytes: exit code {ended.code}, {ended.said!r}"
@@ -330,7 +338,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plant", action="store_true", help="rename by copying: must be found")
     flags = parser.parse_args()
-    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | {"TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | {
+        "TOKENIZERS_PARALLELISM": "false"
+    }
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)

@@ -229,10 +229,8 @@ def _advice(
             found.append(f"the loss rises, from {first:.3f} to {last:.3f}: lower the learning rate")
         elif last > first * 0.99:
             found.append("the loss is flat: a rate 3 to 10 times as high may help, or more steps")
-        elif noise > first - last:
-            found.append(
-                "the loss jumps more from step to step than it falls: a lower rate, or a larger batch"
-            )
+        elif noise > 5 * (first - last):
+            found.append("the loss jumps far more from step to step than it falls: a larger batch shows more")
         elif float(losses[-third:].mean()) < float(losses[-2 * third : -third].mean()) * 0.98:
             found.append("the loss was still falling at the end: more steps will lower it further")
     if clipped > len(losses) / 2:

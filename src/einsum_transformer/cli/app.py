@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from einsum_transformer.cli.chat import chat
 from einsum_transformer.cli.explain import explain
+from einsum_transformer.cli.gradcheck import gradcheck
 from einsum_transformer.cli.merge import merge
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.run import run
@@ -64,7 +65,7 @@ def _application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     application.callback()(_etx)
-    for command in (run, chat, explain, train, merge, pull):
+    for command in (run, chat, explain, train, merge, gradcheck, pull):
         application.command(command.__name__)(command)
     return application
 
@@ -94,6 +95,7 @@ def _etx(
     etx explain configs/llama.json --backward      the program of a model: equations, FLOPs, bytes
     etx train --lora --data notes.txt -o my-run    train adapters of the default model on a text
     etx merge --adapter-path my-run/step-00000010 -o my-model   put an adapter into the weights
+    etx gradcheck --config configs/fast_lora.json  hand-derived gradients against central differences
     etx run --config configs/fast_lora.json        a model of random weights, described by a JSON file
 
     Results go to stdout, all else to stderr. `etx COMMAND --help` shows the flags and more examples.
