@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster_runs import input_major
 from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
 from einsum_transformer.cluster.pool import Connection
-from einsum_transformer.cluster.worker import emptied, frozen_weights
+from einsum_transformer.cluster.worker import Shapes, emptied, frozen_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
@@ -64,6 +65,22 @@ def test_a_decoder_is_put_together_again(tied: bool, lora: bool) -> None:
     tokens = np.arange(12).reshape(2, 6)
     np.testing.assert_array_equal(again.forward(tokens)[0], model.decoder.forward(tokens)[0])
     assert trainable(again).keys() == trained.keys()
+
+
+def test_weights_travel_contiguous_and_uncopied() -> None:
+    """Also those that are transposed in memory, whose view in the equations is not contiguous."""
+    model = input_major(tiny_model())
+    weights = trainable(model.decoder)
+    shapes = Shapes(
+        {name: w.shape for name, w in weights.items()},
+        {name: place.stored for name, place in model.weights.items()},
+    )
+    assert not any(weights["layers.0.self_attn.q_proj"].flags[order] for order in ("C", "F"))
+    sent = shapes.sent(weights)
+    for name, array in shapes.received(sent).items():
+        assert sent[name].flags.forc
+        assert np.shares_memory(sent[name], weights[name])
+        assert (array.shape, array.strides) == (weights[name].shape, weights[name].strides)
 
 
 @pytest.mark.parametrize(
