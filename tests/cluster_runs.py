@@ -5,10 +5,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+import einsum_transformer as et
 from einsum_transformer.cluster.data_parallel import DataParallel
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
@@ -16,6 +18,7 @@ from einsum_transformer.training.data import Batch
 from einsum_transformer.training.loop import Settings, Trainer
 from einsum_transformer.training.optimizers import AdamW
 from einsum_transformer.training.schedule import Schedule
+from einsum_transformer.tree import map_named
 from tiny_models import tiny_model
 
 Array = np.ndarray
@@ -35,11 +38,22 @@ def trainer(
     compute: Callable[..., Any], dtype: str = "float64", lora: bool = False, optimizer: Any = None
 ) -> Trainer:
     """Of the tiny model, or of adapters with dropout on it."""
-    model = tiny_model(dtype, tie_word_embeddings=lora)
+    model = input_major(tiny_model(dtype, tie_word_embeddings=lora))
     if lora:
         model = with_lora(model, LoRAConfig(r=4, target_modules="all-linear", lora_dropout=0.2))
     settings = Settings(Schedule(0.01, 10), optimizer or AdamW(), clip_norm=1.0, recompute=lora)
     return Trainer(model, Ragged(), settings, compute)
+
+
+def input_major(model: et.Model) -> et.Model:
+    """The model with its projections transposed in memory, as those of larger models are laid out."""
+
+    def leaf(path: str, weight: Array) -> Array:
+        place = model.weights[path]
+        turned = "proj" in path and len(place.stored) == 2
+        return np.asfortranarray(weight.reshape(place.stored)).reshape(place.shape) if turned else weight
+
+    return replace(model, decoder=map_named(leaf, model.decoder))
 
 
 def final(compute: Callable[..., Any], **given: Any) -> dict[str, Array]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster_runs import input_major
 from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
-from einsum_transformer.cluster.pool import Connection
-from einsum_transformer.cluster.worker import emptied, frozen_weights
+from einsum_transformer.cluster.pool import Connection, _knock
+from einsum_transformer.cluster.worker import Shapes, emptied, frozen_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
@@ -66,6 +68,22 @@ def test_a_decoder_is_put_together_again(tied: bool, lora: bool) -> None:
     assert trainable(again).keys() == trained.keys()
 
 
+def test_weights_travel_contiguous_and_uncopied() -> None:
+    """Also those that are transposed in memory, whose view in the equations is not contiguous."""
+    model = input_major(tiny_model())
+    weights = trainable(model.decoder)
+    shapes = Shapes(
+        {name: w.shape for name, w in weights.items()},
+        {name: place.stored for name, place in model.weights.items()},
+    )
+    assert not any(weights["layers.0.self_attn.q_proj"].flags[order] for order in ("C", "F"))
+    sent = shapes.sent(weights)
+    for name, array in shapes.received(sent).items():
+        assert sent[name].flags.forc
+        assert np.shares_memory(sent[name], weights[name])
+        assert (array.shape, array.strides) == (weights[name].shape, weights[name].strides)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -84,3 +102,11 @@ def test_ray_is_asked_for_when_it_is_not_there(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'pip install "einsum-transformer\[ray\]"'):
         Connection("auto", 2, 0)
+
+
+def test_nobody_at_an_address() -> None:
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"^Ray address '{address}': no connection: .*head node"):
+            _knock(address)
