@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from cluster_runs import input_major
 from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
-from einsum_transformer.cluster.pool import Connection
+from einsum_transformer.cluster.pool import Connection, _knock
 from einsum_transformer.cluster.worker import Shapes, emptied, frozen_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import trainable, with_lora
@@ -101,3 +102,11 @@ def test_ray_is_asked_for_when_it_is_not_there(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'pip install "einsum-transformer\[ray\]"'):
         Connection("auto", 2, 0)
+
+
+def test_nobody_at_an_address() -> None:
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"^Ray address '{address}': no connection: .*head node"):
+            _knock(address)

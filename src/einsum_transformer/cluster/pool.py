@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -50,8 +51,16 @@ class Connection:
         if address is not None and not _ADDRESS.fullmatch(address):
             raise InputError(f"Ray address {address!r}: auto or host:port is expected")
         self.ours = not self.ray.is_initialized()
+        elsewhere = None if address == "auto" else address
         if not self.ours:
+            used = self.ray.get_runtime_context().gcs_address
+            if elsewhere not in (None, used):
+                raise InputError(
+                    f"Ray address {address!r}: this process is connected to {used}; shut that down"
+                )
             return
+        if elsewhere is not None:
+            _knock(elsewhere)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
             quiet |= {
@@ -63,11 +72,21 @@ class Connection:
             self.ray.init(address or "local", **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             first = str(error).strip().split("\n")[0]
-            raise InputError(f"Ray at {address or 'this machine'} does not start: {first}") from None
+            what = "Ray does not start" if address is None else f"Ray address {address!r}: no connection"
+            raise InputError(f"{what}: {first}") from None
 
     def close(self) -> None:
         if self.ours and self.ray.is_initialized():
             self.ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens there; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"Ray address {address!r}: no connection: {error}; is the head node up?") from None
 
 
 class Pool:
