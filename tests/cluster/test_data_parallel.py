@@ -192,5 +192,5 @@ def test_wrong_addresses_are_refused() -> None:
 def test_another_cluster_than_the_one_in_use_is_refused(ray: Any) -> None:
     Connection(ray.get_runtime_context().gcs_address, 2, 0).close()
     assert ray.is_initialized()
-    with pytest.raises(InputError, match=r"this process is connected to 127\.0\.0\.1:\d+; end"):
+    with pytest.raises(InputError, match=r"this process is connected to 127\.0\.0\.1:\d+; shut"):
         Connection("127.0.0.1:1", 2, 0)
