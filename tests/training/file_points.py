@@ -38,7 +38,7 @@ def die_at(point: str, occurrence: int) -> None:
 
 
 def _watch(passed: Callable[[str], None]) -> None:
-    """Replace what changes files by what tells of it: `before rename .step-#.tmp step-#`, `half of state.json`."""
+    """Replace what changes files by what tells of it: `before rename step-#`, `half of state.json`."""
     for module, names in _CHANGES:
         for name in names:
             _surround(module, name, passed)

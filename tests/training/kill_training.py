@@ -1,8 +1,8 @@
 """Kills trainings by the dozen and checks that nothing that was saved is lost and no number changes.
 
-`python tests/training/kill_training.py --kills 120` trains a tiny model with `train`, once undisturbed. Then it
-trains again in processes that end by SIGKILL, half of them at random moments, half of them at named points of
-writing (`before rename`, `half of write state.json`, `after fsync`), each followed by one with --resume. For
+`python tests/training/kill_training.py --kills 120` trains a tiny model with `train`, once undisturbed. Then
+it trains again in processes that end by SIGKILL, half of them at random moments, half of them at named points
+of writing (`before rename`, `half of write state.json`), each followed by one with --resume. For
 Linux: processes are forked from one that has imported everything.
 """
 
@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ def _train(flags: tuple[str, ...], prepare: Callable[[], None], stderr: int) -> 
         main(flags)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
+    except Broken as problem:
+        print(problem, file=sys.stderr)
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1
@@ -178,7 +182,7 @@ class Trial:
         return (*flags, "--resume") if resume else flags
 
     def undisturbed(self) -> None:
-        """Train in this process, which has then imported everything; and in another one, watching its points."""
+        """Train in this process, which has then imported everything; and in another, watching its points."""
         from einsum_transformer.training import state
 
         save = state.save
@@ -206,17 +210,17 @@ class Trial:
 
     def _recorded(self) -> None:
         """Leave the points of a training in points.json when it ends."""
-        from einsum_transformer.cli.train import _Run
+        from einsum_transformer.cli.training_run import TrainingRun
 
         seen: Counter[str] = Counter()
-        report = _Run.report
+        report = TrainingRun.report
 
         def written(*arguments: Any) -> Any:
             counted = dict(seen)
             (self.root / "points.json").write_text(json.dumps(counted))
             return report(*arguments)
 
-        _Run.report = written
+        TrainingRun.report = written
         if self.planted:
             rename_by_copying()
         file_points.record(seen)
@@ -312,7 +316,7 @@ class Trial:
             for more in (-1, 40)
         }
         for limit in sorted({0, 1, *(size - 1 for size in sizes), *logs}):
-            ended = Process(self.flags(folder, resume=True), lambda: _limit_files(limit)).wait()
+            ended = Process(self.flags(folder, resume=True), partial(_limit_files, limit)).wait()
             what = f"files of at most {limit} bytes: exit code {ended.code}, {ended.said!r}"
             expect(ended.code == 2 and ended.said.count("\n") == 1, what)
             expect(re.match(rf"error: \S*{folder.name}/\S+: File too large", ended.said) is not None, what)

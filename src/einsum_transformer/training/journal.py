@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,26 +39,29 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.note(f"ended by {type(error).__name__}: {error}")
-        self._log.close()
-        self._metrics.close()
+        last = () if error is None else (partial(self.note, f"ended by {type(error).__name__}: {error}"),)
+        for action in (*last, self._log.close, self._metrics.close):
+            # Where the disk is full this fails as well; told is then what failed first.
+            with nullcontext() if error is None else suppress(OSError):
+                action()
 
     def about(self, facts: Mapping[str, Any]) -> None:
         """Write run.json: what is trained, how, on what."""
-        with atomic_file(self.folder / ABOUT) as file:
+        with _named(self.folder / ABOUT), atomic_file(self.folder / ABOUT) as file:
             file.write((json.dumps(facts, indent=1) + "\n").encode())
             sync(file)
 
     def note(self, text: str) -> None:
         """A line of train.log, with the time."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        with _named(self.folder / LOG):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
 
     def metrics(self, numbers: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
-        self._metrics.write(json.dumps(numbers) + "\n")
-        self._metrics.flush()
+        with _named(self.folder / METRICS):
+            self._metrics.write(json.dumps(numbers) + "\n")
+            self._metrics.flush()
 
     def forget_after(self, steps: int) -> None:
         """Remove the metrics of steps that a resumed training does again, and a line that was cut off."""
@@ -68,7 +73,7 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 continue
         self._metrics.close()
-        with atomic_file(self.folder / METRICS) as file:
+        with _named(self.folder / METRICS), atomic_file(self.folder / METRICS) as file:
             file.write("".join(kept).encode())
             sync(file)
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
@@ -76,5 +81,16 @@ class Journal:
     def commit(self) -> None:
         """Bring log and metrics to the disk, as is done for a checkpoint."""
         for file in (self._log, self._metrics):
-            file.flush()
-            os.fsync(file.fileno())
+            with _named(Path(file.name)):
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say in the system's error, which a failed write does not, what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

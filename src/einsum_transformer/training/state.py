@@ -34,7 +34,7 @@ Array = np.ndarray
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 _NAME = re.compile(r"step-\d{8}")
-_LEFTOVER = re.compile(r"\.step-\d{8}\.[0-9a-f]{12}\.tmp")
+_LEFTOVER = re.compile(r"\.(step-\d{8}|run\.json|metrics\.jsonl)\.[0-9a-f]{12}\.tmp")
 _LARGEST_JSON = 16 << 20
 _CHUNK = 1 << 22
 
@@ -54,8 +54,11 @@ def save(trainer: Trainer, root: str | Path, keep: int | None = None) -> Path:
         try:
             _write(trainer, temporary)
             os.rename(temporary, place)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                # A failed write names no file, and the temporary ones are gone.
+                error.filename = str(place)
             raise
         sync_folder(root)
     for old in checkpoints(root)[: -keep or None] if keep else []:
@@ -77,7 +80,7 @@ def clean(root: str | Path) -> None:
     """Remove what a process that was killed left half written."""
     for path in list(Path(root).iterdir()):
         if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def restore(trainer: Trainer, folder: str | Path) -> list[str]:
