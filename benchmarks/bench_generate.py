@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import workers
 from machine import Table, median, progress
-from workers import CANDIDATES, PAUSE, Worker, random_tokens
+from processes import PAUSE, Worker
+from workers import CANDIDATES, random_tokens
 
 PROMPT = "The capital of France is"
 DECODE_AFTER = 128
@@ -65,7 +67,7 @@ def measure(run: Run) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         progress("preparing the model's files")
         model = {"model_name": run.options.model, "folder": folder, "lengths": run.options.lengths}
-        preparation = Worker(run.options.ours_python, {"prepare": model})
+        preparation = Worker(workers.__file__, run.options.ours_python, {"prepare": model})
         run.facts = preparation.answer()
         preparation.close()
         if "failed" in run.facts:
@@ -90,7 +92,7 @@ def start_workers(run: Run) -> dict[str, Worker]:
         if source not in run.facts["sources"]:
             run.left_out[name] = f"{run.options.model} did not come as a {source} file"
             continue
-        worker = Worker(*task(run, name, source, context))
+        worker = Worker(workers.__file__, *task(run, name, source, context))
         hello = worker.answer()
         if "failed" in hello:
             run.left_out[name] = hello["failed"]
@@ -148,7 +150,11 @@ def fresh_process(run: Run, candidate: str, source: str, number: int) -> tuple[f
     python, given = task(run, candidate, source, run.options.memory_tokens + run.options.steps + 8)
     time.sleep(PAUSE)
     start = time.perf_counter()
-    worker = Worker(python, given | {"fresh": {"prompt": PROMPT, "ids": ids, "steps": run.options.steps}})
+    worker = Worker(
+        workers.__file__,
+        python,
+        given | {"fresh": {"prompt": PROMPT, "ids": ids, "steps": run.options.steps}},
+    )
     first = worker.answer()
     seconds = time.perf_counter() - start
     if "failed" in first:

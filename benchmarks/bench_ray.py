@@ -20,7 +20,7 @@ from typing import Any
 import machine
 from machine import Table, median, progress
 
-LORA_TARGETS = ["q_proj", "v_proj"]
+LORA_TARGETS = ("q_proj", "v_proj")
 PHASES = ("share", "workers", "sum", "clipping", "update")
 ROOT = Path(__file__).parent.parent
 

@@ -1,15 +1,12 @@
-"""The processes that bench_generate.py starts, one candidate each, with its own Python; and how to ask them.
+"""The processes that bench_generate.py starts, one candidate each, with its own Python.
 
-A worker is given one task as JSON and answers in JSON lines. Nothing heavy is imported before a candidate
-needs it, so that the first token of a process waits for that candidate's own imports only.
+Nothing heavy is imported before a candidate needs it, so that the first token of a process waits for that
+candidate's own imports only.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import machine
-
-# OpenMP threads spin for up to 0.2 s after their work and would take a core from the next candidate.
-PAUSE = 0.3
+import processes
+from processes import Answer
 
 
 class Engine(Protocol):
@@ -268,37 +264,19 @@ REQUESTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def work(task: dict[str, Any]) -> None:
-    """A worker's life: one task that it was started with, answers as JSON lines on what was stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    # Whatever a library prints goes to stderr, so that it cannot mix with the answers.
-    os.dup2(2, 1)
-
-    def answer(value: Any) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    try:
-        if "prepare" in task:
-            answer(prepare(**task["prepare"]))
-            return
-        engine = CANDIDATES[task["candidate"]].engine(task["source"], task["threads"], task["context"])
-    except ImportError as error:
-        answer({"failed": f"not installed ({error})"})
+def work(task: dict[str, Any], answer: Answer) -> None:
+    if "prepare" in task:
+        answer(prepare(**task["prepare"]))
         return
-    except (ValueError, OSError) as error:
-        answer({"failed": str(error).splitlines()[0]})
-        return
+    engine = CANDIDATES[task["candidate"]].engine(task["source"], task["threads"], task["context"])
     if task.get("fresh"):
         fresh(engine, answer, **task["fresh"])
         return
     answer({"versions": engine.versions()})
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer(REQUESTS[request.pop("do")](engine, **request))
+    processes.serve(engine, answer, REQUESTS)
 
 
-def fresh(engine: Engine, answer: Callable[[Any], None], prompt: str, ids: list[int], steps: int) -> None:
+def fresh(engine: Engine, answer: Answer, prompt: str, ids: list[int], steps: int) -> None:
     """The first token as soon as it is there, then the memory that a long prompt and some steps take."""
     answer({"token": engine.prefill(engine.tokens(engine.encode(prompt)))})
     token = engine.prefill(engine.tokens(ids))
@@ -307,41 +285,5 @@ def fresh(engine: Engine, answer: Callable[[Any], None], prompt: str, ids: list[
     answer({"peak_bytes": machine.peak_bytes()})
 
 
-class Worker:
-    """A started worker process: requests and answers are JSON lines."""
-
-    def __init__(self, python: str, task: dict[str, Any]) -> None:
-        import subprocess
-        import tempfile
-
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [python, __file__, json.dumps(task)]
-        pipe = subprocess.PIPE
-        try:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
-        except OSError as error:
-            raise SystemExit(f"{python}: {error.strerror}") from None
-
-    def ask(self, do: str, **request: Any) -> Any:
-        """One request's answer, a moment after everybody else has come to rest."""
-        time.sleep(PAUSE)
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            raise SystemExit(f"a worker ended early:\n{self.errors.read()[-2000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.communicate()
-        self.errors.close()
-
-
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))
+    processes.run(work)

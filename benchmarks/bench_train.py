@@ -1,0 +1,285 @@
+"""A training step of all weights and of LoRA adapters, beside transformers and peft on PyTorch.
+
+Each candidate and each way to train is a process of its own; they compute in turns, round by round, one at a
+time, and medians are reported. README.md says what each number means.
+
+    python benchmarks/bench_train.py --oracle-python other/bin/python --json train.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+import train_workers
+from machine import Table, median, progress
+from processes import Worker
+from train_workers import CANDIDATES
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"full": "all weights", "lora": "LoRA"}
+REFERENCE = "torch"
+# torch / ours at least this, by kind of training; the first model is what they are about
+TARGETS = {"full": 1.0, "lora": 1.2}
+
+Key = tuple[str, str, str]
+"""(model, kind, candidate)"""
+
+
+@dataclass(slots=True)
+class Run:
+    """The settings of a run and everything it measured."""
+
+    options: argparse.Namespace
+    models: dict[str, dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    sgemm: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    ms: dict[Key, list[float]] = field(default_factory=dict)
+    losses: dict[Key, list[float]] = field(default_factory=dict)
+    peaks: dict[Key, int | None] = field(default_factory=dict)
+
+    def faster(self, key: Key) -> float | None:
+        """How many times faster than torch in the same round, the median of the rounds."""
+        reference = self.ms.get((*key[:2], REFERENCE))
+        return median([theirs / own for theirs, own in zip(reference, self.ms[key])]) if reference else None
+
+    def best_sgemm(self) -> float:
+        return max(max(values) for values in self.sgemm.values())
+
+
+def measure(run: Run) -> None:
+    """Fill `run`: prepare the files, start the processes, then go round and round."""
+    options = run.options
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        progress("preparing the models' files")
+        wanted = {"batch_size": options.batch_size, "seq_len": options.seq_len}
+        task = {"prepare": {"folder": folder, "models": run.models} | wanted}
+        preparation = Worker(train_workers.__file__, options.ours_python, task)
+        run.facts = preparation.answer()
+        preparation.close()
+        if "failed" in run.facts:
+            raise SystemExit(f"{options.ours_python}: einsum_transformer: {run.facts['failed']}")
+        started = start(run)
+        try:
+            # The first rounds warm up (torch needs three) and do not count; their losses do.
+            for number in range(-options.warm_up, options.rounds):
+                progress(f"warm-up {-number}" if number < 0 else f"round {number + 1} of {options.rounds}")
+                one_round(run, started, number)
+            run.peaks = {key: worker.ask("peak") for key, worker in started.items()}
+        finally:
+            for worker in started.values():
+                worker.close()
+
+
+def start(run: Run) -> dict[Key, Worker]:
+    """The processes of the candidates that can run here; why others cannot is kept in `run.left_out`."""
+    started: dict[Key, Worker] = {}
+    for model, facts in run.facts.items():
+        for kind in KINDS:
+            for name in run.options.candidates:
+                known = CANDIDATES[name]
+                python = run.options.ours_python if known.ours else run.options.oracle_python
+                task = {"candidate": name, "source": facts["source"], "threads": run.options.threads}
+                adapter = facts["adapter"] if kind == "lora" else None
+                worker = Worker(train_workers.__file__, python, task | {"adapter": adapter})
+                hello = worker.answer()
+                if "failed" in hello:
+                    run.left_out[f"{known.label}, {KINDS[kind]}"] = hello["failed"]
+                    worker.close()
+                    continue
+                run.versions |= hello["versions"]
+                started[model, kind, name] = worker
+    for name, reason in run.left_out.items():
+        progress(f"left out: {name}: {reason}")
+    if not started:
+        raise SystemExit("no candidate can run here")
+    return started
+
+
+def one_round(run: Run, started: dict[Key, Worker], number: int) -> None:
+    """A step of everybody; who begins changes from round to round."""
+    options = run.options
+    turn = number % len(options.candidates)
+    names = options.candidates[turn:] + options.candidates[:turn]
+    for name in names:
+        worker = next((worker for key, worker in started.items() if key[2] == name), None)
+        if worker is not None:
+            run.sgemm[name].append(worker.ask("sgemm", size=options.sgemm_size))
+    for model, facts in run.facts.items():
+        choose = random.Random(number)
+        rows = [
+            choose.choices(range(facts["vocabulary"]), k=options.seq_len + 1)
+            for _ in range(options.batch_size)
+        ]
+        for kind in KINDS:
+            for key in ((model, kind, name) for name in names if (model, kind, name) in started):
+                answer = started[key].ask("step", rows=rows)
+                run.losses.setdefault(key, []).append(answer["loss"])
+                if number >= 0:
+                    run.ms.setdefault(key, []).append(answer["ms"])
+
+
+def shown(value: float | None, pattern: str) -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def in_order(run: Run) -> Iterator[Key]:
+    for model in run.facts:
+        for kind in KINDS:
+            yield from ((model, kind, name) for name in CANDIDATES if (model, kind, name) in run.ms)
+
+
+def tables(run: Run) -> list[Table]:
+    return [limits_table(run), steps_table(run), targets_table(run)]
+
+
+def limits_table(run: Run) -> Table:
+    rows = [
+        (f"sgemm, {CANDIDATES[name].label}", f"{median(run.sgemm[name]):.1f}", f"{max(run.sgemm[name]):.1f}")
+        for name in CANDIDATES
+        if name in run.sgemm
+    ]
+    return Table("What the machine reached in this run, GFLOP/s", ("", "median", "best"), rows)
+
+
+def steps_table(run: Run) -> Table:
+    rows, tokens = [], run.options.batch_size * run.options.seq_len
+    for key in in_order(run):
+        model, kind, name = key
+        ms, peak = median(run.ms[key]), run.peaks[key]
+        rate = run.facts[model]["flops"][kind] / ms / 1e6
+        cells = f"{ms:.0f}", f"{tokens / ms * 1e3:.0f}", f"{rate:.1f}", f"{rate / run.best_sgemm():.0%}"
+        memory = shown(None if peak is None else peak / 1e6, "{:.0f}")
+        against = shown(run.faster(key), "{:.2f}x")
+        rows.append((f"{model}, {KINDS[kind]}: {CANDIDATES[name].label}", *cells, memory, against))
+    header = ("", "ms", "tokens/s", "GFLOP/s", "of best sgemm", "peak MB", "torch / this")
+    return Table("A training step", header, rows)
+
+
+def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
+    """(what, measured, "at least" or "at most", target)."""
+    found: list[tuple[str, float | None, str, float]] = []
+    model = next(iter(run.facts))
+    for kind, target in TARGETS.items():
+        keys = [key for key in in_order(run) if key[:2] == (model, kind) and CANDIDATES[key[2]].ours]
+        ratios = [ratio for key in keys if (ratio := run.faster(key)) is not None]
+        found.append(
+            (f"{KINDS[kind]}: torch / ours, faster BLAS", max(ratios, default=None), "at least", target)
+        )
+        own, theirs = (run.peaks.get((model, kind, name)) for name in ("numpy", REFERENCE))
+        share = own / theirs if own and theirs else None
+        found.append((f"{KINDS[kind]}: peak memory, ours / torch", share, "at most", 1.0))
+    return found
+
+
+def targets_table(run: Run) -> Table:
+    rows = []
+    for what, value, bound, target in targets(run):
+        met = None if value is None else value >= target if bound == "at least" else value <= target
+        verdict = {None: "not measured", True: "met", False: "missed"}[met]
+        rows.append((what, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
+    return Table(f"Targets, {next(iter(run.facts))}", ("", "measured", "target", ""), rows)
+
+
+def notes(run: Run) -> Iterator[str]:
+    options = run.options
+    yield machine.machine_line()
+    yield f"a step of SGD on {options.batch_size} x {options.seq_len} random tokens"
+    yield f"LoRA: r 8 on {', '.join(train_workers.LORA_TARGETS)}; {options.threads} threads"
+    yield ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    spreads = [machine.spread(values) for values in run.ms.values()]
+    yield (
+        f"medians of {options.rounds} rounds after {options.warm_up} that warm up, ratios round by round; "
+        f"largest less smallest round: {median(spreads):.0%} of the median, at most {max(spreads):.0%}"
+    )
+    yield from agreement(run)
+    for name, reason in run.left_out.items():
+        yield f"left out: {name}: {reason}"
+
+
+def agreement(run: Run) -> Iterator[str]:
+    """That all train the same model: how far the losses of the steps lie from torch's."""
+    gaps = [
+        abs(own - theirs)
+        for key, losses in run.losses.items()
+        if (reference := run.losses.get((*key[:2], REFERENCE)))
+        for own, theirs in zip(losses, reference)
+    ]
+    if gaps:
+        steps = run.options.warm_up + run.options.rounds
+        yield f"losses of the {steps} steps differ from torch's by at most {max(gaps):.1e}"
+
+
+def result(run: Run) -> dict[str, Any]:
+    """Everything, for --json."""
+
+    def named(by_key: dict[Key, Any]) -> dict[str, Any]:
+        return {" ".join(key): value for key, value in by_key.items()}
+
+    kept = ("candidates", "batch_size", "seq_len", "rounds", "warm_up", "threads", "quick")
+    columns = ("what", "measured", "bound", "target")
+    return {
+        "machine": machine.describe(),
+        "settings": {name: getattr(run.options, name) for name in kept},
+        "versions": run.versions,
+        "left_out": run.left_out,
+        "flops": {model: facts["flops"] for model, facts in run.facts.items()},
+        "medians": {name: median(values) for name, values in named(run.ms).items()},
+        "targets": [dict(zip(columns, target)) for target in targets(run)],
+        "sgemm": run.sgemm,
+        "samples": named(run.ms),
+        "losses": named(run.losses),
+        "peak_bytes": named(run.peaks),
+    }
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    here = sys.executable
+    add("--ours-python", default=here, metavar="EXE", help="Python that has this package (default: this one)")
+    add("--oracle-python", default=here, metavar="EXE", help="Python that has torch, transformers, peft")
+    add("--model", default="smollm2-135m", help="anything et.load takes (default: %(default)s)")
+    add("--config", default=str(ROOT / "configs/fast_lora.json"), help="a small model (default: fast_lora)")
+    add("--max-layers", type=int, default=4, metavar="N", help="layers of it (default: %(default)s)")
+    names = list(CANDIDATES)
+    add("--candidates", nargs="+", choices=names, default=names, help="default: all that are installed")
+    add("--batch-size", type=int, default=4, metavar="N", help="rows of a step (default: %(default)s)")
+    add("--seq-len", type=int, default=128, metavar="N", help="tokens of a row (default: %(default)s)")
+    add("--rounds", type=int, default=9, help="rounds that count (default: %(default)s)")
+    add("--threads", type=int, default=2, help="for every candidate (default: %(default)s)")
+    add("--quick", action="store_true", help="one short round, to see that all runs: numbers mean nothing")
+    add("--json", type=Path, metavar="FILE", help="write settings, versions and every sample")
+    add("--markdown", action="store_true", help="print the tables as Markdown")
+    options = parser.parse_args(arguments)
+    options.warm_up, options.sgemm_size = 3, machine.SGEMM_SIZE
+    if options.quick:
+        options.batch_size, options.seq_len, options.rounds = 2, 8, 1
+        options.warm_up, options.sgemm_size = 1, 128
+    return options
+
+
+def main() -> None:
+    options = parse()
+    small = f"{Path(options.config).stem}, {options.max_layers} layers"
+    given = {"source": options.config, "max_layers": options.max_layers}
+    run = Run(options, {options.model: {"source": options.model}, small: given})
+    measure(run)
+    machine.show(list(notes(run)), tables(run), options.markdown)
+    machine.save_json(options.json, result(run))
+
+
+if __name__ == "__main__":
+    main()

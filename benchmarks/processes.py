@@ -1,0 +1,74 @@
+"""A candidate's process: it is given one task as JSON, then requests and answers are JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# OpenMP threads spin for up to 0.2 s after their work and would take a core from the next candidate.
+PAUSE = 0.3
+
+Answer = Callable[[Any], None]
+
+
+class Worker:
+    """A started process, as whoever asks it sees it; `script` ends in a call of `run`."""
+
+    def __init__(self, script: str, python: str, task: dict[str, Any]) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command, pipe = [python, script, json.dumps(task)], subprocess.PIPE
+        try:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        except OSError as error:
+            raise SystemExit(f"{python}: {error.strerror}") from None
+
+    def ask(self, do: str, **request: Any) -> Any:
+        """One request's answer, a moment after everybody else has come to rest."""
+        time.sleep(PAUSE)
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise SystemExit(f"a worker ended early:\n{self.errors.read()[-2000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.errors.close()
+
+
+def run(work: Callable[[dict[str, Any], Answer], None]) -> None:
+    """The process's life: work(task, answer). What cannot run here is answered as {"failed": why}."""
+    answers = os.fdopen(os.dup(1), "w")
+    # Whatever a library prints goes to stderr, so that it cannot mix with the answers.
+    os.dup2(2, 1)
+
+    def answer(value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    try:
+        work(json.loads(sys.argv[1]), answer)
+    except ImportError as error:
+        answer({"failed": f"not installed ({error})"})
+    except (ValueError, OSError) as error:
+        answer({"failed": str(error).splitlines()[0]})
+
+
+def serve(engine: Any, answer: Answer, requests: Mapping[str, Callable[..., Any]]) -> None:
+    """Answer requests, each by its function of the engine, until there are no more."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer(requests[request.pop("do")](engine, **request))

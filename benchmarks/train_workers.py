@@ -1,0 +1,173 @@
+"""The processes that bench_train.py starts: one candidate and one way to train each, with its own Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import machine
+import processes
+from processes import Answer
+
+LEARNING_RATE = 1e-3
+LORA_TARGETS = ("q_proj", "v_proj")
+
+
+class Engine(Protocol):
+    """A model in training with SGD: a step is forward, loss, backward and update."""
+
+    def versions(self) -> dict[str, str]: ...
+    def step(self, rows: list[list[int]]) -> float:
+        """The loss before the update; each row is one token longer than what is fed."""
+        ...
+
+    def sgemm(self, size: int) -> float: ...
+
+
+class Ours:
+    """This package, on one of its BLAS providers."""
+
+    def __init__(self, source: str, adapter: str | None, threads: int, provider: str) -> None:
+        # Before NumPy, as a program that only uses this package does: it prepares NumPy's BLAS.
+        import einsum_transformer as et  # isort: skip
+        import numpy as np
+
+        from einsum_transformer.engine import blas
+        from einsum_transformer.training.loop import Settings, Trainer
+        from einsum_transformer.training.schedule import Schedule
+
+        self.np, self.blas = np, blas
+        blas.use(provider)
+        blas.set_threads(threads)
+        self.trainer = Trainer(
+            et.load(source, adapter=adapter), self, Settings(Schedule(LEARNING_RATE, 1, "constant"))
+        )
+
+    def versions(self) -> dict[str, str]:
+        import einsum_transformer
+
+        provider = self.blas.current()
+        versions = {"einsum-transformer": einsum_transformer.__version__, "numpy": self.np.__version__}
+        return versions | {provider.name: provider.version}
+
+    def step(self, rows: list[list[int]]) -> float:
+        self.rows = self.np.array(rows)
+        return self.trainer.step().loss
+
+    def batch(self, step: int) -> list[Any]:
+        """The rows that were sent, as a Trainer asks for them."""
+        return [(self.rows[:, :-1], self.rows[:, 1:])]
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "sent"}
+
+    def sgemm(self, size: int) -> float:
+        return machine.sgemm_gflops(self.blas.matmul, lambda a: a, size)
+
+
+class Torch:
+    """transformers, and peft for the adapters, in float32 with the default attention, not compiled."""
+
+    def __init__(self, source: str, adapter: str | None, threads: int) -> None:
+        import torch  # type: ignore[import-not-found]
+        import transformers  # type: ignore[import-not-found]
+
+        torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()
+        self.torch, self.package, self.peft = torch, transformers, None
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        if adapter is not None:
+            import peft  # type: ignore[import-not-found]
+
+            self.peft, model = peft, peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        self.model = model.train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
+
+    def versions(self) -> dict[str, str]:
+        found = {"torch": self.torch.__version__, "transformers": self.package.__version__}
+        return found if self.peft is None else found | {"peft": self.peft.__version__}
+
+    def step(self, rows: list[list[int]]) -> float:
+        tokens = self.torch.tensor(rows)
+        logits = self.model(tokens[:, :-1], use_cache=False).logits
+        loss = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def sgemm(self, size: int) -> float:
+        return machine.sgemm_gflops(self.torch.mm, self.torch.from_numpy, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    label: str
+    engine: Callable[[str, str | None, int], Engine]
+    ours: bool
+
+
+CANDIDATES = {
+    "numpy": Candidate("ours, NumPy's BLAS", partial(Ours, provider="numpy"), True),
+    "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), True),
+    "torch": Candidate("torch", Torch, False),
+}
+
+
+def prepare(folder: str, models: dict[str, dict[str, Any]], batch_size: int, seq_len: int) -> dict[str, Any]:
+    """Save each model and an adapter for it, and count the FLOPs of a step of each kind by recording one."""
+    import numpy as np
+
+    import einsum_transformer as et
+    from einsum_transformer.engine import Recorder
+    from einsum_transformer.models.adapters import with_lora
+    from einsum_transformer.models.lora_config import LoRAConfig
+    from einsum_transformer.models.peft import write_adapter
+
+    found = {}
+    tokens = np.zeros((batch_size, seq_len), np.int64)
+    for name, source in models.items():
+        plain = et.load(**source)
+        lora = with_lora(plain, LoRAConfig(r=8, target_modules=LORA_TARGETS))
+        place, adapter = Path(folder, name), Path(folder, f"{name}-adapter")
+        plain.save(place)
+        write_adapter(lora, adapter)
+        flops = {}
+        for kind, model in (("full", plain), ("lora", lora)):
+            with Recorder(events_wanted=True) as recorder:
+                model.decoder.loss_and_gradient(tokens, tokens)
+            flops[kind] = sum(event.flops for event in recorder.events)
+        facts = {"vocabulary": plain.config.vocab_size, "flops": flops}
+        found[name] = facts | {"source": str(place), "adapter": str(adapter)}
+    return found
+
+
+def time_step(engine: Engine, rows: list[list[int]]) -> dict[str, float]:
+    start = time.perf_counter()
+    loss = engine.step(rows)
+    return {"ms": (time.perf_counter() - start) * 1e3, "loss": loss}
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "step": time_step,
+    "sgemm": lambda engine, size: engine.sgemm(size),
+    "peak": lambda engine: machine.peak_bytes(),
+}
+
+
+def work(task: dict[str, Any], answer: Answer) -> None:
+    if "prepare" in task:
+        answer(prepare(**task["prepare"]))
+        return
+    engine = CANDIDATES[task["candidate"]].engine(task["source"], task["adapter"], task["threads"])
+    answer({"versions": engine.versions()})
+    processes.serve(engine, answer, REQUESTS)
+
+
+if __name__ == "__main__":
+    processes.run(work)
