@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from einsum_transformer.engine import Leaf, Recorder, phase, recorder
+from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
@@ -94,6 +95,7 @@ class Local:
     """This process computes."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
+        keep_freed()
         self.decoder, self.settings = model.decoder, settings
         self.weights = trainable(model.decoder)
         self.state = start(settings.optimizer, self.weights)

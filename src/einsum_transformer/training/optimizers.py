@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from einsum_transformer.engine import einsum
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
 
@@ -22,6 +23,8 @@ Arrays = Mapping[str, Array]
 
 _PIECE = 1 << 15  # elements: with two moments and a scratch array, within a core's second-level cache
 _TASK = 1 << 20  # elements of one thread's task
+_ROW = 1 << 10  # elements whose squares are summed in the precision of the gradients
+_EXACT = 1e-20, 1e30  # sums of float32 squares outside may have lost terms to underflow, or all to overflow
 
 
 class Optimizer(Protocol):
@@ -158,11 +161,7 @@ def global_norm(gradients: Arrays) -> float:
     squares: dict[tuple[str, int], float] = {}
 
     def add(name: str, start: int, piece: Array) -> None:
-        total = 0.0
-        for begin in range(0, len(piece), _PIECE):
-            part = piece[begin : begin + _PIECE].astype(np.float64)
-            total += float(np.sum(part * part))
-        squares[name, start] = total
+        squares[name, start] = _sum_of_squares(piece)
 
     tasks = [
         (name, start, flat[start : start + _TASK])
@@ -172,6 +171,17 @@ def global_norm(gradients: Arrays) -> float:
     with np.errstate(over="ignore"):
         for_each(add, tasks, coarse=len(tasks) > 1)
     return math.sqrt(math.fsum(squares[name, start] for name, start, _ in tasks))
+
+
+def _sum_of_squares(piece: Array) -> float:
+    """In the array's precision within short rows and in float64 between them; all in float64 where float32
+    would not do."""
+    rows = piece[: len(piece) // _ROW * _ROW].reshape(-1, _ROW)
+    rest = piece[rows.size :]
+    total = float(np.sum(einsum("td,td->t", rows, rows), dtype=np.float64)) + float(np.sum(rest * rest))
+    if piece.dtype == np.float64 or _EXACT[0] < total < _EXACT[1] or not piece.any():
+        return total
+    return _sum_of_squares(piece.astype(np.float64))
 
 
 def _by_pieces(
