@@ -7,6 +7,7 @@ repeated. Queries go block by block, so that the scores of t x s positions are n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -185,40 +186,53 @@ class Attention:
     def _mix_backward(
         self, dmixed: Array, q: Array, k: Array, v: Array, mixed: Array, lse: Array, mask: Mask
     ) -> tuple[Array, Array, Array]:
-        dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
         # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         along = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
-        for block, keys, hidden, heads in tiles(q, mask, self.query_block):
-            here, there = (slice(None), block, *heads), (slice(None), keys, heads[0])
-            qb, kb, vb, db = q[here], k[there], v[there], dmixed[here]
-            # p = softmax(einsum("btkgh,bskh->bkgts", q, k) + mask)
-            p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden)
-            p -= lse[here].transpose(0, 2, 3, 1)[..., None]
-            np.exp(p, out=p)
-            # mixed = einsum("bkgts,bskh->btkgh", p, v)
-            dv[there] += einsum("bkgts,btkgh->bskh", p, db)
-            dscores = einsum("btkgh,bskh->bkgts", db, vb)
-            dscores -= along[:, heads[0], heads[1], block, None]
-            dscores *= p
-            # scores = einsum("btkgh,bskh->bkgts", q, k)
-            dq[here] = einsum("bkgts,bskh->btkgh", dscores, kb)
-            dk[there] += einsum("bkgts,btkgh->bskh", dscores, qb)
-        return dq, dk, dv
+        # Every query head has a dk and dv of its own until the end, so that no two boxes write to one place.
+        dq, dk, dv = np.empty_like(q), np.zeros_like(q), np.zeros_like(q)
+
+        def box(blocks: list[Block], rows: slice, kv_heads: slice, group: slice) -> None:
+            for block, keys, hidden in blocks:
+                here, there = (rows, block, kv_heads, group), (rows, keys, kv_heads)
+                qb, kb, vb, db = q[here], k[there], v[there], dmixed[here]
+                # p = softmax(einsum("btkgh,bskh->bkgts", q, k) + mask)
+                p = hide(einsum("btkgh,bskh->bkgts", qb, kb), hidden, rows)
+                p -= lse[here].transpose(0, 2, 3, 1)[..., None]
+                np.exp(p, out=p)
+                # mixed = einsum("bkgts,bskh->btkgh", p, v)
+                dv[*there, group] += einsum("bkgts,btkgh->bskh", p, db)[..., None, :]
+                dscores = einsum("btkgh,bskh->bkgts", db, vb)
+                dscores -= along[rows, kv_heads, group, block, None]
+                dscores *= p
+                # scores = einsum("btkgh,bskh->bkgts", q, k)
+                dq[here] = einsum("bkgts,bskh->btkgh", dscores, kb)
+                dk[*there, group] += einsum("bkgts,btkgh->bskh", dscores, qb)[..., None, :]
+
+        tasks = boxes(q, list(query_blocks(q, mask, self.query_block)))
+        for_each(box, tasks, coarse=q[..., 0].size * k.shape[1] >= 1 << 18)
+        return dq, dk.sum(axis=3), dv.sum(axis=3)
 
 
 Hidden = list[tuple[slice, Array]]
-Tile = tuple[slice, slice, Hidden, tuple[slice, slice]]
+Block = tuple[slice, slice, Hidden]
+Heads = tuple[slice, slice]
 
 
-def tiles(q: Array, mask: Mask, query_block: int) -> list[Tile]:
-    """(query block, its keys, what they hide, heads): as many heads at once as keep the scores near
-    TILE_BYTES."""
-    b, t, kv_heads, groups, _ = q.shape
-    found: list[Tile] = []
-    for start in reversed(range(0, t, query_block)):  # the longest first, so that threads end together
+def query_blocks(q: Array, mask: Mask, query_block: int) -> Iterator[Block]:
+    """(query block, its keys, what they hide); the longest first, so that threads end together."""
+    t = q.shape[1]
+    for start in reversed(range(0, t, query_block)):
         block = slice(start, min(start + query_block, t))
         keys = mask.keys(block)
-        hidden = mask.parts(block, keys, q.dtype)
+        yield block, keys, mask.parts(block, keys, q.dtype)
+
+
+def tiles(q: Array, mask: Mask, query_block: int) -> list[tuple[slice, slice, Hidden, Heads]]:
+    """(query block, its keys, what they hide, heads): as many heads at once as keep the scores near
+    TILE_BYTES."""
+    b, _, kv_heads, groups, _ = q.shape
+    found = []
+    for block, keys, hidden in query_blocks(q, mask, query_block):
         one_head = b * (block.stop - block.start) * (keys.stop - keys.start) * q.dtype.itemsize
         fit = TILE_BYTES // max(one_head, 1)
         step_k = kv_heads if fit >= kv_heads * groups else max(1, fit // groups)
@@ -229,10 +243,28 @@ def tiles(q: Array, mask: Mask, query_block: int) -> list[Tile]:
     return found
 
 
-def hide(scores: Array, hidden: Hidden) -> Array:
-    """Add -inf, in place, to the scores (b, k, g, t, s) of keys that a query may not see."""
+def boxes(q: Array, blocks: list[Block]) -> list[tuple[list[Block], slice, slice, slice]]:
+    """(the query blocks, rows, key/value heads, one group): parts that share no query head of a row, whose
+    scores in a block and their gradient together are near TILE_BYTES."""
+    b, _, kv_heads, groups, _ = q.shape
+    block, keys, _ = blocks[0]
+    fit = TILE_BYTES // 2 // ((block.stop - block.start) * (keys.stop - keys.start) * q.dtype.itemsize)
+    # At least two in each group, one a thread, where there are as many rows or heads.
+    rows = max(1, min(b // 2, fit))
+    heads = max(1, min(kv_heads if b > 1 else kv_heads // 2, fit // rows))
+    return [
+        (blocks, slice(row, row + rows), slice(head, head + heads), slice(group, group + 1))
+        for row in range(0, b, rows)
+        for head in range(0, kv_heads, heads)
+        for group in range(groups)
+    ]
+
+
+def hide(scores: Array, hidden: Hidden, rows: slice = slice(None)) -> Array:
+    """Add -inf, in place, to the scores (b, k, g, t, s) of keys that a query may not see; rows: which of the
+    batch these are."""
     for where, added in hidden:
-        scores[..., where] += added
+        scores[..., where] += added if len(added) == 1 else added[rows]
     return scores
 
 
