@@ -35,6 +35,7 @@ class RMSNorm:
         dnormed = dy * self.weight
         # normed = x * rstd, and rstd depends on every x of its row
         along = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
-        dx = dnormed - einsum("btd,bt->btd", normed, along)
+        dx = dnormed
+        dx -= einsum("btd,bt->btd", normed, along)
         dx *= rstd[..., None]
         return dx, RMSNorm(dweight, self.eps)

@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 
 from einsum_transformer.engine import einsum, weight_grad
-from einsum_transformer.numerics.activations import dsilu, silu
+from einsum_transformer.numerics.activations import silu, silu_and_derivative
 
 Array = np.ndarray
 Saved = tuple[Array, Array, Array]
@@ -40,15 +40,15 @@ class SwiGLU:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, SwiGLU]:
         x, gate, up = saved
-        activated = silu(gate)
+        activated, dactivated = silu_and_derivative(gate)
         # y = einsum("btf,df->btd", hidden, down_proj) + down_bias
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
-        ddown_proj = weight_grad("btd,btf->df", dy, activated * up, self.down_proj)
+        ddown_proj = weight_grad("btd,btf->df", dy, lambda: activated * up, self.down_proj)
         # hidden = silu(gate) * up
-        dup = dhidden * activated
+        dup = np.multiply(dhidden, activated, out=activated)
         dgate = dhidden
         dgate *= up
-        dgate *= dsilu(gate)
+        dgate *= dactivated
         # gate, up = einsum("btd,fd->btf", x, gate_proj / up_proj) + gate_bias / up_bias
         dx = einsum("btf,fd->btd", dgate, self.gate_proj)
         dx += einsum("btf,fd->btd", dup, self.up_proj)

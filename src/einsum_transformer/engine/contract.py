@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ class Leaf(ABC):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    trained = True
+    """Whether a gradient of it is wanted."""
 
     @property
     def ndim(self) -> int:
@@ -44,7 +47,7 @@ class Leaf(ABC):
         return einsum(equation, *operands[:position], self.array(), *operands[position + 1 :])
 
     def weight_grad(self, equation: str, *operands: Array) -> Any:
-        """The gradient that belongs to this leaf, or None if it takes none."""
+        """The gradient that belongs to this leaf."""
         return einsum(equation, *operands, order="C")
 
     def add_rows(self, indices: Array, dy: Array) -> Any:
@@ -83,11 +86,13 @@ def einsum(equation: str, *operands: Any, order: str = "K") -> Array:
 def weight_grad(equation: str, *operands_and_weight: Any) -> Any:
     """einsum(equation, *operands) in the memory layout of the last argument, the weight whose gradient it is.
 
-    A leaf answers with what is its own gradient; None, a bias that is not there, has None.
+    A leaf answers with what is its own gradient; None, a bias that is not there, has None. An operand that is
+    wanted for this gradient alone may be a function that makes it, called if there is a gradient to take.
     """
     *operands, weight = operands_and_weight
-    if weight is None:
+    if weight is None or (isinstance(weight, Leaf) and not weight.trained):
         return None
+    operands = [operand() if isinstance(operand, FunctionType) else operand for operand in operands]
     if isinstance(weight, Leaf):
         return weight.weight_grad(equation, *operands)
     input_major = isinstance(weight, Array) and weight.ndim > 1 and weight.strides[-1] != weight.itemsize

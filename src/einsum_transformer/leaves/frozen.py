@@ -15,6 +15,8 @@ Array = np.ndarray
 class Frozen(Leaf):
     """`weight`, an array or another leaf, without its gradient."""
 
+    trained = False
+
     def __init__(self, weight: Any) -> None:
         self.weight = weight
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
@@ -27,9 +29,6 @@ class Frozen(Leaf):
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
         return einsum(equation, *operands[:position], self.weight, *operands[position + 1 :])
-
-    def weight_grad(self, equation: str, *operands: Array) -> None:
-        return None
 
     def add_rows(self, indices: Array, dy: Array) -> None:
         return None

@@ -17,14 +17,14 @@ def silu(x: Array) -> Array:
     return np.divide(x, y, out=y)
 
 
-def dsilu(x: Array) -> Array:
-    """The derivative of silu: s + x s (1 - s) with s = sigmoid(x)."""
+def silu_and_derivative(x: Array) -> tuple[Array, Array]:
+    """y = x s and dy/dx = s + y (1 - s) with s = sigmoid(x), from one exponential."""
     s = sigmoid(x)
-    y = 1 - s
-    y *= x
-    y += 1
-    y *= s
-    return y
+    y = x * s
+    derivative = 1 - s
+    derivative *= y
+    derivative += s
+    return y, derivative
 
 
 def _one_plus_exp(x: Array) -> Array:
