@@ -33,7 +33,9 @@ class MemorySource:
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         self.reads.append((name, (start, stop)))
-        return self.tensors[name][start:stop]
+        tensor = self.tensors[name]
+        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
+        return rows[start:stop]
 
     def release(self, name: str) -> None:
         pass

@@ -68,7 +68,8 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, Array]
             shapes[f"model.layers.{layer}.{norm}.weight"] = (d,)
         for name, shape in (matrices | mlps).items():
             shapes[f"{name}.weight"] = shape
-            if config.get("attention_bias" if name in matrices else "mlp_bias"):
+            always = config["model_type"] == "qwen2" and name in list(matrices)[:3]
+            if always or config.get("attention_bias" if name in matrices else "mlp_bias"):
                 shapes[f"{name}.bias"] = shape[:1]
     return {name: _values(rng, name, shape) for name, shape in shapes.items()}
 
@@ -178,24 +179,25 @@ def _turns(config: Mapping[str, Any], length: int, interleaved: bool) -> Any:
 
 
 def write_gguf(path: Path, config: Mapping[str, Any], weights: Mapping[str, Array], **keys: Any) -> Path:
-    """The checkpoint as llama.cpp's converter writes it: other names, q and k rows permuted. keys: more
-    metadata."""
+    """The checkpoint as llama.cpp's converter writes it: other names, q and k rows permuted where its program
+    pairs neighbours. keys: more metadata."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    writer = gguf.GGUFWriter(path, kind)
     numbers = {
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": config["max_position_embeddings"],
-        "llama.embedding_length": config["hidden_size"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": config["num_attention_heads"],
-        "llama.attention.head_count_kv": config["num_key_value_heads"],
-        "llama.attention.key_length": config["head_dim"],
-        "llama.attention.value_length": config["head_dim"],
-        "llama.rope.dimension_count": config["head_dim"],
-        "llama.rope.freq_base": float(config["rope_theta"]),
-        "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "llama.vocab_size": config["vocab_size"],
+        f"{kind}.block_count": config["num_hidden_layers"],
+        f"{kind}.context_length": config["max_position_embeddings"],
+        f"{kind}.embedding_length": config["hidden_size"],
+        f"{kind}.feed_forward_length": config["intermediate_size"],
+        f"{kind}.attention.head_count": config["num_attention_heads"],
+        f"{kind}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{kind}.attention.key_length": config["head_dim"],
+        f"{kind}.attention.value_length": config["head_dim"],
+        f"{kind}.rope.dimension_count": config["head_dim"],
+        f"{kind}.rope.freq_base": float(config["rope_theta"]),
+        f"{kind}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        f"{kind}.vocab_size": config["vocab_size"],
     }
     extra = {key: value for key, value in keys.items() if isinstance(value, Array)}
     for key, value in (numbers | {key: value for key, value in keys.items() if key not in extra}).items():
@@ -209,7 +211,7 @@ def write_gguf(path: Path, config: Mapping[str, Any], weights: Mapping[str, Arra
         }
         add[type(value)](key, value)
     for name, array in weights.items():
-        writer.add_tensor(_gguf_name(name), permuted(name, array, config))
+        writer.add_tensor(_gguf_name(name), permuted(name, array, config) if kind == "llama" else array)
     for name, array in extra.items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

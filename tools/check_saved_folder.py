@@ -20,7 +20,11 @@ def problem(folder: Path, tokens: np.ndarray, reference: np.ndarray) -> str:
     """What is wrong with the folder, or an empty string."""
     # with output_loading_info it returns a pair, which its type hints do not say
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):

@@ -1,112 +1,24 @@
-"""Tiny random Llama and Mistral models with the logits, loss and gradients transformers computes for them."""
+"""Tiny random models of every family with the logits, loss and gradients transformers computes for them."""
 
+import copy
 import json
 import tempfile
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from golden_cases import CASES, Case
+from reference_deepseek import EXPERT_KEYS, build_deepseek
 from safetensors.numpy import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 IGNORED = -100
 # Multiples of 1/64 below 4 compress well, and are exact in bfloat16: a golden may also be written in 16 bits.
 GRID = 64
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One golden model: its config, and changes to it that the logits must be able to tell from it."""
-
-    family: str
-    config: dict[str, Any]
-    length: int = 19
-    short_length: int = 0
-    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    contrasts: tuple[dict[str, Any], ...] = ()
-
-
-def sizes(hidden: int, heads: int, kv: int, inter: int, layers: int, vocab: int) -> dict[str, Any]:
-    """The six sizes under the names config.json gives them."""
-    return {
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "intermediate_size": inter,
-        "num_hidden_layers": layers,
-        "vocab_size": vocab,
-    }
-
-
-PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
-YARN_KEYS = {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.4}
-
-CASES: dict[str, Case] = {
-    "llama_gqa": Case("llama", sizes(48, 6, 2, 80, 3, 97) | {"rms_norm_eps": 1e-5}, length=15),
-    "llama_mqa_headdim": Case(
-        "llama",
-        sizes(30, 5, 1, 44, 3, 61) | {"head_dim": 16, "rms_norm_eps": 1e-2},
-        rope={"rope_type": "default", "rope_theta": 500000.0},
-        contrasts=({"rms_norm_eps": 1e-5}, PLAIN),
-    ),
-    "llama_mha_tied": Case(
-        "llama", sizes(32, 4, 4, 52, 2, 83) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-    ),
-    "llama_bias": Case(
-        "llama", sizes(36, 6, 3, 50, 2, 67) | {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5}
-    ),
-    "llama_rope_linear": Case(
-        "llama",
-        sizes(40, 4, 2, 36, 2, 59),
-        rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
-        contrasts=(PLAIN,),
-    ),
-    "llama_rope_dynamic": Case(
-        "llama",
-        sizes(40, 4, 2, 36, 2, 53) | {"max_position_embeddings": 16},
-        length=37,
-        short_length=13,
-        rope={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
-        contrasts=(PLAIN,),
-    ),
-    "llama_rope_llama3": Case(
-        "llama",
-        sizes(48, 2, 1, 36, 2, 59) | {"eos_token_id": [2, 5], "max_position_embeddings": 512},
-        length=29,
-        rope={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, **LLAMA3},
-        contrasts=(PLAIN,),
-    ),
-    "llama_rope_yarn": Case(
-        "llama",
-        sizes(48, 2, 1, 36, 2, 59) | {"max_position_embeddings": 2048},
-        length=29,
-        rope=YARN,
-        contrasts=(PLAIN, {"rope_parameters": {**YARN, "attention_factor": 1.0}}),
-    ),
-    "llama_rope_yarn_keys": Case(
-        "llama",
-        sizes(48, 2, 2, 36, 2, 59) | {"max_position_embeddings": 2048},
-        length=29,
-        rope={**YARN, **YARN_KEYS},
-        contrasts=(PLAIN, {"rope_parameters": YARN}, {"rope_parameters": {**YARN, "mscale": 1.0}}),
-    ),
-    "mistral_full": Case("mistral", sizes(40, 4, 2, 60, 2, 71) | {"sliding_window": None}, length=23),
-    "mistral_window": Case(
-        "mistral",
-        sizes(40, 4, 2, 60, 2, 71) | {"sliding_window": 7},
-        length=33,
-        contrasts=({"sliding_window": None}, {"sliding_window": 6}, {"sliding_window": 8}),
-    ),
-    "mistral_headdim": Case(
-        "mistral", sizes(28, 4, 2, 44, 3, 61) | {"head_dim": 10, "sliding_window": 4096}, length=21
-    ),
-}
+LEAST_MARGIN = 1e-3
+"""Between the last expert that is chosen and the first that is not: no rounding may change the choice."""
 
 
 def fewer_bits(array: np.ndarray) -> np.ndarray:
@@ -116,15 +28,16 @@ def fewer_bits(array: np.ndarray) -> np.ndarray:
     )
 
 
-def random_weights(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
-    """Seeded weights for every parameter: norms near 1, biases not zero, matrices near unit gain."""
+def random_weights(model: torch.nn.Module, seed: int, offset_norms: bool) -> dict[str, np.ndarray]:
+    """Seeded weights for every parameter: norms that scale by about 1, biases not zero, matrices near unit
+    gain. offset_norms: norms multiply by 1 + weight."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, parameter in model.named_parameters():
         noise = rng.standard_normal(tuple(parameter.shape))
-        if name.endswith("norm.weight"):
-            value = 1.0 + 0.2 * noise
-        elif name == "model.embed_tokens.weight":
+        if parameter.ndim == 1 and name.endswith("weight"):
+            value = (0.0 if offset_norms else 1.0) + 0.2 * noise
+        elif name.split(".")[-2] in ("embed_tokens", "wte", "wpe", "embed_in"):
             value = 0.3 * noise
         else:
             value = 0.2 * noise
@@ -132,18 +45,27 @@ def random_weights(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def build(case: Case, seed: int, changes: dict[str, Any]) -> torch.nn.Module:
+def build(case: Case, seed: int, changes: dict[str, Any]) -> Any:
     """The transformers model of a case with its seeded weights; `changes` override config keys."""
-    config_type, model_type = FAMILIES[case.family]
-    keys = {"rope_parameters": case.rope, "max_position_embeddings": 256, **case.config, **changes}
+    rope = {} if case.rope is None else {"rope_parameters": case.rope}
+    length = {} if case.rope is None else {"max_position_embeddings": 256}
     # transformers fills in the dictionaries it is given
-    config = config_type(**json.loads(json.dumps(keys)), attn_implementation="eager", dtype="float32")
-    model = model_type(config).eval()
+    keys = json.loads(json.dumps({**rope, **length, **case.config, **changes}))
+    if case.family == "deepseek":
+        model = build_deepseek(keys).eval()
+    else:
+        model = from_config(AutoConfig.for_model(case.family, **keys, dtype="float32"))
     with torch.no_grad():
         parameters = dict(model.named_parameters())
-        for name, value in random_weights(model, seed).items():
+        for name, value in random_weights(model, seed, case.family.startswith("gemma")).items():
             parameters[name].copy_(torch.from_numpy(value))
     return model
+
+
+def from_config(config: Any) -> Any:
+    """The model of a config, with the plain attention and experts."""
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_config(config, **plain).float().eval()
 
 
 def draw_tokens(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,32 +84,73 @@ def forward(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
     return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
 
 
-def saved_folder(model: Any) -> tuple[dict[str, Any], set[str]]:
-    """config.json as transformers writes it, and the names of the tensors beside it."""
+def saved_folder(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """config.json as transformers writes it, and the tensors beside it."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         config = json.loads((Path(folder) / "config.json").read_text())
-        return config, set(load_file(Path(folder) / "model.safetensors"))
+        return config, load_file(Path(folder) / "model.safetensors")
+
+
+def gradients_on_disk(model: Any) -> dict[str, np.ndarray]:
+    """The gradients under the names and in the shapes that the weights have on disk."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+            assert theirs.grad is not None, "a parameter has no gradient"
+            ours.copy_(theirs.grad)
+    return saved_folder(twin)[1]
 
 
 def as_version_4(config: dict[str, Any]) -> dict[str, Any]:
     """The same config in the keys of transformers 4, without those that equal its defaults."""
     old = {key: value for key, value in config.items() if key not in ("dtype", "rope_parameters")}
-    rope = dict(config["rope_parameters"])
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    if theta != 10000.0:
-        old["rope_theta"] = theta
-    # Llama 3.1 brought the key rope_type; files older than it say type.
-    kind_key = "rope_type" if kind == "llama3" else "type"
-    old["rope_scaling"] = None if kind == "default" else {kind_key: kind, **rope}
-    old["torch_dtype"] = "float32"
-    old["transformers_version"] = "4.46.0"
-    if old["head_dim"] * old["num_attention_heads"] == old["hidden_size"]:
+    kind = old["model_type"]
+    old |= {"torch_dtype": "float32", "transformers_version": "4.46.0"}
+    if kind == "gemma3_text":
+        return _gemma3_as_version_4(old, config["rope_parameters"])
+    if "rope_parameters" in config:
+        old |= _rope_as_version_4(kind, config["rope_parameters"])
+    if (old.get("head_dim") or 0) * old.get("num_attention_heads", 0) == old.get("hidden_size"):
         del old["head_dim"]
-    if old["model_type"] == "llama" and old["num_key_value_heads"] == old["num_attention_heads"]:
+    if kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "smollm3", "qwen2_moe"):
+        old.pop("layer_types", None) if "full_attention" in old.get("layer_types", []) else None
+    if kind in ("llama", "phi", "olmo2") and old["num_key_value_heads"] == old["num_attention_heads"]:
         del old["num_key_value_heads"]
-    if not old["tie_word_embeddings"]:
+    if kind == "gemma":
+        # What the first files said, and what they meant.
+        old |= {"hidden_act": "gelu", "hidden_activation": None}
+    if not kind.startswith(("gemma", "gpt2", "mpt", "smollm3")) and not old["tie_word_embeddings"]:
         del old["tie_word_embeddings"]
+    return old
+
+
+def _rope_as_version_4(kind: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    rope = dict(parameters)
+    theta, scaling = rope.pop("rope_theta"), rope.pop("rope_type")
+    partial = rope.pop("partial_rotary_factor", None)
+    if kind == "gpt_neox":
+        return {"rotary_emb_base": theta, "rotary_pct": partial}
+    default = theta == 10000.0 and kind not in ("mixtral", "smollm3")
+    old: dict[str, Any] = {} if default else {"rope_theta": theta}
+    if partial is not None:
+        old["partial_rotary_factor"] = partial
+    if scaling == "longrope":
+        # The factor is that of the two lengths, which the config says beside it.
+        rope = {key: rope[key] for key in ("short_factor", "long_factor")}
+    # Llama 3.1 brought the key rope_type; files older than it say type.
+    kind_key = "rope_type" if scaling == "llama3" else "type"
+    old["rope_scaling"] = None if scaling == "default" else {kind_key: scaling, **rope}
+    return old
+
+
+def _gemma3_as_version_4(old: dict[str, Any], ropes: dict[str, Any]) -> dict[str, Any]:
+    full = dict(ropes["full_attention"])
+    theta, kind = full.pop("rope_theta"), full.pop("rope_type")
+    kinds = old.pop("layer_types")
+    old["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    old["rope_theta"], old["rope_local_base_freq"] = theta, ropes["sliding_attention"]["rope_theta"]
+    old["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **full}
     return old
 
 
@@ -195,12 +158,39 @@ def check_version_4(
     case: Case, old: dict[str, Any], model: Any, tokens: np.ndarray, logits: np.ndarray
 ) -> None:
     """transformers itself must read both configs alike."""
-    config_type, model_type = FAMILIES[case.family]
-    config = config_type.from_dict(json.loads(json.dumps(old)), attn_implementation="eager")
-    twin = model_type(config).eval()
+    if case.family == "deepseek":
+        return
+    keys = json.loads(json.dumps({key: value for key, value in old.items() if key != "model_type"}))
+    twin = from_config(AutoConfig.for_model(case.family, **keys))
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert np.array_equal(forward(twin, tokens).numpy(), logits), "the two configs differ in meaning"
+
+
+def least_margin(case: Case, model: Any, tokens: np.ndarray) -> float:
+    """The smallest gap between the last expert (or group of them) that is chosen and the next."""
+    gaps = [1.0]
+
+    def gap(p: torch.Tensor, chosen: int) -> float:
+        best = p.sort(dim=-1, descending=True).values
+        return float((best[..., chosen - 1] - best[..., chosen]).min()) if chosen < p.shape[-1] else 1.0
+
+    def watch(module: Any, inputs: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output
+        p = torch.softmax(logits, dim=-1)
+        groups = case.config.get("n_group", 1)
+        if groups > 1:
+            in_groups = p.unflatten(-1, (groups, -1))
+            gaps.append(gap(in_groups.max(dim=-1).values, case.config["topk_group"]))
+        gaps.append(gap(p, case.config["num_experts_per_tok"]))
+
+    routers = [module for name, module in model.named_modules() if name.endswith(".gate")]
+    hooks = [module.register_forward_hook(watch) for module in routers]
+    with torch.no_grad():
+        forward(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    return min(gaps)
 
 
 def check_contrasts(case: Case, seed: int, tokens: np.ndarray, logits: np.ndarray) -> None:
@@ -217,15 +207,20 @@ def make_model(name: str) -> dict[str, np.ndarray]:
     case, seed = CASES[name], zlib.crc32(name.encode())
     tokens, targets = draw_tokens(case, seed)
     model = build(case, seed, {})
+    while least_margin(case, model, tokens) < LEAST_MARGIN:
+        seed += 1
+        model = build(case, seed, {})
     logits = forward(model, tokens)
     flat, counted = logits.reshape(-1, logits.shape[-1]), torch.from_numpy(targets).reshape(-1)
     loss = torch.nn.functional.cross_entropy(flat, counted, ignore_index=IGNORED, reduction="mean")
     loss.backward()
-    weights = {key: value.detach().numpy() for key, value in model.named_parameters()}
-    gradients = {key: value.grad.numpy() for key, value in model.named_parameters() if value.grad is not None}
-    assert set(gradients) == set(weights), "a parameter has no gradient"
-    config, names = saved_folder(model)
-    assert names == set(weights), "names on disk differ from names in memory"
+    config, weights = saved_folder(model)
+    if case.family == "deepseek":
+        config |= {key: case.config[key] for key in EXPERT_KEYS}
+        config |= {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"]}
+        del config["experts"]
+    gradients = gradients_on_disk(model)
+    assert set(gradients) == set(weights), "a tensor has no gradient"
     old, logits = as_version_4(config), logits.detach().numpy()
     check_version_4(case, old, model, tokens, logits)
     check_contrasts(case, seed, tokens, logits)

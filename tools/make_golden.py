@@ -8,9 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from golden_cases import CASES
 from golden_curves import write_curves
 from golden_lora import make_adapters
-from golden_models import CASES, make_model
+from golden_models import make_model
 from golden_optimizers import make_steps
 from golden_parts import make_parts
 from golden_smollm2 import write_greedy

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from einsum_transformer.errors import ConfigError, FormatError, InputError
     from einsum_transformer.generation.decode import Generation, generate
     from einsum_transformer.models.model import Model
+    from einsum_transformer.models.switches import (
+        enable_gqa,
+        enable_moe,
+        enable_mqa,
+        enable_prefill_decode_split,
+        enable_quantization,
+        enable_speculative_decoding,
+        read_run_config,
+    )
 
 __all__ = [
     "ConfigError",
@@ -19,9 +28,16 @@ __all__ = [
     "InputError",
     "Model",
     "einsum",
+    "enable_gqa",
+    "enable_moe",
+    "enable_mqa",
+    "enable_prefill_decode_split",
+    "enable_quantization",
+    "enable_speculative_decoding",
     "explain",
     "generate",
     "load",
+    "read_run_config",
 ]
 
 __version__ = "0.1.0"
@@ -39,9 +55,16 @@ _HOMES = {
     "InputError": "errors",
     "Model": "models.model",
     "einsum": "engine.contract",
+    "enable_gqa": "models.switches",
+    "enable_moe": "models.switches",
+    "enable_mqa": "models.switches",
+    "enable_prefill_decode_split": "models.switches",
+    "enable_quantization": "models.switches",
+    "enable_speculative_decoding": "models.switches",
     "explain": "analysis.explain",
     "generate": "generation.decode",
     "load": "checkpoint",
+    "read_run_config": "models.switches",
 }
 
 

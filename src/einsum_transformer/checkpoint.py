@@ -6,7 +6,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,21 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer import hub
+from einsum_transformer.components.rope import RopeConfig, inverse_frequencies
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
-from einsum_transformer.leaves.resident import Stored, read_all, rooms
+from einsum_transformer.leaves.resident import read_all, rooms
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
-from einsum_transformer.models.families import FAMILIES, family_of
+from einsum_transformer.models.families import FAMILIES, family_of, gguf_reader
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
+from einsum_transformer.models.places import Place, folder_place, gguf_place
 from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
 from einsum_transformer.text.tokenizer import Tokenizer
 
@@ -140,7 +142,7 @@ class _Options:
         """The config with only the first `max_layers` layers."""
         if self.max_layers is None or self.max_layers >= config.num_hidden_layers:
             return config
-        return replace(config, num_hidden_layers=self.max_layers)
+        return config.cut(self.max_layers)
 
 
 def _from_run_config(run: RunConfig, options: _Options, revision: str | None, offline: bool) -> Model:
@@ -163,11 +165,17 @@ def _from_run_config(run: RunConfig, options: _Options, revision: str | None, of
     if differing := _contradictions(options.cut(config), model.config):
         raise ConfigError(f"{run.source}: contradicts {path}: {'; '.join(differing)}")
     blocks = replace(model.config, attention_block=run.block_size)
-    layers = tuple(
-        replace(layer, self_attn=replace(layer.self_attn, query_block=run.block_size))
-        for layer in model.decoder.layers
-    )
-    return replace(model, config=blocks, decoder=replace(model.decoder, layers=layers))
+    return replace(model, config=blocks, decoder=_with_tiles(model.decoder, run.block_size))
+
+
+def _with_tiles(decoder: Decoder, query_block: int) -> Decoder:
+    """The decoder whose attention takes so many queries at a time."""
+
+    def tiled(block: Any) -> Any:
+        mixing = replace(block.self_attn.mixing, query_block=query_block)
+        return replace(block, self_attn=replace(block.self_attn, mixing=mixing))
+
+    return replace(decoder, layers=tuple(map(tiled, decoder.layers)))
 
 
 def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
@@ -196,8 +204,8 @@ def _from_json(path: Path, options: _Options, revision: str | None, offline: boo
 
 
 def _random(config: ModelConfig, options: _Options, source: str) -> Model:
-    """Normal weights with the config's initializer_range, norms 1, biases 0; each tensor has a stream of its
-    own."""
+    """Normal weights with the config's initializer_range, norms that scale by 1, biases 0; each tensor has a
+    stream of its own."""
     seed = 0 if options.seed is None else options.seed
     if seed < 0:
         raise InputError(f"seed is {seed}: it must be at least 0")
@@ -212,8 +220,8 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
 
     def leaf(weight: Weight) -> Array:
         if weight.path.endswith("norm.weight"):
-            return np.ones(weight.shape, options.dtype)
-        if weight.path.endswith("_bias"):
+            return np.full(weight.shape, 1 - config.norm_offset, options.dtype)
+        if weight.path.endswith("bias"):
             return np.zeros(weight.shape, options.dtype)
         rng = np.random.default_rng([seed, zlib.crc32(weight.path.encode())])
         values = rng.standard_normal(weight.shape, dtype=np.float32).astype(options.dtype, copy=False)
@@ -235,23 +243,21 @@ def _memory() -> int:
 def _from_folder(folder: Path, options: _Options) -> Model:
     full = _folder_config(folder)
     config = options.cut(full)
-    family = FAMILIES[config.model_type]
     tensors = open_tensors(folder)
+    family = FAMILIES[config.model_type].found_in(tensors.names())
     weights = weights_of(full)
-    names = {weight.path: family.checkpoint_name(weight.path) for weight in weights}
-    wanted = {weight.path: Stored(names[weight.path], weight.stored) for weight in weights}
-    stored = {each.name: each.shape for each in wanted.values()}
+    places = {weight.path: folder_place(weight, family, full, tensors) for weight in weights}
     tied = config.tie_word_embeddings
     spare = family.checkpoint_name("lm_head.weight") if tied else ""
-    _check_names(tensors, stored, family, spare)
+    _check_names(tensors, places, family.ignored_tensors, spare)
     if tied and spare in tensors.names():
-        embedding = names["embed_tokens.weight"]
+        embedding = places["embed_tokens.weight"].stored.name
         same_kind = tensors.info(spare).shape == tensors.info(embedding).shape
         if not same_kind or not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
             raise FormatError(f"{folder}: tie_word_embeddings is true, but {spare} differs from {embedding}")
         tensors.release(spare)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-    decoder = _leaves(tensors, config, wanted, options)
+    decoder = _leaves(tensors, config, places, options)
     generation = folder / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
     return Model(config, decoder, tokenizer, settings, str(folder))
@@ -282,11 +288,10 @@ def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     return replace(config, defaulted=tuple(keys.defaulted), ignored=keys.left_over())
 
 
-def _check_names(
-    tensors: TensorSource, stored: dict[str, tuple[int, ...]], family: Family, spare: str
-) -> None:
+def _check_names(tensors: TensorSource, places: Mapping[str, Place], ignored: str, spare: str) -> None:
     """Every weight is in the file with its shape and nothing else is, or an error that lists both sides."""
-    found = {name for name in tensors.names() if not re.fullmatch(family.ignored_tensors, name)}
+    stored = {name: shape for place in places.values() for name, shape in place.shapes.items()}
+    found = {name for name in tensors.names() if not re.fullmatch(ignored, name)}
     missing = [name for name in stored if name not in found]
     unexpected = sorted(name for name in found if name not in stored and name != spare)
     if missing or unexpected:
@@ -313,14 +318,14 @@ def _list(names: list[str], separator: str = ", ") -> str:
 
 
 def _leaves(
-    tensors: TensorSource, config: ModelConfig, stored: Mapping[str, Stored], options: _Options
+    tensors: TensorSource, config: ModelConfig, places: Mapping[str, Place], options: _Options
 ) -> Decoder:
     """The decoder with its weights in memory, or under a budget with matrices that stay in the file."""
     weights = weights_of(config)
     budget = options.weight_budget
     # Norms and biases are small, and take part in sums rather than products: they are never lazy.
     held = [weight for weight in weights if budget is None or len(weight.stored) == 1]
-    arrays = read_all(tensors, [stored[weight.path] for weight in held], options.dtype)
+    arrays = read_all(tensors, [places[weight.path].stored for weight in held], options.dtype)
     loaded = {weight.path: array.reshape(weight.shape) for weight, array in zip(held, arrays)}
     room = Budget(budget or 0)
 
@@ -328,7 +333,7 @@ def _leaves(
         array = loaded.get(weight.path)
         if array is not None:
             return array
-        return LazyTensor(tensors, stored[weight.path], weight.shape, options.dtype, room)
+        return LazyTensor(tensors, places[weight.path].stored, weight.shape, options.dtype, room)
 
     return build(config, leaf)
 
@@ -340,71 +345,81 @@ def _bits(a: Array) -> Array:
 def _from_gguf(file: GGUFFile, options: _Options) -> Model:
     family, full = _gguf_config(file)
     config = options.cut(full)
-    weights = weights_of(full)
-    names = {weight.path: family.gguf_name(weight.path) for weight in weights}
-    stored = {names[weight.path]: weight.stored for weight in weights}
-    _check_names(file, stored, replace(family, ignored_tensors=r"rope_freqs\.weight"), "")
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    wanted = {}
-    for weight in weights:
-        place = ".".join(weight.path.split(".")[2:])
-        paired = place in family.gguf_permuted
-        order = _paired_rows(heads[place.split(".")[1][0]]) if paired else None
-        wanted[weight.path] = Stored(names[weight.path], weight.stored, order)
+    places = {weight.path: gguf_place(weight, family, full, file) for weight in weights_of(full)}
+    _check_names(file, places, _GGUF_FACTORS, "")
     # Before the weights: what building it takes is free again when they come.
     tokenizer = (
         Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
     )
-    decoder = _leaves(file, config, wanted, options)
+    decoder = _leaves(file, config, places, options)
     return Model(config, decoder, tokenizer, None, str(file.path))
-
-
-def _paired_rows(heads: int) -> Callable[[Array], Array]:
-    """The rows in the order of GGUF, where RoPE turns rows (2i, 2i + 1) together and not (i, i + h/2)."""
-
-    def view(rows: Array) -> Array:
-        halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-        return halves.swapaxes(1, 2)
-
-    return view
 
 
 def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
     architecture = file.metadata["general.architecture"]
     source = str(file.path)
-    family = family_of(architecture, source)
-    if family.read_gguf is None:
-        raise ConfigError(f"{source}: architecture {architecture!r} is not supported as GGUF")
     prefix = f"{architecture}."
     metadata = {
         key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.ggml.merges")
     }
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if own.get("expert_count"):
-        raise ConfigError(
-            f"{source}: {prefix}expert_count is {own['expert_count']}: experts are not supported here"
-        )
+    if "vocab_size" not in own and "tokenizer.ggml.tokens" not in metadata:
+        own["vocab_size"] = file.info("token_embd.weight").shape[0]
     try:
-        config = family.read_gguf(Keys(own, source), metadata)
-        factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in file.names() else None
-        tied = family.gguf_name("lm_head.weight") not in file.names()
-        biased = family.gguf_name("layers.0.self_attn.q_bias") in file.names()
-        rope = config.rope if factors is None else _named_factors(config, factors)
-        return family, replace(config, rope=rope, tie_word_embeddings=tied, attention_bias=biased)
+        config = gguf_reader(architecture, source)(Keys(own, source), metadata)
+        family = FAMILIES[config.model_type]
+        if own.get("expert_count") and config.moe is None:
+            count = own["expert_count"]
+            raise ConfigError(f"{prefix}expert_count is {count}: experts are not supported here")
+        held = set(file.names())
+        tied = family.gguf_name("lm_head.weight") not in held
+        changes = _gguf_biases(config, family, held)
+        rope = _with_factors(config, file)
+        return family, replace(config, rope=rope, tie_word_embeddings=tied, **changes)
     except ConfigError as error:
         raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
 
 
-def _named_factors(config: ModelConfig, factors: Array) -> Any:
-    """llama3 scaling if the file's divisors are the ones it gives, so that a saved config.json can say it."""
-    from einsum_transformer.components.rope import inverse_frequencies
+def _gguf_biases(config: ModelConfig, family: Family, held: set[str]) -> dict[str, bool]:
+    """Which biases a file has, of the kinds that its metadata does not tell."""
+    if config.qkv_bias or config.norm != "rms" or config.fused_qkv is not None:
+        return {}
+    query = "q_bias" if config.latent is None else "kv_a_bias"
+    kinds = {"attention_bias": f"self_attn.{query}"}
+    if config.mlp == "gated":
+        kinds["mlp_bias"] = "mlp.up_bias"
+    return {kind: family.gguf_name(f"layers.0.{place}") in held for kind, place in kinds.items()}
 
-    pairs = (int(config.head_dim * config.rope.partial_rotary_factor) // 2,)
+
+_GGUF_FACTORS = r"rope_(freqs|factors_long|factors_short)\.weight"
+
+
+def _with_factors(config: ModelConfig, file: GGUFFile) -> RopeConfig | None:
+    """The config's RoPE with the factors that the file holds as tensors."""
+    found = {name: file.read(f"{name}.weight") for name in _FACTORS if f"{name}.weight" in file.names()}
+    if not found:
+        return config.rope
+    if config.rope is None:
+        raise ConfigError(f"tensor {next(iter(found))}.weight belongs to RoPE, which this model has not")
+    if "rope_freqs" in found:
+        return _named_factors(config, config.rope, found["rope_freqs"])
+    if len(found) != 2:
+        raise ConfigError("only one of the tensors rope_factors_long and rope_factors_short is there")
+    long, short = (tuple(map(float, found[name].ravel())) for name in _FACTORS[1:])
+    return replace(config.rope, rope_type="longrope", long_factor=long, short_factor=short)
+
+
+_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+
+
+def _named_factors(config: ModelConfig, rope: RopeConfig, factors: Array) -> RopeConfig:
+    """llama3 scaling if the file's divisors are the ones it gives, so that a saved config.json can say it."""
+    pairs = (int(config.head_dim * rope.partial_rotary_factor) // 2,)
     if factors.shape != pairs:
         raise ConfigError(
             f"tensor rope_freqs.weight is {list(factors.shape)}, the config needs {list(pairs)}"
         )
-    plain = replace(config.rope, rope_type="default")
+    plain = replace(rope, rope_type="default")
     for factor in (8.0, 32.0):
         named = replace(plain, rope_type="llama3", factor=factor, original_max_position_embeddings=8192)
         ratio = (

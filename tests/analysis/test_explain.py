@@ -106,13 +106,15 @@ def test_405_billion_parameters_without_a_weight() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_ready_configs(path: Path) -> None:
-    billions = {"llama": 3.213, "mistral": 7.242, "fast_lora": 0.0357, "lora_test": 0.0357}
+    billions = {"llama": 3.213, "mistral": 7.242, "qwen": 7.616, "fast_lora": 0.0357, "lora_test": 0.0357}
+    billions |= {"phi": 2.780, "gemma": 2.506, "mixtral": 46.70, "qwen2_moe": 14.316}
     program = et.explain(parse_run_config(read_json(path), str(path)), tokens=4)
     assert program.parameters / 1e9 == pytest.approx(billions[path.stem], rel=2e-3)
 
 
 def test_there_are_ready_configs() -> None:
-    assert {path.stem for path in CONFIGS} >= {"llama", "mistral", "fast_lora", "lora_test"}
+    families = {"llama", "mistral", "qwen", "phi", "gemma", "mixtral", "qwen2_moe"}
+    assert {path.stem for path in CONFIGS} >= families | {"fast_lora", "lora_test"}
 
 
 def test_print_and_json_agree() -> None:
@@ -130,10 +132,12 @@ def test_print_and_json_agree() -> None:
 
 def test_layers_that_differ_are_told_apart() -> None:
     decoder = build(config_of(num_hidden_layers=5), lambda weight: ShapeArray(weight.shape))
-    odd = replace(decoder.layers[1], self_attn=replace(decoder.layers[1].self_attn, window=4))
+    attention = decoder.layers[1].self_attn
+    windowed = replace(attention, mixing=replace(attention.mixing, window=4))
+    odd = replace(decoder.layers[1], self_attn=windowed)
     layers = tuple(odd if i % 2 else block for i, block in enumerate(decoder.layers))
     blocks, members = _distinct(replace(decoder, layers=layers))
-    assert [block.self_attn.window for block in blocks] == [None, 4]
+    assert [block.self_attn.mixing.window for block in blocks] == [None, 4]
     assert members == [(0, 2, 4), (1, 3)]
     names = [_layer_names(found) for found in ((7,), (0, 1, 2), (0, 2, 4))]
     assert names == ["layer 7", "layers 0-2, each of 3", "layers 0, 2, ... 4, each of 3"]

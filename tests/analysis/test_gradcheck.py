@@ -11,7 +11,7 @@ import pytest
 
 from einsum_transformer.analysis.gradcheck import by_component, gradcheck
 from einsum_transformer.cli.app import main
-from einsum_transformer.components.swiglu import SwiGLU
+from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.decoder import Block
@@ -73,15 +73,15 @@ def test_a_residual_through_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", ["clipped", "off by 1e-4"])
 def test_a_small_mistake_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = SwiGLU.backward
+    right = GatedMLP.backward
 
-    def wrong(self: SwiGLU, dy: Any, saved: Any) -> Any:
+    def wrong(self: GatedMLP, dy: Any, saved: Any) -> Any:
         dx, d = right(self, dy, saved)
         top = 0.5 * abs(d.up_proj).max()
         changed = np.clip(d.up_proj, -top, top) if kind == "clipped" else d.up_proj * (1 + 1e-4)
         return dx, replace(d, up_proj=changed)
 
-    monkeypatch.setattr(SwiGLU, "backward", wrong)
+    monkeypatch.setattr(GatedMLP, "backward", wrong)
     found = gradcheck(tiny_model("float64"), IDS, TARGETS)
     assert {name for name, _, worst in by_component(found) if worst.error > found.tolerance} == {
         "mlp.up_proj"
@@ -114,8 +114,8 @@ def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
             assert json.loads(captured.out)["passed"]
         else:
             assert "gradients equal central differences to 1e-06" in captured.err
-    right = SwiGLU.backward
-    monkeypatch.setattr(SwiGLU, "backward", lambda *given: (right(*given)[0] * 1.001, right(*given)[1]))
+    right = GatedMLP.backward
+    monkeypatch.setattr(GatedMLP, "backward", lambda *given: (right(*given)[0] * 1.001, right(*given)[1]))
     with pytest.raises(SystemExit) as stop:
         main(["gradcheck", str(path), "--grad-checkpoint"])
     assert stop.value.code == 1

@@ -405,3 +405,39 @@ def test_a_reader_that_leaves_is_no_error(speller: Path) -> None:
         assert run.wait(timeout=60) != 0
         assert run.stderr is not None
         assert run.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    "flags", [["--prompt-lookup", "2"], ["--draft-layers", "1"], ["--draft-model", "{itself}"]], ids=str
+)
+def test_speculative_text_is_the_same(etx: Etx, babbler: Path, flags: list[str]) -> None:
+    """On stdout; the table, or the JSON object, says what the drafts brought."""
+    flags = [flag.format(itself=babbler) for flag in flags]
+    common = ["run", babbler, "-p", "abcabcab", "-n", 30, "--temp", 0, "--dtype", "float64"]
+    plain = etx(*common)[1]
+    code, out, err = etx(*common, *flags, "--num-draft-tokens", 3)
+    assert (code, out) == (0, plain)
+    assert "speculation: " in err
+    said = json.loads(etx(*common, *flags, "--json")[1])
+    assert said["text"] + "\n" == plain
+    assert said["speculation"]["rounds"] > 0
+
+
+def test_speculative_chat_is_the_same(etx: Etx, babbler: Path) -> None:
+    """Over turns, whose tokens stay in both caches."""
+    talk = "ab\nba\nabab\n"
+    common = ["chat", "-m", babbler, "-n", 12, "--temp", 0, "--quiet", "--dtype", "float64"]
+    plain = etx(*common, stdin=talk)[1]
+    for flags in (["--draft-layers", 1], ["--prompt-lookup", 2], ["--draft-model", babbler]):
+        assert etx(*common, *flags, stdin=talk)[1] == plain
+
+
+def test_speculation_in_a_config(etx: Etx, tmp_path: Path) -> None:
+    keys = RUN | {"speculative": True, "draft_layers": 2, "batch_size": 1}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(keys), encoding="utf-8")
+    said = json.loads(etx("run", path, "--json")[1])
+    plain = json.loads(etx("run", path, "--json", "--set", "speculative=false")[1])
+    assert said["tokens"] == plain["tokens"]
+    assert sum(said["speculation"]["drafted"]) > 0
+    assert "speculation" not in plain

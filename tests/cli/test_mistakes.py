@@ -83,7 +83,7 @@ MISTAKES = {
     "run tiny.json --set n_layer=2": "unknown key 'n_layer'; did you mean 'n_layers'?",
     "run tiny.json --set n_layers": "--set 'n_layers': write key=value",
     "run tiny.json --set n_kv_heads=3": "no multiple of num_key_value_heads 3",
-    "run tiny.json --set speculative=true": "speculative decoding is not available in this version",
+    "run tiny.json --set speculative=true": "speculative needs draft_layers",
     "run tiny.json --set quantization=W8A8": "quantization 'W8A8' is not available",
     "run bert.json --set n_layers=2": "only a JSON config of this project has keys to set",
     "run tiny.json -p hello": "has no tokenizer; give token ids instead of text (--tokens FILE.npy)",

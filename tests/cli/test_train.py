@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,18 @@ def test_one_line_for_a_mistake(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("missing/loss.png", "."):
+        assert etx("--config", config, "--plot", path) == 2
+        assert f"--plot {path}: a file in a folder" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert etx("--config", config, "--plot", "loss.png") == 2
+    assert 'pip install "einsum-transformer[plot]"' in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_merged_at_the_end(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,6 @@ def test_a_machine_that_goes_away_changes_nothing(cluster: Any, shard_optimizer:
 
 
 def test_more_workers_than_the_cluster_has_cpus(cluster: Any) -> None:
-    with pytest.raises(InputError, match=r"^2 of 3 Ray workers started within 5 s.*free CPUs"):
+    with pytest.raises(InputError, match=r"^[0-2] of 3 Ray workers started within 5 s.*free CPUs"):
         trainer(data_parallel(3, cluster.address, 2, 5))
     assert not import_local_ray().is_initialized()

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from components.gradient import assert_gradient, assert_weight_gradients
+from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.components.rmsnorm import RMSNorm
-from einsum_transformer.components.swiglu import SwiGLU
 
 Array = np.ndarray
 RNG = np.random.default_rng(0)
 X, DY = RNG.standard_normal((2, 2, 5, 8))
 NORM = RMSNorm(RNG.standard_normal(8))
 GATE, UP = RNG.standard_normal((2, 12, 8))
-MLP = SwiGLU(GATE, UP, RNG.standard_normal((8, 12)))
+MLP = GatedMLP(GATE, UP, RNG.standard_normal((8, 12)))
 
 
 def residual(x: Array) -> Array:
@@ -25,7 +25,7 @@ def residual(x: Array) -> Array:
     return x + MLP.forward(NORM.forward(x)[0])[0]
 
 
-def parts() -> tuple[Array, Array, Callable[[Array], Array], SwiGLU]:
+def parts() -> tuple[Array, Array, Callable[[Array], Array], GatedMLP]:
     """(gradient by the normed input, the residual's own, the norm's backward, gradient by the weights)."""
     normed, saved_norm = NORM.forward(X)
     dnormed, dmlp = MLP.backward(DY, MLP.forward(normed)[1])

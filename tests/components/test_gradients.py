@@ -12,10 +12,11 @@ import pytest
 from components.gradient import assert_gradient, assert_weight_gradients
 from einsum_transformer.components.attention import Attention
 from einsum_transformer.components.embedding import Embedding
+from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.components.head import Head
+from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.rmsnorm import RMSNorm
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
-from einsum_transformer.components.swiglu import SwiGLU
 from einsum_transformer.numerics.activations import silu, silu_and_derivative
 from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy, cross_entropy_backward
 
@@ -30,7 +31,8 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def turn(positions: Array, interleaved: bool = False, partial: float = 1.0) -> Rotation:
-    return rotation(RopeConfig(partial_rotary_factor=partial), H, positions, WIDE, interleaved)
+    rope = RopeConfig(partial_rotary_factor=partial, interleaved=interleaved)
+    return rotation(rope, H, positions, WIDE)
 
 
 def attention(heads: tuple[int, int], biased: bool, window: int | None, query_block: int) -> Attention:
@@ -42,9 +44,7 @@ def attention(heads: tuple[int, int], biased: bool, window: int | None, query_bl
         normal(k, H, D, seed=3),
         normal(D, k, g, H, seed=4),
         *(biases if biased else ()),
-        scale=H**-0.5,
-        window=window,
-        query_block=query_block,
+        mixing=Mixing(H**-0.5, window, query_block=query_block),
     )
 
 
@@ -113,7 +113,7 @@ def test_swiglu(biased: bool) -> None:
     biases = (normal(F, seed=4), normal(F, seed=5), normal(D, seed=6)) if biased else ()
     x, weights = (
         normal(B, T, D),
-        SwiGLU(normal(F, D, seed=1), normal(F, D, seed=2), normal(D, F, seed=3), *biases),
+        GatedMLP(normal(F, D, seed=1), normal(F, D, seed=2), normal(D, F, seed=3), *biases),
     )
     y, saved = weights.forward(x)
     dy = normal(*y.shape, seed=7)
@@ -186,7 +186,7 @@ def test_cross_entropy_of_extreme_logits() -> None:
 
 def test_a_backward_pass_changes_no_argument() -> None:
     """Neither dy nor what was saved: a second backward gives the same."""
-    x, weights = normal(B, T, D), SwiGLU(normal(F, D, seed=1), normal(F, D, seed=2), normal(D, F, seed=3))
+    x, weights = normal(B, T, D), GatedMLP(normal(F, D, seed=1), normal(F, D, seed=2), normal(D, F, seed=3))
     attends, norm = attention(HEADS["gqa"], True, 3, 3), RMSNorm(normal(D))
     rope, queries = turn(np.broadcast_to(np.arange(T), (B, T))), np.arange(T)
     dy, kept = normal(B, T, D, seed=1), normal(B, T, D, seed=1)

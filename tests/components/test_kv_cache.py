@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from einsum_transformer.components.attention import Attention
 from einsum_transformer.components.kv_cache import KVCache, LayerCache
+from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 
 Array = np.ndarray
@@ -30,7 +31,7 @@ def seen(positions: int, window: int | None, block: int) -> Attention:
     eye = np.eye(positions)
     zero = np.zeros((1, 1, positions, positions))
     heads = (zero, zero[0], eye[None], eye[:, None, None])
-    return Attention(*heads, window=window, query_block=block)
+    return Attention(*heads, mixing=Mixing(window=window, query_block=block))
 
 
 def turn(positions: int, batch: int, count: int) -> Rotation:

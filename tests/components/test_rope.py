@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 4.0},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "yarn": {"factor": 4.0},
+    "longrope": {"factor": 4.0, "short_factor": (1.0, 1.1, 1.2, 1.5), "long_factor": (1.0, 3.0, 7.0, 9.0)},
 }
 
 
@@ -49,7 +51,7 @@ def test_scores_depend_on_the_distance_alone(kind: str, interleaved: bool) -> No
     for start in (0, 5, 60, 64, 500, 900):
         # The longest position decides the frequencies of `dynamic`, so it is in all of them.
         places = np.array([[start + 7, start, 1000]])
-        turn = rotation(rope, 8, places, np.dtype(np.float64), interleaved)
+        turn = rotation(replace(rope, interleaved=interleaved), 8, places, np.dtype(np.float64))
         turned_q, turned_k = (turn.forward(np.repeat(a, 3, axis=1)) for a in (q, k))
         scores.append(np.sum(turned_q[0, 0] * turned_k[0, 1], axis=-1))
     np.testing.assert_allclose(scores, np.broadcast_to(scores[0], np.shape(scores)), rtol=1e-9, atol=1e-9)
@@ -60,7 +62,7 @@ def test_a_rotation_keeps_lengths_up_to_its_factor(kind: str) -> None:
     x = np.random.default_rng(1).standard_normal((1, 6, 2, 8))
     turn = rotation(config(kind), 8, FAR, np.dtype(np.float64))
     factor = inverse_frequencies(config(kind), 8)[1]
-    assert (factor == 1) == (kind != "yarn")
+    assert (factor == 1) == (kind not in ("yarn", "longrope"))
     np.testing.assert_allclose(np.linalg.norm(turn.forward(x), axis=-1), factor * np.linalg.norm(x, axis=-1))
 
 
@@ -69,7 +71,7 @@ def test_a_rotation_keeps_lengths_up_to_its_factor(kind: str) -> None:
 def test_dimensions_that_are_not_rotated_pass(partial: float, interleaved: bool) -> None:
     x = np.random.default_rng(2).standard_normal((1, 4, 2, 8))
     rope = RopeConfig(partial_rotary_factor=partial)
-    y = rotation(rope, 8, np.array([[0, 1, 2, 90]]), x.dtype, interleaved).forward(x)
+    y = rotation(replace(rope, interleaved=interleaved), 8, np.array([[0, 1, 2, 90]]), x.dtype).forward(x)
     rotated = int(8 * partial)
     np.testing.assert_array_equal(y[..., rotated:], x[..., rotated:])
     np.testing.assert_array_equal(y[:, 0], x[:, 0])
@@ -80,7 +82,7 @@ def test_dimensions_that_are_not_rotated_pass(partial: float, interleaved: bool)
 def test_a_pair_is_turned_as_a_complex_number(interleaved: bool) -> None:
     """(a + ib) e^(i angle), with pairs (i, i + r/2) or, interleaved, (2i, 2i + 1)."""
     x, places = np.random.default_rng(4).standard_normal((1, 3, 2, 8)), np.array([[0, 1, 5]])
-    y = rotation(RopeConfig(rope_theta=100.0), 8, places, x.dtype, interleaved).forward(x)
+    y = rotation(RopeConfig(rope_theta=100.0, interleaved=interleaved), 8, places, x.dtype).forward(x)
     for pair in range(4):
         a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 4)
         angles = places[0, :, None] * 100.0 ** (-2 * pair / 8)

@@ -214,3 +214,43 @@ def test_events_on_threads_know_their_phase(threads: int) -> None:
     finally:
         blas.set_threads(before)
     assert {event.path for event in recorder.events} == {("attention", "scores")}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_phases_nest_on_threads(threads: int) -> None:
+    """Paths and layers are those of the phases around, on each thread; the outermost share the wall time, and
+    what is inside of a phase is no longer than it."""
+
+    def task(i: int) -> None:
+        with phase("step"):
+            for layer in (0, 1):
+                with phase("layer", layer=layer), phase("norm"):
+                    einsum("ij,jk->ik", np.ones((90, 90)), np.ones((90, 90)))
+        with phase("sum"):
+            pass
+
+    before = blas.get_threads()
+    try:
+        blas.set_threads(threads)
+        with Recorder(events_wanted=True) as recorder, phase("around"):
+            for_each(task, [(i,) for i in range(8)])
+    finally:
+        blas.set_threads(before)
+    seconds: dict[tuple[tuple[str, ...], int | None], float] = {}
+    for span in recorder.spans:
+        seconds[span.path, span.layer] = seconds.get((span.path, span.layer), 0.0) + span.seconds
+    step, layer = ("around", "step"), ("around", "step", "layer")
+    inner = {((*layer, "norm"), 0), ((*layer, "norm"), 1), (layer, 0), (layer, 1), (step, None)}
+    assert set(seconds) == inner | {(("around", "sum"), None), (("around",), None)}
+    assert {(event.path, event.layer) for event in recorder.events} == {
+        ((*layer, "norm"), 0),
+        ((*layer, "norm"), 1),
+    }
+    for i in (0, 1):
+        assert 0 < seconds[(*layer, "norm"), i] <= seconds[layer, i]
+    # Two sums of the same shares in another order.
+    assert seconds[layer, 0] + seconds[layer, 1] <= seconds[step, None] * (1 + 1e-9)
+    top = seconds[step, None] + seconds[("around", "sum"), None]
+    assert top <= seconds[("around",), None] * (1 + 1e-9)
+    ended = [span.path for span in recorder.spans]
+    assert ended.index((*layer, "norm")) < ended.index(layer) < ended.index(step)

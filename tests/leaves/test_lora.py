@@ -15,6 +15,7 @@ from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
 from einsum_transformer.models.adapters import (
     gradients_by_name,
+    masked,
     trainable,
     with_lora,
 )
@@ -110,30 +111,27 @@ def test_dropout_is_drawn_again_for_the_same_key(tiny: et.Model, recompute: bool
     zeroes; no key, none."""
     model = filled(with_lora(tiny, LoRAConfig(r=2, lora_dropout=0.5, target_modules="all-linear")))
     plain = model.decoder.loss_and_gradient(IDS, TARGETS)[0]
-    dropout = next(leaf.dropout for _, leaf in named_leaves(model.decoder) if isinstance(leaf, LoRA))
-    dropout.key = (7, 0)
-    loss, gradient = model.decoder.loss_and_gradient(IDS, TARGETS, recompute=recompute)
+    decoder = masked(model.decoder, (7, 0), 0)
+    loss, gradient = decoder.loss_and_gradient(IDS, TARGETS, recompute=recompute)
     assert loss != plain
     w, g = (
         find(d)["layers.0.mlp.up_proj.lora_A"]
-        for find, d in ((trainable, model.decoder), (gradients_by_name, gradient))
+        for find, d in ((trainable, decoder), (gradients_by_name, gradient))
     )
-    v = np.random.default_rng(3).standard_normal(w.shape)
-    w += 1e-6 * v
-    up = model.decoder.loss_and_gradient(IDS, TARGETS)[0]
-    w -= 2e-6 * v
-    down = model.decoder.loss_and_gradient(IDS, TARGETS)[0]
-    w += 1e-6 * v
+    v, before = np.random.default_rng(3).standard_normal(w.shape), w.copy()
+    w[...] = before + 1e-6 * v
+    up = decoder.loss_and_gradient(IDS, TARGETS)[0]
+    w[...] = before - 1e-6 * v
+    down = decoder.loss_and_gradient(IDS, TARGETS)[0]
+    w[...] = before
     assert float(np.sum(g * v)) == pytest.approx((up - down) / 2e-6, rel=1e-5)
-    dropout.key = (7, 1)
-    assert model.decoder.loss_and_gradient(IDS, TARGETS)[0] not in (loss, plain)
-    dropout.key = None
+    other = masked(model.decoder, (7, 1), 0)
+    assert other.loss_and_gradient(IDS, TARGETS)[0] not in (loss, plain)
     assert model.decoder.loss_and_gradient(IDS, TARGETS)[0] == plain
 
 
 def test_dropout_keeps_the_mean_and_the_layout_changes_nothing() -> None:
-    dropout = Dropout(0.25)
-    dropout.key = (1, 2)
+    dropout = Dropout(0.25, (1, 2))
     x = np.ones((2, 300, 100), np.float32)
     y = dropout.applied(x, "a")
     assert y.mean() == pytest.approx(1, abs=0.01)

@@ -197,10 +197,9 @@ def test_dynamic_rope_of_a_row_does_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("block", [1, 3, 16, 1000])
 def test_the_attention_block_changes_no_result(block: int) -> None:
     model, ids = BUILT["window"], tokens(2, 33)
-    layers = tuple(
-        replace(layer, self_attn=replace(layer.self_attn, query_block=block))
-        for layer in model.decoder.layers
-    )
+    attentions = [layer.self_attn for layer in model.decoder.layers]
+    tiled = [replace(each, mixing=replace(each.mixing, query_block=block)) for each in attentions]
+    layers = tuple(replace(layer, self_attn=each) for layer, each in zip(model.decoder.layers, tiled))
     other = replace(model, decoder=replace(model.decoder, layers=layers))
     assert_close(other.logits(ids), model.logits(ids))
 

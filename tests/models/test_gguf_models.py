@@ -57,6 +57,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "wide": (WIDE, {}),
     "wide, tied": (WIDE | {"tie_word_embeddings": True}, {}),
     "window": ({"model_type": "mistral", "sliding_window": 7}, {"llama.attention.sliding_window": 7}),
+    "qwen2": ({"model_type": "qwen2"}, {}),
+    "qwen2, tied": ({"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1}, {}),
     "theta": ({"rope_theta": 500000.0}, {}),
     "llama3": ({"rope_scaling": LLAMA3}, {"rope_freqs.weight": llama3_factors(6, 1e4)}),
     "linear": (

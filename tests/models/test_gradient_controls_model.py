@@ -12,10 +12,11 @@ import einsum_transformer as et
 from components.gradient import assert_gradient as assert_differences
 from components.gradient import replaced
 from einsum_transformer.components.attention import Attention
+from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.components.head import Head
 from einsum_transformer.components.rmsnorm import RMSNorm
-from einsum_transformer.components.swiglu import SwiGLU
-from einsum_transformer.models.decoder import Block, Decoder
+from einsum_transformer.models.blocks import Block
+from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.tree import named_leaves
 from golden_files import load_adapter, load_golden, write_adapter_folder, write_folder
@@ -72,7 +73,7 @@ BREAKS: dict[str, Break] = {
     "residual through the norm": residual_through_the_norm,
     "range, block": clipped(Block, to_range),
     "range, attention": clipped(Attention, to_range),
-    "range, feed-forward": clipped(SwiGLU, to_range),
+    "range, feed-forward": clipped(GatedMLP, to_range),
     "range, norm": clipped(RMSNorm, to_range),
     "range, head": clipped(Head, to_range),
     "norm, block": clipped(Block, to_norm),

@@ -134,7 +134,7 @@ def test_missing_key(key: str, tmp_path: Path) -> None:
 SAID = {
     "unknown model_type": ({"model_type": "lama"}, "did you mean 'llama'"),
     "another model_type": ({"model_type": "gpt_bigcode"}, "gpt_bigcode"),
-    "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
+    "activation": ({"hidden_act": "relu6"}, "hidden_act.*relu6.*silu"),
     "heads": ({"num_key_value_heads": 3}, "num_attention_heads 8.*num_key_value_heads 3"),
     "negative": ({"hidden_size": -32}, "hidden_size.*-32"),
     "zero": ({"num_attention_heads": 0}, "num_attention_heads.*0"),

@@ -100,6 +100,25 @@ def test_settings_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(with_adapter(tiny_model(), tmp_path).logits(TOKENS), model.logits(TOKENS))
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("pattern", ["(.*)*!", "(?:m|m|o|d|.)*(?:.?.?){99}!", "(a|a)" * 60])
+def test_patterns_that_stop_other_matchers(pattern: str, tmp_path: Path) -> None:
+    """Take time in proportion to the name, whoever wrote the file."""
+    config = CONFIG | {"rank_pattern": {pattern: 1}, "alpha_pattern": {pattern: 1.0}}
+    model = with_adapter(tiny_model(), write_adapter_folder(tmp_path, config, q_tensors()))
+    assert model.lora is not None
+    assert model.lora.rank_and_scaling("model.layers.0.self_attn.q_proj") == (2, 2.0)
+
+
+def test_targets_need_not_be_understood(tmp_path: Path) -> None:
+    """Where the tensors say what the adapter is on: RE2 has no lookaround."""
+    config = CONFIG | {"target_modules": r"^(?!.*vision).*q_proj$"}
+    model = with_adapter(tiny_model(), write_adapter_folder(tmp_path, config, q_tensors()))
+    assert len(tensors_of(model)) == 2
+    write_adapter(model, tmp_path / "again")
+    assert read_config(tmp_path / "again").target_modules == ("model.layers.0.self_attn.q_proj",)
+
+
 def test_written_names_are_those_the_adapter_is_on(tmp_path: Path) -> None:
     """Of short names that mean more modules than there are adapters, the whole names are written."""
     config = CONFIG | {"layers_to_transform": [0]}
@@ -149,7 +168,6 @@ def test_b_of_zeros_gives_the_base_bit_for_bit(targets: Any, tied: bool, tmp_pat
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
         ({"target_modules": None}, "target_modules is None"),
         ({"target_modules": [1]}, r"target_modules is \[1\]"),
-        ({"target_modules": "("}, "no regular expression"),
         ({"r": 0}, "rank r is 0"),
         ({"r": "8"}, "r"),
         ({"r": True}, "r"),
@@ -161,7 +179,10 @@ def test_b_of_zeros_gives_the_base_bit_for_bit(targets: Any, tied: bool, tmp_pat
         ({"rank_pattern": {"q_proj": 2.0}}, "rank_pattern must map patterns to numbers"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern must map patterns to numbers"),
         ({"rank_pattern": {"(": 2}}, "no regular expression"),
-        ({"rank_pattern": {"a{99999999999}": 2}}, "no regular expression"),
+        ({"rank_pattern": {"(?:a{1000}){1000}": 2}}, "no regular expression.*repetition size"),
+        ({"rank_pattern": {"(?:a|b){0,1000}" * 50: 2}}, "no regular expression.*too large"),
+        ({"rank_pattern": {"(?!k)q_proj": 2}}, "no regular expression"),
+        ({"rank_pattern": {str(n): 2 for n in range(5000)}}, "5,000 patterns"),
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern must map patterns to numbers"),
         ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern"),
     ],

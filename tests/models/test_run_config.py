@@ -119,7 +119,10 @@ WRONG: dict[str, dict[str, Any]] = {
     "huge": {"vocab_size": 10**12},
     "indivisible": {"n_kv_heads": 3},
     "arch": {"arch": "lama"},
-    "moe": {"use_moe": True, "num_experts": 4},
+    "experts of none": {"num_experts": 4},
+    "experts per token": {"use_moe": True, "num_experts": 4, "top_k": 5},
+    "arch_keys": {"arch_keys": {"query_pre_attn_scalar": 4}},
+    "arch_keys text": {"arch_keys": "x"},
     "dtype": {"weight_dtype": "int3"},
     "rope": {"rope_scaling": {"type": "nope"}},
     "rope_base": {"rope_base": -1},
@@ -209,7 +212,7 @@ def test_block_size_is_that_of_the_run(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
     stated = CONFIG | {"weight_file": "model", "block_size": 16}
     model = et.load(write_config(tmp_path / "run.json", stated))
-    assert {layer.self_attn.query_block for layer in model.decoder.layers} == {16}
+    assert {layer.self_attn.mixing.query_block for layer in model.decoder.layers} == {16}
 
 
 def test_override(tmp_path: Path) -> None:
@@ -244,6 +247,8 @@ SAVED: dict[str, dict[str, Any]] = {
     "window": {"arch": "mistral", "sliding_window": 3},
     "window of a llama": {"sliding_window": 3},
     "biases of a mistral": {"arch": "mistral", "attention_bias": True},
+    "biases of a qwen2": {"arch": "qwen2", "attention_bias": True},
+    "window in qwen2": {"arch": "qwen2", "sliding_window": 3},
     "linear": {"rope_scaling": {"type": "linear", "factor": 3.0}},
     "tied": {"tie_embeddings": True},
     "eps and base": {"norm_eps": 0.5, "rope_base": 77.0},

@@ -96,6 +96,6 @@ class _Written(io.FileIO):
 
 
 def _name(place: int | str | Path) -> str:
-    """The name of a file, the same for all steps and all random parts."""
+    """The name of a file, the same for all steps and all random parts (which may begin with eight digits)."""
     path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else place
-    return re.sub(r"\d{8}|[0-9a-f]{12}", "#", Path(path).name)
+    return re.sub(r"[0-9a-f]{12}|\d{8}", "#", Path(path).name)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.engine import Recorder
+from einsum_transformer.engine import Recorder, blas
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.data import Batch, RandomTokens
-from einsum_transformer.training.loop import Settings, Trainer, TrainingFailed
+from einsum_transformer.training.loop import Settings, Trainer, TrainingFailed, _sliced, batch_gradients
 from einsum_transformer.training.optimizers import SGD, AdamW
 from einsum_transformer.training.schedule import Schedule
 from tiny_models import write_tiny
@@ -78,6 +78,64 @@ def test_parts_of_a_batch_add_up(tiny: et.Model, parts: int, recompute: bool, tm
         assert other.norm == pytest.approx(one.norm, rel=1e-5)
     for name, array in whole.weights.items():
         np.testing.assert_allclose(split.weights[name], array, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_rows_on_threads_give_the_gradients_of_the_batch(
+    tmp_path: Path, threads: int, recompute: bool
+) -> None:
+    """In float64, under dropout, where rows have different numbers of targets and the threads different
+    numbers of rows."""
+    folder, _ = write_tiny(tmp_path / "in")
+    base = et.load(folder, dtype="float64")
+    model = with_lora(base, LoRAConfig(r=3, lora_dropout=0.4, target_modules="all-linear"))
+    rng = np.random.default_rng(8)
+    for name, array in trainable(model.decoder).items():
+        if name.endswith("lora_B"):
+            array[...] = rng.standard_normal(array.shape) * 0.1
+    # Of so few tokens a thread would be worth nothing; of this many rows it is, or the test tests nothing.
+    tokens, targets = rng.integers(0, 61, (2, 100, 12))
+    targets[np.arange(12) > (np.arange(100) % 12)[:, None]] = -100
+    found, before = [], blas.get_threads()
+    for count in (1, threads):
+        blas.set_threads(count)
+        try:
+            with Recorder() as recorder:
+                parts = [(5, tokens[:70], targets[:70]), (75, tokens[70:], targets[70:])]
+                found.append(
+                    batch_gradients(model.decoder, parts, 600, (3, 1), settings(recompute=recompute))
+                )
+            spans = [span for span in recorder.spans if span.path == ("forward",)]
+            # One for each part; the threads' are one together.
+            assert len(spans) == 2
+        finally:
+            blas.set_threads(before)
+    (loss, gradients), (other_loss, others) = found
+    assert other_loss == pytest.approx(loss, rel=1e-12)
+    assert list(others) == list(gradients)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(others[name], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_threads_take_rows_where_their_gradients_are_small(tiny: et.Model) -> None:
+    """Of all weights from 1,000 tokens on, of a small adapter from its first."""
+    adapted = with_lora(tiny, LoRAConfig(r=1, target_modules=["q_proj"]))
+
+    def slices(model: et.Model, rows: int) -> int:
+        tokens = np.zeros((rows, 10), int)
+        return len(_sliced(model.decoder, (0, tokens, tokens), tokens.size, (0, 0), False))
+
+    before = blas.get_threads()
+    try:
+        blas.set_threads(2)
+        assert slices(tiny, 99) == 1
+        assert slices(tiny, 100) == 2
+        assert slices(adapted, 2) == 2
+        blas.set_threads(1)
+        assert slices(tiny, 100) == 1
+    finally:
+        blas.set_threads(before)
 
 
 def test_clipping_bounds_the_step(tiny: et.Model) -> None:

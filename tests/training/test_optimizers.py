@@ -65,6 +65,18 @@ def test_many_weights_of_all_shapes_on_threads() -> None:
             assert together[name].strides == w.strides
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-15, 1.0, 1e15, 1e25])
+def test_the_norm_of_small_and_large_gradients(scale: float) -> None:
+    """Squares of float32 numbers below 1e-19 vanish and those above 1e19 overflow; the norm does neither."""
+    rng = np.random.default_rng(6)
+    gradient = (rng.standard_normal((37, 1023)) * scale).astype(np.float32)
+    expected = np.sqrt(np.sum(gradient.astype(np.float64) ** 2))
+    assert global_norm({"a": gradient}) == pytest.approx(expected, rel=1e-6)
+    assert global_norm({"a": gradient, "b": np.asfortranarray(gradient)}) == pytest.approx(
+        2**0.5 * expected, rel=1e-6
+    )
+
+
 def test_global_norm() -> None:
     rng = np.random.default_rng(0)
     gradients = {"a": rng.standard_normal((1200, 1000)), "b": rng.standard_normal(7).astype(np.float32)}

@@ -154,6 +154,9 @@ class _DryWeight(Leaf):
     def array(self) -> Any:
         return ShapeArray(self.shape, self.dtype)
 
+    def __getitem__(self, index: Any) -> Any:
+        return _DryWeight(self.name, self.array()[index].shape)
+
     def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Any:
         with phase(_WeightName(self.name)):
             return super().contract(equation, operands, position)

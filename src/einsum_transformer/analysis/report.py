@@ -249,10 +249,15 @@ def peak_rss_bytes() -> int | None:
 
 def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
     """The rotation made visible: base, dimensions, scaling, wavelengths in tokens, positions of a run."""
-    rope = config.rope
+    rope, positions = config.rope, [0, max(length - 1, 0)]
+    if rope is None:
+        learned = f"learned, {config.max_position_embeddings} rows" if config.learned_positions else "ALiBi"
+        return {"scheme": learned, "positions": positions}
     inv_freq, factor = inverse_frequencies(rope, config.head_dim, length)
     return {
+        "scheme": "RoPE",
         "base": rope.rope_theta,
+        "local_base": None if config.local_rope is None else config.local_rope.rope_theta,
         "head_dim": config.head_dim,
         "rotated_dims": 2 * len(inv_freq),
         "scaling": rope.rope_type,
@@ -261,7 +266,7 @@ def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
         "attention_factor": factor,
         "shortest_wavelength": float(2 * math.pi / inv_freq.max()),
         "longest_wavelength": float(2 * math.pi / inv_freq.min()),
-        "positions": [0, max(length - 1, 0)],
+        "positions": positions,
     }
 
 
@@ -312,6 +317,24 @@ def summary(found: Report) -> list[str]:
     return [*lines, rope_line(found.rope)]
 
 
+def speculation_lines(numbers: dict[str, Any] | None) -> list[str]:
+    """What speculative decoding did, for people; nothing where there was none."""
+    if not numbers or not numbers["rounds"]:
+        return []
+    drafted, accepted = sum(numbers["drafted"]), sum(numbers["accepted"])
+    places = ", ".join(f"{100 * share:.0f} %" for share in numbers["acceptance"])
+    line = (
+        f"speculation: {numbers['rounds']} rounds, {accepted} of {drafted} drafts kept (by place: {places}), "
+        f"{numbers['tokens_per_round']:.2f} tokens a round"
+    )
+    speeds = [
+        f"{numbers[name]:.2f}x {what}"
+        for name, what in (("speed_up", "as fast as step by step"), ("expected_speed_up", "by the formula"))
+        if numbers[name] is not None
+    ]
+    return [line, f"speculation: {', '.join(speeds)}"] if speeds else [line]
+
+
 def _sum_line(found: Report) -> str:
     share = 100 * found.parts_seconds / found.seconds if found.seconds > 0 else 100.0
     return (
@@ -321,13 +344,16 @@ def _sum_line(found: Report) -> str:
 
 
 def rope_line(facts: dict[str, Any]) -> str:
-    """One line that shows the rotation."""
+    """One line that shows how positions are told."""
+    low, high = facts["positions"]
+    if facts["scheme"] != "RoPE":
+        return f"positions: {facts['scheme']}; {low}-{high}"
+    local = "" if facts["local_base"] is None else f" ({facts['local_base']:g} in layers with a window)"
     scaling = facts["scaling"]
     if scaling != "default":
         scaling += f" x{facts['factor']:g} over {facts['original_max_position_embeddings']}"
-    low, high = facts["positions"]
     waves = f"{facts['shortest_wavelength']:.1f}-{facts['longest_wavelength']:.0f}"
     return (
-        f"RoPE: base {facts['base']:g}, {facts['rotated_dims']} of {facts['head_dim']} head dims, "
+        f"RoPE: base {facts['base']:g}{local}, {facts['rotated_dims']} of {facts['head_dim']} head dims, "
         f"scaling {scaling}, positions {low}-{high}, wavelengths {waves}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from einsum_transformer.analysis.report import peak_rss_bytes, quantity
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.safetensors import atomic_file
 
 Key = tuple[str, ...]
 
@@ -302,7 +304,7 @@ def summary(found: TrainingReport) -> list[str]:
         f"stages {covered:.3f} s = {share:.1f} % of {found.seconds:.3f} s; outside of any: "
         f"{found.outside_seconds:.3f} s (Python)",
         "",
-        f"{found.steps} steps{skipped}, {found.tokens_per_second:.1f} tokens/s",
+        f"{found.steps} steps in {found.seconds:.1f} s{skipped}, {found.tokens_per_second:.1f} tokens/s",
         f"loss {found.loss_first:.4f} -> {found.loss_last:.4f}, {found.loss_trend:+.5f} a step",
         f"trained {quantity(found.trainable)} of {quantity(found.parameters)} parameters "
         f"({trained:.2f} %); gradients {quantity(found.gradient_bytes, 'B')}, "
@@ -312,15 +314,25 @@ def summary(found: TrainingReport) -> list[str]:
     ]
 
 
+def check_plot(path: str | Path) -> None:
+    """Raise InputError where `plot_losses` could not write: better before a training than after it."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise InputError('--plot needs matplotlib: pip install "einsum-transformer[plot]"') from None
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--plot {path}: a file in a folder that can be written to is expected")
+
+
 def plot_losses(
     path: str | Path, losses: Mapping[int, float], validation: Mapping[int, float], title: str
 ) -> None:
     """The loss over the steps as a PNG file; step -> loss, and step -> loss of the validation data."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError('--plot needs matplotlib: pip install "einsum-transformer[plot]"') from None
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -331,4 +343,5 @@ def plot_losses(
     axes.set(xlabel="step", ylabel="cross-entropy per token (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format="png")
+    with atomic_file(Path(path)) as file:
+        figure.savefig(file, dpi=150, format="png")

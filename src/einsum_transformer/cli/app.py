@@ -12,6 +12,7 @@ import typer
 from typer.main import get_command
 
 from einsum_transformer.cli.chat import chat
+from einsum_transformer.cli.diff import diff
 from einsum_transformer.cli.explain import explain
 from einsum_transformer.cli.gradcheck import gradcheck
 from einsum_transformer.cli.merge import merge
@@ -65,7 +66,7 @@ def _application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     application.callback()(_etx)
-    for command in (run, chat, explain, train, merge, gradcheck, pull):
+    for command in (run, chat, explain, diff, train, merge, gradcheck, pull):
         application.command(command.__name__)(command)
     return application
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from einsum_transformer.components.kv_cache import KVCache
     from einsum_transformer.generation.decode import Settings
     from einsum_transformer.generation.sampling import Sampling
+    from einsum_transformer.generation.speculative import Speculation
 
 
 def chat(
@@ -34,6 +35,10 @@ def chat(
     stop: options.Stop = None,
     ctx_size: options.CtxSize = None,
     prefill_step_size: options.PrefillStep = None,
+    draft_model: options.DraftModel = None,
+    draft_layers: options.DraftLayers = None,
+    prompt_lookup: options.Lookup = None,
+    num_draft_tokens: options.DraftTokens = None,
     blas: options.Blas = "auto",
     threads: options.Threads = None,
     weight_budget: options.WeightBudget = None,
@@ -77,7 +82,20 @@ def chat(
         ctx_size=ctx_size,
         prefill_step_size=prefill_step_size,
     )
-    talk = _Talk(loaded, sampling, settings, system_prompt, shown=not json, notes=not silent)
+    drafting = options.speculation_of(
+        loaded,
+        None if isinstance(source, str) else source,
+        draft_model,
+        draft_layers,
+        prompt_lookup,
+        num_draft_tokens,
+        dtype=dtype,
+        weight_budget=weight_budget,
+        quiet=silent,
+        revision=revision,
+        offline=offline,
+    )
+    talk = _Talk(loaded, sampling, settings, system_prompt, drafting, shown=not json, notes=not silent)
     _converse(talk, terminal=sys.stdin.isatty() and not silent)
     if json:
         told = {"model": loaded.source, "messages": talk.messages, "turns": talk.turns}
@@ -138,6 +156,7 @@ class _Talk:
     sampling: Sampling
     settings: Settings
     system: str | None
+    speculation: Speculation | None
     shown: bool
     notes: bool
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -166,7 +185,8 @@ class _Talk:
         self.cached, self.cache = [], None
         started = time.perf_counter()
         try:
-            for _, piece in stream(self.model, [result], self.sampling, self.settings, cache):
+            pieces = stream(self.model, [result], self.sampling, self.settings, cache, self.speculation)
+            for _, piece in pieces:
                 if self.shown:
                     options.write(piece)
         finally:
@@ -181,7 +201,8 @@ class _Talk:
         """(a cache, how many of these tokens it holds): the last turn's, if what it holds comes first."""
         held = len(self.cached)
         if self.cache is None or len(rendered) <= held or rendered[:held] != self.cached:
-            return self.model.cache(), 0
+            slack = 0 if self.speculation is None else self.speculation.drafts + 1
+            return self.model.cache(slack=slack), 0
         return self.cache, held
 
     def _tell(self, held: int, result: Any, seconds: float) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from einsum_transformer.checkpoint import Model as LoadedModel
     from einsum_transformer.generation.decode import Settings
     from einsum_transformer.generation.sampling import Sampling
+    from einsum_transformer.generation.speculative import Speculation
     from einsum_transformer.models.run_config import RunConfig
 
 Model = Annotated[
@@ -106,6 +107,26 @@ CtxSize = Annotated[
 PrefillStep = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Prompt tokens per forward pass; default 512.")
 ]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Speculative decoding: a small model of the same vocabulary drafts."),
+]
+DraftLayers = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Speculative decoding: the model's own first N layers draft."),
+]
+Lookup = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-lookup",
+        metavar="N",
+        min=1,
+        help="Speculative decoding: drafts are what followed the last N tokens earlier in the text.",
+    ),
+]
+DraftTokens = Annotated[
+    int | None, typer.Option("--num-draft-tokens", metavar="N", min=1, help="Tokens of a draft; default 4.")
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after end tokens.")]
 SystemPrompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message of a chat.")]
 
@@ -164,11 +185,6 @@ def open_model(
 
 def _refuse(config: RunConfig, weight_budget: str | None) -> None:
     """What a config or its flags ask for and a run does not have."""
-    if config.speculative:
-        raise InputError(
-            f"{config.source}: speculative: speculative decoding is not available in this version; "
-            "run with --set speculative=false"
-        )
     if weight_budget is not None and config.weight_file is None and config.hf_repo_id is None:
         raise InputError(
             f"--weight-budget: {config.source} has random weights, which are in no file to be read again"
@@ -196,6 +212,30 @@ def generation_settings(
     sampling = {name: flags.pop(name) for name in _SAMPLING}
     settings = {name: value for name, value in flags.items() if value is not None}
     return Sampling.from_generation_config(stated, **sampling), Settings(budget, **settings)
+
+
+def speculation_of(
+    model: LoadedModel,
+    config: RunConfig | None,
+    draft_model: str | None,
+    draft_layers: int | None,
+    prompt_lookup: int | None,
+    num_draft_tokens: int | None,
+    **where: Any,
+) -> Speculation | None:
+    """What the flags ask for, or else the keys of a JSON config; `where`: how to load a draft model."""
+    from einsum_transformer.generation.speculative import speculation
+
+    if config is not None and config.speculative and draft_model is None and prompt_lookup is None:
+        draft_layers = draft_layers or config.draft_layers
+        if draft_layers is None:
+            raise InputError(
+                f"{config.source}: speculative needs draft_layers, the number of layers that draft"
+            )
+    drafting = None
+    if draft_model is not None:
+        drafting, _ = open_model(draft_model, blas="auto", threads=None, **where)
+    return speculation(model, drafting, draft_layers, prompt_lookup or False, num_draft_tokens)
 
 
 def parse_size(text: str, flag: str) -> int:

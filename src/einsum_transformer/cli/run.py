@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from einsum_transformer.engine import Recorder
     from einsum_transformer.generation.decode import Generation, Settings
     from einsum_transformer.generation.sampling import Sampling
+    from einsum_transformer.generation.speculative import Speculation
     from einsum_transformer.models.run_config import RunConfig
 
 DEFAULT_PROMPT = "What is the capital of France?"
@@ -57,6 +58,10 @@ def run(
     ignore_eos: options.IgnoreEos = False,
     ctx_size: options.CtxSize = None,
     prefill_step_size: options.PrefillStep = None,
+    draft_model: options.DraftModel = None,
+    draft_layers: options.DraftLayers = None,
+    prompt_lookup: options.Lookup = None,
+    num_draft_tokens: options.DraftTokens = None,
     prefill_only: Annotated[
         bool, typer.Option("--prefill-only", help="Stop before the first new token.")
     ] = False,
@@ -93,6 +98,7 @@ def run(
     etx run -m HuggingFaceTB/SmolLM2-360M-Instruct --chat -p "Why is the sky blue?" --top-p 0.9 --seed 1
     etx run model.gguf --prompt-file story.txt --prefill-only --json
     etx run --config configs/fast_lora.json --set n_layers=4 -n 16
+    etx run --prompt-file notes.txt --prompt-lookup 3 --num-draft-tokens 8
     """
     source = options.source_of(model, model_flag, config, assignments)
     keys = None if isinstance(source, str) else source
@@ -125,7 +131,21 @@ def run(
         prefill_step_size=prefill_step_size,
         ignore_eos=ignore_eos,
     )
-    job = _Job(loaded, load_seconds, asked.rows(loaded, keys), sampling, settings, json, quiet)
+    drafting = options.speculation_of(
+        loaded,
+        keys,
+        draft_model,
+        draft_layers,
+        prompt_lookup,
+        num_draft_tokens,
+        dtype=dtype,
+        weight_budget=weight_budget,
+        quiet=silent,
+        revision=revision,
+        offline=offline,
+    )
+    rows = asked.rows(loaded, keys)
+    job = _Job(loaded, load_seconds, rows, sampling, settings, drafting, json, quiet)
     job.prefill() if prefill_only or (keys is not None and keys.prefill_only) else job.generate()
 
 
@@ -231,6 +251,7 @@ class _Job:
     rows: list[list[int]]
     sampling: Sampling
     settings: Settings
+    speculation: Speculation | None
     json: bool
     quiet: bool
 
@@ -240,7 +261,7 @@ class _Job:
 
         results = [Generation(row) for row in self.rows]
         live = len(results) == 1 and self.model.tokenizer is not None and not self.json
-        recorder = None if self.quiet and not self.json else Recorder()
+        recorder = None if self.quiet and not self.json else Recorder(counts_wanted=True)
         with recorder or nullcontext():
             started = time.perf_counter()
             try:
@@ -259,7 +280,8 @@ class _Job:
         from einsum_transformer.engine import phase
         from einsum_transformer.generation.decode import stream
 
-        for _, text in stream(self.model, results, self.sampling, self.settings):
+        made = stream(self.model, results, self.sampling, self.settings, speculation=self.speculation)
+        for _, text in made:
             with phase("text"):
                 yield text
 
@@ -272,8 +294,8 @@ class _Job:
         limit = min(self.settings.ctx_size or 1 << 62, self.model.config.max_position_embeddings)
         if len(self.rows[0]) > limit:
             raise InputError(f"the prompt has {len(self.rows[0])} tokens, the context is {limit}: shorten it")
-        cache = self.model.cache(len(self.rows[0]))
-        with Recorder() as recorder:
+        cache = self.model.cache(len(self.rows[0]), horizon=len(self.rows[0]))
+        with Recorder(counts_wanted=True) as recorder:
             started = time.perf_counter()
             with phase("prefill"):
                 logits = prefill(self.model, np.array(self.rows), cache, self.settings.prefill_step_size)
@@ -311,7 +333,8 @@ class _Job:
         """The table, or the JSON object."""
         if recorder is None:
             return
-        from einsum_transformer.analysis.report import Run, render, report
+        from einsum_transformer.analysis import routing
+        from einsum_transformer.analysis.report import Run, render, report, speculation_lines
 
         found = report(
             recorder.spans,
@@ -325,12 +348,20 @@ class _Job:
                 max(result.kv_cache_bytes for result in results),
             ),
         )
+        routers = routing.routing(recorder.counts)
         if self.json:
+            more |= {"routing": [each.to_dict() for each in routers]} if routers else {}
+            more |= {"speculation": results[0].speculation} if self.speculation else {}
             options.write(jsonlib.dumps(_json(self.model.source, results, found) | more) + "\n")
         elif not self.quiet:
             terminal = options.console()
             terminal.print()
             terminal.print(render(found))
+            for line in speculation_lines(results[0].speculation):
+                terminal.print(line)
+            if routers:
+                terminal.print()
+                terminal.print(routing.render(routers))
 
 
 def _json(source: str, results: list[Generation], found: Report) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def train(
     etx train --lora --data chats.jsonl --mask-prompt --pad --steps 100 -o my-run --resume
     etx run --adapter-path my-run/step-00000100 -p "Once upon a time"
     """
+    from einsum_transformer.analysis.training import check_plot
     from einsum_transformer.cli.training_run import TrainingRun, show
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
@@ -173,6 +174,8 @@ def train(
         raise InputError("merging after training needs --output, the folder that the model goes to")
     if long not in ("split", "refuse"):
         raise InputError(f"--long {long!r}: choose split or refuse")
+    if plot is not None:
+        check_plot(plot)
     silent = quiet or json
     loaded, _ = options.open_model(
         source,

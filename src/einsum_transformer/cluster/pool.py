@@ -14,18 +14,23 @@ from einsum_transformer.cluster.worker import Place, Plan, Worker
 from einsum_transformer.errors import InputError
 
 _ADDRESS = re.compile(r"auto|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
-_LOCAL_ENVIRONMENT = {
-    # Off where Ray is asked to stay on the loopback interface, which it does on other systems than Linux by
-    # default; it reads this when it is imported.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+# Ray reads these when it is imported; who sets one of them is obeyed.
+_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A driver under `uv run` would have its folder packed, with all checkpoints in it, and every worker make
+    # a virtual environment there before it starts.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+# Off is where Ray stays on the loopback interface, which it does on other systems than Linux by default.
+_LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _STORE_BYTES = 1 << 27
 """Of a local object store, beyond what is known to lie in it."""
 
 
 def import_ray() -> Any:
     """The package ray, or one line that says how to install it."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -133,7 +138,7 @@ class Pool:
         if len(ready) < len(asked):
             raise InputError(
                 f"{len(ready)} of {len(asked)} Ray workers started within {self.timeout:g} s: "
-                "has the cluster as many free CPUs?"
+                "has the cluster as many free CPUs, and this package on every machine?"
             )
         try:
             places = self.ray.get(asked)
@@ -151,10 +156,8 @@ class Pool:
         self.ray.get([actor.set_threads.remote(n) for actor, n in zip(self.actors, self.threads)])
 
     def _actor(self, threads: int, cpus: int) -> Any:
-        numbers = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        kind = self.ray.remote(Worker).options(
-            num_cpus=cpus, scheduling_strategy="SPREAD", runtime_env={"env_vars": numbers}
-        )
+        # A worker sets its threads itself: a process with an environment of its own starts two seconds later.
+        kind = self.ray.remote(Worker).options(num_cpus=cpus, scheduling_strategy="SPREAD")
         return kind.remote(self.plan, threads)
 
     def ask(self, submit: Callable[[int], Any]) -> list[Any]:

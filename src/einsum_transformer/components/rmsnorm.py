@@ -1,4 +1,4 @@
-"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * (offset + weight) (Zhang and Sennrich, 2019)."""
 
 from __future__ import annotations
 
@@ -20,22 +20,29 @@ class RMSNorm:
 
     weight: Annotated[Array, "d"]
     eps: float = static(default=1e-5)
+    offset: float = static(default=0.0)
+    """1 where a checkpoint holds what the scale differs from 1 by."""
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         rstd = 1 / np.sqrt(einsum("btd,btd->bt", x, x) / x.shape[-1] + self.eps)
         y = einsum("btd,bt->btd", x, rstd)
-        y *= self.weight
+        y *= self.scale
         return y, (x, rstd)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, RMSNorm]:
         x, rstd = saved
-        # y = normed * weight
+        # y = normed * (offset + weight)
         normed = einsum("btd,bt->btd", x, rstd)
         dweight = weight_grad("btd,btd->d", dy, normed, self.weight)
-        dnormed = dy * self.weight
+        dnormed = dy * self.scale
         # normed = x * rstd, and rstd depends on every x of its row
         along = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
         dx = dnormed
         dx -= einsum("btd,bt->btd", normed, along)
         dx *= rstd[..., None]
-        return dx, RMSNorm(dweight, self.eps)
+        return dx, RMSNorm(dweight, self.eps, self.offset)
+
+    @property
+    def scale(self) -> Array:
+        """offset + weight"""
+        return self.weight + self.offset if self.offset else self.weight

@@ -16,7 +16,7 @@ from einsum_transformer.numerics.rotation import rotate
 
 Array = np.ndarray
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,12 @@ class RopeConfig:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    short_factor: tuple[float, ...] = ()
+    """longrope's divisors of each pair's frequency, up to the trained length."""
+    long_factor: tuple[float, ...] = ()
+    """And beyond it."""
+    interleaved: bool = False
+    """Pairs are (2i, 2i + 1), not (i, i + r/2)."""
     frequency_factors: tuple[float, ...] | None = None
     """Divisors of each pair's frequency that a GGUF file stores itself (its tensor rope_freqs)."""
 
@@ -47,8 +53,10 @@ class RopeConfig:
             raise ConfigError(
                 f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
             )
-        if any(not (math.isfinite(factor) and factor > 0) for factor in self.frequency_factors or ()):
-            raise ConfigError("rope_freqs holds a factor that is not a positive number")
+        for name in ("frequency_factors", "short_factor", "long_factor"):
+            if any(not (math.isfinite(factor) and factor > 0) for factor in getattr(self, name) or ()):
+                shown = "rope_freqs" if name == "frequency_factors" else f"rope {name}"
+                raise ConfigError(f"{shown} holds a factor that is not a positive number")
         for name in _POSITIVE:
             value = getattr(self, name)
             # The bounds are far outside of any model's and keep every formula below inside of float64.
@@ -60,6 +68,8 @@ class RopeConfig:
             )
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
+        if self.rope_type == "longrope" and self.original_max_position_embeddings < 2:
+            raise ConfigError("rope original_max_position_embeddings is 1: longrope needs more")
         if self.rope_type == "yarn" and self.rope_theta <= 1:
             raise ConfigError(f"rope rope_theta is {self.rope_theta}: yarn needs more than 1")
 
@@ -111,7 +121,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tup
     partial_rotary_factor.
 
     default: theta^(-2i/r); the other types change it as their papers and Hugging Face's implementation say.
-    `length` is the longest position + 1 of the pass; only `dynamic` looks at it.
+    `length` is the longest position + 1 of the pass; `dynamic` and `longrope` look at it.
     """
     r = int(head_dim * rope.partial_rotary_factor)
     if r < 2 or r % 2:
@@ -124,6 +134,11 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tup
                 f"rope_freqs holds {len(rope.frequency_factors)} factors, {r // 2} pairs are rotated"
             )
         inv_freq /= np.asarray(rope.frequency_factors)
+    if rope.rope_type == "longrope":
+        factors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
+        if len(factors) != r // 2:
+            raise ConfigError(f"longrope has {len(factors)} factors, {r // 2} pairs are rotated")
+        return inv_freq / np.asarray(factors), _longrope_attention_factor(rope)
     if rope.rope_type == "linear":
         return inv_freq / rope.factor, 1.0
     if rope.rope_type == "dynamic":
@@ -176,12 +191,22 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    """sqrt(1 + ln(factor) / ln(trained length)) (Ding et al., 2024)."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
+
+
 def rotation(
-    rope: RopeConfig, head_dim: int, positions: Array, dtype: np.dtype, interleaved: bool = False
+    rope: RopeConfig, head_dim: int, positions: Array, dtype: np.dtype, least: int | Array = 0
 ) -> Rotation:
-    """The rotation of tokens at `positions` (b, t)."""
-    # Each row of a batch has its own length, so that `dynamic` does not depend on the batch around it.
-    lengths = positions.max(axis=1) + 1 if rope.rope_type == "dynamic" else [0]
+    """The rotation of tokens at `positions` (b, t). least: the length that each row's text has at least."""
+    # Each row of a batch has its own length, so that it does not depend on the batch around it.
+    by_length = rope.rope_type in ("dynamic", "longrope")
+    lengths = np.maximum(positions.max(axis=1) + 1, least) if by_length else [0]
     tables = [inverse_frequencies(rope, head_dim, int(length)) for length in lengths]
     inv_freq, factor = np.stack([table for table, _ in tables], axis=1), tables[0][1]
     # Built pair-major, so that positions are innermost in memory like those of every activation.
@@ -189,5 +214,5 @@ def rotation(
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
     pair_major = cos.astype(dtype), np.stack([-sin, sin]).astype(dtype)
     return Rotation(
-        np.moveaxis(pair_major[0], 0, -1), np.moveaxis(pair_major[1], (0, 1), (-2, -1)), interleaved
+        np.moveaxis(pair_major[0], 0, -1), np.moveaxis(pair_major[1], (0, 1), (-2, -1)), rope.interleaved
     )

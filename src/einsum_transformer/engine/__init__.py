@@ -2,7 +2,7 @@
 
 from einsum_transformer.engine.contract import Leaf, einsum, weight_grad
 from einsum_transformer.engine.equation import Equation, EquationError
-from einsum_transformer.engine.recorder import Recorder, phase, tap
+from einsum_transformer.engine.recorder import Recorder, count, counting, phase, tap
 from einsum_transformer.engine.shapes import ShapeArray
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "Leaf",
     "Recorder",
     "ShapeArray",
+    "count",
+    "counting",
     "einsum",
     "phase",
     "tap",

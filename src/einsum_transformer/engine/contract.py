@@ -34,6 +34,10 @@ class Leaf(ABC):
     def ndim(self) -> int:
         return len(self.shape)
 
+    def __getitem__(self, index: Any) -> Any:
+        """A part of the weight, as an array."""
+        return self.array()[index]
+
     @abstractmethod
     def array(self) -> Array:
         """The weight as floating-point numbers, in the shape of this leaf."""

@@ -24,6 +24,7 @@ LEGEND = {
     "n": "routed token",
     "r": "LoRA rank",
     "c": "latent (MLA)",
+    "j": "joined rows (q, k and v; gate and up)",
 }
 """One letter, one meaning, in every equation of a component."""
 

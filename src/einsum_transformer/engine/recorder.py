@@ -55,9 +55,12 @@ class Recorder:
 
     events_wanted: bool = False
     values_wanted: bool = False
+    counts_wanted: bool = False
     spans: list[Span] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[tuple[int | None, str], np.ndarray] = field(default_factory=dict)
+    """By layer and name."""
     _path: tuple[str, ...] = ()
     _layer: int | None = None
 
@@ -82,8 +85,12 @@ class Recorder:
         flops: int,
         traffic: int,
     ) -> None:
-        path = self._path if _tally is None else (*self._path, *_tally.here.path)
-        self.events.append(Event(equation, sizes, dtype, how, seconds, flops, traffic, path, self._layer))
+        path, layer = self._path, self._layer
+        if _tally is not None:
+            here = _tally.here
+            path = (*path, *here.path)
+            layer = layer if here.layer is None else here.layer
+        self.events.append(Event(equation, sizes, dtype, how, seconds, flops, traffic, path, layer))
 
 
 active: Recorder | None = None
@@ -105,37 +112,59 @@ _NOTHING = _Nothing()
 
 
 class _Here(threading.local):
-    """The phase that each thread is in, for the events it reports."""
+    """The phases that each thread is in, below those of the caller."""
 
     path: tuple[str, ...] = ()
+    layer: int | None = None
 
 
 class _Tally:
-    """Phases inside of parallel tasks: their seconds on all threads together, by name."""
+    """Phases inside of parallel tasks: their seconds on all threads together, by path and layer."""
 
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+    def __init__(self, layer: int | None) -> None:
+        self.seconds: defaultdict[tuple[tuple[str, ...], int | None], float] = defaultdict(float)
         self.lock = threading.Lock()
         self.here = _Here()
+        self.layer = layer
+
+    def spans(self, path: tuple[str, ...], start: float, wall: float) -> Iterator[Span]:
+        """The wall time split over the phases in proportion to their seconds, one after the other, those
+        inside of a phase before it."""
+        busy = sum(seconds for (inner, _), seconds in self.seconds.items() if len(inner) == 1)
+        begins = defaultdict(lambda: start)
+        placed = []
+        for (inner, layer), seconds in sorted(self.seconds.items(), key=lambda item: len(item[0][0])):
+            outer = inner[:-1]
+            span = Span((*path, *inner), layer, begins[outer], wall * seconds / busy)
+            begins[inner] = min(begins[inner], span.start) if inner in begins else span.start
+            begins[outer] += span.seconds
+            placed.append(span)
+        yield from reversed(placed)
 
 
 _tally: _Tally | None = None
 
 
 class _TalliedPhase:
-    __slots__ = ("name", "start", "tally")
+    __slots__ = ("layer", "name", "outer", "outer_layer", "start", "tally")
 
-    def __init__(self, tally: _Tally, name: str) -> None:
-        self.tally, self.name = tally, name
+    def __init__(self, tally: _Tally, name: str, layer: int | None) -> None:
+        self.tally, self.name, self.layer = tally, name, layer
 
     def __enter__(self) -> None:
-        self.tally.here.path = (self.name,)
+        here = self.tally.here
+        self.outer, self.outer_layer = here.path, here.layer
+        here.path = (*self.outer, self.name)
+        if self.layer is not None:
+            here.layer = self.layer
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.tally.here.path = ()
-        with self.tally.lock:
-            self.tally.seconds[self.name] += time.perf_counter() - self.start
+        seconds, tally = time.perf_counter() - self.start, self.tally
+        here = tally.here
+        with tally.lock:
+            tally.seconds[here.path, tally.layer if here.layer is None else here.layer] += seconds
+        here.path, here.layer = self.outer, self.outer_layer
 
 
 @contextmanager
@@ -147,17 +176,13 @@ def parallel() -> Iterator[None]:
     if recorder is None:
         yield
         return
-    _tally = tally = _Tally()
+    _tally = tally = _Tally(recorder._layer)
     start = time.perf_counter()
     try:
         yield
     finally:
         _tally = None
-        wall, busy = time.perf_counter() - start, sum(tally.seconds.values())
-        for name, seconds in tally.seconds.items():
-            share = wall * seconds / busy
-            recorder.spans.append(Span((*recorder._path, name), recorder._layer, start, share))
-            start += share
+        recorder.spans.extend(tally.spans(recorder._path, start, time.perf_counter() - start))
 
 
 class _Phase:
@@ -188,7 +213,19 @@ def phase(name: str, layer: int | None = None) -> Any:
     ones."""
     if active is None:
         return _NOTHING
-    return _Phase(active, name, layer) if _tally is None else _TalliedPhase(_tally, name)
+    return _Phase(active, name, layer) if _tally is None else _TalliedPhase(_tally, name, layer)
+
+
+def counting() -> bool:
+    """Whether some recorder wants counts, so that nothing is counted for nobody."""
+    return active is not None and active.counts_wanted
+
+
+def count(name: str, amounts: np.ndarray) -> None:
+    """A recorder that wants counts adds the amounts to those of the same name in the same layer."""
+    if active is not None and active.counts_wanted:
+        key = active._layer, name
+        active.counts[key] = active.counts.get(key, 0) + amounts
 
 
 def tap(name: str, value: np.ndarray) -> np.ndarray:

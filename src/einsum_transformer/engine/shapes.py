@@ -138,9 +138,22 @@ def _concatenate(arrays: Any, axis: int = 0) -> ShapeArray:
     return ShapeArray(tuple(shape), arrays[0].dtype)
 
 
+def _kind(value: Any) -> Any:
+    """What decides a result's type: an array's own type, a number as it is."""
+    return value.dtype if isinstance(value, (ShapeArray, np.ndarray)) else value
+
+
 def _take(a: ShapeArray, indices: Any, axis: int | None = None) -> ShapeArray:
     axis = 0 if axis is None else axis % a.ndim
     return ShapeArray((*a.shape[:axis], *np.shape(indices), *a.shape[axis + 1 :]), a.dtype)
+
+
+def _balanced_places(scores: ShapeArray, kth: int, axis: int = -1) -> np.ndarray:
+    """The places of numbers that nobody knows, chosen equally often: a dry run costs what a run does whose
+    router gives every expert as much."""
+    n = scores.shape[-1]
+    rows = math.prod(scores.shape[:-1])
+    return ((np.arange(rows)[:, None] * (kth + 1) + np.arange(n)) % n).reshape(scores.shape)
 
 
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -148,6 +161,14 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.zeros_like: _like,
     np.concatenate: _concatenate,
     np.take: _take,
+    np.copy: lambda a, order="K": a,
+    np.where: lambda condition, x, y: ShapeArray(
+        np.broadcast_shapes(np.shape(condition), np.shape(x), np.shape(y)), np.result_type(_kind(x), _kind(y))
+    ),
+    np.argpartition: _balanced_places,
+    np.take_along_axis: lambda a, indices, axis: ShapeArray(np.shape(indices), a.dtype),
+    np.put_along_axis: lambda a, indices, values, axis: None,
+    np.moveaxis: lambda a, source, to: ShapeArray(np.moveaxis(a.dummy, source, to).shape, a.dtype),
     np.shape: lambda a: a.shape,
     np.ndim: lambda a: a.ndim,
     np.broadcast_to: lambda a, shape: ShapeArray(np.broadcast_to(a.dummy, shape).shape, a.dtype),

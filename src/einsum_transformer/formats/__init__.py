@@ -19,6 +19,11 @@ class TensorInfo:
     offset: int
 
 
+def as_rows(array: np.ndarray) -> np.ndarray:
+    """A tensor as a matrix, all its axes but the last joined; a vector as it is."""
+    return array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
+
+
 class TensorSource(Protocol):
     """The named tensors of a checkpoint on disk; an unknown name raises FormatError with the nearest one."""
 
@@ -37,7 +42,8 @@ class TensorSource(Protocol):
         ...
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """read(name)[start:stop] without the rest."""
+        """Rows start to stop of the tensor as a matrix, all its axes but the last joined (of a vector: its
+        numbers), without the rest."""
         ...
 
     def release(self, name: str) -> None:

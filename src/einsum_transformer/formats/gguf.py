@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from einsum_transformer.errors import FormatError
-from einsum_transformer.formats import TensorInfo
+from einsum_transformer.formats import TensorInfo, as_rows
 from einsum_transformer.formats.dequantize import dequantize
 from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
 
@@ -110,12 +110,12 @@ class GGUFFile(MappedFile):
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         info = self.info(name)
         if info.dtype in DTYPES:
-            return self._view(info)[start:stop]
+            return as_rows(self._view(info))[start:stop]
         if len(info.shape) < 2:
             return self.read(name)[start:stop]
-        row_bytes = info.nbytes // info.shape[0]  # whole blocks, as the header was checked for
+        row_bytes = info.nbytes // math.prod(info.shape[:-1])  # whole blocks, as the header was checked for
         stored = self._stored(info)[start * row_bytes : stop * row_bytes]
-        return self._dequantized(info, stored).reshape(-1, *info.shape[1:])
+        return self._dequantized(info, stored).reshape(-1, info.shape[-1])
 
     def _dequantized(self, info: TensorInfo, stored: np.ndarray) -> np.ndarray:
         elements, nbytes = _BLOCKS[info.dtype]

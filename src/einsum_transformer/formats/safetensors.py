@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
-from einsum_transformer.formats import TensorInfo
+from einsum_transformer.formats import TensorInfo, as_rows
 from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
 
 _MAX_HEADER = 100_000_000
@@ -49,7 +49,7 @@ class SafetensorsFile(MappedFile):
         return self._view(info)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self.read(name)[start:stop]
+        return as_rows(self.read(name))[start:stop]
 
 
 def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,54 +10,34 @@ import numpy as np
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
+from einsum_transformer.generation.rows import (
+    PREFILL_CHUNK,
+    Generation,
+    Row,
+    Settings,
+    StopMatcher,
+    end_tokens,
+    lengthen,
+    prefill,
+)
 from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.generation.speculative import Speculation, speculation
 from einsum_transformer.models.config import Keys
-from einsum_transformer.models.families.family import token_ids
 from einsum_transformer.models.model import Model
 
+__all__ = [
+    "PREFILL_CHUNK",
+    "Generation",
+    "Settings",
+    "StopMatcher",
+    "encode",
+    "end_tokens",
+    "generate",
+    "prefill",
+    "stream",
+]
+
 Array = np.ndarray
-
-PREFILL_CHUNK = 512
-"""Tokens per forward of the prefill: more use more memory and gain no speed."""
-
-
-@dataclass(slots=True)
-class Generation:
-    """One prompt's continuation. finish_reason: "stop" (end token or stop string) or "length" (budget or
-    context)."""
-
-    prompt_tokens: list[int]
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    kv_cache_bytes: int = 0
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a generation obeys besides the sampling; lengths in tokens."""
-
-    max_new_tokens: int = 128
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    ctx_size: int | None = None
-    prefill_step_size: int = PREFILL_CHUNK
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 0), ("prefill_step_size", 1), ("ctx_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}: it must be at least {least}")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed is {self.seed}: it must be at least 0")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not each for each in self.stop):
-            raise InputError("stop: an empty stop string would stop everything")
 
 
 def generate(
@@ -72,6 +51,10 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     seed: int | None = None,
+    draft_model: Model | None = None,
+    draft_layers: int | None = None,
+    prompt_lookup: int | bool = False,
+    num_draft_tokens: int | None = None,
     **settings: Any,
 ) -> Any:
     """Continue a prompt: text, token ids, or a list of either (a batch).
@@ -79,6 +62,9 @@ def generate(
     Returns a Generation (its str() is the text), or a list of them for a batch. What is None comes from the
     model's generation_config.json, or is greedy. settings: stop, ctx_size, prefill_step_size, ignore_eos (see
     `Settings`).
+
+    draft_model, draft_layers or prompt_lookup: speculative decoding of one prompt, whose text is distributed
+    as without (see `speculation`); what it did is in the Generation.
     """
     stated = model.generation_config or {}
     budget = max_new_tokens
@@ -94,7 +80,8 @@ def generate(
     )
     prompts, single = _prompts(model, prompt)
     results = [Generation(tokens) for tokens in prompts]
-    for _ in stream(model, results, sampling, Settings(budget, seed=seed, **settings)):
+    drafting = speculation(model, draft_model, draft_layers, prompt_lookup, num_draft_tokens)
+    for _ in stream(model, results, sampling, Settings(budget, seed=seed, **settings), speculation=drafting):
         pass
     return results[0] if single else results
 
@@ -105,15 +92,18 @@ def stream(
     sampling: Sampling,
     settings: Settings,
     cache: KVCache | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Fill the `results` of a batch, yielding (row, new text) as it comes; "" where no whole character is
     ready.
 
     Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch
-    around it. A given cache is continued: its tokens precede the prompts'.
+    around it. A given cache is continued: its tokens precede the prompts'. speculation: of one row.
     """
+    if speculation is not None and len(results) > 1:
+        raise InputError(f"speculative decoding takes one prompt at a time, here are {len(results)}")
     with phase("setup"):
-        rows = [_Row(model, result, sampling, settings, index) for index, result in enumerate(results)]
+        rows = [Row(model, result, sampling, settings, index) for index, result in enumerate(results)]
         limit = min(
             settings.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings
         )
@@ -124,11 +114,23 @@ def stream(
         tokens, pads = _left_padded([result.prompt_tokens for result in results])
         model.checked(tokens)
         if cache is None:
-            cache = model.cache(min(longest + settings.max_new_tokens, limit), pads if pads.any() else None)
+            slack = 0 if speculation is None else speculation.drafts + 1
+            capacity = min(longest + settings.max_new_tokens, limit)
+            cache = model.cache(capacity, pads if pads.any() else None, slack=slack)
         elif pads.any():
             raise InputError("prompts that continue a cache must have the same length")
+    cache.horizon = max(cache.horizon, start + longest)
     with phase("prefill"):
+        lengthen(model, cache, longest)
         logits = prefill(model, tokens, cache, settings.prefill_step_size)
+    if speculation is not None:
+        if cache.slack <= speculation.drafts and any(model.config.windows):
+            raise InputError("speculative decoding needs a cache with slack")
+        for text in speculation.continue_(model, rows[0], logits[0], cache, limit):
+            results[0].kv_cache_bytes = cache.nbytes
+            results[0].speculation = speculation.statistics.to_dict()
+            yield 0, text
+        return
     live = list(range(len(rows)))
     while True:
         next_tokens, keep, texts = [], [], []
@@ -150,90 +152,8 @@ def stream(
             cache.select(keep)
             live = [live[position] for position in keep]
         with phase("decode"):
+            lengthen(model, cache, 1)
             logits = model.decoder.forward(np.array(next_tokens)[:, None], cache, "last")[0][:, -1]
-
-
-def prefill(model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Array:
-    """Put the prompt (b, t) into the cache, `chunk` tokens at a time; returns the scores (b, v) after its
-    last token."""
-    for start in range(0, tokens.shape[1] - chunk, chunk):
-        model.decoder.forward(tokens[:, start : start + chunk], cache, "none")
-    last = (tokens.shape[1] - 1) // chunk * chunk
-    return model.decoder.forward(tokens[:, last:], cache, "last")[0][:, -1]
-
-
-def end_tokens(model: Model) -> frozenset[int]:
-    """Every id that ends a text: of the config, of generation_config.json and of the tokenizer."""
-    stated = token_ids((model.generation_config or {}).get("eos_token_id"))
-    ids = {*model.config.eos_token_id, *stated}
-    if model.tokenizer is not None:
-        ids |= model.tokenizer.end_of_generation_ids
-    return frozenset(ids)
-
-
-class _Row:
-    """One row of a batch while it grows."""
-
-    def __init__(
-        self, model: Model, result: Generation, sampling: Sampling, settings: Settings, index: int
-    ) -> None:
-        self.result, self.sampling, self.settings = result, sampling, settings
-        self.ends = frozenset() if settings.ignore_eos else end_tokens(model)
-        self.history = list(result.prompt_tokens)
-        seed = settings.seed
-        self.rng = np.random.default_rng(None if seed is None else [seed, index])
-        self.decoder = model.tokenizer.stream() if model.tokenizer is not None else None
-        self.matcher = StopMatcher(settings.stop)
-
-    def step(self, logits: Array, room: int) -> tuple[int, str]:
-        """Choose the next token; returns it and the text that is ready. room: tokens the context can still
-        take."""
-        result = self.result
-        if len(result.tokens) >= self.settings.max_new_tokens:
-            return -1, self._finish("length")
-        token = self.sampling.choose(logits, self.history, self.rng)
-        if token in self.ends:
-            return token, self._finish("stop")
-        result.tokens.append(token)
-        self.history.append(token)
-        text, stopped = self.matcher.put(self.decoder.put(token) if self.decoder else "")
-        result.text += text
-        if stopped:
-            result.finish_reason = "stop"
-            return token, text
-        if len(result.tokens) >= self.settings.max_new_tokens or room < 1:
-            text += self._finish("length")
-        return token, text
-
-    def _finish(self, reason: str) -> str:
-        text, stopped = self.matcher.put(self.decoder.end() if self.decoder else "", last=True)
-        self.result.text += text
-        self.result.finish_reason = "stop" if stopped else reason
-        return text
-
-
-class StopMatcher:
-    """Passes text through until a stop string appears; holds back what could still become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = stops
-        self.held = ""
-
-    def put(self, text: str, last: bool = False) -> tuple[str, bool]:
-        """(text that is safe to show, whether a stop string was met; it and what follows are dropped)."""
-        self.held += text
-        # The one that is complete first counts, so that it does not matter in what pieces the text comes.
-        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            return self.held[: min(found)[1]], True
-        keep = 0 if last else max((self._partial(stop) for stop in self.stops), default=0)
-        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return ready, False
-
-    def _partial(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins the stop string."""
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
 def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:

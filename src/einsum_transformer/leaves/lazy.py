@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -27,21 +28,23 @@ class Budget:
         self.held = 0
         self.peak = 0
         self._loaded: OrderedDict[str, Array] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, name: str, read: Callable[[], Array], nbytes: int) -> Array:
         """The weight `name` of `nbytes` bytes, from memory or read again, after room was made for it."""
-        if name in self._loaded:
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
-        while self._loaded and self.held + nbytes > self.limit:
-            _, dropped = self._loaded.popitem(last=False)
-            self.held -= dropped.nbytes
-        with phase("load"):
-            array = read()
-        self._loaded[name] = array
-        self.held += array.nbytes
-        self.peak = max(self.peak, self.held)
-        return array
+        with self._lock:  # experts run side by side
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+                return self._loaded[name]
+            while self._loaded and self.held + nbytes > self.limit:
+                _, dropped = self._loaded.popitem(last=False)
+                self.held -= dropped.nbytes
+            with phase("load"):
+                array = read()
+            self._loaded[name] = array
+            self.held += array.nbytes
+            self.peak = max(self.peak, self.held)
+            return array
 
     def holds(self, name: str) -> bool:
         return name in self._loaded
@@ -55,20 +58,22 @@ class LazyTensor(Leaf):
     ) -> None:
         self.name, self.shape, self.dtype = stored.name, shape, np.dtype(dtype)
         self._tensors, self._stored, self._budget = tensors, stored, budget
+        self._key = f"{stored.name}[{stored.first_row}]"
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> Array:
-        return self._budget.get(self.name, self._read, self.nbytes).reshape(self.shape)
+        return self._budget.get(self._key, self._read, self.nbytes).reshape(self.shape)
 
     def rows(self, indices: Array) -> Array:
-        plain = len(self.shape) == 2 and self._stored.in_file_order is None
-        if not plain or self._budget.holds(self.name):
+        plain = len(self.shape) == 2 and self._stored.plain
+        if not plain or self._budget.holds(self._key):
             return super().rows(indices)
         with phase("load"):
-            found = [self._tensors.read_rows(self.name, i, i + 1) for i in indices.ravel().tolist()]
+            places = [self._stored.first_row + i for i in indices.ravel().tolist()]
+            found = [self._tensors.read_rows(self.name, i, i + 1) for i in places]
             return converted(np.concatenate(found), self.dtype).reshape(*indices.shape, self.shape[1])
 
     def _read(self) -> Array:

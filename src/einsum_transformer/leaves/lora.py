@@ -7,6 +7,7 @@ W's product plus two thin ones, and W + scaling * B A is never held.
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,21 @@ from einsum_transformer.engine.contract import add_rows, take_rows
 Array = np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
 class Dropout:
     """Zeroes of LoRA inputs, drawn anew for every `key` and row, and the same again for the same ones.
 
     A mask depends on nothing but the key, the row's number in the whole batch and the weight's name: the
     backward pass draws the mask of the forward pass again rather than keeping it, a resumed run draws those
-    of the run that was cut, and a batch computed in parts or by several processes has the masks of the whole.
+    of the run that was cut, and a batch computed in parts, on threads or by several processes has the masks
+    of the whole.
     """
 
-    def __init__(self, probability: float = 0.0) -> None:
-        self.probability = probability
-        self.key: tuple[int, ...] | None = None
-        """What the masks depend on, such as (seed, step); None outside of training: no zeroes."""
-        self.first_row = 0
-        """The number in the whole batch of the first row at hand."""
+    probability: float = 0.0
+    key: tuple[int, ...] | None = None
+    """What the masks depend on, such as (seed, step); None outside of training: no zeroes."""
+    first_row: int = 0
+    """The number in the whole batch of the first row at hand."""
 
     def applied(self, x: Array, name: str) -> Array:
         """x (b, t, ...) with zeroes of this probability, the rest scaled so that the mean stays."""
@@ -68,6 +70,11 @@ class LoRA(Leaf):
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    def masked(self, key: tuple[int, ...], first_row: int) -> LoRA:
+        """The same weights, with the zeroes of these rows of a batch."""
+        dropout = replace(self.dropout, key=key, first_row=first_row)
+        return LoRA(self.name, self.base, self.a, self.b, self.scaling, self.out_axes, dropout)
 
     def array(self) -> Array:
         """W + scaling * b a"""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from einsum_transformer.engine.parallel import for_each
-from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats import TensorSource, as_rows
 
 Array = np.ndarray
 
@@ -21,13 +21,24 @@ _TASK = 1 << 22  # elements of one thread's task
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of a file that is to be read: its name, its shape there, and the order of its rows."""
+    """A tensor of a file that is to be read: its name, the weight's shape, and the order of its rows."""
 
     name: str
     shape: tuple[int, ...]
     in_file_order: Callable[[Array], Array] | None = None
-    """From the weight to the view of it whose first axis runs through the file; None if that is the weight
-    itself."""
+    """From the weight to the view of it that the tensor fills, in the order of the file; None if that is the
+    weight itself."""
+    first_row: int = 0
+    """Where the weight begins, in rows of the tensor (all axes but the last joined)."""
+    minus: float = 0.0
+    """What the file's numbers are too large by."""
+    others: tuple[Stored, ...] = ()
+    """Further tensors that fill other parts of the same weight."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor's rows are the weight's."""
+        return self.in_file_order is None and not self.minus and not self.others
 
 
 def input_major(shape: tuple[int, ...]) -> bool:
@@ -72,20 +83,27 @@ def read_all(tensors: TensorSource, wanted: Sequence[Stored], dtype: np.dtype) -
 
 def mapped(tensors: TensorSource, stored: Stored, dtype: np.dtype) -> Array | None:
     """The tensor as a view of its file, or None if its type or the order of its rows has to change."""
-    as_it_is = tensors.info(stored.name).dtype == {4: "F32", 8: "F64"}[dtype.itemsize]
-    return tensors.read(stored.name) if as_it_is and stored.in_file_order is None else None
+    if not stored.plain or tensors.info(stored.name).dtype != {4: "F32", 8: "F64"}[dtype.itemsize]:
+        return None
+    whole = tensors.read(stored.name)
+    if whole.shape == stored.shape:
+        return whole
+    whole = as_rows(whole)
+    rows = math.prod(stored.shape[: max(1, len(stored.shape) - 1)])
+    return whole[stored.first_row : stored.first_row + rows].reshape(stored.shape)
 
 
 def fill(tensors: TensorSource, pairs: Sequence[tuple[Stored, Array]]) -> None:
     """Read each tensor into its array, of any layout, on as many threads as BLAS has; the file's pages are
     given back."""
     tasks = []
-    for stored, array in pairs:
-        target = array if stored.in_file_order is None else stored.in_file_order(array)
-        rows, per_row = target.shape[0], math.prod(target.shape[1:])
-        step = rows if target.ndim == 1 else max(1, _TASK // per_row)
-        for start in range(0, rows, step):
-            tasks.append((tensors, stored, target, start, min(start + step, rows)))
+    for whole, array in pairs:
+        for stored in (whole, *whole.others):
+            target = array if stored.in_file_order is None else stored.in_file_order(array)
+            rows, per_row = target.shape[0], math.prod(target.shape[1:])
+            step = rows if target.ndim == 1 else max(1, _TASK // per_row)
+            for start in range(0, rows, step):
+                tasks.append((tensors, stored, target, start, min(start + step, rows)))
     for_each(_fill_rows, tasks, coarse=sum(array.size for _, array in pairs) > _TASK)
 
 
@@ -94,11 +112,14 @@ def _fill_rows(tensors: TensorSource, stored: Stored, target: Array, start: int,
     fast."""
     per_row = math.prod(target.shape[1:])
     step = stop - start if target.ndim == 1 else max(1, _PIECE // per_row)
-    file_rows = stored.shape[0] // target.shape[0]  # rows of the file in one step along the target
+    shape = tensors.info(stored.name).shape
+    file_rows = per_row // (shape[-1] if len(shape) > 1 else 1)  # in one step along the target
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
-        rows = tensors.read_rows(stored.name, begin * file_rows, end * file_rows)
-        target[begin:end] = converted(rows, target.dtype).reshape(target[begin:end].shape)
+        first = stored.first_row
+        rows = tensors.read_rows(stored.name, first + begin * file_rows, first + end * file_rows)
+        rows = converted(rows, target.dtype).reshape(target[begin:end].shape)
+        target[begin:end] = rows - target.dtype.type(stored.minus) if stored.minus else rows
     tensors.release(stored.name)
 
 

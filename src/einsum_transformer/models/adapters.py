@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.components.head import Head
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, parse_json, sync
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.model import EMBEDDING, HEAD, Model
+from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
 from einsum_transformer.tree import map_named, named_leaves
 
 Array = np.ndarray
@@ -34,24 +33,28 @@ def with_lora(
 
     A has PEFT's start: uniform in +-1 / sqrt(inputs), for an embedding standard normal, each tensor from a
     stream of its own; B is zero, so that the model's output is the base's bit for bit. pairs: module name ->
-    A and B to begin with instead; then exactly those modules get an adapter. All share one `Dropout`.
+    A and B to begin with instead; then exactly those modules get an adapter.
 
     Where one matrix serves as embedding and as head, an adapter is put on the role that is named and the
     other keeps the matrix as it is (as in PEFT).
     """
-    wanted = config.targets if pairs is None else pairs.__contains__
+
+    def wanted(path: str) -> bool:
+        module = model.module(path)
+        if pairs is not None:
+            return module in pairs
+        return path != POSITIONS and config.targets(module, linear=path not in (EMBEDDING, HEAD))
+
     if any(isinstance(leaf, (Frozen, LoRA)) for _, leaf in named_leaves(model.decoder)):
         raise InputError(f"{model.source}: the model has an adapter already; merge it first")
-    if model.decoder.lm_head is None and any(wanted(model.module(path)) for path in (EMBEDDING, HEAD)):
-        roles = replace(model.decoder, lm_head=Head(model.decoder.embed_tokens.weight))
-        model = replace(model, decoder=roles)
+    if model.decoder.lm_head is None and any(map(wanted, (EMBEDDING, HEAD))):
+        model = replace(model, decoder=replace(model.decoder, lm_head=model.decoder.head))
     places = model.weights
-    dropout = Dropout(config.lora_dropout)
     found: list[str] = []
 
     def leaf(path: str, weight: Any) -> Any:
         place, module = places[path], model.module(path)
-        if len(place.stored) < 2 or not wanted(module):
+        if len(place.stored) < 2 or not wanted(path):
             return Frozen(weight)
         found.append(module)
         rank, scaling = config.rank_and_scaling(module)
@@ -66,7 +69,7 @@ def with_lora(
             _check_pair(module, a, b, rank, place.stored)
         a = np.array(a, weight.dtype).reshape(rank, *inputs)
         b = np.array(b, weight.dtype).reshape(*outputs, rank)
-        return LoRA(path, weight, a, b, scaling, len(outputs), dropout)
+        return LoRA(path, weight, a, b, scaling, len(outputs), Dropout(config.lora_dropout))
 
     decoder = map_named(leaf, model.decoder)
     missing = set(pairs or ()) - set(found)
@@ -109,6 +112,13 @@ def trainable(decoder: Any) -> dict[str, Array]:
         elif not isinstance(leaf, Leaf):
             found[path] = leaf
     return found
+
+
+def masked(decoder: Any, key: tuple[int, ...], first_row: int) -> Any:
+    """The decoder on the same weights, whose adapters drop what `key` says of the rows from this one on."""
+    if not any(isinstance(leaf, LoRA) and leaf.dropout.probability for _, leaf in named_leaves(decoder)):
+        return decoder
+    return map_named(lambda _, leaf: leaf.masked(key, first_row) if isinstance(leaf, LoRA) else leaf, decoder)
 
 
 def gradients_by_name(gradient: Any) -> dict[str, Array]:

@@ -5,16 +5,87 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from einsum_transformer.components.latent_attention import FORMS
 from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.errors import ConfigError
+from einsum_transformer.numerics.activations import ACTIVATIONS
 
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+BLOCKS = ("pre_norm", "sandwich_norm", "post_norm", "parallel", "parallel_two_norms")
+"""Norms before attention and feed-forward; before and after; after; attention beside feed-forward, with one
+norm before both, or one before each."""
 _MOST_LAYERS = 1 << 12
 FARTHEST = 1 << 62
 _LARGEST = 1 << 24
 """No size of a real model comes near this; a config beyond it is a mistake or an attack."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """A mixture of experts in the place of the feed-forward; sizes are counts."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_intermediate_size: int = 0
+    """The hidden size of an expert that every token goes to; 0: none."""
+    shared_gate: bool = False
+    """Whether that expert's output is multiplied by a gate."""
+    scoring: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    layers: tuple[bool, ...] = ()
+    """Which layers have experts; () for all."""
+
+    def __post_init__(self) -> None:
+        for name, most in (
+            ("num_experts", 1 << 16),
+            ("moe_intermediate_size", _LARGEST),
+            ("n_group", 1 << 16),
+        ):
+            _check_count(name, getattr(self, name), most)
+        _check_count("num_experts_per_tok", self.num_experts_per_tok, self.num_experts)
+        _check_count("topk_group", self.topk_group, self.n_group)
+        if self.num_experts % self.n_group:
+            raise ConfigError(
+                f"config keys disagree: {self.num_experts} experts are no multiple of n_group {self.n_group}"
+            )
+        if self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group:
+            raise ConfigError(
+                f"config keys disagree: {self.topk_group} groups of {self.num_experts // self.n_group} "
+                f"experts have no {self.num_experts_per_tok} to choose from"
+            )
+        if not 0 <= self.shared_intermediate_size <= _LARGEST:
+            raise ConfigError(f"the shared expert's size is {self.shared_intermediate_size}: no such size")
+        if not 0 < self.routed_scaling_factor <= 1e6:
+            raise ConfigError(f"routed_scaling_factor is {self.routed_scaling_factor}: it must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Sizes of multi-head latent attention."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    """None: queries are projected at once."""
+    form: str = "auto"
+    """Which equations run: "expanded", "absorbed", or "auto"."""
+
+    def __post_init__(self) -> None:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            _check_count(name, getattr(self, name), _LARGEST)
+        if self.q_lora_rank is not None:
+            _check_count("q_lora_rank", self.q_lora_rank, _LARGEST)
+        if self.form not in FORMS:
+            raise ConfigError(f"latent form {shown(self.form)}: choose {', '.join(FORMS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +101,49 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
+    block: str = "pre_norm"
+    """Where the norms and residuals stand: one of BLOCKS."""
+    norm: str = "rms"
+    """"rms" or "layer"."""
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    """1 where norms multiply by 1 + weight."""
+    norm_bias: bool = True
+    """Whether LayerNorms have biases."""
+    mlp: str = "gated"
+    """"gated", "fused" (gated, with one matrix for gate and up) or "plain"."""
+    moe: MoEConfig | None = None
     hidden_act: str = "silu"
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    latent: LatentConfig | None = None
+    """Sizes of latent attention; head_dim is then the part of a head that RoPE turns."""
+    fused_qkv: str | None = None
+    """One matrix for q, k and v, its rows by "role" (all queries, all keys, all values) or by "head"."""
+    qk_norm: str | None = None
+    """RMSNorm of queries and keys: of each "head", or of the "whole" vector."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None: 1 / sqrt(head_dim)."""
+    scale_by_layer: bool = False
+    """The scores of layer i are divided by i + 1 as well."""
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    clip_qkv: float | None = None
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    local_rope: RopeConfig | None = None
+    """The rotation of the layers with a window, where they have one of their own."""
+    rope_layers: tuple[bool, ...] = ()
+    """Which layers are told positions; () where all are."""
+    learned_positions: bool = False
+    alibi_bias_max: float | None = None
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    """"sliding_attention" or "full_attention" of each layer; () where the window holds for all of them."""
     attention_bias: bool = False
+    """Biases of q, k, v and o."""
+    qkv_bias: bool = False
+    """Biases of q, k and v alone."""
     mlp_bias: bool = False
+    lm_head_bias: bool = False
+    embedding_scale: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     attention_block: int = 128
@@ -58,18 +166,39 @@ class ModelConfig:
             )
         if self.sliding_window is not None:
             _check_count("sliding_window", self.sliding_window, 1 << 31)
-        for name, most in (("rms_norm_eps", 1), ("initializer_range", 100)):
+        self._check_layers()
+        if self.latent is not None and self.num_key_value_heads != self.num_attention_heads:
+            raise ConfigError(
+                f"config keys disagree: latent attention has a key for each of {self.num_attention_heads} "
+                f"heads, num_key_value_heads is {self.num_key_value_heads}"
+            )
+        for name, most in (("norm_eps", 1), ("initializer_range", 100)):
             if not 0 <= getattr(self, name) <= most:
                 raise ConfigError(
                     f"config key {name!r} is {getattr(self, name)}: it must lie from 0 to {most}"
                 )
-        if self.hidden_act not in ("silu", "swish"):
-            raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; supported: silu")
-        rotated = int(self.head_dim * self.rope.partial_rotary_factor)
-        if rotated < 2 or rotated % 2:
-            raise ConfigError(
-                f"head_dim {self.head_dim}: RoPE rotates {rotated} dimensions, an even number >= 2 is needed"
-            )
+        for name in _FACTORS:
+            value = getattr(self, name)
+            if value is not None and not 1e-9 <= value <= 1e9:
+                raise ConfigError(
+                    f"config key {name!r} is {value}: a positive number of reasonable size is due"
+                )
+        if self.hidden_act not in ACTIVATIONS:
+            supported = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"hidden_act {shown(self.hidden_act)} is not supported; supported: {supported}")
+        for rope in self.ropes:
+            rotated = int(self.head_dim * rope.partial_rotary_factor)
+            if rotated < 2 or rotated % 2:
+                raise ConfigError(
+                    f"head_dim {self.head_dim}: RoPE rotates {rotated} dimensions, an even number >= 2 is "
+                    "needed"
+                )
+            factors = (len(rope.short_factor), len(rope.long_factor))
+            if rope.rope_type == "longrope" and factors != (rotated // 2,) * 2:
+                raise ConfigError(
+                    f"rope short_factor and long_factor have {factors[0]} and {factors[1]} entries, RoPE "
+                    f"rotates {rotated // 2} pairs"
+                )
         for name, tokens in (
             ("bos", (self.bos_token_id,)),
             ("eos", self.eos_token_id),
@@ -78,6 +207,36 @@ class ModelConfig:
             for token in tokens:
                 if token is not None and not -1 <= token < _LARGEST:
                     raise ConfigError(f"config key '{name}_token_id' is {token}: no token")
+
+    def _check_layers(self) -> None:
+        lists = {"layer_types": self.layer_types, "rope_layers": self.rope_layers}
+        lists["layers with experts"] = () if self.moe is None else self.moe.layers
+        for name, found in lists.items():
+            if found and len(found) != self.num_hidden_layers:
+                raise ConfigError(
+                    f"config keys disagree: {name} has {len(found)} entries, num_hidden_layers is "
+                    f"{self.num_hidden_layers}"
+                )
+        for kind in self.layer_types:
+            if kind not in LAYER_TYPES:
+                supported = ", ".join(LAYER_TYPES)
+                raise ConfigError(
+                    f"layer_types has {shown(kind)}, which is not supported; supported: {supported}"
+                )
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            raise ConfigError(
+                "config keys disagree: layer_types has sliding_attention, sliding_window is null"
+            )
+
+    def cut(self, layers: int) -> ModelConfig:
+        """The config of the first so many layers."""
+        return replace(
+            self,
+            num_hidden_layers=layers,
+            layer_types=self.layer_types[:layers],
+            rope_layers=self.rope_layers[:layers],
+            moe=self.moe and replace(self.moe, layers=self.moe.layers[:layers]),
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -89,12 +248,34 @@ class ModelConfig:
             "k": self.num_key_value_heads,
             "g": self.num_attention_heads // self.num_key_value_heads,
             "h": self.head_dim,
+            "t": self.max_position_embeddings,
         }
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer, None where a layer sees all."""
-        return (self.sliding_window,) * self.num_hidden_layers
+        kinds = self.layer_types or (SLIDING,) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == SLIDING else None for kind in kinds)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotations that the layers choose from."""
+        return tuple(rope for rope in (self.rope, self.local_rope) if rope is not None)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is a mixture of experts."""
+        return self.moe is not None and (not self.moe.layers or self.moe.layers[layer])
+
+    def rope_of(self, layer: int) -> int | None:
+        """Which of `ropes` turns a layer's queries and keys, None where none does."""
+        if self.rope is None or (self.rope_layers and not self.rope_layers[layer]):
+            return None
+        return 1 if self.local_rope is not None and self.windows[layer] is not None else 0
+
+    def scale_of(self, layer: int) -> float:
+        """What a layer's scores are multiplied by."""
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale / (layer + 1) if self.scale_by_layer else scale
 
 
 def _check_count(name: str, value: Any, most: int) -> None:
@@ -104,6 +285,10 @@ def _check_count(name: str, value: Any, most: int) -> None:
         )
 
 
+_FACTORS = (
+    *("attention_scale", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "alibi_bias_max"),
+    "embedding_scale",
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -156,8 +341,30 @@ class Keys:
             )
         return float(value) if as_float else value
 
+    def nullable(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """The value of `name` where null has a meaning: None for null, `default` where it is absent."""
+        return self.get(name, kind, default if name not in self.raw else None)
+
+    def renamed(self, names: Mapping[str, str]) -> Keys:
+        """The same keys, those of `names` under other names; what is read there counts as read here."""
+        back = {new: old for old, new in names.items()}
+        keys = _Renamed({names.get(key, key): value for key, value in self.raw.items()}, self.source)
+        keys.original, keys.back = self, back
+        return keys
+
     def left_over(self) -> tuple[str, ...]:
         return (*sorted(set(self.raw) - self.seen), *self.unused)
+
+
+class _Renamed(Keys):
+    """Keys under other names than their file's, which stay those of messages and lists."""
+
+    original: Keys
+    back: Mapping[str, str]
+
+    def get(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        own = self.back.get(name, name)
+        return self.original.get(own if own in self.original.raw else name, kind, default)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

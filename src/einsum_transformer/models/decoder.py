@@ -1,5 +1,4 @@
-"""The decoder: tokens, embedding, blocks of (norm, attention, norm, feed-forward) with residuals, norm,
-head."""
+"""The decoder: tokens, embedding, blocks of attention and feed-forward, norm, head."""
 
 from __future__ import annotations
 
@@ -14,61 +13,36 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.components.attention import Attention
+from einsum_transformer.components.attention import Attention, FusedAttention
 from einsum_transformer.components.embedding import Embedding
+from einsum_transformer.components.gated_mlp import FusedGatedMLP, GatedMLP
 from einsum_transformer.components.head import Head
-from einsum_transformer.components.kv_cache import KVCache, LayerCache
+from einsum_transformer.components.kv_cache import KVCache
+from einsum_transformer.components.latent_attention import DirectQuery, LatentAttention, LatentQuery
+from einsum_transformer.components.layernorm import LayerNorm
+from einsum_transformer.components.mixing import Mixing
+from einsum_transformer.components.mlp import MLP
+from einsum_transformer.components.moe import MoE, Routing
+from einsum_transformer.components.qk_norm import HeadNorm, WholeNorm
 from einsum_transformer.components.rmsnorm import RMSNorm
-from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
-from einsum_transformer.components.swiglu import SwiGLU
+from einsum_transformer.components.rope import RopeConfig, rotation
 from einsum_transformer.engine import phase, tap
-from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.errors import InputError
+from einsum_transformer.models.blocks import (
+    AnyAttention,
+    AnyBlock,
+    Block,
+    FeedForward,
+    Norm,
+    ParallelBlock,
+    PostNormBlock,
+)
+from einsum_transformer.models.config import LatentConfig, ModelConfig, MoEConfig
+from einsum_transformer.numerics.activations import ACTIVATIONS, Activation
 from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    input_layernorm: RMSNorm
-    self_attn: Attention
-    post_attention_layernorm: RMSNorm
-    mlp: SwiGLU
-
-    def forward(
-        self, x: Array, rotation: Rotation, queries: Array, pads: Array | None, cache: LayerCache | None
-    ) -> tuple[Array, tuple[Any, ...]]:
-        with phase("norm"):
-            normed, saved_norm = self.input_layernorm.forward(x)
-        with phase("attention"):
-            y, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
-        tap("self_attn", y)
-        x = np.add(x, y, out=y)
-        with phase("norm"):
-            normed, saved_post = self.post_attention_layernorm.forward(x)
-        with phase("feed-forward"):
-            y, saved_mlp = self.mlp.forward(normed)
-        tap("mlp", y)
-        return np.add(x, y, out=y), (saved_norm, saved_attn, saved_post, saved_mlp)
-
-    def backward(self, dy: Array, saved: tuple[Any, ...], rotation: Rotation) -> tuple[Array, Block]:
-        saved_norm, saved_attn, saved_post, saved_mlp = saved
-        # y = x + mlp(norm(x)): the residual's gradient goes around the norm, not through it
-        with phase("feed-forward"):
-            dnormed, dmlp = self.mlp.backward(dy, saved_mlp)
-        with phase("norm"):
-            dx, dpost = self.post_attention_layernorm.backward(dnormed, saved_post)
-        dx += dy
-        # x = x + attention(norm(x))
-        with phase("attention"):
-            dnormed, dattn = self.self_attn.backward(dx, saved_attn, rotation)
-        with phase("norm"):
-            dinput, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
-        dinput += dx
-        return dinput, Block(dnorm, dattn, dpost, dmlp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +51,15 @@ class Decoder:
     the head."""
 
     embed_tokens: Embedding
-    layers: tuple[Block, ...]
-    norm: RMSNorm
+    layers: tuple[AnyBlock, ...]
+    norm: Norm
     lm_head: Head | None
-    rope: RopeConfig = static(default_factory=RopeConfig)  # noqa: RUF009 (a field specifier)
+    embed_positions: Embedding | None = None
+    """A learned row for each position, added to the tokens' rows."""
+    ropes: tuple[RopeConfig, ...] = static(default=())
+    """The rotations that the layers choose from."""
     head_dim: int = static(default=64)
+    logit_cap: float | None = static(default=None)
 
     def forward(
         self,
@@ -98,6 +76,8 @@ class Decoder:
         recompute: keep only what enters each block; `backward` runs the block again for the rest.
         """
         start = 0 if cache is None else cache.length
+        if cache is not None:
+            cache.remember(tokens)
         pads = None if cache is None else cache.pads
         queries = np.arange(start, start + tokens.shape[1])
         places = np.broadcast_to(queries, tokens.shape)
@@ -106,10 +86,16 @@ class Decoder:
             places = np.maximum(queries - pads[:, None], 0)
         with phase("embedding"):
             x, saved_embedding = self.embed_tokens.forward(tokens)
+            if self.embed_positions is not None:
+                self._check_places(places)
+                x = x + self.embed_positions.forward(places)[0]
             tap("embed_tokens", x)
-            turn = rotation(self.rope, self.head_dim, places, x.dtype)
+            ahead = 0 if cache is None else cache.horizon - (0 if pads is None else pads)
+            turns = [rotation(rope, self.head_dim, places, x.dtype, ahead) for rope in self.ropes]
         saved_blocks = []
         for i, block in enumerate(self.layers):
+            rope = block.self_attn.rope
+            turn = None if rope is None else turns[rope]
             with phase("layer", layer=i):
                 y, saved = block.forward(x, turn, queries, pads, None if cache is None else cache.layers[i])
             if keep:
@@ -120,10 +106,12 @@ class Decoder:
             if positions != "all":
                 x = x[:, -1:] if positions == "last" else x[:, :0]
             x, saved_norm = self.norm.forward(x)
-            logits, saved_head = self.head.forward(x)
+            logits, saved_head = self.head.forward(x, keep)
             tap("lm_head", logits)
+        if not keep:
+            return logits, None
         again = queries if recompute else None
-        return logits, (saved_embedding, saved_blocks, saved_norm, saved_head, turn, again) if keep else None
+        return logits, (saved_embedding, places, saved_blocks, saved_norm, saved_head, turns, again)
 
     def loss_and_gradient(
         self, tokens: Array, targets: Array, count: int | None = None, recompute: bool = False
@@ -140,12 +128,14 @@ class Decoder:
 
     def backward(self, dlogits: Array, saved: Any) -> Decoder:
         """The gradient of a loss by every weight, from its gradient by the logits (b, t, v)."""
-        saved_embedding, saved_blocks, saved_norm, saved_head, turn, again = saved
+        saved_embedding, places, saved_blocks, saved_norm, saved_head, turns, again = saved
         with phase("head"):
             dx, dhead = self.head.backward(dlogits, saved_head)
             dx, dnorm = self.norm.backward(dx, saved_norm)
-        dlayers: list[Block] = []
+        dlayers: list[AnyBlock] = []
         for i in reversed(range(len(self.layers))):
+            rope = self.layers[i].self_attn.rope
+            turn = None if rope is None else turns[rope]
             with phase("layer", layer=i):
                 # Popped, so that a layer's activations are free as soon as its gradient is there.
                 saved_block = saved_blocks.pop()
@@ -156,15 +146,26 @@ class Decoder:
             dlayers.append(dblock)
         with phase("embedding"):
             dembed = self.embed_tokens.backward(dx, saved_embedding)
+            dpositions = None if self.embed_positions is None else self.embed_positions.backward(dx, places)
             if self.lm_head is None and dembed.weight is not None:
                 # One matrix in two roles: its gradient is the sum of both.
                 np.add(dembed.weight, dhead.weight, out=dembed.weight)
         head = None if self.lm_head is None else dhead
-        return Decoder(dembed, tuple(reversed(dlayers)), dnorm, head, self.rope, self.head_dim)
+        settings = self.ropes, self.head_dim, self.logit_cap
+        return Decoder(dembed, tuple(reversed(dlayers)), dnorm, head, dpositions, *settings)
 
     @property
     def head(self) -> Head:
-        return Head(self.embed_tokens.weight) if self.lm_head is None else self.lm_head
+        """The output head; where the embedding serves as one, a Head on the same matrix."""
+        return Head(self.embed_tokens.weight, cap=self.logit_cap) if self.lm_head is None else self.lm_head
+
+    def _check_places(self, places: Array) -> None:
+        assert self.embed_positions is not None
+        known, last = self.embed_positions.weight.shape[0], int(places.max())
+        if last >= known:
+            raise InputError(
+                f"{last + 1} tokens are more than the {known} positions that this model has learned"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,42 +183,186 @@ class Weight:
 
 def build(config: ModelConfig, leaf: Callable[[Weight], Any]) -> Decoder:
     """A Decoder for `config` whose every weight is leaf(Weight): read, random, or only a shape."""
+    return _Builder(config, leaf).decoder()
 
-    def component(kind: Any, path: str, without: str = "", **settings: Any) -> Any:
-        weights = {}
-        for name, spec in _annotations(kind).items():
-            weights[name] = (
-                None if re.fullmatch(without, name) else leaf(_weight(f"{path}.{name}", spec, config.sizes))
-            )
-        return kind(**weights, **settings)
 
-    def norm(path: str) -> RMSNorm:
-        return component(RMSNorm, path, eps=config.rms_norm_eps)
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Chooses the components that a config asks for."""
 
-    def block(i: int) -> Block:
-        path = f"layers.{i}"
-        return Block(
-            norm(f"{path}.input_layernorm"),
-            component(
-                Attention,
-                f"{path}.self_attn",
-                without="" if config.attention_bias else ".*_bias",
-                scale=config.head_dim**-0.5,
-                window=config.windows[i],
-                query_block=config.attention_block,
-            ),
-            norm(f"{path}.post_attention_layernorm"),
-            component(SwiGLU, f"{path}.mlp", without="" if config.mlp_bias else ".*_bias"),
+    config: ModelConfig
+    leaf: Callable[[Weight], Any]
+
+    def decoder(self) -> Decoder:
+        config = self.config
+        learned = config.learned_positions
+        lm_head = "" if config.lm_head_bias else "bias"
+        return Decoder(
+            self.component(Embedding, "embed_tokens", scale=config.embedding_scale),
+            tuple(self.block(i) for i in range(config.num_hidden_layers)),
+            self.norm("norm"),
+            None
+            if config.tie_word_embeddings
+            else self.component(Head, "lm_head", lm_head, cap=config.final_logit_softcapping),
+            self.component(Embedding, "embed_positions", letters={"weight": "t d"}) if learned else None,
+            config.ropes,
+            config.head_dim,
+            config.final_logit_softcapping,
         )
 
-    return Decoder(
-        component(Embedding, "embed_tokens"),
-        tuple(block(i) for i in range(config.num_hidden_layers)),
-        norm("norm"),
-        None if config.tie_word_embeddings else component(Head, "lm_head"),
-        config.rope,
-        config.head_dim,
-    )
+    def block(self, i: int) -> AnyBlock:
+        kind, path = self.config.block, f"layers.{i}"
+        if kind == "pre_norm":
+            return Block(
+                self.norm(f"{path}.input_layernorm"),
+                self.attention(i),
+                self.norm(f"{path}.post_attention_layernorm"),
+                self.feed_forward(i),
+            )
+        if kind in ("parallel", "parallel_two_norms"):
+            return ParallelBlock(
+                self.norm(f"{path}.input_layernorm"),
+                self.attention(i),
+                None if kind == "parallel" else self.norm(f"{path}.post_attention_layernorm"),
+                self.feed_forward(i),
+            )
+        before = kind == "sandwich_norm"
+        return PostNormBlock(
+            self.norm(f"{path}.input_layernorm") if before else None,
+            self.attention(i),
+            self.norm(f"{path}.post_attention_layernorm"),
+            self.norm(f"{path}.pre_feedforward_layernorm") if before else None,
+            self.feed_forward(i),
+            self.norm(f"{path}.post_feedforward_layernorm"),
+        )
+
+    def attention(self, i: int) -> AnyAttention:
+        config, path = self.config, f"layers.{i}.self_attn"
+        settings: dict[str, Any] = {"mixing": self.mixing(i), "rope": config.rope_of(i)}
+        if config.latent is not None:
+            return self.latent_attention(path, config.latent, settings)
+        if config.fused_qkv is not None:
+            joined = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+            unbiased = "" if config.attention_bias else ".*_bias"
+            settings |= {"by_head": config.fused_qkv == "head", "clip": config.clip_qkv}
+            return self.component(FusedAttention, path, unbiased, {"j": joined}, **settings)
+        unbiased = "" if config.attention_bias else "o_bias" if config.qkv_bias else ".*_bias"
+        norms = (
+            {name: self.qk_norm(f"{path}.{name}") for name in ("q_norm", "k_norm")} if config.qk_norm else {}
+        )
+        return self.component(Attention, path, unbiased, **norms, **settings)
+
+    def latent_attention(self, path: str, latent: LatentConfig, settings: dict[str, Any]) -> LatentAttention:
+        size = latent.qk_nope_head_dim + latent.qk_rope_head_dim
+        unbiased = "" if self.config.attention_bias else ".*_bias"
+        if latent.q_lora_rank is None:
+            query: Any = self.component(DirectQuery, f"{path}.query", sizes={"h": size})
+        else:
+            rank = {"c": latent.q_lora_rank}
+            norm = self.latent_norm(f"{path}.query.q_a_layernorm", rank)
+            sizes = rank | {"h": size}
+            query = self.component(LatentQuery, f"{path}.query", unbiased, sizes, q_a_layernorm=norm)
+        rank = {"c": latent.kv_lora_rank, "j": latent.kv_lora_rank + latent.qk_rope_head_dim}
+        return self.component(
+            LatentAttention,
+            path,
+            unbiased,
+            rank | {"h": latent.qk_nope_head_dim + latent.v_head_dim},
+            query=query,
+            kv_a_layernorm=self.latent_norm(f"{path}.kv_a_layernorm", rank),
+            o_proj=self.weight(f"{path}.o_proj", "d (k h)", {"h": latent.v_head_dim}),
+            rope_size=latent.qk_rope_head_dim,
+            form=latent.form,
+            **settings,
+        )
+
+    def latent_norm(self, path: str, sizes: dict[str, int]) -> RMSNorm:
+        # The reference gives these norms its default eps, whatever the config says.
+        return self.component(RMSNorm, path, sizes=sizes, letters={"weight": "c"}, eps=1e-6)
+
+    def mixing(self, i: int) -> Mixing:
+        config = self.config
+        return Mixing(
+            config.scale_of(i),
+            config.windows[i],
+            config.attn_logit_softcapping,
+            config.alibi_bias_max,
+            config.attention_block,
+        )
+
+    def qk_norm(self, path: str) -> HeadNorm | WholeNorm:
+        config = self.config
+        if config.qk_norm == "head":
+            return self.component(HeadNorm, path, eps=config.norm_eps, offset=config.norm_offset)
+        groups = {"g": 1} if path.endswith("k_norm") else {}
+        return self.component(WholeNorm, path, sizes=groups, eps=config.norm_eps)
+
+    def feed_forward(self, i: int) -> FeedForward:
+        config, path = self.config, f"layers.{i}.mlp"
+        unbiased = "" if config.mlp_bias else ".*_bias"
+        activation = ACTIVATIONS[config.hidden_act]
+        if config.moe is not None and config.has_experts(i):
+            return self.experts(path, config.moe, activation)
+        if config.mlp == "fused":
+            joined = {"j": 2 * config.intermediate_size}
+            return self.component(FusedGatedMLP, path, sizes=joined, activation=activation)
+        kind = GatedMLP if config.mlp == "gated" else MLP
+        return self.component(kind, path, unbiased, activation=activation)
+
+    def experts(self, path: str, moe: MoEConfig, activation: Activation) -> MoE:
+        kind = MLP if self.config.mlp == "plain" else GatedMLP
+
+        def expert(name: str, size: int) -> GatedMLP | MLP:
+            return self.component(kind, f"{path}.{name}", ".*_bias", {"f": size}, activation=activation)
+
+        shared = moe.shared_intermediate_size
+        return self.component(
+            MoE,
+            path,
+            sizes={"e": moe.num_experts},
+            experts=tuple(expert(f"experts.{e}", moe.moe_intermediate_size) for e in range(moe.num_experts)),
+            shared_expert=expert("shared_expert", shared) if shared else None,
+            shared_expert_gate=self.weight(f"{path}.shared_expert_gate", "e d", {"e": 1})
+            if moe.shared_gate
+            else None,
+            routing=Routing(
+                moe.num_experts_per_tok,
+                moe.scoring,
+                moe.norm_topk_prob,
+                moe.routed_scaling_factor,
+                moe.n_group,
+                moe.topk_group,
+            ),
+        )
+
+    def norm(self, path: str) -> Norm:
+        config = self.config
+        if config.norm == "layer":
+            return self.component(LayerNorm, path, "" if config.norm_bias else "bias", eps=config.norm_eps)
+        return self.component(RMSNorm, path, eps=config.norm_eps, offset=config.norm_offset)
+
+    def component(
+        self,
+        kind: Any,
+        path: str,
+        without: str = "",
+        sizes: dict[str, int] | None = None,
+        letters: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """A component with its weights, None for those that `without` matches. sizes, letters: where its
+        weights have other ones than the config's and the class's."""
+        weights = {
+            name: None
+            if re.fullmatch(without, name)
+            else self.weight(f"{path}.{name}", (letters or {}).get(name, spec), sizes)
+            for name, spec in _annotations(kind).items()
+            if name not in settings
+        }
+        return kind(**weights, **settings)
+
+    def weight(self, path: str, spec: str, sizes: dict[str, int] | None = None) -> Any:
+        return self.leaf(_weight(path, spec, self.config.sizes | (sizes or {})))
 
 
 def weights_of(config: ModelConfig) -> list[Weight]:

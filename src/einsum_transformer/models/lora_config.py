@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+
+import re2
 
 from einsum_transformer.errors import InputError
 
 ALL_LINEAR = "all-linear"
 """Every matrix of the blocks; not the embedding and not the output head (as in PEFT)."""
+_MOST_PATTERNS = 4096
+_PATTERN_BYTES = 1 << 20
+"""What one compiled regular expression may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,8 @@ class LoRAConfig:
 
     scaling = lora_alpha / r, with use_rslora lora_alpha / sqrt(r). target_modules: the last parts of weights'
     names ("q_proj"), or one regular expression for whole module names, or "all-linear". rank_pattern and
-    alpha_pattern: regular expressions for the ends of module names -> the rank or alpha of those.
+    alpha_pattern: regular expressions for the ends of module names -> the rank or alpha of those; the first
+    that fits counts. Regular expressions are RE2's, which has no lookaround and no back references.
     """
 
     r: int = 8
@@ -38,12 +44,11 @@ class LoRAConfig:
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not (math.isfinite(alpha) and alpha > 0):
                 raise InputError(f"lora_alpha is {alpha!r}: a number above 0 is expected")
-        patterns = [self.target_modules] if isinstance(self.target_modules, str) else []
-        for pattern in (*patterns, *self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise InputError(f"LoRA: {pattern!r} is no regular expression: {error}") from None
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            if len(patterns) > _MOST_PATTERNS:
+                raise InputError(f"LoRA: {len(patterns):,} patterns, at most {_MOST_PATTERNS:,} are expected")
+            for pattern in patterns:
+                _compiled(_end_of_name(pattern))
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout is {self.lora_dropout}: at least 0 and less than 1 is expected")
 
@@ -53,18 +58,35 @@ class LoRAConfig:
         alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool:
-        """Whether a matrix of this module's name gets an adapter."""
+    def targets(self, module: str, linear: bool = True) -> bool:
+        """Whether a matrix of this module's name gets an adapter; linear: it is no embedding and no head."""
         wanted = self.target_modules
         if wanted == ALL_LINEAR:
-            return not re.search(r"(^|\.)(embed_tokens|lm_head)$", module)
+            return linear
         if isinstance(wanted, str):
-            return re.fullmatch(wanted, module) is not None
+            return _compiled(wanted).fullmatch(module) is not None
         return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
+        if _compiled(_end_of_name(key)).fullmatch(module):
             return value
     return default
+
+
+def _end_of_name(pattern: str) -> str:
+    return rf"(?:.*\.)?(?:{pattern})"
+
+
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _compiled(pattern: str) -> Any:
+    """A regular expression that is matched in linear time: the ones here may come from a file."""
+    options = re2.Options()
+    options.max_mem, options.log_errors = _PATTERN_BYTES, False
+    try:
+        return re2.compile(pattern, options)
+    except (re2.error, UnicodeEncodeError) as error:
+        reason = error.args[0] if isinstance(error, re2.error) else error
+        reason = reason.decode(errors="replace") if isinstance(reason, bytes) else reason
+        raise InputError(f"LoRA: {pattern!r} is no regular expression of RE2: {reason}") from None

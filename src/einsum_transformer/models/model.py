@@ -27,7 +27,7 @@ from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
 
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING, POSITIONS, HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,12 @@ class Model:
             for name, array in self._pair(path, leaf.a, leaf.b).items()
         }
 
-    def cache(self, capacity: int = 0, pads: Array | None = None) -> KVCache:
-        """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left
-        padding."""
-        return KVCache(self.config.windows, capacity, pads)
+    def cache(
+        self, capacity: int = 0, pads: Array | None = None, horizon: int = 0, slack: int = 0
+    ) -> KVCache:
+        """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left padding,
+        horizon is the length that the text will have at least, slack how many tokens can be taken back."""
+        return KVCache(self.config.windows, capacity, pads, horizon, slack)
 
     def save(
         self, folder: str | Path, max_shard_bytes: int = 5_000_000_000, dtype: str | None = None
@@ -153,7 +155,9 @@ class Model:
             # A tied matrix in its second role is there to have an adapter or none, and is no other parameter.
             if path != HEAD or not self.config.tie_word_embeddings:
                 array = base.array() if isinstance(base, Leaf) else base
-                found[self.family.checkpoint_name(path)] = array.reshape(places[path].stored)
+                stored = array.reshape(places[path].stored)
+                turned = self.family.is_transposed(path)
+                found[self.family.checkpoint_name(path)] = stored.T if turned else stored
         return found
 
     def _pair(self, path: str, a: Array, b: Array) -> dict[str, Array]:

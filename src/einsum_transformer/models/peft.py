@@ -234,7 +234,7 @@ def config_dict(model: Model) -> dict[str, Any]:
         "alpha_pattern": dict(config.alpha_pattern),
         "bias": "none",
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(model.family.transposed),
         "modules_to_save": None,
         "inference_mode": True,
     }

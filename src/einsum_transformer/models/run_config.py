@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.formats.safetensors import parse_json
-from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, nearest, shown
+from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, nearest, shown
 from einsum_transformer.models.families import family_of
-from einsum_transformer.models.families.family import read_rope, unsaid
 
 _LARGEST_FILE = 16 << 20
 
@@ -42,6 +41,10 @@ class RunConfig:
     use_moe: bool = False
     num_experts: int | None = None
     top_k: int | None = None
+    moe_d_ff: int | None = None
+    shared_d_ff: int | None = None
+    arch_keys: dict[str, Any] | None = None
+    """Keys of the architecture's config.json that have no name here."""
     batch_size: int = 1
     seq_len: int = 128
     block_size: int = 128
@@ -66,8 +69,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         family_of(self.arch, self.source)
-        if self.use_moe:
-            raise ConfigError(f"{self.source}: use_moe: arch {self.arch!r} has no mixture of experts")
         if self.weight_dtype not in ("float32", "float64", "bfloat16", "float16"):
             raise ConfigError(
                 f"{self.source}: weight_dtype {self.weight_dtype!r}: float32, float64, bfloat16 or float16"
@@ -96,34 +97,73 @@ class RunConfig:
         return self.n_kv_heads if self.use_gqa and self.n_kv_heads is not None else self.n_heads
 
     def model_config(self) -> ModelConfig:
-        """The model part, with Hugging Face's names."""
-        scaling = {"rope_theta": self.rope_base, "rope_scaling": self.rope_scaling}
+        """The model part: what the family reads from these keys under Hugging Face's names, and then the
+        switches that turn it into a variant."""
+        family = family_of(self.arch, self.source)
+        keys = Keys(
+            {
+                "vocab_size": self.vocab_size,
+                "hidden_size": self.d_model,
+                "intermediate_size": self.d_ff,
+                "num_hidden_layers": self.n_layers,
+                "num_attention_heads": self.n_heads,
+                "num_key_value_heads": self.kv_heads,
+                "head_dim": self.head_dim or self.d_model // self.n_heads,
+                "max_position_embeddings": self.max_seq_len,
+                "rms_norm_eps": self.norm_eps,
+                "layer_norm_eps": self.norm_eps,
+                "rope_theta": self.rope_base,
+                "rope_scaling": self.rope_scaling,
+                "tie_word_embeddings": self.tie_embeddings,
+                "attention_bias": self.attention_bias or None,
+                "sliding_window": self.sliding_window,
+                # How a family says that the window holds for every layer, where it has a choice.
+                "use_sliding_window": self.sliding_window is not None,
+                "max_window_layers": 0,
+                "num_local_experts": self.num_experts,
+                "num_experts": self.num_experts,
+                "n_routed_experts": self.num_experts,
+                "num_experts_per_tok": self.top_k,
+                "moe_intermediate_size": self.moe_d_ff,
+                "shared_expert_intermediate_size": self.shared_d_ff,
+            }
+            | (self.arch_keys or {}),
+            self.source,
+        )
         try:
-            config = ModelConfig(
-                model_type=self.arch,
-                vocab_size=self.vocab_size,
-                hidden_size=self.d_model,
-                intermediate_size=self.d_ff,
-                num_hidden_layers=self.n_layers,
-                num_attention_heads=self.n_heads,
-                num_key_value_heads=self.kv_heads,
-                head_dim=self.head_dim or self.d_model // self.n_heads,
-                max_position_embeddings=self.max_seq_len,
-                rms_norm_eps=self.norm_eps,
-                rope=read_rope(Keys(scaling, self.source), self.max_seq_len),
-                sliding_window=self.sliding_window,
-                attention_bias=self.attention_bias,
-                tie_word_embeddings=self.tie_embeddings,
+            config = family.read_config(keys)
+            config = replace(
+                config,
                 attention_block=self.block_size,
+                num_key_value_heads=config.num_key_value_heads if self.arch_keys else self.kv_heads,
+                moe=self._experts(config),
             )
         except ConfigError as error:
-            raise ConfigError(f"{self.source}: {error}") from None
-        if lost := unsaid(family_of(self.arch, self.source), config):
-            raise ConfigError(f"{self.source}: arch {self.arch!r} has no {lost} = {getattr(config, lost)}")
+            raise (
+                error if str(error).startswith(self.source) else ConfigError(f"{self.source}: {error}")
+            ) from None
+        for name in ("attention_bias", "sliding_window", *(self.arch_keys or {})):
+            if name in keys.left_over() and (value := keys.raw[name]) is not None:
+                raise ConfigError(f"{self.source}: arch {self.arch!r} has no {name} = {value}")
         return config
 
+    def _experts(self, config: ModelConfig) -> MoEConfig | None:
+        """The architecture's experts, or with use_moe those that take the place of its feed-forward."""
+        if config.moe is not None:
+            return config.moe
+        stated = [name for name in _EXPERTS if getattr(self, name) is not None]
+        if not self.use_moe:
+            if stated:
+                raise ConfigError(f"arch {self.arch!r} has no {stated[0]}; use_moe gives it experts")
+            return None
+        shared = self.shared_d_ff or 0
+        size = self.moe_d_ff or self.d_ff
+        return MoEConfig(self.num_experts or 8, self.top_k or 2, size, shared_intermediate_size=shared)
 
+
+_EXPERTS = ("num_experts", "top_k", "moe_d_ff", "shared_d_ff")
 _COUNTS = (
+    *_EXPERTS,
     *("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len"),
     *("batch_size", "seq_len", "block_size", "max_new_tokens", "lora_rank", "draft_layers"),
 )

@@ -1,8 +1,24 @@
 """Activation functions, each beside its derivative."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
 import numpy as np
 
 Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A function by element, and the function that gives it together with its derivative."""
+
+    name: str
+    forward: Callable[[Array], Array]
+    with_derivative: Callable[[Array], tuple[Array, Array]]
 
 
 def sigmoid(x: Array) -> Array:
@@ -27,6 +43,69 @@ def silu_and_derivative(x: Array) -> tuple[Array, Array]:
     return y, derivative
 
 
+def gelu(x: Array) -> Array:
+    """x * P(x), P the normal distribution function (Hendrycks and Gimpel, 2016)."""
+    y = _normal_distribution(x)
+    y *= x
+    return y
+
+
+def gelu_and_derivative(x: Array) -> tuple[Array, Array]:
+    """y = x P(x) and dy/dx = P(x) + x p(x), p the normal density."""
+    derivative = _normal_distribution(x)
+    y = x * derivative
+    x = np.clip(x, -_FLAT, _FLAT)
+    density = np.square(x)
+    density *= -0.5
+    np.exp(density, out=density)
+    density *= x
+    density *= 1 / math.sqrt(2 * math.pi)
+    derivative += density
+    return y, derivative
+
+
+_FLAT = 30.0  # beyond it the bends of gelu are 0 in float64, and squares stay finite up to it
+_CUBE = 0.044715
+_SLOPE = math.sqrt(2 / math.pi)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """x (1 + tanh(u)) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3), the approximation of `gelu`."""
+    y = _tanh_of_cubic(x)
+    y += 1
+    y *= 0.5
+    y *= x
+    return y
+
+
+def gelu_tanh_and_derivative(x: Array) -> tuple[Array, Array]:
+    """y and dy/dx = (1 + tanh(u)) / 2 + x (1 - tanh(u)^2) u' / 2."""
+    t = _tanh_of_cubic(x)
+    half = (t + 1) * 0.5
+    y, x = half * x, np.clip(x, -_FLAT, _FLAT)
+    slope = np.square(x)
+    slope *= 1.5 * _CUBE * _SLOPE
+    slope += 0.5 * _SLOPE
+    slope *= x
+    slope *= 1 - np.square(t, out=t)
+    slope += half
+    return y, slope
+
+
+SILU = Activation("silu", silu, silu_and_derivative)
+GELU = Activation("gelu", gelu, gelu_and_derivative)
+GELU_TANH = Activation("gelu_tanh", gelu_tanh, gelu_tanh_and_derivative)
+ACTIVATIONS = {
+    "silu": SILU,
+    "swish": SILU,
+    "gelu": GELU,
+    "gelu_new": GELU_TANH,
+    "gelu_fast": GELU_TANH,
+    "gelu_pytorch_tanh": GELU_TANH,
+}
+"""By the names of Hugging Face's `hidden_act`."""
+
+
 def _one_plus_exp(x: Array) -> Array:
     """1 + exp(-x); exp may overflow to infinity, whose reciprocal is the right limit 0."""
     y = np.negative(x)
@@ -34,3 +113,52 @@ def _one_plus_exp(x: Array) -> Array:
         np.exp(y, out=y)
     y += 1
     return y
+
+
+def _tanh_of_cubic(x: Array) -> Array:
+    """tanh(sqrt(2/pi) (x + 0.044715 x^3)); the cube may overflow to infinity, where tanh is 1."""
+    with np.errstate(over="ignore"):
+        u = np.square(x)
+        u *= _CUBE * _SLOPE
+        u += _SLOPE
+        u *= x
+    return np.tanh(u, out=u)
+
+
+_FAR = 6.0  # erfc(6) = 2e-17: beyond it the normal distribution is 0 or 1 in float64 too
+
+
+def _normal_distribution(x: Array) -> Array:
+    """P(x) = erfc(-x / sqrt(2)) / 2, from erfc(z) = t exp(-z^2 + series(t)), t = 2 / (2 + z), for z >= 0.
+
+    NumPy has no erf. One exponential and one polynomial hold for all z, without branches.
+    """
+    series = _erfc_series(8 if x.dtype.itemsize <= 4 else 18)
+    z = np.abs(x)
+    z *= math.sqrt(0.5)
+    t = 2 / (2 + np.minimum(z, _FAR))
+    power = t * series[-1]
+    for coefficient in series[-2:0:-1]:
+        power += coefficient
+        power *= t
+    power += series[0]
+    with np.errstate(over="ignore"):
+        power -= np.square(z, out=z)
+    np.exp(power, out=power)
+    power *= t
+    power *= 0.5  # P(-|x|)
+    return np.where(x > 0, 1 - power, power)
+
+
+@cache
+def _erfc_series(degree: int) -> list[float]:
+    """Coefficients, by powers of t, of log(erfc(z) exp(z^2) / t), interpolated at Chebyshev's points."""
+    least = 2 / (2 + _FAR)
+
+    def exact(s: Array) -> Array:
+        t = (s + 1) * (1 - least) / 2 + least
+        return np.array([math.log(math.erfc(2 / each - 2) / each) + (2 / each - 2) ** 2 for each in t])
+
+    by_s = np.polynomial.Chebyshev.interpolate(exact, degree).convert(kind=np.polynomial.Polynomial)
+    s_of_t = np.polynomial.Polynomial([-(1 + least) / (1 - least), 2 / (1 - least)])
+    return by_s(s_of_t).coef.tolist()

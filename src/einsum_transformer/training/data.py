@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -236,7 +237,7 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
     ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TextBatches:
     """Rows in an order drawn anew for every epoch, by seed; the position is the step's number and no more.
 
@@ -263,17 +264,25 @@ class TextBatches:
     def batch(self, step: int) -> list[Batch]:
         start = 0 if self.fixed else step * self.batch_size
         places = [divmod(place, len(self.rows)) for place in range(start, start + self.batch_size)]
-        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        orders = {epoch: _order(self.seed, epoch, len(self.rows)) for epoch, _ in places}
         indices = np.array([orders[epoch][position] for epoch, position in places])
         return [self.rows.batch(part) for part in np.array_split(indices, self.accumulation)]
 
-    def _order(self, epoch: int) -> Array:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+    @cached_property
+    def _digest(self) -> str:
+        found = hashlib.sha256(np.ascontiguousarray(self.rows.tokens).data)
+        found.update(np.ascontiguousarray(self.rows.targets).data)
+        return found.hexdigest()
 
     def description(self) -> dict[str, Any]:
-        data = hashlib.sha256(self.rows.tokens.tobytes() + self.rows.targets.tobytes()).hexdigest()
         settings = {name: getattr(self, name) for name in ("batch_size", "seed", "accumulation", "fixed")}
-        return {"kind": "text", "sha256": data, "rows": list(self.rows.tokens.shape)} | settings
+        return {"kind": "text", "sha256": self._digest, "rows": list(self.rows.tokens.shape)} | settings
+
+
+@lru_cache(maxsize=2)  # a step sees two epochs where one ends
+def _order(seed: int, epoch: int, rows: int) -> Array:
+    """The rows of an epoch, shuffled."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def mean_loss(model: Model, rows: Rows, batch_size: int) -> float:

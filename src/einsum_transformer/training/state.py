@@ -16,6 +16,7 @@ import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -171,8 +172,13 @@ def _machine() -> dict[str, Any]:
     return {"blas": str(blas.current()), "threads": blas.get_threads(), "numpy": np.__version__}
 
 
+_FROZEN_CRC: WeakKeyDictionary[Trainer, int] = WeakKeyDictionary()
+
+
 def _frozen_crc(trainer: Trainer) -> int:
-    """A check sum of the weights that are not trained and so are in no checkpoint."""
+    """A check sum of the weights that are not trained and so are in no checkpoint; taken once."""
+    if trainer in _FROZEN_CRC:
+        return _FROZEN_CRC[trainer]
     crc = 0
     for _, leaf in named_leaves(trainer.model.decoder):
         if isinstance(leaf, (Frozen, LoRA)):
@@ -180,6 +186,7 @@ def _frozen_crc(trainer: Trainer) -> int:
             # In the order of memory, so that nothing is copied; the layout follows from how it was loaded.
             flat = weight.transpose(np.argsort(weight.strides, kind="stable")[::-1])
             crc = zlib.crc32(np.ascontiguousarray(flat).reshape(-1).view(np.uint8).data, crc)
+    _FROZEN_CRC[trainer] = crc
     return crc
 
 

@@ -3,14 +3,15 @@ maths."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.models.config import Keys, ModelConfig
+from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +28,49 @@ class Family:
     """From GGUF metadata without the architecture prefix (`block_count`, ...) and the whole metadata."""
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     """Path of a weight inside its place (`self_attn.q_proj`) -> GGUF name (`attn_q`)."""
+    gguf_architecture: str = ""
+    """What GGUF calls the architecture, "" for the model_type."""
+    gguf_norm_offset: float = 0.0
+    """What GGUF adds to the weights of norms."""
     gguf_permuted: frozenset[str] = frozenset()
     """Weights whose rows GGUF stores in the pair order of interleaved RoPE."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Path pattern -> checkpoint name where the rule of `checkpoint_name` does not hold."""
+    prefix: str = "model."
+    """What the names of all tensors but the head's begin with."""
+    other_prefixes: tuple[str, ...] = ()
+    """What they begin with in other files of the same models."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Our name of a part -> the checkpoint's (`o_proj` -> `dense`), "" where it has none."""
+    transposed: frozenset[str] = frozenset()
+    """Parts whose matrices a checkpoint holds as [in, out]."""
     ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
     """Pattern of checkpoint tensors that hold no weight (buffers that old versions saved)."""
 
     def checkpoint_name(self, path: str) -> str:
         """`layers.0.self_attn.q_proj` -> `model.layers.0.self_attn.q_proj.weight`; `..._bias` ->
         `..._proj.bias`."""
-        for pattern, name in self.renamed.items():
-            if re.fullmatch(pattern, path):
-                return re.sub(pattern, name, path)
-        if path.endswith("_bias"):
-            path = f"{path.removesuffix('_bias')}_proj.bias"
-        elif not path.endswith(".weight"):
-            path = f"{path}.weight"
-        return path if path.startswith("lm_head.") else f"model.{path}"
+        *parts, last = path.split(".")
+        kind = "weight"
+        if last in ("weight", "bias"):
+            kind = last
+        elif last.endswith("_bias"):
+            parts, kind = [*parts, f"{last.removesuffix('_bias')}_proj"], "bias"
+        else:
+            parts = [*parts, last]
+        name = ".".join(filter(None, [*(self.names.get(part, part) for part in parts), kind]))
+        return name if parts[0] == "lm_head" else f"{self.prefix}{name}"
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether a checkpoint holds this matrix as [in, out]."""
+        return path.rpartition(".")[2] in self.transposed
+
+    def found_in(self, tensors: Iterable[str]) -> Family:
+        """This family with the prefix that the tensors of a checkpoint have."""
+        held = set(tensors)
+        for prefix in (self.prefix, *self.other_prefixes):
+            family = replace(self, prefix=prefix)
+            if family.checkpoint_name("embed_tokens.weight") in held:
+                return family
+        return self
 
     def gguf_name(self, path: str) -> str:
         """`layers.0.self_attn.q_proj` -> `blk.0.attn_q.weight`."""
@@ -53,6 +79,8 @@ class Family:
         kind = "weight"
         if place.endswith("_bias"):
             place, kind = f"{place.removesuffix('_bias')}_proj", "bias"
+        if place.endswith(".bias"):
+            place, kind = place.removesuffix(".bias"), "bias"
         name = self.gguf_names[place.removesuffix(".weight")]
         return f"blk.{layer[1]}.{name}.{kind}" if layer else f"{name}.{kind}"
 
@@ -65,24 +93,47 @@ def unsaid(family: Family, config: ModelConfig) -> str:
     return next((name for name in names if getattr(said, name) != getattr(config, name)), "")
 
 
-def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) -> RopeConfig:
+def read_rope(
+    keys: Keys,
+    max_positions: int,
+    default_theta: float = 10000.0,
+    default_partial: float = 1.0,
+    aliases: Mapping[str, str] | None = None,
+) -> RopeConfig:
     """RopeConfig from `rope_parameters` (v5) or `rope_theta` + `rope_scaling` with `type` or `rope_type`
-    (v4)."""
+    (v4). aliases: other names of rope types."""
     theta = keys.get("rope_theta", float, default_theta)
-    partial = keys.get("partial_rotary_factor", float, 1.0)
+    partial = keys.get("partial_rotary_factor", float, default_partial)
     both = [keys.get(name, dict, None) for name in ("rope_parameters", "rope_scaling")]
     raw = both[0] or both[1] or {}
     inner = Keys(raw, f"{keys.source}: rope_parameters" if both[0] else f"{keys.source}: rope_scaling")
-    kinds = [inner.get(name, str, None) for name in ("rope_type", "type")]
-    if kinds[0] and kinds[1] and kinds[0] != kinds[1]:
-        raise ConfigError(f"{inner.source}: rope_type {kinds[0]!r} contradicts type {kinds[1]!r}")
     if layered := [name for name, value in raw.items() if isinstance(value, dict)]:
         raise ConfigError(
             f"{inner.source}: key {layered[0]!r}: RoPE by layer type is not supported for this model"
         )
-    kind = kinds[0] or kinds[1] or "default"
     trained = keys.get("original_max_position_embeddings", int, None)
-    trained = trained or inner.get("original_max_position_embeddings", int, None) or max_positions
+    rope = read_rope_type(inner, max_positions, theta, partial, trained, aliases or {})
+    place = inner.source.rpartition(": ")[2]
+    keys.unused += [f"{place}.{name}" for name in inner.left_over()]
+    return rope
+
+
+def read_rope_type(
+    inner: Keys,
+    max_positions: int,
+    theta: float,
+    partial: float = 1.0,
+    stated: int | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> RopeConfig:
+    """One rotation from the object that describes it, with these values where it says nothing."""
+    kinds = [inner.get(name, str, None) for name in ("rope_type", "type")]
+    if kinds[0] and kinds[1] and kinds[0] != kinds[1]:
+        raise ConfigError(f"{inner.source}: rope_type {kinds[0]!r} contradicts type {kinds[1]!r}")
+    kind = kinds[0] or kinds[1] or "default"
+    kind = (aliases or {}).get(kind, kind)
+    own = inner.get("original_max_position_embeddings", int, None)
+    trained: int = stated or own or max_positions
     settings: dict[str, Any] = {
         "rope_theta": inner.get("rope_theta", float, theta),
         "partial_rotary_factor": inner.get("partial_rotary_factor", float, partial),
@@ -91,47 +142,80 @@ def read_rope(keys: Keys, max_positions: int, default_theta: float = 10000.0) ->
         "original_max_position_embeddings": max_positions if kind == "dynamic" else trained,
     }
     if kind != "default":
-        fallback = max_positions / trained if kind == "yarn" and trained > 0 else ...
-        settings["factor"] = inner.get("factor", float, fallback)
+        default = max_positions / max(trained, 1) if kind in ("yarn", "longrope") else ...
+        settings["factor"] = inner.get("factor", float, default)
     if kind == "llama3":
         settings["low_freq_factor"] = inner.get("low_freq_factor", float)
         settings["high_freq_factor"] = inner.get("high_freq_factor", float)
+    if kind == "longrope":
+        settings["short_factor"] = _numbers(inner, "short_factor")
+        settings["long_factor"] = _numbers(inner, "long_factor")
+        settings["attention_factor"] = inner.get("attention_factor", float, None)
     if kind == "yarn":
         for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             settings[name] = inner.get(name, float, default)
         settings["truncate"] = inner.get("truncate", bool, True)
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             settings[name] = inner.get(name, float, None)
-    place = inner.source.rpartition(": ")[2]
-    keys.unused += [f"{place}.{name}" for name in inner.left_over()]
     try:
         return RopeConfig(**settings)
     except ConfigError as error:
         raise ConfigError(f"{inner.source}: {error}") from None
 
 
-def write_rope(rope: RopeConfig) -> dict[str, Any]:
+def _numbers(keys: Keys, name: str) -> tuple[float, ...]:
+    values = keys.get(name, list)
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        raise ConfigError(f"{keys.source}: key {name!r} must hold numbers alone")
+    return tuple(float(value) if abs(value) < FARTHEST else math.inf for value in values)
+
+
+def write_rope(rope: RopeConfig | None) -> dict[str, Any]:
     """The keys `rope_theta` and `rope_scaling`, which every version of transformers reads."""
+    if rope is None:
+        return {}
+    written: dict[str, Any] = {"rope_theta": rope.rope_theta}
+    if rope.partial_rotary_factor != 1:
+        written["partial_rotary_factor"] = rope.partial_rotary_factor
+    scaling = write_rope_type(rope)
+    return written | {"rope_scaling": scaling} if scaling else written
+
+
+def write_rope_type(rope: RopeConfig) -> dict[str, Any] | None:
+    """What `rope_scaling` says, None for plain RoPE."""
     if rope.frequency_factors is not None:
         raise ConfigError(
             "this GGUF's rope_freqs follow no known rope_type, so a config.json cannot say them"
         )
-    written: dict[str, Any] = {"rope_theta": rope.rope_theta}
-    if rope.partial_rotary_factor != 1:
-        written["partial_rotary_factor"] = rope.partial_rotary_factor
     if rope.rope_type == "default":
-        return written
+        return None
     scaling: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
-    if rope.rope_type in ("llama3", "yarn"):
+    if rope.rope_type in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.rope_type == "llama3":
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.rope_type == "longrope":
+        scaling |= {"short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
     if rope.rope_type == "yarn":
         scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+    if rope.rope_type in ("yarn", "longrope"):
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             if (value := getattr(rope, name)) is not None:
                 scaling[name] = value
-    return written | {"rope_scaling": scaling}
+    return scaling
+
+
+def read_layer_types(keys: Keys, default: Callable[[int], list[str]]) -> tuple[str, ...]:
+    """`layer_types`, or what `default` says for the number of layers."""
+    found = keys.get("layer_types", list, None)
+    return tuple(default(keys.get("num_hidden_layers", int)) if found is None else found)
+
+
+def refuse(keys: Keys, name: str, kind: type | tuple[type, ...], *allowed: Any) -> None:
+    """An error unless a key is absent, null, or one of the values that change nothing here."""
+    value = keys.get(name, kind, None)
+    if value is not None and value not in allowed:
+        raise ConfigError(f"{keys.source}: {name} = {shown(value)} is not supported for this model")
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:

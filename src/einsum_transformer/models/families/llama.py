@@ -5,56 +5,70 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from einsum_transformer.components.rope import RopeConfig
-from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig
+from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family, read_rope, token_ids, write_rope
 
-GGUF_NAMES = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
 }
-GGUF_PERMUTED = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.q_bias", "self_attn.k_bias"})
+"""What the keys mean in transformers where they are absent."""
 
 
-def read_shared(keys: Keys, model_type: str, **settings: Any) -> ModelConfig:
-    """The keys that llama and its relatives have in common; `settings` are what the family adds or fixes."""
-    hidden = keys.get("hidden_size", int)
-    heads = keys.get("num_attention_heads", int)
-    positions = keys.get("max_position_embeddings", int, 2048)
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=keys.get("vocab_size", int),
-        hidden_size=hidden,
-        intermediate_size=keys.get("intermediate_size", int),
-        num_hidden_layers=keys.get("num_hidden_layers", int),
-        num_attention_heads=heads,
-        num_key_value_heads=keys.get("num_key_value_heads", int, heads),
-        head_dim=keys.get("head_dim", int, hidden // max(heads, 1)),
-        max_position_embeddings=positions,
-        rms_norm_eps=keys.get("rms_norm_eps", float, 1e-6),
-        hidden_act=keys.get("hidden_act", str, "silu"),
-        rope=read_rope(keys, positions),
-        tie_word_embeddings=keys.get("tie_word_embeddings", bool, False),
-        initializer_range=keys.get("initializer_range", float, 0.02),
-        bos_token_id=keys.get("bos_token_id", int, None),
-        eos_token_id=token_ids(keys.get("eos_token_id", (int, list), None)),
-        pad_token_id=keys.get("pad_token_id", int, None),
-        **settings,
-    )
+def read_shared(
+    keys: Keys,
+    model_type: str,
+    defaults: Mapping[str, Any] | None = None,
+    eps: str = "rms_norm_eps",
+    act: str = "hidden_act",
+    **settings: Any,
+) -> ModelConfig:
+    """The keys that most families have in common; `settings` are what the family adds or fixes.
+
+    defaults: values of absent keys, where they are not llama's. eps, act: what the family calls these keys.
+    """
+    known = DEFAULTS | {eps: DEFAULTS["rms_norm_eps"], act: DEFAULTS["hidden_act"]} | dict(defaults or {})
+
+    def get(name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        return keys.get(name, kind, known.get(name, default))
+
+    hidden = get("hidden_size", int)
+    heads = get("num_attention_heads", int)
+    positions = get("max_position_embeddings", int)
+    if "rope" not in settings:
+        settings["rope"] = read_rope(keys, positions, known["rope_theta"], known["partial_rotary_factor"])
+    fields: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": get("vocab_size", int),
+        "hidden_size": hidden,
+        "num_hidden_layers": get("num_hidden_layers", int),
+        "num_attention_heads": heads,
+        "max_position_embeddings": positions,
+        "norm_eps": get(eps, float),
+        "tie_word_embeddings": get("tie_word_embeddings", bool),
+        "initializer_range": get("initializer_range", float),
+        "bos_token_id": keys.nullable("bos_token_id", int, known.get("bos_token_id")),
+        "eos_token_id": token_ids(keys.nullable("eos_token_id", (int, list), known.get("eos_token_id"))),
+        "pad_token_id": keys.nullable("pad_token_id", int, known.get("pad_token_id")),
+    }
+    # What the family says itself is not asked of the file.
+    others = {
+        "intermediate_size": lambda: get("intermediate_size", int),
+        "num_key_value_heads": lambda: get("num_key_value_heads", int, heads),
+        "head_dim": lambda: get("head_dim", int, hidden // max(heads, 1)),
+        "hidden_act": lambda: get(act, str),
+    }
+    fields |= {name: read() for name, read in others.items() if name not in settings}
+    return ModelConfig(**fields | settings)
 
 
-def write_shared(config: ModelConfig) -> dict[str, Any]:
+def write_shared(config: ModelConfig, eps: str = "rms_norm_eps", act: str = "hidden_act") -> dict[str, Any]:
     """The inverse of `read_shared`."""
     eos = list(config.eos_token_id)
     return {
@@ -66,8 +80,8 @@ def write_shared(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "hidden_act": config.hidden_act,
+        eps: config.norm_eps,
+        act: config.hidden_act,
         **write_rope(config.rope),
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
@@ -90,45 +104,15 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return write_shared(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
-def read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    """GGUF metadata of architecture "llama" (llama and mistral alike)."""
-    hidden = keys.get("embedding_length", int)
-    heads = keys.get("attention.head_count", int)
-    context = keys.get("context_length", int)
-    vocabulary = metadata.get("tokenizer.ggml.tokens")
-    every = Keys(metadata, keys.source)
-    eos = every.get("tokenizer.ggml.eos_token_id", int, None)
-    head_dim = keys.get("attention.key_length", int, hidden // max(heads, 1))
-    scaling = keys.get("rope.scaling.type", str, "none")
+def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
+    """llama, mistral and mixtral are one architecture there: a window and experts tell them apart."""
     window = keys.get("attention.sliding_window", int, None)
-    if (rotated := keys.get("rope.dimension_count", int, head_dim)) != head_dim:
-        raise ConfigError(
-            f"{keys.source}: llama.rope.dimension_count {rotated} is not the head's size {head_dim}"
-        )
-    return ModelConfig(
-        # The format has one architecture for both; the window tells them apart.
-        model_type="llama" if window is None else "mistral",
-        vocab_size=keys.get("vocab_size", int, len(vocabulary) if vocabulary is not None else ...),
-        hidden_size=hidden,
-        intermediate_size=keys.get("feed_forward_length", int),
-        num_hidden_layers=keys.get("block_count", int),
-        num_attention_heads=heads,
-        num_key_value_heads=keys.get("attention.head_count_kv", int, heads),
-        head_dim=head_dim,
-        max_position_embeddings=context,
-        rms_norm_eps=keys.get("attention.layer_norm_rms_epsilon", float),
-        rope=RopeConfig(
-            rope_theta=keys.get("rope.freq_base", float, 10000.0),
-            rope_type="default" if scaling == "none" else scaling,
-            factor=keys.get("rope.scaling.factor", float, 1.0),
-            original_max_position_embeddings=keys.get("rope.scaling.original_context_length", int, context),
-            attention_factor=keys.get("rope.scaling.attn_factor", float, None),
-        ),
-        sliding_window=window,
-        bos_token_id=every.get("tokenizer.ggml.bos_token_id", int, None),
-        eos_token_id=token_ids(eos),
-        pad_token_id=every.get("tokenizer.ggml.padding_token_id", int, None),
-    )
+    if keys.get("expert_count", int, 0):
+        size = keys.get("feed_forward_length", int)
+        moe = gguf.read_experts(keys, size)
+        return gguf.read_shared(keys, metadata, "mixtral", moe=moe, sliding_window=window)
+    kind = "llama" if window is None else "mistral"
+    return gguf.read_shared(keys, metadata, kind, sliding_window=window)
 
 
 FAMILY = Family(
@@ -136,7 +120,7 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     read_config=_read,
     write_config=_write,
-    read_gguf=read_gguf,
-    gguf_names=GGUF_NAMES,
-    gguf_permuted=GGUF_PERMUTED,
+    read_gguf=_read_gguf,
+    gguf_names=gguf.NAMES,
+    gguf_permuted=gguf.PERMUTED,
 )

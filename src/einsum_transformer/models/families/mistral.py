@@ -6,14 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
+from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family
-from einsum_transformer.models.families.llama import (
-    GGUF_NAMES,
-    GGUF_PERMUTED,
-    read_gguf,
-    read_shared,
-    write_shared,
-)
+from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def _read(keys: Keys) -> ModelConfig:
@@ -33,7 +28,6 @@ FAMILY = Family(
     architecture="MistralForCausalLM",
     read_config=_read,
     write_config=_write,
-    read_gguf=read_gguf,
-    gguf_names=GGUF_NAMES,
-    gguf_permuted=GGUF_PERMUTED,
+    gguf_names=gguf.NAMES,
+    gguf_permuted=gguf.PERMUTED,
 )

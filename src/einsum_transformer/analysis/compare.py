@@ -1,0 +1,201 @@
+"""Two models side by side, from their configs alone: fields, parameters, program, costs, cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import prod
+from typing import Any
+
+from einsum_transformer.analysis.explain import Program, explain
+from einsum_transformer.analysis.report import quantity
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.decoder import weights_of
+
+_ASIDE = {"defaulted", "ignored", "attention_block", "initializer_range"}
+_ITEM = 4  # bytes of a float32
+Pair = tuple[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPair:
+    """One equation in one role, all layers together; FLOPs and times of each model, 0 where it has none."""
+
+    where: str
+    role: str
+    equation: str
+    times: tuple[int, int]
+    flops: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What differs between two models and what each costs. Bytes are of float32."""
+
+    names: tuple[str, str]
+    batch: int
+    tokens: int
+    fields: dict[str, Pair]
+    """Config fields that differ; `rope.rope_theta` is a field of `rope`, which one of them may lack."""
+    parameters: tuple[int, int]
+    components: dict[str, tuple[int, int]]
+    """Parameters by component, all layers and experts together."""
+    steps: tuple[StepPair, ...]
+    flops: tuple[int, int]
+    bytes_moved: tuple[int, int]
+    cache_per_token: tuple[int, int]
+    """Bytes that one more token takes in the cache, in layers without a window or within it."""
+    cache: tuple[int, int]
+    """Bytes of the cache at this batch and length; a window's layers hold no more than the window."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison in JSON types."""
+        return asdict(self)
+
+
+def compare(
+    a: ModelConfig, b: ModelConfig, batch: int = 1, tokens: int = 128, names: tuple[str, str] = ("A", "B")
+) -> Comparison:
+    """Two configs at `batch` rows of `tokens` tokens."""
+    programs = explain(a, batch, tokens), explain(b, batch, tokens)
+    totals = [program.totals("forward") for program in programs]
+    return Comparison(
+        names,
+        batch,
+        tokens,
+        dict(_differing(a, b)),
+        (programs[0].parameters, programs[1].parameters),
+        _paired(_components(a), _components(b)),
+        tuple(_steps(*programs)),
+        (totals[0]["flops"], totals[1]["flops"]),
+        (_moved(totals[0]), _moved(totals[1])),
+        (cache_bytes(a, 1, 1), cache_bytes(b, 1, 1)),
+        (cache_bytes(a, batch, tokens), cache_bytes(b, batch, tokens)),
+    )
+
+
+def cache_bytes(config: ModelConfig, batch: int, tokens: int) -> int:
+    """Bytes of keys and values, or of latents, for `batch` rows of `tokens` tokens."""
+    if config.latent is not None:
+        numbers = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
+    else:
+        numbers = 2 * config.num_key_value_heads * config.head_dim
+    held = sum(tokens if window is None else min(tokens, window) for window in config.windows)
+    return batch * held * numbers * _ITEM
+
+
+def _moved(totals: dict[str, int]) -> int:
+    return totals["bytes_read"] + totals["bytes_written"]
+
+
+def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Pair]]:
+    """One of the two may be None: then every field of the other differs that says something."""
+    for field in fields(a if a is not None else b):
+        one, other = (None if each is None else getattr(each, field.name) for each in (a, b))
+        if field.name in _ASIDE or one == other or {one, other} <= {None, False, ()}:
+            continue
+        if is_dataclass(one) or is_dataclass(other):
+            yield from _differing(one, other, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", (one, other)
+
+
+def _components(config: ModelConfig) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for weight in weights_of(config):
+        name = re.sub(r"^layers\.\d+\.|\.\d+(?=\.)|\.weight$", "", weight.path)
+        found[name] = found.get(name, 0) + prod(weight.stored)
+    return found
+
+
+def _paired(a: dict[str, int], b: dict[str, int]) -> dict[str, tuple[int, int]]:
+    return {name: (a.get(name, 0), b.get(name, 0)) for name in dict.fromkeys([*a, *b])}
+
+
+def _steps(a: Program, b: Program) -> Iterator[StepPair]:
+    """In the order of the first program, what only the second has after it."""
+    found: dict[tuple[str, str, str], list[list[int]]] = {}
+    for which, program in enumerate((a, b)):
+        for step in program.steps:
+            where = " / ".join(part for part in step.path[1:] if part != "layer") or step.path[0]
+            times, flops = found.setdefault((where, step.role, step.equation), [[0, 0], [0, 0]])
+            times[which] += step.times * step.calls
+            flops[which] += step.times * step.flops
+    for key, (times, flops) in found.items():
+        yield StepPair(*key, (times[0], times[1]), (flops[0], flops[1]))
+
+
+def render(found: Comparison) -> Any:
+    """The comparison for a terminal, as a rich renderable."""
+    from rich.console import Group
+    from rich.text import Text
+
+    rows = f"batch {found.batch}, {found.tokens} tokens, float32"
+    totals = [
+        ("parameters", *(quantity(n) for n in found.parameters), _ratio(*found.parameters)),
+        ("FLOPs of a forward pass", *(quantity(n) for n in found.flops), _ratio(*found.flops)),
+        (
+            "bytes of its equations",
+            *(quantity(n, "B") for n in found.bytes_moved),
+            _ratio(*found.bytes_moved),
+        ),
+        (
+            "cache, each token",
+            *(quantity(n, "B") for n in found.cache_per_token),
+            _ratio(*found.cache_per_token),
+        ),
+        ("cache, all tokens", *(quantity(n, "B") for n in found.cache), _ratio(*found.cache)),
+    ]
+    settings = [(name, _short(one), _short(other), "") for name, (one, other) in found.fields.items()]
+    parts = [
+        (name, quantity(one), quantity(other), _ratio(one, other))
+        for name, (one, other) in found.components.items()
+        if one != other
+    ]
+    steps = [
+        (f"{step.equation}  {_place(step)}", *(quantity(n) for n in step.flops), _ratio(*step.flops))
+        for step in found.steps
+        if step.flops[0] != step.flops[1]
+    ]
+    same = len(found.steps) - len(steps)
+    return Group(
+        _table(f"costs ({rows})", found.names, totals),
+        _table("\nsettings that differ", found.names, settings),
+        _table("\nparameters that differ", found.names, parts),
+        _table("\nFLOPs of equations that differ", found.names, steps),
+        Text(f"{same} of {len(found.steps)} equations cost the same in both"),
+    )
+
+
+def _place(step: StepPair) -> str:
+    """The weight or phase, and the part of the layer where that is not plain."""
+    part = step.where.rpartition(" / ")[2]
+    plain = part in ("attention", "feed-forward", "qkv", "output", "head", step.role)
+    return step.role if plain else f"{step.role} ({part})"
+
+
+def _table(title: str, names: tuple[str, str], rows: list[tuple[str, ...]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column(title)
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("B / A", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _ratio(a: int, b: int) -> str:
+    return "only in B" if not a and b else "only in A" if a and not b else f"{b / a:.2f}" if a else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        kinds = list(dict.fromkeys(value))
+        return (
+            f"{len(value)}: " + ", ".join(f"{value.count(kind)} {kind}" for kind in kinds) if value else "-"
+        )
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,46 @@
+"""`diff`: two models side by side, from their configs alone."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from einsum_transformer.cli import options
+
+Source = Annotated[
+    str, typer.Argument(help="A folder, hub id, .gguf file or JSON config.", show_default=False)
+]
+
+
+def diff(
+    a: Source,
+    b: Source,
+    batch: Annotated[int, typer.Option("--batch", "-b", metavar="N", min=1, help="Rows.")] = 1,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens of each row.")] = 128,
+    offline: options.Offline = False,
+    json: options.Json = False,
+) -> None:
+    """Lay two models side by side: settings, parameters, equations, FLOPs, bytes, KV cache.
+
+    Only configs are read, so models of any size can be compared. The table goes to stdout.
+
+    \b
+    etx diff configs/llama.json configs/gemma.json
+    etx diff configs/mistral.json configs/mixtral.json --tokens 4096
+    """
+    from rich.console import Console
+
+    from einsum_transformer.analysis.compare import compare, render
+    from einsum_transformer.checkpoint import read_config
+
+    configs = [read_config(source, offline) for source in (a, b)]
+    short = [Path(source).stem or source for source in (a, b)]
+    names = (short[0], short[1]) if short[0] != short[1] else (a, b)
+    found = compare(configs[0], configs[1], batch, tokens, names)
+    if json:
+        options.write(jsonlib.dumps(found.to_dict()) + "\n")
+    else:
+        Console(highlight=False, markup=False, soft_wrap=True).print(render(found))

@@ -1,0 +1,105 @@
+"""Gated feed-forward: y = down(activation(gate(x)) * up(x)), SwiGLU with silu and GeGLU with gelu (Shazeer,
+2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from einsum_transformer.engine import einsum, weight_grad
+from einsum_transformer.numerics.activations import SILU, Activation
+from einsum_transformer.tree import static
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """Weights in checkpoint layout. A gradient is another GatedMLP."""
+
+    gate_proj: Annotated[Array, "f d"]
+    up_proj: Annotated[Array, "f d"]
+    down_proj: Annotated[Array, "d f"]
+    gate_bias: Annotated[Array, "f"] | None = None
+    up_bias: Annotated[Array, "f"] | None = None
+    down_bias: Annotated[Array, "d"] | None = None
+    activation: Activation = static(default=SILU)
+
+    def forward(self, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        gate = einsum("btd,fd->btf", x, self.gate_proj)
+        up = einsum("btd,fd->btf", x, self.up_proj)
+        if self.gate_bias is not None:
+            gate += self.gate_bias
+            up += self.up_bias
+        hidden = self.activation.forward(gate)
+        hidden *= up
+        y = einsum("btf,df->btd", hidden, self.down_proj)
+        if self.down_bias is not None:
+            y += self.down_bias
+        return y, (x, gate, up)
+
+    def backward(self, dy: Array, saved: tuple[Array, Array, Array]) -> tuple[Array, GatedMLP]:
+        x, gate, up = saved
+        activated, dactivated = self.activation.with_derivative(gate)
+        # y = einsum("btf,df->btd", hidden, down_proj) + down_bias
+        dhidden = einsum("btd,df->btf", dy, self.down_proj)
+        ddown_proj = weight_grad("btd,btf->df", dy, lambda: activated * up, self.down_proj)
+        # hidden = activation(gate) * up
+        dup = np.multiply(dhidden, activated, out=activated)
+        dgate = dhidden
+        dgate *= up
+        dgate *= dactivated
+        # gate, up = einsum("btd,fd->btf", x, gate_proj / up_proj) + gate_bias / up_bias
+        dx = einsum("btf,fd->btd", dgate, self.gate_proj)
+        dx += einsum("btf,fd->btd", dup, self.up_proj)
+        return dx, GatedMLP(
+            weight_grad("btf,btd->fd", dgate, x, self.gate_proj),
+            weight_grad("btf,btd->fd", dup, x, self.up_proj),
+            ddown_proj,
+            weight_grad("btf->f", dgate, self.gate_bias),
+            weight_grad("btf->f", dup, self.up_bias),
+            weight_grad("btd->d", dy, self.down_bias),
+            self.activation,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FusedGatedMLP:
+    """The same with one matrix for gate and up, first the rows of gate. A gradient is another
+    FusedGatedMLP."""
+
+    gate_up_proj: Annotated[Array, "j d"]
+    down_proj: Annotated[Array, "d f"]
+    activation: Activation = static(default=SILU)
+
+    def forward(self, x: Array) -> tuple[Array, tuple[Array, Array]]:
+        gate_up = einsum("btd,jd->btj", x, self.gate_up_proj)
+        gate, up = _halves(gate_up)
+        hidden = self.activation.forward(gate)
+        hidden *= up
+        return einsum("btf,df->btd", hidden, self.down_proj), (x, gate_up)
+
+    def backward(self, dy: Array, saved: tuple[Array, Array]) -> tuple[Array, FusedGatedMLP]:
+        x, gate_up = saved
+        gate, up = _halves(gate_up)
+        activated, dactivated = self.activation.with_derivative(gate)
+        # y = einsum("btf,df->btd", hidden, down_proj)
+        dhidden = einsum("btd,df->btf", dy, self.down_proj)
+        ddown_proj = weight_grad("btd,btf->df", dy, lambda: activated * up, self.down_proj)
+        # hidden = activation(gate) * up
+        dgate_up = np.empty_like(gate_up)
+        dgate, dup = _halves(dgate_up)
+        np.multiply(dhidden, activated, out=dup)
+        np.multiply(dhidden, up, out=dgate)
+        dgate *= dactivated
+        # gate_up = einsum("btd,jd->btj", x, gate_up_proj)
+        dx = einsum("btj,jd->btd", dgate_up, self.gate_up_proj)
+        dgate_up_proj = weight_grad("btj,btd->jd", dgate_up, x, self.gate_up_proj)
+        return dx, FusedGatedMLP(dgate_up_proj, ddown_proj, self.activation)
+
+
+def _halves(gate_up: Array) -> tuple[Array, Array]:
+    half = gate_up.shape[-1] // 2
+    return gate_up[..., :half], gate_up[..., half:]

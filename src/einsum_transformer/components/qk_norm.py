@@ -1,0 +1,80 @@
+"""RMSNorm of queries or keys before their rotation: y = x / sqrt(mean(x^2) + eps) * (offset + weight).
+
+It bounds the scores. Keys come as queries do, (b, t, k, g, h) with g = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from einsum_transformer.engine import einsum, weight_grad
+from einsum_transformer.tree import static
+
+Array = np.ndarray
+Saved = tuple[Array, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Every head by itself: the mean of x^2 is taken over `h`, and all heads share one weight."""
+
+    weight: Annotated[Array, "h"]
+    eps: float = static(default=1e-6)
+    offset: float = static(default=0.0)
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        rstd = 1 / np.sqrt(einsum("btkgh,btkgh->btkg", x, x) / x.shape[-1] + self.eps)
+        y = einsum("btkgh,btkg->btkgh", x, rstd)
+        y *= self.scale
+        return y, (x, rstd)
+
+    def backward(self, dy: Array, saved: Saved) -> tuple[Array, HeadNorm]:
+        x, rstd = saved
+        # y = normed * (offset + weight)
+        normed = einsum("btkgh,btkg->btkgh", x, rstd)
+        dweight = weight_grad("btkgh,btkgh->h", dy, normed, self.weight)
+        dnormed = dy * self.scale
+        # normed = x * rstd, and rstd depends on every x of its head
+        along = einsum("btkgh,btkgh->btkg", dnormed, normed) / x.shape[-1]
+        dx = dnormed
+        dx -= einsum("btkgh,btkg->btkgh", normed, along)
+        dx *= rstd[..., None]
+        return dx, HeadNorm(dweight, self.eps, self.offset)
+
+    @property
+    def scale(self) -> Array:
+        """offset + weight"""
+        return self.weight + self.offset if self.offset else self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class WholeNorm:
+    """All heads together: the mean of x^2 is taken over `k`, `g` and `h`, and each number has its weight."""
+
+    weight: Annotated[Array, "(k g h)"]
+    eps: float = static(default=1e-6)
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        rstd = 1 / np.sqrt(einsum("btkgh,btkgh->bt", x, x) / x[0, 0].size + self.eps)
+        y = einsum("btkgh,bt->btkgh", x, rstd)
+        y *= self.weight
+        return y, (x, rstd)
+
+    def backward(self, dy: Array, saved: Saved) -> tuple[Array, WholeNorm]:
+        x, rstd = saved
+        # y = normed * weight
+        normed = einsum("btkgh,bt->btkgh", x, rstd)
+        dweight = weight_grad("btkgh,btkgh->kgh", dy, normed, self.weight)
+        dnormed = dy * self.weight
+        # normed = x * rstd, and rstd depends on every x of its token
+        along = einsum("btkgh,btkgh->bt", dnormed, normed) / x[0, 0].size
+        dx = dnormed
+        dx -= einsum("btkgh,bt->btkgh", normed, along)
+        dx *= rstd[..., None, None, None]
+        return dx, WholeNorm(dweight, self.eps)
+
+
+QKNorm = HeadNorm | WholeNorm

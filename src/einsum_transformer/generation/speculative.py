@@ -1,0 +1,316 @@
+"""Speculative decoding (Leviathan, Kalman and Matias, 2023): draft tokens cheaply, check them in one pass.
+
+A draft x from a distribution q is kept with probability min(1, p(x) / q(x)), p being what the model itself
+would draw from; the first that is not kept is replaced by a draw from the positive part of p - q. What comes
+out is distributed as p (docs/derivations/speculative.md); greedily, it is the same text.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.components.kv_cache import KVCache
+from einsum_transformer.engine import phase
+from einsum_transformer.errors import InputError
+from einsum_transformer.generation.rows import Row, lengthen, prefill, until_longrope_changes
+from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.models.model import Model
+
+Array = np.ndarray
+
+DRAFTS, LOOKUP = 4, 3
+"""Tokens of a draft, and of the longest ending that a look-up searches for, where nothing else is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may come next, and the distribution (v,) that each was drawn from; None: it is certain."""
+
+    tokens: list[int]
+    probabilities: list[Array | None]
+
+
+class Drafter(ABC):
+    """Where drafts come from."""
+
+    @abstractmethod
+    def propose(
+        self, history: Sequence[int], count: int, sampling: Sampling, rng: np.random.Generator
+    ) -> Draft:
+        """At most `count` tokens that may follow the history."""
+
+    @abstractmethod
+    def settle(self, kept: int) -> None:
+        """The first `kept` tokens of the history and its draft are those of the text; forget what follows."""
+
+
+class PromptLookup(Drafter):
+    """What followed the last time that the text ended like now (Saxena, 2023)."""
+
+    def __init__(self, longest: int = LOOKUP) -> None:
+        if longest < 1:
+            raise InputError(f"prompt_lookup is {longest}: the length of an ending, 1 or more")
+        self.longest = longest
+
+    def propose(
+        self, history: Sequence[int], count: int, sampling: Sampling, rng: np.random.Generator
+    ) -> Draft:
+        text = np.asarray(history)
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            ending = text[-n:]
+            # Every place before the last where the text has this ending.
+            same = np.ones(len(text) - n, bool)
+            for i in range(n):
+                same &= text[i : len(text) - n + i] == ending[i]
+            starts = np.flatnonzero(same) + n
+            if len(starts):
+                # The last one that enough tokens follow: in a text that repeats itself, few follow the last.
+                enough = starts[starts + count <= len(text)]
+                start = int(enough[-1] if len(enough) else starts[0])
+                found = text[start : start + count].tolist()
+                return Draft(found, [None] * len(found))
+        return Draft([], [])
+
+    def settle(self, kept: int) -> None:
+        """It remembers nothing."""
+
+
+class ModelDrafter(Drafter):
+    """What a smaller model of the same vocabulary says, or the first layers of the model itself."""
+
+    def __init__(self, model: Model, slack: int) -> None:
+        self.model, self.slack = model, slack
+        self.cache = model.cache(slack=slack)
+
+    def propose(
+        self, history: Sequence[int], count: int, sampling: Sampling, rng: np.random.Generator
+    ) -> Draft:
+        draft, text = Draft([], []), list(history)
+        if self.cache.length and self.cache.tokens[0].tolist() != text[: self.cache.length]:
+            self.cache = self.model.cache(slack=self.slack)  # another text
+        # A model drafts within its own context, and before its RoPE changes.
+        limit = self.model.config.max_position_embeddings - len(text) + 1
+        for _ in range(min(count, limit)):
+            new = text[self.cache.length :]
+            lengthen(self.model, self.cache, len(new))
+            logits = prefill(self.model, np.array([new]), self.cache)[0]
+            if sampling.temperature == 0:
+                token, p = sampling.choose(logits, text, rng), None
+            else:
+                p = sampling.probabilities(logits, text)
+                token = draw(p, rng)
+            text.append(token)
+            draft.tokens.append(token)
+            draft.probabilities.append(p)
+        return draft
+
+    def settle(self, kept: int) -> None:
+        self.cache.truncate(min(self.cache.length, kept))
+
+
+def first_layers(model: Model, layers: int) -> Model:
+    """The model's first layers with its embedding, norm and head: a draft model without own weights."""
+    if not 1 <= layers < model.config.num_hidden_layers:
+        most = model.config.num_hidden_layers - 1
+        raise InputError(f"draft_layers is {layers}: from 1 to {most}, fewer than the model has")
+    decoder = replace(model.decoder, layers=model.decoder.layers[:layers])
+    return replace(model, config=model.config.cut(layers), decoder=decoder)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What speculation did in one generation. Seconds of drafting and checking, and of one ordinary step."""
+
+    rounds: int = 0
+    drafted: list[int] = field(default_factory=list)
+    """At each place of a draft, how often a token was drafted there."""
+    accepted: list[int] = field(default_factory=list)
+    """And how often it was kept."""
+    new_tokens: int = 0
+    draft_seconds: float = 0.0
+    check_seconds: float = 0.0
+    step_seconds: float = 0.0
+    """The fastest ordinary step of one token; the first step always is one."""
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Of the tokens drafted at each place, the share that was kept."""
+        return [kept / drafted for kept, drafted in zip(self.accepted, self.drafted)]
+
+    @property
+    def tokens_per_round(self) -> float:
+        return self.new_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def expected_speed_up(self) -> float | None:
+        """(1 - a^(k + 1)) / ((1 - a) (c k + 1)): a the share of drafts that were kept, k their mean number, c
+        the cost of one in steps, if a check cost as much as a step."""
+        if not (self.rounds and sum(self.drafted) and self.step_seconds):
+            return None
+        a, k = sum(self.accepted) / sum(self.drafted), sum(self.drafted) / self.rounds
+        c = self.draft_seconds / sum(self.drafted) / self.step_seconds
+        return (k + 1 if a == 1 else (1 - a ** (k + 1)) / (1 - a)) / (c * k + 1)
+
+    @property
+    def speed_up(self) -> float | None:
+        """Ordinary steps for the same tokens / what the rounds took."""
+        spent = self.draft_seconds + self.check_seconds
+        return self.new_tokens * self.step_seconds / spent if spent and self.step_seconds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers in JSON types."""
+        names = ("rounds", "drafted", "accepted", "acceptance", "new_tokens", "tokens_per_round")
+        names += ("draft_seconds", "check_seconds", "step_seconds", "expected_speed_up", "speed_up")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(slots=True)
+class Speculation:
+    """How a generation speculates. It has a state: one serves a text, and the turns that follow it."""
+
+    drafter: Drafter
+    drafts: int = DRAFTS
+    """Tokens of a draft."""
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def continue_(self, model: Model, row: Row, logits: Array, cache: KVCache, limit: int) -> Iterator[str]:
+        """Continue a row after its prefill, whose scores (v,) are given, yielding new text; the cache holds
+        the row's tokens but the last. limit: the context in tokens."""
+        with phase("sampling"):
+            token, text = row.step(logits, limit - cache.length)
+        yield text
+        while row.result.finish_reason is None:
+            started = time.perf_counter()
+            # All of the text, also what an earlier turn left in the cache.
+            history = [*cache.tokens[0].tolist(), token]
+            count = self._count(model, row, cache, limit)
+            with phase("draft"):
+                draft = self.drafter.propose(history, count, row.sampling, row.rng)
+            drafted = time.perf_counter()
+            with phase("decode"):
+                base = cache.length
+                lengthen(model, cache, 1)
+                tokens = np.array([[token, *draft.tokens]])
+                logits = model.decoder.forward(tokens, cache, "all")[0][0]
+            with phase("sampling"):
+                kept, token, text = self._settle(row, draft, logits, base, limit)
+            cache.truncate(base + 1 + kept)
+            self.drafter.settle(base + 1 + kept)
+            self._note(draft, kept, drafted - started, time.perf_counter() - drafted)
+            yield text
+
+    def _count(self, model: Model, row: Row, cache: KVCache, limit: int) -> int:
+        """How many tokens to draft: no more than the text may still get, and none in the first round, whose
+        time says what a token costs without speculation."""
+        if self.statistics.step_seconds == 0:
+            return 0
+        left = row.settings.max_new_tokens - len(row.result.tokens) - 1
+        return max(
+            0, min(self.drafts, left, limit - cache.length - 1, until_longrope_changes(model, cache) - 1)
+        )
+
+    def _settle(self, row: Row, draft: Draft, logits: Array, base: int, limit: int) -> tuple[int, int, str]:
+        """(drafts kept, the last token, the new text): gives the row tokens until one is no draft or ends it.
+
+        logits (k + 1, v): after the token before the draft, and after each of its tokens.
+        """
+        text = ""
+        for kept in range(len(draft.tokens) + 1):
+            token = judged(row, draft, kept, logits[kept])
+            text += row.take(token, limit - base - 1 - kept)
+            if (
+                row.result.finish_reason is not None
+                or kept == len(draft.tokens)
+                or token != draft.tokens[kept]
+            ):
+                return kept, token, text
+        raise AssertionError("the loop ends with the last draft")
+
+    def _note(self, draft: Draft, kept: int, drafting: float, checking: float) -> None:
+        found = self.statistics
+        if not draft.tokens:
+            found.step_seconds = min(found.step_seconds or checking, checking)
+            return
+        found.rounds += 1
+        found.new_tokens += kept + 1
+        found.draft_seconds += drafting
+        found.check_seconds += checking
+        for i in range(len(draft.tokens)):
+            if i == len(found.drafted):
+                found.drafted.append(0)
+                found.accepted.append(0)
+            found.drafted[i] += 1
+            found.accepted[i] += i < kept
+
+
+def judged(row: Row, draft: Draft, place: int, logits: Array) -> int:
+    """The token that follows: the draft's at this place if it is kept, else another; after the draft, a free
+    choice."""
+    if place == len(draft.tokens) or row.sampling.temperature == 0:
+        return row.sampling.choose(logits, row.history, row.rng)
+    p = row.sampling.probabilities(logits, row.history)
+    token, q = draft.tokens[place], draft.probabilities[place]
+    if row.rng.random() * (1.0 if q is None else q[token]) < p[token]:
+        return token
+    rest = p.copy()
+    if q is None:
+        rest[token] = 0
+    else:
+        rest = np.maximum(p - q, 0)
+    return draw(rest, row.rng)
+
+
+def draw(p: Array, rng: np.random.Generator) -> int:
+    """A token, with probabilities proportional to p (v,)."""
+    cumulative = np.cumsum(p, dtype=np.float64)
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def speculation(
+    model: Model,
+    draft_model: Model | None = None,
+    draft_layers: int | None = None,
+    prompt_lookup: int | bool = False,
+    num_draft_tokens: int | None = None,
+) -> Speculation | None:
+    """The speculation that these settings ask for, None where they ask for none.
+
+    draft_model: a model of the same vocabulary; draft_layers: the model's own first layers; prompt_lookup:
+    the longest ending to look for, or True. num_draft_tokens: tokens of a draft.
+    """
+    lookup = LOOKUP if prompt_lookup is True else int(prompt_lookup)
+    asked = [
+        name
+        for name, value in (
+            ("draft_model", draft_model),
+            ("draft_layers", draft_layers),
+            ("prompt_lookup", lookup or None),
+        )
+        if value is not None
+    ]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} both draft: choose one")
+    if not asked:
+        if num_draft_tokens is not None:
+            raise InputError("num_draft_tokens needs draft_model, draft_layers or prompt_lookup")
+        return None
+    stated = model.generation_config or {}
+    name = "prompt_lookup_num_tokens" if lookup else "num_assistant_tokens"
+    drafts = num_draft_tokens if num_draft_tokens is not None else stated.get(name) or DRAFTS
+    if not isinstance(drafts, int) or not 1 <= drafts <= 256:
+        raise InputError(f"num_draft_tokens is {drafts!r}: a whole number from 1 to 256 is expected")
+    if lookup:
+        return Speculation(PromptLookup(lookup), drafts)
+    drafting = draft_model if draft_model is not None else first_layers(model, draft_layers or 0)
+    if drafting.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"{drafting.source}: drafts from a vocabulary of {drafting.config.vocab_size}, "
+            f"{model.source} has {model.config.vocab_size}: both must have the same"
+        )
+    return Speculation(ModelDrafter(drafting, drafts + 1), drafts)

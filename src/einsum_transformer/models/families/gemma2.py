@@ -1,0 +1,95 @@
+"""gemma2: gemma with norms before and after attention and feed-forward, soft caps of scores and logits, and
+windows in every other layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
+from einsum_transformer.models.families import gguf
+from einsum_transformer.models.families.family import Family, read_layer_types
+from einsum_transformer.models.families.gemma import DEFAULTS, TANH, read_common, read_gguf_common
+from einsum_transformer.models.families.llama import write_shared
+
+_DEFAULTS = DEFAULTS | {"hidden_activation": TANH, "num_key_value_heads": 4}
+
+
+def _read(keys: Keys) -> ModelConfig:
+    return read_common(
+        keys,
+        "gemma2",
+        _DEFAULTS,
+        act="hidden_activation",
+        block="sandwich_norm",
+        attn_logit_softcapping=keys.nullable("attn_logit_softcapping", float, 50.0),
+        final_logit_softcapping=keys.nullable("final_logit_softcapping", float, 30.0),
+        attention_scale=read_scale(keys),
+        **read_windows(keys, _alternating),
+    )
+
+
+def _alternating(layers: int) -> list[str]:
+    return [FULL if i % 2 else SLIDING for i in range(layers)]
+
+
+def read_scale(keys: Keys) -> float:
+    """query_pre_attn_scalar^-0.5"""
+    scalar = keys.get("query_pre_attn_scalar", float, 256.0)
+    return max(scalar, 1e-9) ** -0.5
+
+
+def read_windows(keys: Keys, default: Callable[[int], list[str]]) -> dict[str, Any]:
+    """sliding_window and layer_types."""
+    kinds = read_layer_types(keys, default)
+    window = keys.nullable("sliding_window", int, 4096)
+    if window is None and keys.raw.get("layer_types") is None:
+        return {}
+    return {"sliding_window": window, "layer_types": kinds} if SLIDING in kinds else {}
+
+
+def write_common(config: ModelConfig) -> dict[str, Any]:
+    """What gemma2 and gemma3 have in common beyond gemma."""
+    scalar = round((config.attention_scale or config.head_dim**-0.5) ** -2, 6)
+    return write_shared(config, act="hidden_activation") | {
+        "attention_bias": config.attention_bias,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
+        "sliding_window": config.sliding_window or 4096,
+        "layer_types": [FULL if window is None else SLIDING for window in config.windows],
+    }
+
+
+def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
+    return read_gguf_common(
+        keys,
+        metadata,
+        "gemma2",
+        block="sandwich_norm",
+        attn_logit_softcapping=keys.get("attn_logit_softcapping", float, 50.0),
+        final_logit_softcapping=keys.get("final_logit_softcapping", float, 30.0),
+        attention_scale=gguf_scale(keys, 46),
+        sliding_window=keys.get("attention.sliding_window", int, 4096),
+        layer_types=tuple(_alternating(keys.get("block_count", int))),
+    )
+
+
+def gguf_scale(keys: Keys, largest: int) -> float:
+    """GGUF does not say query_pre_attn_scalar: it is the head's size, and hidden_size / heads in the largest
+    model of each generation, which llama.cpp tells by its number of layers."""
+    size = keys.get("embedding_length", int) // max(keys.get("attention.head_count", int), 1)
+    if keys.get("block_count", int) != largest:
+        size = keys.get("attention.key_length", int, size)
+    return max(size, 1) ** -0.5
+
+
+FAMILY = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    read_config=_read,
+    write_config=write_common,
+    read_gguf=_read_gguf,
+    gguf_names=gguf.NAMES | gguf.POST_NORMS,
+    gguf_norm_offset=1.0,
+)

@@ -1,0 +1,141 @@
+"""gemma3_text, and the text part of gemma3: gemma2 without soft caps, with an RMSNorm of every query and key
+head, five layers with a window to one without, and a rotation for each of the two kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from einsum_transformer.components.rope import RopeConfig
+from einsum_transformer.errors import ConfigError
+from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
+from einsum_transformer.models.families import gguf
+from einsum_transformer.models.families.family import Family, read_rope_type, write_rope_type
+from einsum_transformer.models.families.gemma import TANH, read_common, read_gguf_common
+from einsum_transformer.models.families.gemma2 import gguf_scale, read_scale, read_windows, write_common
+
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": TANH,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+"""The text parts of multimodal configs leave out whatever is as here."""
+
+
+def _read(keys: Keys) -> ModelConfig:
+    pattern = keys.get("sliding_window_pattern", int, 6)
+    if pattern < 1:
+        raise ConfigError(f"{keys.source}: sliding_window_pattern is {pattern}, expected 1 or more")
+    if keys.get("num_hidden_layers", int, None) is None:
+        keys.raw = {**keys.raw, "num_hidden_layers": _DEFAULTS["num_hidden_layers"]}
+    rope, local = _read_ropes(keys, keys.get("max_position_embeddings", int, 131072))
+    return read_common(
+        keys,
+        "gemma3_text",
+        _DEFAULTS,
+        act="hidden_activation",
+        block="sandwich_norm",
+        qk_norm="head",
+        attn_logit_softcapping=keys.get("attn_logit_softcapping", float, None),
+        final_logit_softcapping=keys.get("final_logit_softcapping", float, None),
+        attention_scale=read_scale(keys),
+        rope=rope,
+        local_rope=local,
+        **read_windows(keys, lambda layers: [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]),
+    )
+
+
+def _read_ropes(keys: Keys, positions: int) -> tuple[RopeConfig, RopeConfig]:
+    """(of the layers without a window, of those with one). Scaling is of the former alone, unless
+    rope_parameters describe both."""
+    theta = keys.get("rope_theta", float, 1e6)
+    local = keys.get("rope_local_base_freq", float, 1e4)
+    both = keys.get("rope_parameters", dict, None) or {}
+    scaling = keys.get("rope_scaling", dict, None)
+    found = []
+    for kind, base in ((FULL, theta), (SLIDING, local)):
+        raw = both.get(kind) or {}
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{keys.source}: rope_parameters.{kind} must be an object")
+        raw = raw | scaling if scaling is not None and kind == FULL else raw
+        inner = Keys(raw, f"{keys.source}: rope_parameters.{kind}")
+        found.append(read_rope_type(inner, positions, base))
+        keys.unused += [f"rope_parameters.{kind}.{name}" for name in inner.left_over()]
+    keys.unused += [f"rope_parameters.{name}" for name in both if name not in (FULL, SLIDING)]
+    return found[0], found[1]
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    assert config.rope is not None
+    local = config.local_rope or config.rope
+    ropes = {
+        kind: {"rope_type": "default", "rope_theta": rope.rope_theta} | (write_rope_type(rope) or {})
+        for kind, rope in ((FULL, config.rope), (SLIDING, local))
+    }
+    return write_common(config) | {"rope_local_base_freq": local.rope_theta, "rope_parameters": ropes}
+
+
+def _read_nested(keys: Keys) -> ModelConfig:
+    """The text part of a multimodal config."""
+    text = Keys(keys.get("text_config", dict), f"{keys.source}: text_config")
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings"):
+        if name in keys.raw and name not in text.raw:
+            text.raw = {**text.raw, name: keys.raw[name]}
+        keys.seen.add(name)
+    text.seen.add("model_type")
+    config = _read(text)
+    keys.defaulted += [f"text_config.{name}" for name in text.defaulted]
+    keys.unused += [f"text_config.{name}" for name in text.left_over()]
+    return config
+
+
+def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
+    layers, context = keys.get("block_count", int), keys.get("context_length", int)
+    rope = gguf.read_rope(keys, 1, context)
+    local = RopeConfig(
+        rope_theta=keys.get("rope.freq_base_swa", float, 1e4), original_max_position_embeddings=context
+    )
+    return read_gguf_common(
+        keys,
+        metadata,
+        "gemma3_text",
+        block="sandwich_norm",
+        qk_norm="head",
+        final_logit_softcapping=keys.get("final_logit_softcapping", float, None),
+        attention_scale=gguf_scale(keys, 62),
+        rope=replace(rope, partial_rotary_factor=1.0, rope_theta=keys.get("rope.freq_base", float, 1e6)),
+        local_rope=local,
+        sliding_window=keys.get("attention.sliding_window", int),
+        layer_types=tuple(SLIDING if (i + 1) % 6 else FULL for i in range(layers)),
+    )
+
+
+FAMILY = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    read_config=_read,
+    write_config=_write,
+    read_gguf=_read_gguf,
+    gguf_names=gguf.NAMES | gguf.POST_NORMS | gguf.QK_NORMS,
+    gguf_architecture="gemma3",
+    gguf_norm_offset=1.0,
+    other_prefixes=("language_model.model.", "model.language_model."),
+    ignored_tensors=r"(model\.)?(vision_tower|multi_modal_projector)\..*|.*\.rotary_emb\.inv_freq",
+)
+MULTIMODAL = Family(
+    model_type="gemma3",
+    architecture="Gemma3ForCausalLM",
+    read_config=_read_nested,
+    write_config=_write,
+)

@@ -1,0 +1,104 @@
+"""What the families have in common in GGUF files: the names of weights and the keys of the metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from einsum_transformer.components.rope import RopeConfig
+from einsum_transformer.errors import ConfigError
+from einsum_transformer.models.config import Keys, ModelConfig, MoEConfig
+from einsum_transformer.models.families.family import token_ids
+
+NAMES = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+FUSED = {"self_attn.qkv_proj": "attn_qkv"}
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+PERMUTED = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.q_bias", "self_attn.k_bias"})
+
+
+def read_shared(keys: Keys, metadata: Mapping[str, Any], model_type: str, **settings: Any) -> ModelConfig:
+    """The metadata that most architectures have in common; `settings` are what the family adds or fixes.
+
+    partial: whether RoPE may turn less than the whole head.
+    """
+    hidden = keys.get("embedding_length", int)
+    heads = keys.get("attention.head_count", int)
+    context = keys.get("context_length", int)
+    vocabulary = metadata.get("tokenizer.ggml.tokens")
+    every = Keys(metadata, keys.source)
+    head_dim, partial = settings.pop("head_dim", None), settings.pop("partial", False)
+    head_dim = head_dim or keys.get("attention.key_length", int, hidden // max(heads, 1))
+    eps = "layer_norm_rms_epsilon" if settings.get("norm", "rms") == "rms" else "layer_norm_epsilon"
+    fields: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": keys.get("vocab_size", int, len(vocabulary) if vocabulary is not None else ...),
+        "hidden_size": hidden,
+        "num_hidden_layers": keys.get("block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.get("attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "norm_eps": keys.get(f"attention.{eps}", float),
+        "bos_token_id": every.get("tokenizer.ggml.bos_token_id", int, None),
+        "eos_token_id": token_ids(every.get("tokenizer.ggml.eos_token_id", int, None)),
+        "pad_token_id": every.get("tokenizer.ggml.padding_token_id", int, None),
+    }
+    others = {
+        "intermediate_size": lambda: keys.get("feed_forward_length", int),
+        "rope": lambda: read_rope(keys, head_dim, context),
+    }
+    fields |= {name: read() for name, read in others.items() if name not in settings}
+    if fields.get("rope") is not None and not partial:
+        rotated = keys.get("rope.dimension_count", int, head_dim)
+        if rotated != head_dim:
+            raise ConfigError(
+                f"{keys.source}: rope.dimension_count {rotated} is not the head's size {head_dim}"
+            )
+    return ModelConfig(**fields | settings)
+
+
+def read_rope(keys: Keys, head_dim: int, context: int) -> RopeConfig:
+    """The rotation: its base, its scaling, and how many of a head's dimensions it turns."""
+    scaling = keys.get("rope.scaling.type", str, "none")
+    rotated = keys.get("rope.dimension_count", int, head_dim)
+    return RopeConfig(
+        rope_theta=keys.get("rope.freq_base", float, 10000.0),
+        rope_type="default" if scaling == "none" else scaling,
+        partial_rotary_factor=rotated / max(head_dim, 1),
+        factor=keys.get("rope.scaling.factor", float, 1.0),
+        original_max_position_embeddings=keys.get("rope.scaling.original_context_length", int, context),
+        attention_factor=keys.get("rope.scaling.attn_factor", float, None),
+    )
+
+
+def read_experts(keys: Keys, size: int, **settings: Any) -> MoEConfig:
+    """How many experts there are and how many a token goes to; size: of each expert."""
+    return MoEConfig(keys.get("expert_count", int), keys.get("expert_used_count", int), size, **settings)

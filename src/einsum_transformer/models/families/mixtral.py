@@ -1,0 +1,49 @@
+"""mixtral: mistral with experts in the place of the feed-forward, their weights divided by their sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einsum_transformer.models.config import Keys, ModelConfig, MoEConfig
+from einsum_transformer.models.families import gguf
+from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.families.llama import read_shared, write_shared
+
+_DEFAULTS = {
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-5,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _read(keys: Keys) -> ModelConfig:
+    experts = MoEConfig(
+        keys.get("num_local_experts", int, 8),
+        keys.get("num_experts_per_tok", int, 2),
+        keys.get("intermediate_size", int),
+    )
+    window = keys.get("sliding_window", int, None)
+    return read_shared(keys, "mixtral", _DEFAULTS, moe=experts, sliding_window=window)
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    assert config.moe is not None
+    return write_shared(config) | {
+        "num_local_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.num_experts_per_tok,
+        "sliding_window": config.sliding_window,
+    }
+
+
+FAMILY = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    read_config=_read,
+    write_config=_write,
+    gguf_names=gguf.NAMES | gguf.EXPERTS,
+    gguf_permuted=gguf.PERMUTED,
+    names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+)

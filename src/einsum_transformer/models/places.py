@@ -1,0 +1,114 @@
+"""Where the weights of a model stand in a checkpoint: in which tensor, which of its rows, which order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from einsum_transformer.formats import TensorSource
+from einsum_transformer.leaves.resident import Stored
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.decoder import Weight
+from einsum_transformer.models.families.family import Family
+
+Array = np.ndarray
+Shape = tuple[int, ...]
+
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One weight: how it is read, and the shapes that the tensors it is read from must have."""
+
+    stored: Stored
+    shapes: Mapping[str, Shape]
+
+
+def folder_place(weight: Weight, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
+    """In a Hugging Face folder. Experts have a tensor each, or all of a layer's share one, gate above up."""
+    name = family.checkpoint_name(weight.path)
+    if (expert := _EXPERT.fullmatch(weight.path)) and config.moe is not None:
+        fused = family.checkpoint_name(f"{expert['experts']}.gate_up_proj").removesuffix(".weight")
+        if fused in tensors.names():
+            return _fused_expert(weight, expert, fused, config.moe.num_experts)
+    if family.is_transposed(weight.path):
+        return Place(Stored(name, weight.stored, np.transpose), {name: weight.stored[::-1]})
+    return Place(Stored(name, weight.stored), {name: weight.stored})
+
+
+def _fused_expert(weight: Weight, expert: re.Match[str], fused: str, experts: int) -> Place:
+    rows, columns = weight.stored
+    if expert["part"] == "down":
+        name = f"{fused.removesuffix('gate_up_proj')}down_proj"
+        return _stacked(weight, name, int(expert["index"]) * rows, (experts, rows, columns))
+    first = (2 * int(expert["index"]) + (expert["part"] == "up")) * rows
+    return _stacked(weight, fused, first, (experts, 2 * rows, columns))
+
+
+def _stacked(weight: Weight, name: str, first_row: int, shape: Shape) -> Place:
+    return Place(Stored(name, weight.stored, first_row=first_row), {name: shape})
+
+
+def gguf_place(weight: Weight, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
+    """In a GGUF file: under other names, and some of them rearranged for llama.cpp's kernels."""
+    if (expert := _EXPERT.fullmatch(weight.path)) and config.moe is not None:
+        name = family.gguf_name(f"{expert['experts']}.{expert['part']}_proj")
+        shape = (config.moe.num_experts, *weight.stored)
+        return _stacked(weight, name, int(expert["index"]) * weight.stored[0], shape)
+    name = family.gguf_name(weight.path)
+    if weight.path.endswith(".kv_b_proj") and name not in tensors.names():
+        return _latent_parts(weight, family, config)
+    shape = weight.stored
+    if weight.path.endswith(".shared_expert_gate") and name in tensors.names():
+        shape = tensors.info(name).shape  # [1, d], or without the 1
+        shape = shape if np.prod(shape) == np.prod(weight.stored) else weight.stored
+    stored = Stored(name, weight.stored, _order(weight.path, family, config))
+    if weight.path.endswith("norm.weight"):
+        stored = replace(stored, minus=family.gguf_norm_offset)
+    return Place(stored, {name: shape})
+
+
+def _order(path: str, family: Family, config: ModelConfig) -> Callable[[Array], Array] | None:
+    """The view of a weight in the order of a GGUF file."""
+    place = ".".join(path.split(".")[2:])
+    if place in family.gguf_permuted:
+        query = place.split(".")[1].startswith("q")
+        return _paired_rows(config.num_attention_heads if query else config.num_key_value_heads)
+    if config.fused_qkv == "head" and place.startswith("self_attn.qkv"):
+        heads, size = config.num_key_value_heads, config.head_dim
+        # The file has all queries, all keys, all values.
+        return lambda rows: rows.reshape(heads, 3, size, *rows.shape[1:]).swapaxes(0, 1)
+    return None
+
+
+def _paired_rows(heads: int) -> Callable[[Array], Array]:
+    """The rows in the order of GGUF, where RoPE turns rows (2i, 2i + 1) together and not (i, i + h/2)."""
+
+    def view(rows: Array) -> Array:
+        halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        return halves.swapaxes(1, 2)
+
+    return view
+
+
+def _latent_parts(weight: Weight, family: Family, config: ModelConfig) -> Place:
+    """Keys and values of latent attention in two tensors: attn_k_b (heads, latent, key), turned for the
+    absorbed form, and attn_v_b (heads, value, latent)."""
+    latent = config.latent
+    assert latent is not None
+    heads, plain, rank = config.num_attention_heads, latent.qk_nope_head_dim, latent.kv_lora_rank
+    names = [family.gguf_name(weight.path.replace(".kv_b_proj", f".{part}_b_proj")) for part in "kv"]
+
+    def keys(rows: Array) -> Array:
+        return rows.reshape(heads, -1, rank)[:, :plain].transpose(0, 2, 1)
+
+    def values(rows: Array) -> Array:
+        return rows.reshape(heads, -1, rank)[:, plain:]
+
+    second = Stored(names[1], weight.stored, values)
+    shapes = {names[0]: (heads, rank, plain), names[1]: (heads, latent.v_head_dim, rank)}
+    return Place(Stored(names[0], weight.stored, keys, others=(second,)), shapes)

@@ -1,0 +1,64 @@
+"""Variants of a config: each function gives a new RunConfig, checked like one from a file.
+
+cfg = et.read_run_config("configs/llama.json")
+et.explain(et.enable_moe(et.enable_mqa(cfg), num_experts=8, top_k=2))
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
+
+
+def read_run_config(path: str | Path) -> RunConfig:
+    """The config in a JSON file of this project's keys (see configs/)."""
+    return parse_run_config(read_json(Path(path)), str(path))
+
+
+def enable_gqa(config: RunConfig, kv_heads: int) -> RunConfig:
+    """Query heads share key/value heads: kv_heads of them, a divisor of n_heads."""
+    return _random(config, use_gqa=True, use_mqa=False, n_kv_heads=kv_heads)
+
+
+def enable_mqa(config: RunConfig) -> RunConfig:
+    """All query heads share one key/value head."""
+    return _random(config, use_mqa=True, n_kv_heads=None)
+
+
+def enable_moe(
+    config: RunConfig,
+    num_experts: int,
+    top_k: int,
+    moe_d_ff: int | None = None,
+    shared_d_ff: int | None = None,
+) -> RunConfig:
+    """Experts in the place of the feed-forward, top_k of them for each token.
+
+    moe_d_ff: hidden size of each expert, that of the feed-forward by default. shared_d_ff: of an expert that
+    every token goes to.
+    """
+    return _random(
+        config, use_moe=True, num_experts=num_experts, top_k=top_k, moe_d_ff=moe_d_ff, shared_d_ff=shared_d_ff
+    )
+
+
+def enable_quantization(config: RunConfig, scheme: str) -> RunConfig:
+    """Quantized weights and activations, such as "W8A8"."""
+    return replace(config, quantization=scheme)
+
+
+def enable_prefill_decode_split(config: RunConfig) -> RunConfig:
+    """Stop after the prefill; it and decoding are always separate phases of a run."""
+    return replace(config, prefill_only=True)
+
+
+def enable_speculative_decoding(config: RunConfig, draft_layers: int) -> RunConfig:
+    """Let the model's own first layers draft tokens that the whole model then checks."""
+    return replace(config, speculative=True, draft_layers=draft_layers)
+
+
+def _random(config: RunConfig, **changes: object) -> RunConfig:
+    """The variant, which no checkpoint has the weights of."""
+    return replace(config, hf_repo_id=None, weight_file=None, **changes)
