@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dump_reference import activations
 from golden_cases import CASES, Case
 from reference_deepseek import EXPERT_KEYS, build_deepseek
 from safetensors.numpy import load_file
@@ -202,14 +203,28 @@ def check_contrasts(case: Case, seed: int, tokens: np.ndarray, logits: np.ndarra
         assert moved > 1e-2, f"{changes} moves the logits by {moved:.1e} only"
 
 
-def make_model(name: str) -> dict[str, np.ndarray]:
-    """The arrays of one golden model file."""
+def build_golden(name: str) -> tuple[Any, int, np.ndarray, np.ndarray]:
+    """The model of a golden file with the seed of its weights, its tokens and its targets."""
     case, seed = CASES[name], zlib.crc32(name.encode())
     tokens, targets = draw_tokens(case, seed)
     model = build(case, seed, {})
     while least_margin(case, model, tokens) < LEAST_MARGIN:
         seed += 1
         model = build(case, seed, {})
+    return model, seed, tokens, targets
+
+
+def make_reference(name: str) -> dict[str, np.ndarray]:
+    """The activations of a golden model for the first of its tokens, as dump_reference.py writes them."""
+    model, _, tokens, _ = build_golden(name)
+    found = activations(model, tokens[:, :5])
+    return {key: array if key == "tokens" else fewer_bits(array) for key, array in found.items()}
+
+
+def make_model(name: str) -> dict[str, np.ndarray]:
+    """The arrays of one golden model file."""
+    case = CASES[name]
+    model, seed, tokens, targets = build_golden(name)
     logits = forward(model, tokens)
     flat, counted = logits.reshape(-1, logits.shape[-1]), torch.from_numpy(targets).reshape(-1)
     loss = torch.nn.functional.cross_entropy(flat, counted, ignore_index=IGNORED, reduction="mean")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,22 +12,27 @@ import torch
 from golden_cases import CASES
 from golden_curves import write_curves
 from golden_lora import make_adapters
-from golden_models import make_model
+from golden_models import make_model, make_reference
 from golden_optimizers import make_steps
 from golden_parts import make_parts
 from golden_smollm2 import write_greedy
 from transformers.utils.logging import disable_progress_bar
 
-OTHERS = {"parts": make_parts, "optimizers": make_steps, "lora": make_adapters}
+REFERENCES = ("gpt2_plain", "gemma2_caps", "qwen2_moe_dense_layer", "deepseek_v2_direct")
+"""Models whose activations are kept too, for `parity`."""
+OTHERS = {
+    "parts": make_parts,
+    "optimizers": make_steps,
+    "lora": make_adapters,
+    **{f"reference_{name}": partial(make_reference, name) for name in REFERENCES},
+}
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
 def main() -> None:
     """Write the files that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "what", nargs="*", help="model names, 'parts', 'optimizers' or 'lora'; default: all of them"
-    )
+    parser.add_argument("what", nargs="*", help=f"model names or {', '.join(OTHERS)}; default: all")
     parser.add_argument(
         "--smollm2",
         type=Path,

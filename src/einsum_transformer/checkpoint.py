@@ -131,6 +131,24 @@ def read_config(source: str | Path | RunConfig, offline: bool = False) -> ModelC
         tensors.close()
 
 
+def config_keys(path: Path) -> Mapping[str, Any]:
+    """The keys that a config has where it lies: in config.json, a JSON file, or a GGUF file's metadata (those
+    of its architecture)."""
+    if path.is_dir():
+        path = path / "config.json"
+        return read_json(path) if path.exists() else {}
+    if path.suffix == ".json":
+        return {key: value for key, value in read_json(path).items() if not key.startswith("//")}
+    tensors = open_tensors(path)
+    try:
+        if not isinstance(tensors, GGUFFile):
+            return {}
+        own = ("general.architecture", f"{tensors.metadata['general.architecture']}.")
+        return {key: value for key, value in tensors.metadata.items() if key.startswith(own)}
+    finally:
+        tensors.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     dtype: np.dtype
@@ -366,7 +384,8 @@ def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
     if "vocab_size" not in own and "tokenizer.ggml.tokens" not in metadata:
         own["vocab_size"] = file.info("token_embd.weight").shape[0]
     try:
-        config = gguf_reader(architecture, source)(Keys(own, source), metadata)
+        keys = Keys(own, source)
+        config = gguf_reader(architecture, source)(keys, metadata)
         family = FAMILIES[config.model_type]
         if own.get("expert_count") and config.moe is None:
             count = own["expert_count"]
@@ -375,7 +394,11 @@ def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
         tied = family.gguf_name("lm_head.weight") not in held
         changes = _gguf_biases(config, family, held)
         rope = _with_factors(config, file)
-        return family, replace(config, rope=rope, tie_word_embeddings=tied, **changes)
+        defaulted, ignored = (
+            [f"{prefix}{name}" for name in names] for names in (keys.defaulted, keys.left_over())
+        )
+        told = {"defaulted": tuple(defaulted), "ignored": tuple(ignored)}
+        return family, replace(config, rope=rope, tie_word_embeddings=tied, **changes, **told)
     except ConfigError as error:
         raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
 

@@ -21,7 +21,7 @@ def test_counts_are_those_of_the_router(tmp_path: Path) -> None:
         model.logits(golden.tokens)
     first = routing(recorder.counts)[0]
     block = model.decoder.layers[0]
-    x = recorder.values["embedding.embed_tokens"] + recorder.values["layers.0.layer.self_attn"]
+    x = recorder.values["embed_tokens"] + recorder.values["layers.0.self_attn"]
     normed = block.post_attention_layernorm.forward(x)[0]
     chosen, w, p = block.mlp.routing.forward(einsum("btd,ed->bte", normed, block.mlp.gate))
     expected = np.bincount(chosen.ravel(), minlength=7)

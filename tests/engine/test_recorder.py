@@ -115,10 +115,12 @@ def test_taps_are_copies_under_their_place() -> None:
     with Recorder(values_wanted=True) as recorder:
         with phase("layer", layer=4), phase("attention"):
             assert tap("pattern", value) is value
+            tap("", value)
         assert tap("logits", value) is value
         value += 1
     assert {name: list(array) for name, array in recorder.values.items()} == {
-        "layers.4.layer.attention.pattern": [0, 0, 0],
+        "layers.4.pattern": [0, 0, 0],
+        "layers.4": [0, 0, 0],
         "logits": [0, 0, 0],
     }
 

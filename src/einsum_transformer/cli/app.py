@@ -15,7 +15,9 @@ from einsum_transformer.cli.chat import chat
 from einsum_transformer.cli.diff import diff
 from einsum_transformer.cli.explain import explain
 from einsum_transformer.cli.gradcheck import gradcheck
+from einsum_transformer.cli.inspect import inspect
 from einsum_transformer.cli.merge import merge
+from einsum_transformer.cli.parity import parity
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.run import run
 from einsum_transformer.cli.train import train
@@ -66,7 +68,7 @@ def _application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     application.callback()(_etx)
-    for command in (run, chat, explain, diff, train, merge, gradcheck, pull):
+    for command in (run, chat, explain, diff, inspect, train, merge, gradcheck, parity, pull):
         application.command(command.__name__)(command)
     return application
 
@@ -94,6 +96,7 @@ def _etx(
     etx run -p "The capital of France is" -n 8     continue a text, with a table of where the time went
     etx chat                                       talk to the default model, SmolLM2-135M-Instruct
     etx explain configs/llama.json --backward      the program of a model: equations, FLOPs, bytes
+    etx inspect my-model                           what a checkpoint holds, and which keys count
     etx train --lora --data notes.txt -o my-run    train adapters of the default model on a text
     etx merge --adapter-path my-run/step-00000010 -o my-model   put an adapter into the weights
     etx gradcheck --config configs/fast_lora.json  hand-derived gradients against central differences

@@ -11,7 +11,7 @@ from einsum_transformer.components.kv_cache import LayerCache
 from einsum_transformer.components.mixing import Mask, Mixing
 from einsum_transformer.components.qk_norm import QKNorm
 from einsum_transformer.components.rope import Rotation
-from einsum_transformer.engine import einsum, phase, weight_grad
+from einsum_transformer.engine import einsum, phase, tap, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -59,6 +59,8 @@ class Attention:
                 q, saved_q = self.q_norm.forward(q)
                 k, saved_k = self.k_norm.forward(k[:, :, :, None])
                 k, saved_norms = k[:, :, :, 0], (saved_q, saved_k)
+                tap("self_attn.q_norm", q)
+                tap("self_attn.k_norm", k)
         mixed, saved_mix = attend(q, k, v, rotation, queries, pads, cache, self.mixing)
         with phase("output"):
             y = einsum("btkgh,dkgh->btd", mixed, self.o_proj)

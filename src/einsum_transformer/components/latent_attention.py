@@ -21,7 +21,7 @@ from einsum_transformer.components.kv_cache import LayerCache
 from einsum_transformer.components.mixing import Mask, Mixing
 from einsum_transformer.components.rmsnorm import RMSNorm
 from einsum_transformer.components.rope import Rotation
-from einsum_transformer.engine import einsum, phase, weight_grad
+from einsum_transformer.engine import einsum, phase, tap, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -43,6 +43,7 @@ class LatentQuery:
         if self.q_a_bias is not None:
             latent += self.q_a_bias
         normed, saved_norm = self.q_a_layernorm.forward(latent)
+        tap("self_attn.query.q_a_layernorm", normed)
         return einsum("btc,khc->btkh", normed, self.q_b_proj), (x, normed, saved_norm)
 
     def backward(self, dq: Array, saved: Any) -> tuple[Array, LatentQuery]:
@@ -107,6 +108,7 @@ class LatentAttention:
                 joined += self.kv_a_bias
             size = joined.shape[-1] - self.rope_size
             latent, saved_norm = self.kv_a_layernorm.forward(joined[..., :size])
+            tap("self_attn.kv_a_layernorm", latent)
         with phase("rope"):
             nope = q.shape[-1] - self.rope_size
             q_plain, q_turned = q[..., :nope], rotation.forward(q[..., nope:])

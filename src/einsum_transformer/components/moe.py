@@ -15,7 +15,7 @@ import numpy as np
 
 from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.components.mlp import MLP
-from einsum_transformer.engine import count, counting, einsum, phase, weight_grad
+from einsum_transformer.engine import count, counting, einsum, phase, tap, weight_grad
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.numerics.activations import sigmoid
 from einsum_transformer.numerics.softmax import softmax
@@ -143,6 +143,7 @@ class MoE:
         if self.shared_expert is None:
             return None
         said, saved = self.shared_expert.forward(x)
+        tap("mlp.shared_expert", said)
         if self.shared_expert_gate is None:
             y += said
             return said, saved, None

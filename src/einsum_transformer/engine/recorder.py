@@ -229,8 +229,11 @@ def count(name: str, amounts: np.ndarray) -> None:
 
 
 def tap(name: str, value: np.ndarray) -> np.ndarray:
-    """`value` itself; a recorder that wants values keeps a copy under the current phases and `name`."""
+    """`value` itself; a recorder that wants values keeps a copy under `name`, in a layer `layers.3.name`.
+
+    The names are those of weights and the parts that hold them; without a name it is the layer's own value.
+    """
     if active is not None and active.values_wanted:
-        layer = "" if active._layer is None else f"layers.{active._layer}."
-        active.values[layer + ".".join((*active._path, name))] = np.array(value)
+        place = name if active._layer is None else f"layers.{active._layer}.{name}".rstrip(".")
+        active.values[place] = np.array(value)
     return value

@@ -46,12 +46,14 @@ class Block:
     ) -> tuple[Array, tuple[Any, ...]]:
         with phase("norm"):
             normed, saved_norm = self.input_layernorm.forward(x)
+            tap("input_layernorm", normed)
         with phase("attention"):
             y, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
         tap("self_attn", y)
         x = np.add(x, y, out=y)
         with phase("norm"):
             normed, saved_post = self.post_attention_layernorm.forward(x)
+            tap("post_attention_layernorm", normed)
         with phase("feed-forward"):
             y, saved_mlp = self.mlp.forward(normed)
         tap("mlp", y)
@@ -94,20 +96,22 @@ class PostNormBlock:
         cache: LayerCache | None,
     ) -> tuple[Array, tuple[Any, ...]]:
         with phase("norm"):
-            normed, saved_input = _optional(self.input_layernorm, x)
+            normed, saved_input = _optional("input_layernorm", self.input_layernorm, x)
         with phase("attention"):
             y, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
+        tap("self_attn", y)
         with phase("norm"):
             y, saved_post = self.post_attention_layernorm.forward(y)
-        tap("self_attn", y)
+            tap("post_attention_layernorm", y)
         x = np.add(x, y, out=y)
         with phase("norm"):
-            normed, saved_pre = _optional(self.pre_feedforward_layernorm, x)
+            normed, saved_pre = _optional("pre_feedforward_layernorm", self.pre_feedforward_layernorm, x)
         with phase("feed-forward"):
             y, saved_mlp = self.mlp.forward(normed)
+        tap("mlp", y)
         with phase("norm"):
             y, saved_last = self.post_feedforward_layernorm.forward(y)
-        tap("mlp", y)
+            tap("post_feedforward_layernorm", y)
         return np.add(x, y, out=y), (saved_input, saved_attn, saved_post, saved_pre, saved_mlp, saved_last)
 
     def backward(
@@ -153,12 +157,15 @@ class ParallelBlock:
         saved_post = None
         with phase("norm"):
             normed, saved_norm = self.input_layernorm.forward(x)
+            tap("input_layernorm", normed)
         with phase("attention"):
             attended, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
         tap("self_attn", attended)
         if self.post_attention_layernorm is not None:
             with phase("norm"):
                 normed, saved_post = self.post_attention_layernorm.forward(x)
+                tap("post_attention_layernorm", normed)
+            tap("post_attention_layernorm", normed)
         with phase("feed-forward"):
             y, saved_mlp = self.mlp.forward(normed)
         tap("mlp", y)
@@ -190,8 +197,11 @@ class ParallelBlock:
 AnyBlock = Block | PostNormBlock | ParallelBlock
 
 
-def _optional(norm: Norm | None, x: Array) -> tuple[Array, Any]:
-    return (x, None) if norm is None else norm.forward(x)
+def _optional(name: str, norm: Norm | None, x: Array) -> tuple[Array, Any]:
+    if norm is None:
+        return x, None
+    normed, saved = norm.forward(x)
+    return tap(name, normed), saved
 
 
 def _optional_backward(norm: Norm | None, dy: Array, saved: Any) -> tuple[Array, Any]:

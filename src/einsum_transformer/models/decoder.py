@@ -86,10 +86,10 @@ class Decoder:
             places = np.maximum(queries - pads[:, None], 0)
         with phase("embedding"):
             x, saved_embedding = self.embed_tokens.forward(tokens)
+            tap("embed_tokens", x)
             if self.embed_positions is not None:
                 self._check_places(places)
-                x = x + self.embed_positions.forward(places)[0]
-            tap("embed_tokens", x)
+                x = x + tap("embed_positions", self.embed_positions.forward(places)[0])
             ahead = 0 if cache is None else cache.horizon - (0 if pads is None else pads)
             turns = [rotation(rope, self.head_dim, places, x.dtype, ahead) for rope in self.ropes]
         saved_blocks = []
@@ -98,6 +98,7 @@ class Decoder:
             turn = None if rope is None else turns[rope]
             with phase("layer", layer=i):
                 y, saved = block.forward(x, turn, queries, pads, None if cache is None else cache.layers[i])
+                tap("", y)
             if keep:
                 saved_blocks.append(x if recompute else saved)
             x = y
@@ -106,8 +107,9 @@ class Decoder:
             if positions != "all":
                 x = x[:, -1:] if positions == "last" else x[:, :0]
             x, saved_norm = self.norm.forward(x)
+            tap("norm", x)
             logits, saved_head = self.head.forward(x, keep)
-            tap("lm_head", logits)
+            tap("logits", logits)
         if not keep:
             return logits, None
         again = queries if recompute else None

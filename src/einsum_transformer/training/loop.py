@@ -258,9 +258,7 @@ def _values(model: Model, tokens: Array) -> Iterator[tuple[str, Array]]:
     try:
         with nullcontext() if recorder.active else watched:
             model.decoder.forward(tokens)
-        for key, value in watched.values.items():
-            head, *rest = key.split(".")
-            yield f"layers.{rest[0]}.{rest[-1]}" if head == "layers" else key.rpartition(".")[2], value
+        yield from watched.values.items()
     finally:
         watched.values, watched.values_wanted = before, False
 

@@ -1,0 +1,231 @@
+"""What a checkpoint holds, without loading it: its tensors, what they are in the model, and what its config
+says, leaves out, or says in vain."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from einsum_transformer.analysis.report import quantity
+from einsum_transformer.errors import InputError
+from einsum_transformer.formats import TensorInfo, TensorSource
+from einsum_transformer.formats.folder import open_tensors
+from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.decoder import Weight, weights_of
+from einsum_transformer.models.families import FAMILIES
+from einsum_transformer.models.places import folder_place, gguf_place
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a file."""
+
+    name: str
+    file: str
+    dtype: str
+    """In the file."""
+    shape: tuple[int, ...]
+    nbytes: int
+    weights: tuple[str, ...]
+    """What it is in the model (several, where one tensor holds many); nothing where the model has no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint or a config as it lies there."""
+
+    source: str
+    model_type: str | None
+    config: Mapping[str, Any] | None
+    """The switches that were read, None where the config cannot be read."""
+    used: Mapping[str, Any]
+    """Keys of the config that were read, with what they say."""
+    defaulted: tuple[str, ...]
+    """Keys that are absent or null, so that the family's default holds."""
+    ignored: tuple[str, ...]
+    """Keys that nobody read."""
+    tensors: tuple[Tensor, ...]
+    missing: tuple[str, ...]
+    """Tensors that the config asks for and no file holds."""
+    problems: tuple[str, ...]
+    """Why it would not load, as far as it is seen here."""
+    parameters: int | None
+    """Of the model that the config describes."""
+
+    @property
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """Type in the files -> bytes of its tensors, the largest first."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            found[tensor.dtype] = found.get(tensor.dtype, 0) + tensor.nbytes
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts in JSON types."""
+        return asdict(self) | {"bytes_by_dtype": self.bytes_by_dtype}
+
+
+def inspect(
+    path: Path, raw: Mapping[str, Any], read_config: Callable[[], ModelConfig], weights: bool = True
+) -> Inspection:
+    """The folder, .gguf file or JSON config at `path`, whose config's keys are `raw`.
+
+    read_config: how its config is read; what it raises is told among the problems, as are tensors that are
+    missing or of another shape than the config's. weights: whether there are tensors to look at.
+    """
+    problems: list[str] = []
+    config = _tried(read_config, problems)
+    tensors = _tried(lambda: open_tensors(path), problems) if weights else None
+    try:
+        infos = [] if tensors is None else _infos(tensors, problems)
+        wanted, roles = _wanted(config, tensors, problems)
+    finally:
+        if tensors is not None:
+            tensors.close()
+    held = {info.name: info for info in infos}
+    if tensors is not None and held:
+        wrong = [name for name, shape in wanted.items() if name in held and held[name].shape != shape]
+        problems += [
+            f"{name} is {list(held[name].shape)} in the file, {list(wanted[name])} by the config"
+            for name in wrong
+        ]
+    missing = tuple(name for name in wanted if name not in held) if infos else ()
+    ignored = () if config is None else config.ignored
+    defaulted = () if config is None else config.defaulted
+    return Inspection(
+        str(path),
+        None if config is None else config.model_type,
+        None if config is None else _settings(config),
+        {name: raw[name] for name in sorted(set(raw) - {*ignored, *defaulted})},
+        tuple(sorted(set(defaulted))),
+        ignored,
+        tuple(
+            Tensor(i.name, i.file.name, i.dtype, i.shape, i.nbytes, tuple(roles.get(i.name, ())))
+            for i in infos
+        ),
+        missing,
+        (*problems, *([f"missing tensors: {_some(missing)}"] if missing else [])),
+        None if config is None else sum(prod(weight.stored) for weight in weights_of(config)),
+    )
+
+
+def _tried(make: Callable[[], Any], problems: list[str]) -> Any:
+    """What `make` gives, or None and a problem more."""
+    try:
+        return make()
+    except InputError as error:
+        problems.append(str(error))
+        return None
+
+
+def _infos(tensors: TensorSource, problems: list[str]) -> list[TensorInfo]:
+    """Of every tensor that can be looked at; a shard that cannot be is one problem."""
+    found, told = [], set()
+    for name in tensors.names():
+        try:
+            found.append(tensors.info(name))
+        except InputError as error:
+            told.add(str(error))
+    problems += sorted(told)
+    return found
+
+
+def _wanted(
+    config: ModelConfig | None, tensors: TensorSource | None, problems: list[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
+    """Tensor -> the shape that the config gives it; tensor -> the weights that are read from it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    roles: dict[str, list[str]] = {}
+    if config is None or tensors is None:
+        return shapes, roles
+    family = FAMILIES[config.model_type].found_in(tensors.names())
+    place = gguf_place if isinstance(tensors, GGUFFile) else folder_place
+
+    def look(weight: Weight) -> None:
+        for name, shape in place(weight, family, config, tensors).shapes.items():
+            shapes[name] = shape
+            roles.setdefault(name, []).append(weight.path)
+
+    for weight in weights_of(config):
+        _tried(lambda weight=weight: look(weight), problems)
+    return shapes, roles
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    aside = ("defaulted", "ignored", "attention_block")
+    return {name: value for name, value in asdict(config).items() if name not in aside}
+
+
+def render(found: Inspection, every: bool = False) -> str:
+    """The facts as text; every: a line for each tensor, not for each kind."""
+    head = f"{found.source}: {found.model_type or 'a config that cannot be read'}"
+    if found.parameters is not None:
+        head += f", {found.parameters:,} parameters"
+    lines = [head]
+    if found.tensors:
+        kinds = ", ".join(f"{quantity(n, 'B')} {dtype}" for dtype, n in found.bytes_by_dtype.items())
+        files = len({tensor.file for tensor in found.tensors})
+        lines.append(f"{len(found.tensors)} tensors in {files} file{'s'[: files > 1]}: {kinds}")
+        lines += ["", *_table(found.tensors, every)]
+    settings = [f"{name} = {_short(value)}" for name, value in found.used.items()]
+    groups = [("keys that were read", settings), ("absent or null, so at their default", found.defaulted)]
+    groups.append(("keys that nothing here reads", found.ignored))
+    for title, names in groups:
+        if names:
+            text = textwrap.wrap(", ".join(names), 96, break_long_words=False, break_on_hyphens=False)
+            lines += ["", f"{title}:", *(f"  {line}" for line in text)]
+    if found.problems:
+        lines += ["", *(f"problem: {problem}" for problem in found.problems)]
+    return "\n".join(lines)
+
+
+def _table(tensors: tuple[Tensor, ...], every: bool) -> Iterator[str]:
+    rows = [("tensor", "", "type", "shape", "bytes", "in the model")]
+    for (name, dtype, shape, role), alike in _grouped(tensors, every).items():
+        size = quantity(sum(tensor.nbytes for tensor in alike), "B")
+        count = f"x {len(alike)}" if len(alike) > 1 else ""
+        rows.append((name, count, dtype, " x ".join(map(str, shape)), size, role))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in (1, 4) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def _short(value: Any) -> str:
+    """A value of a config on a fraction of a line."""
+    if isinstance(value, dict) and value:
+        return "{" + ", ".join(f"{key}: {_short(each)}" for key, each in list(value.items())[:8]) + "}"
+    if isinstance(value, list) and len(value) > 4:
+        return f"list of {len(value)}"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _grouped(tensors: tuple[Tensor, ...], every: bool) -> dict[tuple[Any, ...], list[Tensor]]:
+    """Tensors that differ by the numbers in their names alone are one line, with `*` for the numbers."""
+    found: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds = list(dict.fromkeys(_starred(weight) for weight in tensor.weights))
+        role = kinds[0].removesuffix(".weight") if kinds else "-"
+        role += f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""
+        name = tensor.name if every else _starred(tensor.name)
+        found.setdefault((name, tensor.dtype, tensor.shape, role), []).append(tensor)
+    return found
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _some(names: tuple[str, ...], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

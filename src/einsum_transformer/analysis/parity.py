@@ -1,0 +1,255 @@
+"""A model against a dump of another program's activations, step by step.
+
+The steps are those that a program built of modules shows too: embedding, norms, the product of every matrix,
+attention, feed-forward and layer, the logits. A reference names them as checkpoints name the modules
+("model.layers.0.self_attn.q_proj"), beside `tokens` and `logits`; tools/dump_reference.py writes one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import Leaf, Recorder, einsum, tap
+from einsum_transformer.errors import InputError
+from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats.npz import NpzFile
+from einsum_transformer.formats.safetensors import SafetensorsFile
+from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
+from einsum_transformer.tree import map_named, named_leaves
+
+Array = np.ndarray
+
+TOKENS, LOGITS = "tokens", "logits"
+TOLERANCE = 1e-4
+_MOST_NUMBERS = 1 << 20
+"""Tokens of a reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the program beside the reference's."""
+
+    name: str
+    """In the reference."""
+    shape: tuple[int, ...]
+    max_error: float
+    """Largest |ours - reference|."""
+    relative_error: float
+    """||ours - reference|| / ||reference||."""
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """All steps that both have, in the order of the program."""
+
+    reference: str
+    tokens: tuple[int, ...]
+    tolerance: float
+    steps: tuple[Step, ...]
+    not_in_reference: tuple[str, ...]
+    not_compared: tuple[str, ...]
+    """What only the reference has."""
+    same_choice: float | None
+    """Share of places where both have the same likeliest token, None without logits."""
+
+    @property
+    def first_diverging(self) -> Step | None:
+        return next((step for step in self.steps if not step.passed), None)
+
+    @property
+    def passed(self) -> bool:
+        return self.first_diverging is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers in JSON types."""
+        first = self.first_diverging
+        derived = {"passed": self.passed, "first_diverging": None if first is None else first.name}
+        return asdict(self) | derived
+
+
+def open_reference(path: Path) -> TensorSource:
+    """The arrays of a .npz or .safetensors file, or of the one such file that a folder holds."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
+        if len(files) != 1:
+            raise InputError(f"{path}: holds {len(files)} .npz and .safetensors files; name the one to read")
+        path = files[0]
+    if path.suffix == ".npz":
+        return NpzFile(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    raise InputError(f"{path}: a .npz or .safetensors file, or a folder that holds one, is expected")
+
+
+def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, tokens: Any = None) -> Parity:
+    """Run the model on the reference's tokens and compare every step that both have.
+
+    tokens: (b, t) ids where the reference has none. tolerance: of the relative error of a step, over all its
+    numbers. Errors: InputError where the reference has no step of the model, or one of another shape.
+    """
+    if not tolerance >= 0:
+        raise InputError(f"tolerance is {tolerance}: at least 0 is expected")
+    tokens = model.checked(
+        _tokens(reference) if tokens is None else tokens, f"the tokens of {reference.path}"
+    )
+    watched = replace(model, decoder=_watched(model))
+    found = _Comparing(reference, _namer(model, set(reference.names())), tolerance)
+    with Recorder(values_wanted=True, values=found):
+        watched.decoder.forward(tokens)
+    if not found.steps:
+        named = ", ".join(found.missing[:3])
+        raise InputError(
+            f"{reference.path}: holds no step of the model, none of {named}, ...; what it holds: "
+            f"{', '.join(reference.names()[:3])}, ... (tools/dump_reference.py writes such files)"
+        )
+    aside = {step.name for step in found.steps} | {TOKENS}
+    others = tuple(name for name in reference.names() if name not in aside)
+    return Parity(
+        str(reference.path),
+        tokens.shape,
+        tolerance,
+        tuple(found.steps),
+        tuple(found.missing),
+        others,
+        found.same_choice,
+    )
+
+
+class _Comparing(dict):  # type: ignore[type-arg]
+    """Stands where a recorder keeps values: each is compared as it comes and not kept."""
+
+    def __init__(self, reference: TensorSource, named: Callable[[str], str], tolerance: float) -> None:
+        self.reference, self.named, self.tolerance = reference, named, tolerance
+        self.steps: list[Step] = []
+        self.missing: list[str] = []
+        self.same_choice: float | None = None
+        self.held = set(reference.names())
+
+    def __setitem__(self, place: str, ours: Array) -> None:
+        name = self.named(place)
+        if name not in self.held:
+            self.missing.append(name)
+            return
+        theirs = self._read(name, ours)
+        ours = ours.reshape(theirs.shape).astype(np.float64)
+        error = np.abs(ours - theirs)
+        # Where both overflow alike there is no difference.
+        error[ours == theirs] = 0
+        largest, size = float(error.max(initial=0)), float(np.linalg.norm(theirs))
+        relative = float(np.linalg.norm(error)) / size if size else largest
+        # so written that a NaN fails
+        self.steps.append(Step(name, theirs.shape, largest, relative, relative <= self.tolerance))
+        if name == LOGITS:
+            self.same_choice = float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))
+
+    def _read(self, name: str, ours: Array) -> Array:
+        """The reference's numbers; its axes may be joined or split, as those of heads are."""
+        shape = self.reference.info(name).shape
+        if prod(shape) != ours.size or shape[:1] not in (ours.shape[:1], (prod(ours.shape[:2]),)):
+            raise InputError(
+                f"{self.reference.path}: {name} is {list(shape)}, the model's is {list(ours.shape)}: "
+                "another model, or other tokens?"
+            )
+        return self.reference.read(name).astype(np.float64)
+
+
+def _tokens(reference: TensorSource) -> Array:
+    if TOKENS not in reference.names():
+        raise InputError(
+            f"{reference.path}: has no array {TOKENS!r}; give the token ids with --tokens FILE.npy"
+        )
+    if prod(reference.info(TOKENS).shape) > _MOST_NUMBERS:
+        raise InputError(f"{reference.path}: more than {_MOST_NUMBERS:,} tokens")
+    return np.atleast_2d(reference.read(TOKENS))
+
+
+def _namer(model: Model, held: set[str]) -> Callable[[str], str]:
+    """What the reference calls a place: a checkpoint's name for it with whichever prefix it has there, or
+    ours, which programs come back to where checkpoints have older names."""
+    prefixes = (model.family.prefix, *model.family.other_prefixes)
+
+    def named(place: str) -> str:
+        if place == LOGITS:
+            return LOGITS
+        names = [replace(model.family, prefix=prefix).checkpoint_name(place) for prefix in prefixes]
+        names = [name.removesuffix(".weight") for name in names]
+        names += [f"{prefix}{place}" for prefix in prefixes]
+        return next((name for name in names if name in held), names[0])
+
+    return named
+
+
+class _Watched(Leaf):
+    """A matrix whose product with what comes in is told to the recorder, the bias that it gets added."""
+
+    def __init__(self, place: str, weight: Any, bias: Any) -> None:
+        self.place, self.weight, self.bias = place, weight, bias
+        self.shape, self.dtype = weight.shape, weight.dtype
+
+    def array(self) -> Array:
+        return np.asarray(self.weight)
+
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
+        y = einsum(equation, *operands[:position], self.weight, *operands[position + 1 :])
+        tap(self.place, y if self.bias is None else y + self.bias)
+        return y
+
+
+def _watched(model: Model) -> Any:
+    """The decoder with its matrices watched, but for experts', which see some of the tokens only, and those
+    whose result is a step already."""
+    biases = {path: leaf for path, leaf in named_leaves(model.decoder) if path.endswith("_bias")}
+    aside = (EMBEDDING, POSITIONS, HEAD)
+
+    def leaf(path: str, weight: Any) -> Any:
+        if path in aside or ".experts." in path or path.endswith((".weight", "bias")):
+            return weight
+        place = re.sub(r"^layers\.\d+\.", "", path)
+        return _Watched(place, weight, biases.get(path.removesuffix("_proj") + "_bias"))
+
+    return map_named(leaf, model.decoder)
+
+
+def render(found: Parity, every: bool = True) -> Any:
+    """The steps for a terminal, as a rich renderable; every: also those that agree."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    first = found.first_diverging
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("step")
+    for heading in ("largest error", "relative", ""):
+        table.add_column(heading, justify="right")
+    for step in found.steps:
+        if every or not step.passed:
+            told = "" if step.passed else "diverges first" if step is first else "diverges"
+            table.add_row(step.name, f"{step.max_error:.1e}", f"{step.relative_error:.1e}", told)
+    failing = sum(not step.passed for step in found.steps)
+    lines = [f"{len(found.steps)} steps compared on {' x '.join(map(str, found.tokens))} tokens"]
+    if found.not_in_reference:
+        lines.append(f"not in the reference: {_some(found.not_in_reference)}")
+    if found.not_compared:
+        lines.append(f"only in the reference: {_some(found.not_compared)}")
+    if found.same_choice is not None:
+        lines.append(f"likeliest next token: the same in {100 * found.same_choice:.1f} % of places")
+    if first is None:
+        lines.append(f"equal: no step differs by more than {found.tolerance:g} of its size")
+    else:
+        lines.append(
+            f"{failing} steps differ by more than {found.tolerance:g} of their size, first {first.name}"
+        )
+    return Group(table, Text(""), *map(Text, lines))
+
+
+def _some(names: tuple[str, ...], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

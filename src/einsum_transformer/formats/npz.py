@@ -1,0 +1,114 @@
+"""NumPy's .npz as a TensorSource: a zip archive of .npy arrays, each read whole when it is asked for."""
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from einsum_transformer.errors import FormatError, InputError
+from einsum_transformer.formats import TensorInfo, as_rows
+from einsum_transformer.formats.mapped import DTYPES, quoted, refuse_unknown
+
+_FILE_DTYPES = {name: dtype for dtype, (name, _) in DTYPES.items()}
+_MOST_MEMBERS = 100_000
+
+
+class NpzFile:
+    """The arrays of a .npz file by their names.
+
+    Raises FormatError for what is no archive of arrays, for arrays of objects, which are pickles, and for a
+    member whose size is not what its header says; nothing is allocated before that is checked.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise FormatError(f"{self.path}: not a .npz file: {error}") from None
+        members = self._zip.infolist()
+        if len(members) > _MOST_MEMBERS:
+            raise FormatError(f"{self.path}: {len(members):,} arrays, at most {_MOST_MEMBERS:,} are expected")
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            if name in self._members:
+                raise FormatError(f"{self.path}: array {quoted(name)} is there twice")
+            self._members[name] = member
+        self._infos: dict[str, tuple[TensorInfo, bool]] = {}
+
+    def names(self) -> list[str]:
+        return list(self._members)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._info(name)[0]
+
+    def read(self, name: str) -> np.ndarray:
+        info, fortran = self._info(name)
+        with self._opened(name) as file:
+            try:
+                _header(file)
+                raw = file.read(info.nbytes)
+                longer = file.read(1)
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+                raise self._refusal(name, str(error)) from None
+        if len(raw) != info.nbytes or longer:
+            raise self._refusal(name, "its size is not what its header says")
+        array = np.frombuffer(raw, DTYPES[info.dtype][0])
+        return array.reshape(info.shape, order="F" if fortran else "C")
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return as_rows(self.read(name))[start:stop]
+
+    def release(self, name: str) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        self._zip.close()
+
+    def _info(self, name: str) -> tuple[TensorInfo, bool]:
+        """Shape, type and size of an array, and whether it is stored column by column."""
+        if name in self._infos:
+            return self._infos[name]
+        if name not in self._members:
+            refuse_unknown(self.path, name, self.names())
+        member = self._members[name]
+        with self._opened(name) as file:
+            try:
+                shape, fortran, dtype = _header(file)
+                start = file.tell()
+            except Exception as error:  # whatever NumPy's parser makes of a header that is none
+                raise self._refusal(name, str(error)) from None
+        if dtype.name not in _FILE_DTYPES or not dtype.isnative:
+            raise self._refusal(name, f"it is {dtype}, not one of {', '.join(sorted(_FILE_DTYPES))}")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes != member.file_size - start:
+            raise self._refusal(
+                name, f"{shape} {dtype} take {nbytes} bytes, {member.file_size - start} there"
+            )
+        info = TensorInfo(name, shape, _FILE_DTYPES[dtype.name], nbytes, self.path, member.header_offset)
+        self._infos[name] = info, fortran
+        return self._infos[name]
+
+    def _opened(self, name: str) -> BinaryIO:
+        try:
+            return cast(BinaryIO, self._zip.open(self._members[name]))
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+            raise self._refusal(name, str(error)) from None
+
+    def _refusal(self, name: str, reason: str) -> FormatError:
+        return FormatError(f"{self.path}: array {quoted(name)}: {reason}")
+
+
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether columns come first, type) of a .npy stream; NumPy bounds the header's length."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"version {version} of the .npy format is not known")
+    return read[version](file)

@@ -1,0 +1,84 @@
+"""What a checkpoint holds is told as it lies there, and what keeps it from loading as a problem."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import einsum_transformer as et
+from einsum_transformer.cli.app import main
+from gguf_files import write_model_gguf
+from golden_files import load_golden, write_folder
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The exit code and the JSON object of `etx inspect`."""
+    with pytest.raises(SystemExit) as left:
+        main(["inspect", *arguments, "--json"])
+    return int(str(left.value.code)), json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["gpt2_plain", "mixtral_mqa", "deepseek_v2_direct"])
+def test_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every tensor is some weight of the model, and all numbers are counted once."""
+    golden = load_golden(name)
+    folder = write_folder(tmp_path, golden.config | {"colour": "blue"}, golden.weights)
+    code, found = told(capsys, str(folder))
+    assert (code, found["problems"], found["missing"]) == (0, [], [])
+    assert {each["name"]: tuple(each["shape"]) for each in found["tensors"]} == {
+        key: w.shape for key, w in golden.weights.items()
+    }
+    parameters = et.load(folder).named_parameters()
+    assert found["parameters"] == sum(w.size for w in parameters.values())
+    assert found["bytes_by_dtype"] == {"F32": 4 * found["parameters"]}
+    weights = [weight for each in found["tensors"] for weight in each["weights"]]
+    assert len(weights) == len(set(weights)) == len(et.load(folder).weights)
+    assert found["ignored"].count("colour") == 1
+    assert "colour" not in found["used"]
+    assert found["used"]["model_type"] == golden.config["model_type"]
+    assert not set(found["used"]) & set(found["defaulted"])
+
+
+def test_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("qwen3_tied")
+    path = write_model_gguf(tmp_path / "m.gguf", golden.config, golden.weights)
+    code, found = told(capsys, str(path))
+    assert (code, found["model_type"], found["problems"]) == (0, "qwen3", [])
+    assert found["used"]["qwen3.block_count"] == golden.config["num_hidden_layers"]
+    assert all(each["weights"] for each in found["tensors"])
+
+
+def test_what_does_not_load_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("gpt2_plain")
+    weights = {name.replace("c_fc", "c_fd"): w for name, w in golden.weights.items()}
+    weights["transformer.ln_f.weight"] = np.ones(3, np.float32)
+    code, found = told(capsys, str(write_folder(tmp_path / "a", golden.config, weights)))
+    assert code == 1
+    assert found["missing"][0] == "transformer.h.0.mlp.c_fc.weight"
+    assert any(
+        problem.startswith("transformer.ln_f.weight is [3] in the file") for problem in found["problems"]
+    )
+    assert [each["weights"] for each in found["tensors"] if "c_fd" in each["name"]] == [[]] * 6
+    code, found = told(
+        capsys, str(write_folder(tmp_path / "b", golden.config | {"n_head": "5"}, golden.weights))
+    )
+    assert (code, found["config"]) == (1, None)
+    assert "key 'n_head' is '5', expected int" in found["problems"][0]
+    assert len(found["tensors"]) == len(golden.weights)
+
+
+def test_the_listing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("gpt2_plain")
+    folder = write_folder(tmp_path, golden.config, golden.weights)
+    for flags, line in (([], "transformer.h.*.ln_1.bias"), (["--all"], "transformer.h.2.ln_1.bias")):
+        with pytest.raises(SystemExit):
+            main(["inspect", str(folder), *flags])
+        assert line in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["inspect", "configs/fast_lora.json"])
+    assert left.value.code == 0
+    assert 'arch = "llama"' in capsys.readouterr().out
