@@ -78,7 +78,6 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
-        blas.set_threads(1)
         wanted = cases(options.workers)
         connection = Connection(None, sum(case.workers for case in wanted), options.store_bytes)
         stack.callback(connection.close)
@@ -91,6 +90,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
             progress("warm-up" if number == 0 else f"round {number} of {options.rounds}")
             turn = number % len(started)
             for case, made in started[turn:] + started[:turn]:
+                # What `train --ray-workers N --threads N` gives the driver, for when the workers wait.
+                blas.set_threads(case.workers)
                 with Recorder() as recorder:
                     seconds = made.step().seconds
                 if number == 0:
@@ -124,7 +125,8 @@ def notes(options: argparse.Namespace, samples: dict[str, dict[str, list[float]]
     return [
         machine.machine_line(),
         f"{options.config.name}, random weights; {options.batch_size} x {options.seq_len} tokens; AdamW",
-        f"Ray {version('ray')}, NumPy {version('numpy')}; one BLAS thread for each worker and the driver",
+        f"Ray {version('ray')}, NumPy {version('numpy')}; one BLAS thread for each worker, and as many "
+        "for the driver as they have together",
         f"medians of {options.rounds} rounds; largest less smallest round: at most {max(spreads):.0%} of "
         "the median",
     ]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.engine import blas
+from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.training.loop import Settings, batch_gradients
@@ -116,6 +117,7 @@ class Worker:
     def __init__(self, plan: Plan, threads: int) -> None:
         import ray  # pyright: ignore[reportMissingImports]
 
+        keep_freed()
         blas.use("mkl" if plan.blas == "mkl" else "numpy")
         blas.set_threads(threads)
         self.plan = plan
