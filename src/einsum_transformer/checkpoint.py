@@ -24,7 +24,7 @@ from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import read_all, rooms
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
-from einsum_transformer.models.families import FAMILIES, family_of, gguf_reader
+from einsum_transformer.models.families import FAMILIES, family_of, gguf, gguf_reader
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
@@ -229,7 +229,7 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
         raise InputError(f"seed is {seed}: it must be at least 0")
     weights = weights_of(config)
     needed = sum(math.prod(weight.stored) for weight in weights) * options.dtype.itemsize
-    if needed > (present := _memory()):
+    if needed > (present := memory()):
         sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f}"
         raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
 
@@ -250,7 +250,7 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
     return Model(config, build(config, leaf), source=f"{source} (random weights, seed {seed})")
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of memory of this machine."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -364,7 +364,7 @@ def _from_gguf(file: GGUFFile, options: _Options) -> Model:
     family, full = _gguf_config(file)
     config = options.cut(full)
     places = {weight.path: gguf_place(weight, family, full, file) for weight in weights_of(full)}
-    _check_names(file, places, _GGUF_FACTORS, "")
+    _check_names(file, places, gguf.FACTORS, "")
     # Before the weights: what building it takes is free again when they come.
     tokenizer = (
         Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
@@ -412,9 +412,6 @@ def _gguf_biases(config: ModelConfig, family: Family, held: set[str]) -> dict[st
     if config.mlp == "gated":
         kinds["mlp_bias"] = "mlp.up_bias"
     return {kind: family.gguf_name(f"layers.0.{place}") in held for kind, place in kinds.items()}
-
-
-_GGUF_FACTORS = r"rope_(freqs|factors_long|factors_short)\.weight"
 
 
 def _with_factors(config: ModelConfig, file: GGUFFile) -> RopeConfig | None:

@@ -17,6 +17,7 @@ from einsum_transformer.analysis.explain import _distinct, _layer_names
 from einsum_transformer.engine import Recorder, ShapeArray, blas
 from einsum_transformer.models.decoder import build, weights_of
 from einsum_transformer.models.run_config import parse_run_config, read_json
+from golden_files import MODELS, load_golden, write_folder
 from tiny_models import config_of, tiny_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
@@ -30,6 +31,31 @@ HUGE = {
     "head_dim": 128,
 }
 ATTENTION = {"scores", "mix"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_has_a_program(name: str, tmp_path: Path) -> None:
+    """Also backward, which costs at least half as much more than forward."""
+    golden = load_golden(name)
+    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    program = et.explain(model, tokens=6, backward=True)
+    forward, backward = (program.totals(direction)["flops"] for direction in ("forward", "backward"))
+    assert backward > 1.5 * forward > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokens": 10**20}, "tokens is 1000.*: from 1 to 262,144"),
+        ({"batch": 0}, "batch is 0: from 1 to"),
+        ({"tokens": 41}, "tokens is 41: this gpt2 has learned 40 positions"),
+    ],
+)
+def test_programs_that_are_refused(changed: dict[str, int], message: str, tmp_path: Path) -> None:
+    golden = load_golden("gpt2_plain")
+    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    with pytest.raises(et.InputError, match=message):
+        et.explain(model, **changed)
 
 
 def test_projections_cost_two_flops_a_parameter_and_token() -> None:

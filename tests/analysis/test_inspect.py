@@ -71,6 +71,38 @@ def test_what_does_not_load_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(found["tensors"]) == len(golden.weights)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("tokenizer.json", '{"a": 1}', "not a usable tokenizer"),
+        ("generation_config.json", "[]", "is not a JSON object"),
+        ("config.json", "{", "is not valid JSON"),
+    ],
+)
+def test_files_beside_the_weights(
+    file: str, text: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = load_golden("mistral_window")
+    folder = write_folder(tmp_path, golden.config, golden.weights)
+    (folder / file).write_text(text)
+    if file == "config.json":
+        with pytest.raises(SystemExit) as left:
+            main(["inspect", str(folder)])
+        assert left.value.code == 2
+        assert problem in capsys.readouterr().err
+        return
+    code, found = told(capsys, str(folder))
+    assert code == 1
+    assert problem in found["problems"][0]
+
+
+def test_a_tensor_that_no_weight_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("mistral_window")
+    weights = golden.weights | {"foo.baz": np.zeros(0, np.float32)}
+    code, found = told(capsys, str(write_folder(tmp_path, golden.config, weights)))
+    assert (code, found["problems"]) == (1, ["in the file but not in the model: foo.baz"])
+
+
 def test_the_listing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     golden = load_golden("gpt2_plain")
     folder = write_folder(tmp_path, golden.config, golden.weights)

@@ -14,6 +14,7 @@ from einsum_transformer.cli.options import parse_size
 from einsum_transformer.errors import InputError
 from tiny_models import hf_config, tiny_model
 
+FAST = str(Path(__file__).parents[2] / "configs" / "fast_lora.json")
 RUN = {
     "arch": "llama",
     "d_model": 32,
@@ -191,3 +192,37 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match="--weight-budget"):
         parse_size(text, "--weight-budget")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["run", "--config", FAST, "--set", "draft_layers=2"],
+            "draft_layers does nothing without speculative",
+        ),
+        (["run", "--config", FAST, "-b", "100000000"], "GiB of keys and values"),
+        (
+            ["run", "--config", FAST, "--prefill-only", "--prompt-lookup", "3"],
+            "--prefill-only makes no token",
+        ),
+        (
+            ["run", "--config", FAST, "--set", 'rope_scaling={"rope_type":"linear","factor":2,"foo":3}'],
+            "unknown key 'rope_scaling.foo'",
+        ),
+        (
+            ["run", "--config", FAST, "--set", 'rope_scaling={"rope_type":"bogus"}'],
+            "rope_type 'bogus' is not",
+        ),
+        (["explain", FAST, "--tokens", "3000000"], "tokens is 3000000: from 1 to 262,144"),
+    ],
+)
+def test_what_would_do_nothing_or_never_end(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    told = capsys.readouterr()
+    assert left.value.code == 2
+    assert message in told.err
+    assert told.out == ""

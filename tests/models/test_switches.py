@@ -1,5 +1,6 @@
 """Any dense config turned into its variants, with random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from einsum_transformer.components.moe import MoE
 from einsum_transformer.models.families import FAMILIES
 from tiny_models import write_config
 
+FAST = Path(__file__).parents[2] / "configs" / "fast_lora.json"
 SMALL: dict[str, Any] = {
     "d_model": 24,
     "n_layers": 3,
@@ -112,3 +114,29 @@ def test_other_switches(tmp_path: Path) -> None:
     assert et.enable_prefill_decode_split(run).prefill_only
     drafting = et.enable_speculative_decoding(run, 2)
     assert (drafting.speculative, drafting.draft_layers) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: et.enable_gqa(c, 3), "3"),
+        (lambda c: et.enable_gqa(c, 2.0), "n_kv_heads.* a whole number"),
+        (lambda c: et.enable_moe(c, 2, 3), "3"),
+        (lambda c: et.enable_moe(c, 4, 2.5), "top_k.* a whole number"),
+        (lambda c: et.enable_speculative_decoding(c, 8), "draft_layers is 8: from 1 to 7"),
+    ],
+)
+def test_contradictions_are_refused_at_once(change: Any, message: str) -> None:
+    config = et.read_run_config(FAST)
+    with pytest.raises(et.InputError, match=message):
+        change(config)
+
+
+def test_experts_keep_the_sizes_of_their_config() -> None:
+    config = replace(et.read_run_config(FAST), moe_d_ff=96, shared_d_ff=32)
+    moe = et.enable_moe(config, 4, 2).model_config().moe
+    assert moe is not None
+    assert (moe.moe_intermediate_size, moe.shared_intermediate_size) == (96, 32)
+    moe = et.enable_moe(config, 4, 2, moe_d_ff=48).model_config().moe
+    assert moe is not None
+    assert moe.moe_intermediate_size == 48

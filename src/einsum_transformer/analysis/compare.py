@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from einsum_transformer.analysis.explain import Program, explain
-from einsum_transformer.analysis.report import quantity
+from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
 
@@ -126,11 +126,8 @@ def _steps(a: Program, b: Program) -> Iterator[StepPair]:
         yield StepPair(*key, (times[0], times[1]), (flops[0], flops[1]))
 
 
-def render(found: Comparison) -> Any:
-    """The comparison for a terminal, as a rich renderable."""
-    from rich.console import Group
-    from rich.text import Text
-
+def render(found: Comparison) -> str:
+    """The comparison as text."""
     rows = f"batch {found.batch}, {found.tokens} tokens, float32"
     totals = [
         ("parameters", *(quantity(n) for n in found.parameters), _ratio(*found.parameters)),
@@ -159,13 +156,14 @@ def render(found: Comparison) -> Any:
         if step.flops[0] != step.flops[1]
     ]
     same = len(found.steps) - len(steps)
-    return Group(
-        _table(f"costs ({rows})", found.names, totals),
-        _table("\nsettings that differ", found.names, settings),
-        _table("\nparameters that differ", found.names, parts),
-        _table("\nFLOPs of equations that differ", found.names, steps),
-        Text(f"{same} of {len(found.steps)} equations cost the same in both"),
-    )
+    tables = [
+        (f"costs ({rows})", totals),
+        ("settings that differ", settings),
+        ("parameters that differ", parts),
+        ("FLOPs of equations that differ", steps),
+    ]
+    lines = [line for title, cells in tables for line in (*_table(title, found.names, cells), "")]
+    return "\n".join([*lines, f"{same} of {len(found.steps)} equations cost the same in both"])
 
 
 def _place(step: StepPair) -> str:
@@ -175,17 +173,11 @@ def _place(step: StepPair) -> str:
     return step.role if plain else f"{step.role} ({part})"
 
 
-def _table(title: str, names: tuple[str, str], rows: list[tuple[str, ...]]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column(title)
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("B / A", justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _table(title: str, names: tuple[str, str], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    if not rows:
+        yield f"{title}: none"
+        return
+    yield from columns([(title, *names, "B / A"), *rows], right=(1, 2, 3))
 
 
 def _ratio(a: int, b: int) -> str:

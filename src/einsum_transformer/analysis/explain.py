@@ -122,9 +122,12 @@ def explain(
     Of a model only the config is read, so its size does not matter. backward: also the gradient equations.
     """
     for name, value in (("batch", batch), ("tokens", tokens)):
-        if value < 1:
-            raise InputError(f"{name} is {value}: at least 1")
+        if not 1 <= value <= _MOST:
+            raise InputError(f"{name} is {value}: from 1 to {_MOST:,}")
     config = _config(model)
+    if config.learned_positions and tokens > config.max_position_embeddings:
+        learned = f"this {config.model_type} has learned {config.max_position_embeddings} positions"
+        raise InputError(f"tokens is {tokens}: {learned}")
     decoder = build(config, _stand_in)
     blocks, members = _distinct(decoder)
     with Recorder(events_wanted=True) as recorder, _one_thread():
@@ -274,6 +277,8 @@ def _heading(program: Program) -> list[str]:
     return [*textwrap.wrap(shape, _WIDTH), run, "", *textwrap.wrap(legend, _WIDTH)]
 
 
+_MOST = 1 << 18
+"""Rows or tokens: the tiles of attention over more of them would be counted for minutes."""
 _COLUMNS = "{:<16}{:<19}{:>6}{:>9}{:>9}{:>9}  {}"
 _LOWERING_COLUMN = 70
 

@@ -12,15 +12,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from einsum_transformer.analysis.report import quantity
+from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Weight, weights_of
-from einsum_transformer.models.families import FAMILIES
+from einsum_transformer.models.families import FAMILIES, gguf
 from einsum_transformer.models.places import folder_place, gguf_place
+from einsum_transformer.models.run_config import read_json
+from einsum_transformer.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Inspection:
     config: Mapping[str, Any] | None
     """The switches that were read, None where the config cannot be read."""
     used: Mapping[str, Any]
-    """Keys of the config that were read, with what they say."""
+    """Keys of the config that were read, with what they say; all of them where it cannot be read."""
     defaulted: tuple[str, ...]
     """Keys that are absent or null, so that the family's default holds."""
     ignored: tuple[str, ...]
@@ -86,6 +88,7 @@ def inspect(
     try:
         infos = [] if tensors is None else _infos(tensors, problems)
         wanted, roles = _wanted(config, tensors, problems)
+        _look_beside(path, tensors, problems)
     finally:
         if tensors is not None:
             tensors.close()
@@ -96,6 +99,13 @@ def inspect(
             f"{name} is {list(held[name].shape)} in the file, {list(wanted[name])} by the config"
             for name in wrong
         ]
+    if config is not None and wanted and infos:
+        family = FAMILIES[config.model_type]
+        known = f"{family.ignored_tensors}|{gguf.FACTORS}"
+        if config.tie_word_embeddings:
+            known += f"|{re.escape(family.checkpoint_name('lm_head.weight'))}"
+        strange = [name for name in held if name not in wanted and not re.fullmatch(known, name)]
+        problems += [f"in the file but not in the model: {_some(tuple(strange))}"] if strange else []
     missing = tuple(name for name in wanted if name not in held) if infos else ()
     ignored = () if config is None else config.ignored
     defaulted = () if config is None else config.defaulted
@@ -123,6 +133,16 @@ def _tried(make: Callable[[], Any], problems: list[str]) -> Any:
     except InputError as error:
         problems.append(str(error))
         return None
+
+
+def _look_beside(path: Path, tensors: TensorSource | None, problems: list[str]) -> None:
+    """Whether the tokenizer and the settings of generation can be read, where there are some."""
+    if isinstance(tensors, GGUFFile) and "tokenizer.ggml.model" in tensors.metadata:
+        _tried(lambda: Tokenizer.from_gguf(tensors.metadata, path), problems)
+    if (path / "tokenizer.json").exists():
+        _tried(lambda: Tokenizer.from_folder(path), problems)
+    if (path / "generation_config.json").exists():
+        _tried(lambda: read_json(path / "generation_config.json"), problems)
 
 
 def _infos(tensors: TensorSource, problems: list[str]) -> list[TensorInfo]:
@@ -175,7 +195,8 @@ def render(found: Inspection, every: bool = False) -> str:
         lines.append(f"{len(found.tensors)} tensors in {files} file{'s'[: files > 1]}: {kinds}")
         lines += ["", *_table(found.tensors, every)]
     settings = [f"{name} = {_short(value)}" for name, value in found.used.items()]
-    groups = [("keys that were read", settings), ("absent or null, so at their default", found.defaulted)]
+    read = "keys that were read" if found.config is not None else "keys in the file"
+    groups = [(read, settings), ("absent or null, so at their default", found.defaulted)]
     groups.append(("keys that nothing here reads", found.ignored))
     for title, names in groups:
         if names:
@@ -192,13 +213,7 @@ def _table(tensors: tuple[Tensor, ...], every: bool) -> Iterator[str]:
         size = quantity(sum(tensor.nbytes for tensor in alike), "B")
         count = f"x {len(alike)}" if len(alike) > 1 else ""
         rows.append((name, count, dtype, " x ".join(map(str, shape)), size, role))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in (1, 4) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ]
-        yield "  ".join(cells).rstrip()
+    yield from columns(rows, right=(1, 4))
 
 
 def _short(value: Any) -> str:

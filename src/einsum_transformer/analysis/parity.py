@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.report import columns
 from einsum_transformer.engine import Leaf, Recorder, einsum, tap
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorSource
@@ -93,15 +94,20 @@ def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, 
     """Run the model on the reference's tokens and compare every step that both have.
 
     tokens: (b, t) ids where the reference has none. tolerance: of the relative error of a step, over all its
-    numbers. Errors: InputError where the reference has no step of the model, or one of another shape.
+    numbers. Of a model with fewer layers than the reference those are compared that it has.
+    Errors: InputError where the reference has no step of the model, or one of another shape.
     """
     if not tolerance >= 0:
         raise InputError(f"tolerance is {tolerance}: at least 0 is expected")
-    tokens = model.checked(
-        _tokens(reference) if tokens is None else tokens, f"the tokens of {reference.path}"
-    )
+    if tokens is None:
+        tokens = model.checked(_tokens(reference), f"the tokens of {reference.path}")
+    else:
+        tokens = model.checked(tokens)
     watched = replace(model, decoder=_watched(model))
-    found = _Comparing(reference, _namer(model, set(reference.names())), tolerance)
+    named = _namer(model, set(reference.names()))
+    # Of a model that was cut to its first layers, what comes after them is another model's.
+    cut = named(f"layers.{model.config.num_hidden_layers}") in reference.names()
+    found = _Comparing(reference, named, tolerance, (named("norm"), LOGITS) if cut else ())
     with Recorder(values_wanted=True, values=found):
         watched.decoder.forward(tokens)
     if not found.steps:
@@ -126,8 +132,10 @@ def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, 
 class _Comparing(dict):  # type: ignore[type-arg]
     """Stands where a recorder keeps values: each is compared as it comes and not kept."""
 
-    def __init__(self, reference: TensorSource, named: Callable[[str], str], tolerance: float) -> None:
-        self.reference, self.named, self.tolerance = reference, named, tolerance
+    def __init__(
+        self, reference: TensorSource, named: Callable[[str], str], tolerance: float, aside: tuple[str, ...]
+    ) -> None:
+        self.reference, self.named, self.tolerance, self.aside = reference, named, tolerance, aside
         self.steps: list[Step] = []
         self.missing: list[str] = []
         self.same_choice: float | None = None
@@ -135,6 +143,8 @@ class _Comparing(dict):  # type: ignore[type-arg]
 
     def __setitem__(self, place: str, ours: Array) -> None:
         name = self.named(place)
+        if name in self.aside:
+            return
         if name not in self.held:
             self.missing.append(name)
             return
@@ -218,23 +228,21 @@ def _watched(model: Model) -> Any:
     return map_named(leaf, model.decoder)
 
 
-def render(found: Parity, every: bool = True) -> Any:
-    """The steps for a terminal, as a rich renderable; every: also those that agree."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
+def render(found: Parity, every: bool = True) -> str:
+    """The steps as text; every: also those that agree."""
     first = found.first_diverging
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("step")
-    for heading in ("largest error", "relative", ""):
-        table.add_column(heading, justify="right")
-    for step in found.steps:
-        if every or not step.passed:
-            told = "" if step.passed else "diverges first" if step is first else "diverges"
-            table.add_row(step.name, f"{step.max_error:.1e}", f"{step.relative_error:.1e}", told)
-    failing = sum(not step.passed for step in found.steps)
-    lines = [f"{len(found.steps)} steps compared on {' x '.join(map(str, found.tokens))} tokens"]
+    rows = [
+        (
+            step.name,
+            f"{step.max_error:.1e}",
+            f"{step.relative_error:.1e}",
+            "" if step.passed else "diverges first" if step is first else "diverges",
+        )
+        for step in found.steps
+        if every or not step.passed
+    ]
+    lines = [*columns([("step", "largest error", "relative", ""), *rows], right=(1, 2)), ""] if rows else []
+    lines.append(f"{len(found.steps)} steps compared on {' x '.join(map(str, found.tokens))} tokens")
     if found.not_in_reference:
         lines.append(f"not in the reference: {_some(found.not_in_reference)}")
     if found.not_compared:
@@ -244,10 +252,10 @@ def render(found: Parity, every: bool = True) -> Any:
     if first is None:
         lines.append(f"equal: no step differs by more than {found.tolerance:g} of its size")
     else:
-        lines.append(
-            f"{failing} steps differ by more than {found.tolerance:g} of their size, first {first.name}"
-        )
-    return Group(table, Text(""), *map(Text, lines))
+        more = sum(not step.passed for step in found.steps)
+        differ = "1 step differs" if more == 1 else f"{more} steps differ"
+        lines.append(f"{differ} by more than {found.tolerance:g} of the reference's size, first {first.name}")
+    return "\n".join(lines)
 
 
 def _some(names: tuple[str, ...], most: int = 4) -> str:

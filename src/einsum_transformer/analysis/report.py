@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -280,6 +280,20 @@ def quantity(amount: float, unit: str = "") -> str:
     return f"{amount:.{digits}f} {prefix}{unit}".rstrip()
 
 
+def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
+    """Rows of cells as lines of text, columns as wide as their longest cell; right: those that end together.
+
+    Names are results, so nothing is cut, however narrow a terminal or a pipe is.
+    """
+    widths, ends = [max(map(len, column)) for column in zip(*rows)], set(right)
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in ends else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
 def render(found: Report) -> Any:
     """The report for a terminal of 80 columns or more, as a rich renderable."""
     from rich.console import Group
@@ -323,16 +337,17 @@ def speculation_lines(numbers: dict[str, Any] | None) -> list[str]:
         return []
     drafted, accepted = sum(numbers["drafted"]), sum(numbers["accepted"])
     places = ", ".join(f"{100 * share:.0f} %" for share in numbers["acceptance"])
+    rounds = f"{numbers['rounds']} round{'s'[: numbers['rounds'] != 1]}"
     line = (
-        f"speculation: {numbers['rounds']} rounds, {accepted} of {drafted} drafts kept (by place: {places}), "
-        f"{numbers['tokens_per_round']:.2f} tokens a round"
+        f"speculation: {rounds} of draft and check gave {numbers['new_tokens']} tokens, "
+        f"{numbers['tokens_per_round']:.2f} a round; {accepted} of {drafted} drafts kept (by place: {places})"
     )
     speeds = [
         f"{numbers[name]:.2f}x {what}"
         for name, what in (("speed_up", "as fast as step by step"), ("expected_speed_up", "by the formula"))
         if numbers[name] is not None
     ]
-    return [line, f"speculation: {', '.join(speeds)}"] if speeds else [line]
+    return [line, f"speculation: those tokens came {', '.join(speeds)}"] if speeds else [line]
 
 
 def _sum_line(found: Report) -> str:

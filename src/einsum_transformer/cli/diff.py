@@ -31,16 +31,12 @@ def diff(
     etx diff configs/llama.json configs/gemma.json
     etx diff configs/mistral.json configs/mixtral.json --tokens 4096
     """
-    from rich.console import Console
-
     from einsum_transformer.analysis.compare import compare, render
     from einsum_transformer.checkpoint import read_config
 
     configs = [read_config(source, offline) for source in (a, b)]
     short = [Path(source).stem or source for source in (a, b)]
-    names = (short[0], short[1]) if short[0] != short[1] else (a, b)
-    found = compare(configs[0], configs[1], batch, tokens, names)
-    if json:
-        options.write(jsonlib.dumps(found.to_dict()) + "\n")
-    else:
-        Console(highlight=False, markup=False, soft_wrap=True).print(render(found))
+    names = (short[0], short[1]) if short[0] != short[1] else ("A", "B")
+    with options.announced("counting the tiles of attention ...", json):
+        found = compare(configs[0], configs[1], batch, tokens, names)
+    options.write((jsonlib.dumps(found.to_dict()) if json else render(found)) + "\n")

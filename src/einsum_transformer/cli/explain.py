@@ -36,5 +36,6 @@ def explain(
     from einsum_transformer.checkpoint import read_config
 
     source = options.source_of(model, model_flag, config, assignments)
-    program = dry_run(read_config(source, offline), batch, tokens, backward)
+    with options.announced("counting the tiles of attention ...", json):
+        program = dry_run(read_config(source, offline), batch, tokens, backward)
     options.write((jsonlib.dumps(program.to_dict()) if json else str(program)) + "\n")

@@ -178,7 +178,7 @@ def open_model(
     budget = None if weight_budget is None else parse_size(weight_budget, "--weight-budget")
     name = source.source if isinstance(source, RunConfig) else source
     start = time.perf_counter()
-    with _announced(f"loading {name} ...", quiet):
+    with announced(f"loading {name} ...", quiet):
         model = checkpoint.load(source, dtype or "float32", weight_budget=budget, **settings)
     return model, time.perf_counter() - start
 
@@ -268,7 +268,7 @@ def write(text: str) -> None:
 
 
 @contextmanager
-def _announced(text: str, quiet: bool) -> Iterator[None]:
+def announced(text: str, quiet: bool) -> Iterator[None]:
     """Says what is being waited for if it takes longer than two seconds."""
     if quiet:
         yield

@@ -36,7 +36,9 @@ def parity(
     revision: options.Revision = None,
     offline: options.Offline = False,
     json: options.Json = False,
-    quiet: options.Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Only the steps that diverge, and no notes.")
+    ] = False,
 ) -> None:
     """Find the first step where a model leaves a reference.
 
@@ -50,8 +52,6 @@ def parity(
     etx parity my-model --reference reference.npz
     etx parity my-model.gguf --reference reference.npz --tolerance 0.05 --json
     """
-    from rich.console import Console
-
     from einsum_transformer.analysis.parity import TOLERANCE, open_reference, render
     from einsum_transformer.analysis.parity import parity as compare
     from einsum_transformer.cli.run import read_tokens
@@ -69,10 +69,12 @@ def parity(
         offline=offline,
         adapter=adapter_path,
     )
+    if ids is not None:
+        ids = loaded.checked(ids, f"the ids of {tokens}")
     found = compare(loaded, dump, TOLERANCE if tolerance is None else tolerance, ids)
-    if json:
-        options.write(jsonlib.dumps({"model": loaded.source} | found.to_dict()) + "\n")
-    else:
-        Console(highlight=False, markup=False, soft_wrap=True).print(render(found, every=not quiet))
+    told = (
+        jsonlib.dumps({"model": loaded.source} | found.to_dict()) if json else render(found, every=not quiet)
+    )
+    options.write(told + "\n")
     if not found.passed:
         raise typer.Exit(1)

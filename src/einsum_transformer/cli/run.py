@@ -103,6 +103,10 @@ def run(
     source = options.source_of(model, model_flag, config, assignments)
     keys = None if isinstance(source, str) else source
     silent = quiet or json
+    if prefill_only and (draft_model, draft_layers, prompt_lookup) != (None, None, None):
+        raise InputError(
+            "--prefill-only makes no token, so there is nothing to draft: leave out one of the flags"
+        )
     if system_prompt is not None and not chat:
         raise InputError("--system-prompt needs --chat")
     if tokens is not None and chat:
@@ -192,8 +196,14 @@ class _Prompt:
     def _random(self, model: Model, config: RunConfig | None) -> list[list[int]]:
         import numpy as np
 
+        from einsum_transformer.analysis.compare import cache_bytes
+        from einsum_transformer.checkpoint import memory
+
         rows = self.batch_size or (config.batch_size if config else 1)
         length = config.seq_len if config else _RANDOM_TOKENS
+        if (needed := cache_bytes(model.config, rows, length)) > (present := memory()):
+            sizes = f"{needed / 2**30:,.1f} GiB of keys and values, the machine has {present / 2**30:,.1f}"
+            raise InputError(f"{rows} x {length} tokens need {sizes}: lower --batch-size or seq_len")
         if not self.silent:
             options.note(f"no tokenizer: {rows} x {length} random token ids of seed {self.seed}")
         rng = np.random.default_rng(self.seed)

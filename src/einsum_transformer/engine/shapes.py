@@ -162,6 +162,7 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.concatenate: _concatenate,
     np.take: _take,
     np.copy: lambda a, order="K": a,
+    np.clip: lambda a, low, high, out=None: a,
     np.where: lambda condition, x, y: ShapeArray(
         np.broadcast_shapes(np.shape(condition), np.shape(x), np.shape(y)), np.result_type(_kind(x), _kind(y))
     ),

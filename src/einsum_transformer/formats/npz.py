@@ -83,7 +83,10 @@ class NpzFile:
                 shape, fortran, dtype = _header(file)
                 start = file.tell()
             except Exception as error:  # whatever NumPy's parser makes of a header that is none
-                raise self._refusal(name, str(error)) from None
+                reason = f"its header cannot be read ({type(error).__name__})"
+                raise self._refusal(name, reason) from None
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise self._refusal(name, f"{shape} is no shape")
         if dtype.name not in _FILE_DTYPES or not dtype.isnative:
             raise self._refusal(name, f"it is {dtype}, not one of {', '.join(sorted(_FILE_DTYPES))}")
         nbytes = math.prod(shape) * dtype.itemsize

@@ -142,6 +142,8 @@ class RunConfig:
             raise (
                 error if str(error).startswith(self.source) else ConfigError(f"{self.source}: {error}")
             ) from None
+        if inner := [name for name in keys.unused if name.startswith("rope_scaling.")]:
+            raise ConfigError(f"{self.source}: unknown key {inner[0]!r}")
         for name in ("attention_bias", "sliding_window", *(self.arch_keys or {})):
             if name in keys.left_over() and (value := keys.raw[name]) is not None:
                 raise ConfigError(f"{self.source}: arch {self.arch!r} has no {name} = {value}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
+from einsum_transformer.errors import InputError
+from einsum_transformer.models.run_config import RunConfig, override, parse_run_config, read_json
 
 
 def read_run_config(path: str | Path) -> RunConfig:
@@ -36,12 +37,12 @@ def enable_moe(
 ) -> RunConfig:
     """Experts in the place of the feed-forward, top_k of them for each token.
 
-    moe_d_ff: hidden size of each expert, that of the feed-forward by default. shared_d_ff: of an expert that
-    every token goes to.
+    moe_d_ff: hidden size of each expert; by default the config's own, or that of the feed-forward (of an
+    architecture with experts: its default). shared_d_ff: of an expert that every token goes to; by default
+    the config's own, or none (likewise).
     """
-    return _random(
-        config, use_moe=True, num_experts=num_experts, top_k=top_k, moe_d_ff=moe_d_ff, shared_d_ff=shared_d_ff
-    )
+    sizes = {"moe_d_ff": moe_d_ff or config.moe_d_ff, "shared_d_ff": shared_d_ff or config.shared_d_ff}
+    return _random(config, use_moe=True, num_experts=num_experts, top_k=top_k, **sizes)
 
 
 def enable_quantization(config: RunConfig, scheme: str) -> RunConfig:
@@ -56,9 +57,20 @@ def enable_prefill_decode_split(config: RunConfig) -> RunConfig:
 
 def enable_speculative_decoding(config: RunConfig, draft_layers: int) -> RunConfig:
     """Let the model's own first layers draft tokens that the whole model then checks."""
-    return replace(config, speculative=True, draft_layers=draft_layers)
+    if not 1 <= draft_layers < config.n_layers:
+        raise InputError(
+            f"draft_layers is {draft_layers}: from 1 to {config.n_layers - 1}, fewer than n_layers"
+        )
+    return _checked(replace(config, speculative=True, draft_layers=draft_layers))
 
 
 def _random(config: RunConfig, **changes: object) -> RunConfig:
-    """The variant, which no checkpoint has the weights of."""
-    return replace(config, hf_repo_id=None, weight_file=None, **changes)
+    """The variant, which no checkpoint has the weights of; what contradicts itself is refused here."""
+    return _checked(replace(config, hf_repo_id=None, weight_file=None, **changes))
+
+
+def _checked(config: RunConfig) -> RunConfig:
+    """The same config, read as one from a file is."""
+    checked = override(config, [])
+    checked.model_config()
+    return checked

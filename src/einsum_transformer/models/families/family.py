@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from einsum_transformer.components.rope import RopeConfig
+from einsum_transformer.components.rope import ROPE_TYPES, RopeConfig
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, shown
 
@@ -132,6 +132,10 @@ def read_rope_type(
         raise ConfigError(f"{inner.source}: rope_type {kinds[0]!r} contradicts type {kinds[1]!r}")
     kind = kinds[0] or kinds[1] or "default"
     kind = (aliases or {}).get(kind, kind)
+    if kind not in ROPE_TYPES:
+        raise ConfigError(
+            f"{inner.source}: rope_type {shown(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
     own = inner.get("original_max_position_embeddings", int, None)
     trained: int = stated or own or max_positions
     settings: dict[str, Any] = {

@@ -41,6 +41,8 @@ EXPERTS = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+FACTORS = r"rope_(freqs|factors_long|factors_short)\.weight"
+"""Tensors of a file that are no weights but settings of RoPE."""
 PERMUTED = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.q_bias", "self_attn.k_bias"})
 
 
