@@ -197,10 +197,6 @@ def test_what_is_no_size(text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["run", "--config", FAST, "--set", "draft_layers=2"],
-            "draft_layers does nothing without speculative",
-        ),
         (["run", "--config", FAST, "-b", "100000000"], "GiB of keys and values"),
         (
             ["run", "--config", FAST, "--prefill-only", "--prompt-lookup", "3"],
