@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from einsum_transformer.analysis.report import columns, quantity
+from einsum_transformer.analysis.report import columns, quantity, some
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.folder import open_tensors
@@ -105,7 +105,7 @@ def inspect(
         if config.tie_word_embeddings:
             known += f"|{re.escape(family.checkpoint_name('lm_head.weight'))}"
         strange = [name for name in held if name not in wanted and not re.fullmatch(known, name)]
-        problems += [f"in the file but not in the model: {_some(tuple(strange))}"] if strange else []
+        problems += [f"in the file but not in the model: {some(strange, 8)}"] if strange else []
     missing = tuple(name for name in wanted if name not in held) if infos else ()
     ignored = () if config is None else config.ignored
     defaulted = () if config is None else config.defaulted
@@ -121,7 +121,7 @@ def inspect(
             for i in infos
         ),
         missing,
-        (*problems, *([f"missing tensors: {_some(missing)}"] if missing else [])),
+        (*problems, *([f"missing tensors: {some(missing, 8)}"] if missing else [])),
         None if config is None else sum(prod(weight.stored) for weight in weights_of(config)),
     )
 
@@ -240,7 +240,3 @@ def _grouped(tensors: tuple[Tensor, ...], every: bool) -> dict[tuple[Any, ...], 
 
 def _starred(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _some(names: tuple[str, ...], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

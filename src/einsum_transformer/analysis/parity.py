@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.report import columns
+from einsum_transformer.analysis.report import columns, some
 from einsum_transformer.engine import Leaf, Recorder, einsum, tap
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorSource
@@ -244,9 +244,9 @@ def render(found: Parity, every: bool = True) -> str:
     lines = [*columns([("step", "largest error", "relative", ""), *rows], right=(1, 2)), ""] if rows else []
     lines.append(f"{len(found.steps)} steps compared on {' x '.join(map(str, found.tokens))} tokens")
     if found.not_in_reference:
-        lines.append(f"not in the reference: {_some(found.not_in_reference)}")
+        lines.append(f"not in the reference: {some(found.not_in_reference, 4)}")
     if found.not_compared:
-        lines.append(f"only in the reference: {_some(found.not_compared)}")
+        lines.append(f"only in the reference: {some(found.not_compared, 4)}")
     if found.same_choice is not None:
         lines.append(f"likeliest next token: the same in {100 * found.same_choice:.1f} % of places")
     if first is None:
@@ -256,8 +256,3 @@ def render(found: Parity, every: bool = True) -> str:
         differ = "1 step differs" if more == 1 else f"{more} steps differ"
         lines.append(f"{differ} by more than {found.tolerance:g} of the reference's size, first {first.name}")
     return "\n".join(lines)
-
-
-def _some(names: tuple[str, ...], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -31,6 +31,9 @@ DTYPES = {
     "BOOL": ("bool", 1),
 }
 
+FILE_DTYPES = {name: dtype for dtype, (name, _) in DTYPES.items()}
+"""Name of a type in NumPy or ml_dtypes -> as files name it."""
+
 
 def quoted(name: str) -> str:
     """A name from a file, fit for a one-line message however long or odd it is."""

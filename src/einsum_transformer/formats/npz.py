@@ -10,9 +10,8 @@ import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import TensorInfo, as_rows
-from einsum_transformer.formats.mapped import DTYPES, quoted, refuse_unknown
+from einsum_transformer.formats.mapped import DTYPES, FILE_DTYPES, quoted, refuse_unknown
 
-_FILE_DTYPES = {name: dtype for dtype, (name, _) in DTYPES.items()}
 _MOST_MEMBERS = 100_000
 
 
@@ -87,14 +86,14 @@ class NpzFile:
                 raise self._refusal(name, reason) from None
         if not all(type(size) is int and size >= 0 for size in shape):
             raise self._refusal(name, f"{shape} is no shape")
-        if dtype.name not in _FILE_DTYPES or not dtype.isnative:
-            raise self._refusal(name, f"it is {dtype}, not one of {', '.join(sorted(_FILE_DTYPES))}")
+        if dtype.name not in FILE_DTYPES or not dtype.isnative:
+            raise self._refusal(name, f"it is {dtype}, not one of {', '.join(sorted(FILE_DTYPES))}")
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes != member.file_size - start:
             raise self._refusal(
                 name, f"{shape} {dtype} take {nbytes} bytes, {member.file_size - start} there"
             )
-        info = TensorInfo(name, shape, _FILE_DTYPES[dtype.name], nbytes, self.path, member.header_offset)
+        info = TensorInfo(name, shape, FILE_DTYPES[dtype.name], nbytes, self.path, member.header_offset)
         self._infos[name] = info, fortran
         return self._infos[name]
 

@@ -18,12 +18,10 @@ import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import TensorInfo, as_rows
-from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
+from einsum_transformer.formats.mapped import DTYPES, FILE_DTYPES, MappedFile, quoted
 
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64  # NumPy's own limit
-
-_FILE_DTYPES = {name: dtype for dtype, (name, _) in DTYPES.items()}
 
 
 class SafetensorsFile(MappedFile):
@@ -172,10 +170,10 @@ def describe(tensors: Mapping[str, np.ndarray]) -> dict[str, Entry]:
         tensor = tensors[name]
         if not isinstance(name, str) or name == "__metadata__":
             raise InputError(f"{name!r} cannot be the name of a tensor in a safetensors file")
-        if not isinstance(tensor, np.ndarray) or tensor.dtype.name not in _FILE_DTYPES:
+        if not isinstance(tensor, np.ndarray) or tensor.dtype.name not in FILE_DTYPES:
             kind = tensor.dtype.name if isinstance(tensor, np.ndarray) else type(tensor).__name__
             raise InputError(f"tensor {quoted(name)}: safetensors has no type for {kind}; convert it first")
-        entries[name] = Entry(_FILE_DTYPES[tensor.dtype.name], tensor.shape, tensor.nbytes)
+        entries[name] = Entry(FILE_DTYPES[tensor.dtype.name], tensor.shape, tensor.nbytes)
     return entries
 
 
