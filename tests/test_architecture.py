@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "einsum_transformer"
 HOME = f"src/{PACKAGE}/"
 RANKS = {
-    "errors": -1,
+    **dict.fromkeys(("errors", "notes"), -1),
     **dict.fromkeys(("engine", "numerics", "formats", "text", "tree"), 0),
     **dict.fromkeys(("components", "leaves"), 1),
     "models": 2,

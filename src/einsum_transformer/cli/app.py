@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -22,6 +23,7 @@ from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.run import run
 from einsum_transformer.cli.train import train
 from einsum_transformer.errors import InputError
+from einsum_transformer.notes import LOGGER
 
 _MISUSE, _INTERRUPTED = 2, 130
 
@@ -34,7 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know a character that a model says
-    sys.exit(_code_of(arguments or ["--help"]))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    LOGGER.addHandler(handler)
+    LOGGER.propagate = False
+    try:
+        code = _code_of(arguments or ["--help"])
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.propagate = True
+    sys.exit(code)
 
 
 def _code_of(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.notes import LOGGER
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +43,15 @@ Assignments = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of a JSON config; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Only the text: no notes, no table.")]
+
+
+def silence(quiet: bool) -> bool:
+    """Drop the library's notes if `--quiet` is given."""
+    LOGGER.setLevel(logging.ERROR if quiet else logging.WARNING)
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", callback=silence, help="Only the text: no notes, no table.")]
 Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")
 ]

@@ -37,7 +37,8 @@ def parity(
     offline: options.Offline = False,
     json: options.Json = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Only the steps that diverge, and no notes.")
+        bool,
+        typer.Option("--quiet", callback=options.silence, help="Only the steps that diverge, and no notes."),
     ] = False,
 ) -> None:
     """Find the first step where a model leaves a reference.

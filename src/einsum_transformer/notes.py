@@ -1,0 +1,14 @@
+"""Notes: what a user should know about an input that is accepted, such as a key that is not used.
+
+They go to the logger "einsum_transformer" as warnings: to stderr by default, wherever a program sends them
+with the standard library's logging, and nowhere with the command line's `--quiet`.
+"""
+
+import logging
+
+LOGGER = logging.getLogger("einsum_transformer")
+
+
+def note(text: str) -> None:
+    """Log one line."""
+    LOGGER.warning("%s", text)
