@@ -151,6 +151,19 @@ class Tokenizer:
             lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).ids,
         )
 
+    def encode_once(self, text: str, end: bool = False) -> list[int]:
+        """Ids of a prompt or a document: those of `encode`, without the BOS and EOS that the text itself has.
+
+        A text that was rendered before, `<s>...</s>`, would else begin with two BOS. end: the text is
+        complete, so EOS follows it if the tokenizer has one.
+        """
+        ids, marks = self.encode(text), self.encode("")
+        if marks[:1] == [self.bos_id] == ids[1:2]:
+            del ids[0]
+        if end and self.eos_id is not None and ids[-1:] != [self.eos_id]:
+            ids.append(self.eos_id)
+        return ids
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token (a padded embedding has some) give no text."""
         return checked(
