@@ -177,7 +177,6 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--valid", "a.txt"], "--valid needs --data"),
         (["--long", "cut"], "--long 'cut': choose split or refuse"),
         (["--lora-rank", "4"], "without --lora"),
-        (["--lora", "--lora-rank", "64"], "LoRA rank 64 is larger than"),
         (["--adapter-path", "."], ".: holds no adapter_config.json"),
         (["--set", "use_lora=true", "--set", 'lora_target_modules=["w"]'], "name no matrix"),
     ],

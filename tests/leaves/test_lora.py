@@ -154,7 +154,6 @@ def test_ranks_and_alphas_by_pattern() -> None:
     ("settings", "message"),
     [
         ({"target_modules": ("w1",)}, "'w1' name no matrix .* it has down_proj, embed_tokens"),
-        ({"r": 64}, "rank 64 is larger than model.layers.0.self_attn.q_proj"),
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": 0.0}, "lora_alpha is 0.0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),

@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from einsum_transformer.engine import recorder
 from einsum_transformer.engine.equation import Equation, EquationError
@@ -18,11 +19,11 @@ from einsum_transformer.engine.shapes import ShapeArray
 Array = np.ndarray
 
 
-class Leaf(ABC):
+class Leaf(NDArrayOperatorsMixin, ABC):
     """Whatever stands where a weight array stands: a file's tensor, a quantized tensor, a LoRA pair.
 
     `einsum` asks the leaf for the contraction and `weight_grad` for the gradient, so components never know of
-    leaves.
+    leaves. In elementwise arithmetic (`weight + 1`, `x *= weight`) a leaf is the array it stands for.
     """
 
     shape: tuple[int, ...]
@@ -59,8 +60,15 @@ class Leaf(ABC):
         return add_rows(ShapeArray(self.shape, self.dtype), indices, dy)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """For sums and products by element, where a norm's weight or a bias stands."""
+        """For NumPy's functions."""
         return np.asarray(self.array(), dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        """For arithmetic by element, where a norm's weight or a bias stands."""
+        arrays = [each.array() if isinstance(each, Leaf) else each for each in inputs]
+        return getattr(ufunc, method)(*arrays, **options)
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}

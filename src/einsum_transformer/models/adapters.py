@@ -58,8 +58,6 @@ def with_lora(
             return Frozen(weight)
         found.append(module)
         rank, scaling = config.rank_and_scaling(module)
-        if rank > min(place.stored):
-            raise InputError(f"LoRA rank {rank} is larger than {module}, a matrix of {list(place.stored)}")
         outputs, inputs = place.shape[: place.out_axes], place.shape[place.out_axes :]
         if pairs is None:
             a = _start(path, rank, inputs, place.stored[1], seed)

@@ -1,0 +1,202 @@
+"""Every golden model with every kind of leaf: forward, backward, merge, save, gradcheck.
+
+A family joins by its goldens (`MODELS`), a kind of leaf by a line of `LEAVES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import einsum_transformer as et
+from einsum_transformer.analysis import gradcheck as checks
+from einsum_transformer.engine import Leaf
+from einsum_transformer.formats.safetensors import float32_to_bf16
+from einsum_transformer.leaves.frozen import Frozen
+from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.models.adapters import merged, with_lora
+from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.model import EMBEDDING, HEAD
+from einsum_transformer.tree import map_named, named_leaves
+from golden_files import MODELS, load_golden, write_folder
+
+Array = np.ndarray
+
+BUDGET = 20_000
+"""Bytes: less than the matrices of any golden model."""
+KINKED = ("mpt_clip",)
+"""Its clipped projections have kinks, which the differences of gradcheck cross."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each golden model as a folder."""
+    top = tmp_path_factory.mktemp("leaves")
+    goldens = {name: load_golden(name) for name in MODELS}
+    return {name: write_folder(top / name, each.config, each.weights) for name, each in goldens.items()}
+
+
+def filled(model: et.Model, targets: str | tuple[str, ...]) -> et.Model:
+    """The model with adapters on `targets`, A and B random."""
+    model = with_lora(model, LoRAConfig(2, 3.0, targets), seed=1)
+    rng = np.random.default_rng(2)
+    for _, leaf in named_leaves(model.decoder):
+        if isinstance(leaf, LoRA):
+            leaf.b[...] = 0.1 * rng.standard_normal(leaf.b.shape)
+    return model
+
+
+def ends(model: et.Model) -> tuple[str, ...]:
+    """The names of the embedding and the output head."""
+    return tuple(model.module(path).split(".")[-1] for path in (EMBEDDING, HEAD))
+
+
+def frozen(folder: Path, dtype: str) -> et.Model:
+    model = et.load(folder, dtype=dtype)
+    return replace(model, decoder=map_named(lambda _, weight: Frozen(weight), model.decoder))
+
+
+def on_ends(folder: Path, dtype: str, **options: Any) -> et.Model:
+    model = et.load(folder, dtype=dtype, **options)
+    return filled(model, ends(model))
+
+
+LEAVES: dict[str, Callable[[Path, str], et.Model]] = {
+    "resident": lambda folder, dtype: et.load(folder, dtype=dtype),
+    "frozen": frozen,
+    "lazy": lambda folder, dtype: et.load(folder, dtype=dtype, weight_budget=BUDGET),
+    "LoRA": lambda folder, dtype: filled(et.load(folder, dtype=dtype), "all-linear"),
+    "LoRA on embedding and head": on_ends,
+    "LoRA on lazy": lambda folder, dtype: filled(
+        et.load(folder, dtype=dtype, weight_budget=BUDGET), "all-linear"
+    ),
+    "LoRA on lazy embedding and head": lambda folder, dtype: on_ends(folder, dtype, weight_budget=BUDGET),
+}
+"""A model of a folder whose weights are of this kind."""
+
+
+def dense(model: et.Model, folder: Path) -> et.Model:
+    """A model of plain arrays that computes the same function."""
+    if model.lora is None:
+        return et.load(folder, dtype="float64")
+    return merged(model, "float64")[0]
+
+
+def chained(model: et.Model, gradients: dict[str, Array]) -> dict[str, Array]:
+    """What the gradients of a merged model say of adapters: dA = scaling B^T dW, dB = scaling dW A^T."""
+    found = {}
+    for path, leaf in named_leaves(model.decoder):
+        if not isinstance(leaf, LoRA):
+            continue
+        dw = gradients[model.family.checkpoint_name(path)]
+        dw = dw.T if model.family.is_transposed(path) else dw
+        a, b = leaf.a.reshape(leaf.rank, -1), leaf.b.reshape(-1, leaf.rank)
+        found |= model._pair(path, leaf.scaling * (b.T @ dw), leaf.scaling * (dw @ a.T))
+    return found
+
+
+def expected_gradients(model: et.Model, kind: str, gradients: dict[str, Array]) -> dict[str, Array]:
+    return {} if kind == "frozen" else gradients if model.lora is None else chained(model, gradients)
+
+
+def test_every_kind_of_leaf_is_here(folders: dict[str, Path]) -> None:
+    """A new subclass of Leaf fails this test until a line of LEAVES has it."""
+    kinds = {
+        type(leaf) for make in LEAVES.values() for leaf in leaves_of(make(folders[MODELS[0]], "float32"))
+    }
+    missing = {kind for kind in subclasses(Leaf) if kind.__module__.startswith("einsum_transformer.")} - kinds
+    assert not missing
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind, *(each for sub in kind.__subclasses__() for each in subclasses(sub))} - {Leaf}
+
+
+def leaves_of(model: et.Model) -> list[Any]:
+    return [leaf for _, leaf in named_leaves(model.decoder)]
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_backward_are_those_of_plain_arrays(
+    name: str, kind: str, folders: dict[str, Path]
+) -> None:
+    """In float64, where a formula that is right differs by rounding alone."""
+    golden, model = load_golden(name), LEAVES[kind](folders[name], "float64")
+    plain = dense(model, folders[name])
+    np.testing.assert_allclose(model.logits(golden.tokens), plain.logits(golden.tokens), rtol=0, atol=1e-11)
+    loss, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
+    plain_loss, plain_gradients = plain.loss_and_gradients(golden.tokens, golden.targets)
+    assert loss == pytest.approx(plain_loss, abs=1e-12)
+    expected = expected_gradients(model, kind, plain_gradients)
+    assert gradients.keys() == expected.keys()
+    for each, gradient in gradients.items():
+        scale = np.abs(expected[each]).max()
+        np.testing.assert_allclose(gradient, expected[each], rtol=0, atol=1e-11 * max(scale, 1), err_msg=each)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float64_is_the_reference_too(name: str, folders: dict[str, Path]) -> None:
+    """The golden logits and gradients, from weights that are computed with in float64."""
+    golden, model = load_golden(name), et.load(folders[name], dtype="float64")
+    logits = model.logits(golden.tokens)
+    assert logits.dtype == np.float64
+    np.testing.assert_allclose(logits, golden.logits, rtol=0, atol=1e-4)
+    loss, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
+    assert loss == pytest.approx(golden.loss, abs=1e-5)
+    assert {gradient.dtype for gradient in gradients.values()} == {np.dtype(np.float64)}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_stays_float32(name: str, kind: str, folders: dict[str, Path]) -> None:
+    """No leaf widens what is computed, and none is far from float64."""
+    golden, model = load_golden(name), LEAVES[kind](folders[name], "float32")
+    logits = model.logits(golden.tokens)
+    assert logits.dtype == np.float32
+    exact = LEAVES[kind](folders[name], "float64").logits(golden.tokens)
+    np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-4)
+    _, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
+    assert {gradient.dtype for gradient in gradients.values()} <= {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_saved_and_loaded(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Resident and lazy: the model of the rounded weights, with an adapter on them as well."""
+    golden = load_golden(name)
+    et.load(folders[name]).save(tmp_path / "bf16", dtype="bfloat16")
+    rounded = {each: float32_to_bf16(w).astype(np.float32) for each, w in golden.weights.items()}
+    expected = et.load(write_folder(tmp_path / "f32", golden.config, rounded)).logits(golden.tokens)
+    for budget in (None, BUDGET):
+        model = et.load(tmp_path / "bf16", weight_budget=budget)
+        np.testing.assert_array_equal(model.logits(golden.tokens), expected)
+        adapted = filled(model, "all-linear")
+        whole = merged(adapted)[0].logits(golden.tokens)
+        np.testing.assert_allclose(adapted.logits(golden.tokens), whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LEAVES if "LoRA" in kind])
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_saved_and_loaded(name: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    golden, model = load_golden(name), LEAVES[kind](folders[name], "float32")
+    merged(model)[0].save(tmp_path / "merged")
+    again = et.load(tmp_path / "merged").logits(golden.tokens)
+    np.testing.assert_allclose(again, model.logits(golden.tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoRA on embedding and head"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in KINKED])
+def test_gradcheck_passes(
+    name: str, kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command's own check: all adapters at once, and those of the first layer one by one."""
+    golden, model = load_golden(name), LEAVES[kind](folders[name], "float64")
+    monkeypatch.setattr(checks, "_directions", lambda g, rng: [("direction", rng.standard_normal(g.shape))])
+    tokens, targets = golden.tokens[:, :7], golden.targets[:, :7]
+    found = checks.gradcheck(model, tokens, targets, parameters=r"layers\.0\.|embed|head")
+    assert found.passed, [row for row in (found.whole, *found.rows) if row.error > found.tolerance]
