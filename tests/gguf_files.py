@@ -187,6 +187,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "gpt_neox": Conversion(MODEL_ARCH.GPTNEOX, metadata.gptneox, _qkv_sorted),
     "mpt": Conversion(MODEL_ARCH.MPT, metadata.mpt),
     "olmo2": Conversion(MODEL_ARCH.OLMO2, metadata.common),
+    "olmo3": Conversion(MODEL_ARCH.OLMO2, metadata.olmo3),
     "deepseek": Conversion(MODEL_ARCH.DEEPSEEK, metadata.deepseek, _interleave_halves),
     "deepseek_v2": Conversion(MODEL_ARCH.DEEPSEEK2, metadata.deepseek2, _kv_b_split),
     "deepseek_v2 expanded": Conversion(MODEL_ARCH.DEEPSEEK2, metadata.deepseek2_expanded),

@@ -141,6 +141,14 @@ def gemma3(config: Config) -> Metadata:
     }
 
 
+def olmo3(config: Config) -> Metadata:
+    """olmo3: under the name of olmo2, with the window and which layers have it."""
+    return common(config) | {
+        ATTENTION.SLIDING_WINDOW: config["sliding_window"],
+        ATTENTION.SLIDING_WINDOW_PATTERN: [kind == "sliding_attention" for kind in config["layer_types"]],
+    }
+
+
 def phi2(config: Config) -> Metadata:
     """phi: the rope's base is not written, and the width of the MLP is always 4 d."""
     heads = config["num_attention_heads"]

@@ -48,6 +48,8 @@ MODELS = (
     "mpt_clip",
     "olmo2_gqa",
     "olmo2_mqa",
+    "olmo3_yarn",
+    "olmo3_two_ropes",
     "smollm3_nope",
     "smollm3_window",
     "mixtral_window",

@@ -294,6 +294,50 @@ CASES: dict[str, Case] = {
         | {"head_dim": 8, "attention_bias": True, "rms_norm_eps": 1e-2, "tie_word_embeddings": True},
         contrasts=({"rms_norm_eps": 1e-5},),
     ),
+    "olmo3_yarn": Case(
+        "olmo3",
+        sizes(24, 6, 2, 30, 5, 67) | NO_TOKENS | {"sliding_window": 6},
+        length=23,
+        rope={
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "attention_factor": 1.2,
+                "beta_fast": 16.0,
+                "beta_slow": 1.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+        contrasts=(
+            {"sliding_window": 7},
+            {"layer_types": ["sliding_attention"] * 5},
+            {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT_ROPE)},
+        ),
+    ),
+    "olmo3_two_ropes": Case(
+        "olmo3",
+        sizes(20, 5, 1, 26, 3, 61)
+        | NO_TOKENS
+        | {
+            "head_dim": 8,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        length=17,
+        rope={
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        contrasts=(
+            {"rms_norm_eps": 1e-5},
+            {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT_ROPE)},
+        ),
+    ),
     "smollm3_nope": Case(
         "smollm3",
         sizes(24, 6, 2, 30, 5, 67) | NO_TOKENS | {"tie_word_embeddings": True},

@@ -110,6 +110,8 @@ def as_version_4(config: dict[str, Any]) -> dict[str, Any]:
     old |= {"torch_dtype": "float32", "transformers_version": "4.46.0"}
     if kind == "gemma3_text":
         return _gemma3_as_version_4(old, config["rope_parameters"])
+    if kind == "olmo3":
+        return _olmo3_as_version_4(old, config["rope_parameters"])
     if "rope_parameters" in config:
         old |= _rope_as_version_4(kind, config["rope_parameters"])
     if (old.get("head_dim") or 0) * old.get("num_attention_heads", 0) == old.get("hidden_size"):
@@ -153,6 +155,14 @@ def _gemma3_as_version_4(old: dict[str, Any], ropes: dict[str, Any]) -> dict[str
     old["rope_theta"], old["rope_local_base_freq"] = theta, ropes["sliding_attention"]["rope_theta"]
     old["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **full}
     return old
+
+
+def _olmo3_as_version_4(old: dict[str, Any], ropes: dict[str, Any]) -> dict[str, Any]:
+    full = dict(ropes["full_attention"])
+    theta, kind = full.pop("rope_theta"), full.pop("rope_type")
+    if theta != ropes["sliding_attention"]["rope_theta"]:
+        return old | {"rope_parameters": ropes}  # which the old keys cannot say
+    return old | {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **full}}
 
 
 def check_version_4(

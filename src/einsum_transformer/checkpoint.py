@@ -26,6 +26,7 @@ from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.families import FAMILIES, family_of, gguf, gguf_reader
 from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.families.gguf_keys import check_unread, one_for_all_layers
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.places import Place, folder_place, gguf_place
@@ -126,7 +127,7 @@ def read_config(source: str | Path | RunConfig, offline: bool = False) -> ModelC
     try:
         if not isinstance(tensors, GGUFFile):
             raise InputError(f"{path}: a lone weight file has no config")
-        return _gguf_config(tensors)[1]
+        return gguf_config(tensors)[1]
     finally:
         tensors.close()
 
@@ -361,7 +362,7 @@ def _bits(a: Array) -> Array:
 
 
 def _from_gguf(file: GGUFFile, options: _Options) -> Model:
-    family, full = _gguf_config(file)
+    family, full = gguf_config(file)
     config = options.cut(full)
     places = {weight.path: gguf_place(weight, family, full, file) for weight in weights_of(full)}
     _check_names(file, places, gguf.FACTORS, "")
@@ -373,7 +374,8 @@ def _from_gguf(file: GGUFFile, options: _Options) -> Model:
     return Model(config, decoder, tokenizer, None, str(file.path))
 
 
-def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
+def gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
+    """The family and the config that a file's metadata and the names of its tensors describe."""
     architecture = file.metadata["general.architecture"]
     source = str(file.path)
     prefix = f"{architecture}."
@@ -384,12 +386,10 @@ def _gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
     if "vocab_size" not in own and "tokenizer.ggml.tokens" not in metadata:
         own["vocab_size"] = file.info("token_embd.weight").shape[0]
     try:
-        keys = Keys(own, source)
+        keys = Keys(one_for_all_layers(own, source), source)
         config = gguf_reader(architecture, source)(keys, metadata)
         family = FAMILIES[config.model_type]
-        if own.get("expert_count") and config.moe is None:
-            count = own["expert_count"]
-            raise ConfigError(f"{prefix}expert_count is {count}: experts are not supported here")
+        check_unread(keys, architecture, config)
         held = set(file.names())
         tied = family.gguf_name("lm_head.weight") not in held
         changes = _gguf_biases(config, family, held)
@@ -425,6 +425,9 @@ def _with_factors(config: ModelConfig, file: GGUFFile) -> RopeConfig | None:
         return _named_factors(config, config.rope, found["rope_freqs"])
     if len(found) != 2:
         raise ConfigError("only one of the tensors rope_factors_long and rope_factors_short is there")
+    if config.rope.rope_type not in ("default", "longrope") or config.rope.factor != 1:
+        scaling = f"{config.rope.rope_type} by {config.rope.factor:g}"
+        raise ConfigError(f"rope.scaling ({scaling}) beside the tensors rope_factors_* is not supported")
     long, short = (tuple(map(float, found[name].ravel())) for name in _FACTORS[1:])
     return replace(config.rope, rope_type="longrope", long_factor=long, short_factor=short)
 
@@ -439,7 +442,9 @@ def _named_factors(config: ModelConfig, rope: RopeConfig, factors: Array) -> Rop
         raise ConfigError(
             f"tensor rope_freqs.weight is {list(factors.shape)}, the config needs {list(pairs)}"
         )
-    plain = replace(rope, rope_type="default")
+    if rope.rope_type != "default" or rope.attention_factor is not None:
+        return replace(rope, frequency_factors=tuple(map(float, factors)))
+    plain = rope
     for factor in (8.0, 32.0):
         named = replace(plain, rope_type="llama3", factor=factor, original_max_position_embeddings=8192)
         ratio = (

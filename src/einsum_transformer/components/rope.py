@@ -37,6 +37,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None
+    """What cosines and sines are multiplied by; None: what the rope_type makes of the other settings."""
     mscale: float | None = None
     mscale_all_dim: float | None = None
     short_factor: tuple[float, ...] = ()
@@ -139,19 +140,20 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tup
         if len(factors) != r // 2:
             raise ConfigError(f"longrope has {len(factors)} factors, {r // 2} pairs are rotated")
         return inv_freq / np.asarray(factors), _longrope_attention_factor(rope)
+    attention = 1.0 if rope.attention_factor is None else rope.attention_factor
     if rope.rope_type == "linear":
-        return inv_freq / rope.factor, 1.0
+        return inv_freq / rope.factor, attention
     if rope.rope_type == "dynamic":
         if r == 2:
             raise ConfigError("rope_type 'dynamic' needs more than 2 rotated head dimensions")
         trained = rope.original_max_position_embeddings
         stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
-        return (rope.rope_theta * stretch ** (r / (r - 2))) ** -exponent, 1.0
+        return (rope.rope_theta * stretch ** (r / (r - 2))) ** -exponent, attention
     if rope.rope_type == "llama3":
-        return _llama3(rope, inv_freq), 1.0
+        return _llama3(rope, inv_freq), attention
     if rope.rope_type == "yarn":
         return _yarn(rope, inv_freq, r), _yarn_attention_factor(rope)
-    return inv_freq, 1.0
+    return inv_freq, attention
 
 
 def _llama3(rope: RopeConfig, inv_freq: Array) -> Array:

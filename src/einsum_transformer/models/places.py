@@ -57,6 +57,10 @@ def gguf_place(weight: Weight, family: Family, config: ModelConfig, tensors: Ten
     """In a GGUF file: under other names, and some of them rearranged for llama.cpp's kernels."""
     if (expert := _EXPERT.fullmatch(weight.path)) and config.moe is not None:
         name = family.gguf_name(f"{expert['experts']}.{expert['part']}_proj")
+        # Files from before experts were stacked have a tensor for each: blk.0.ffn_gate.7.weight
+        alone = name.replace("_exps.weight", f".{expert['index']}.weight")
+        if alone in tensors.names():
+            return Place(Stored(alone, weight.stored), {alone: weight.stored})
         shape = (config.moe.num_experts, *weight.stored)
         return _stacked(weight, name, int(expert["index"]) * weight.stored[0], shape)
     name = family.gguf_name(weight.path)

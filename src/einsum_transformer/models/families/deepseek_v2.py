@@ -92,6 +92,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     refuse(keys, "expert_weights_norm", bool, False)
     refuse(keys, "expert_gating_func", int, 0, 1)
+    refuse(keys, "rope.scaling.attn_factor", float, 1.0)
     turned = keys.get("rope.dimension_count", int)
     latent = LatentConfig(
         keys.get("attention.kv_lora_rank", int),
@@ -104,7 +105,7 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     # yarn's factor of the scores; the one of the rotation is their quotient, 1 in all that was published.
     factor = keys.get("rope.scaling.yarn_log_multiplier", float, 0.0) * 10
     if rope.rope_type == "yarn" and factor:
-        rope = replace(rope, mscale=factor, mscale_all_dim=factor, attention_factor=None)
+        rope = replace(rope, mscale=factor, mscale_all_dim=factor)
     groups, kept = keys.get("expert_group_count", int, 1), keys.get("expert_group_used_count", int, 1)
     return gguf.read_shared(
         keys,

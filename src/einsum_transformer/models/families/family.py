@@ -11,7 +11,7 @@ from typing import Any
 
 from einsum_transformer.components.rope import ROPE_TYPES, RopeConfig
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, shown
+from einsum_transformer.models.config import FARTHEST, FULL, SLIDING, Keys, ModelConfig, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,35 @@ def read_rope_type(
         return RopeConfig(**settings)
     except ConfigError as error:
         raise ConfigError(f"{inner.source}: {error}") from None
+
+
+def read_layered_ropes(
+    keys: Keys, positions: int, theta: float, local_theta: float
+) -> tuple[RopeConfig, RopeConfig]:
+    """The rotations of layers with full attention and of those with a window: `rope_parameters` by layer type
+    (v5), or `rope_scaling` for the former alone (v4). theta, local_theta: the bases where neither has one."""
+    both = keys.get("rope_parameters", dict, None) or {}
+    scaling = keys.get("rope_scaling", dict, None)
+    found = []
+    for kind, base in ((FULL, theta), (SLIDING, local_theta)):
+        raw = both.get(kind) or {}
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{keys.source}: rope_parameters.{kind} must be an object")
+        raw = raw | scaling if scaling is not None and kind == FULL else raw
+        inner = Keys(raw, f"{keys.source}: rope_parameters.{kind}")
+        found.append(read_rope_type(inner, positions, base))
+        keys.unused += [f"rope_parameters.{kind}.{name}" for name in inner.left_over()]
+    keys.unused += [f"rope_parameters.{name}" for name in both if name not in (FULL, SLIDING)]
+    return found[0], found[1]
+
+
+def write_layered_ropes(config: ModelConfig) -> dict[str, Any]:
+    """The `rope_parameters` by layer type that `read_layered_ropes` reads."""
+    assert config.rope is not None
+    return {
+        kind: {"rope_type": "default", "rope_theta": rope.rope_theta} | (write_rope_type(rope) or {})
+        for kind, rope in ((FULL, config.rope), (SLIDING, config.local_rope or config.rope))
+    }
 
 
 def _numbers(keys: Keys, name: str) -> tuple[float, ...]:

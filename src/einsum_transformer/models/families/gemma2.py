@@ -62,6 +62,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
+    keys.raw = {"attention.sliding_window": 4096, **keys.raw}
     return read_gguf_common(
         keys,
         metadata,
@@ -70,8 +71,7 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
         attn_logit_softcapping=keys.get("attn_logit_softcapping", float, 50.0),
         final_logit_softcapping=keys.get("final_logit_softcapping", float, 30.0),
         attention_scale=gguf_scale(keys, 46),
-        sliding_window=keys.get("attention.sliding_window", int, 4096),
-        layer_types=tuple(_alternating(keys.get("block_count", int))),
+        **gguf.read_windows(keys, 2),
     )
 
 

@@ -11,7 +11,7 @@ from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
 from einsum_transformer.models.families import gguf
-from einsum_transformer.models.families.family import Family, read_rope_type, write_rope_type
+from einsum_transformer.models.families.family import Family, read_layered_ropes, write_layered_ropes
 from einsum_transformer.models.families.gemma import TANH, read_common, read_gguf_common
 from einsum_transformer.models.families.gemma2 import gguf_scale, read_scale, read_windows, write_common
 
@@ -39,7 +39,9 @@ def _read(keys: Keys) -> ModelConfig:
         raise ConfigError(f"{keys.source}: sliding_window_pattern is {pattern}, expected 1 or more")
     if keys.get("num_hidden_layers", int, None) is None:
         keys.raw = {**keys.raw, "num_hidden_layers": _DEFAULTS["num_hidden_layers"]}
-    rope, local = _read_ropes(keys, keys.get("max_position_embeddings", int, 131072))
+    theta, local_theta = keys.get("rope_theta", float, 1e6), keys.get("rope_local_base_freq", float, 1e4)
+    positions = keys.get("max_position_embeddings", int, 131072)
+    rope, local = read_layered_ropes(keys, positions, theta, local_theta)
     return read_common(
         keys,
         "gemma3_text",
@@ -56,34 +58,12 @@ def _read(keys: Keys) -> ModelConfig:
     )
 
 
-def _read_ropes(keys: Keys, positions: int) -> tuple[RopeConfig, RopeConfig]:
-    """(of the layers without a window, of those with one). Scaling is of the former alone, unless
-    rope_parameters describe both."""
-    theta = keys.get("rope_theta", float, 1e6)
-    local = keys.get("rope_local_base_freq", float, 1e4)
-    both = keys.get("rope_parameters", dict, None) or {}
-    scaling = keys.get("rope_scaling", dict, None)
-    found = []
-    for kind, base in ((FULL, theta), (SLIDING, local)):
-        raw = both.get(kind) or {}
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{keys.source}: rope_parameters.{kind} must be an object")
-        raw = raw | scaling if scaling is not None and kind == FULL else raw
-        inner = Keys(raw, f"{keys.source}: rope_parameters.{kind}")
-        found.append(read_rope_type(inner, positions, base))
-        keys.unused += [f"rope_parameters.{kind}.{name}" for name in inner.left_over()]
-    keys.unused += [f"rope_parameters.{name}" for name in both if name not in (FULL, SLIDING)]
-    return found[0], found[1]
-
-
 def _write(config: ModelConfig) -> dict[str, Any]:
-    assert config.rope is not None
-    local = config.local_rope or config.rope
-    ropes = {
-        kind: {"rope_type": "default", "rope_theta": rope.rope_theta} | (write_rope_type(rope) or {})
-        for kind, rope in ((FULL, config.rope), (SLIDING, local))
+    ropes = write_layered_ropes(config)
+    return write_common(config) | {
+        "rope_local_base_freq": ropes[SLIDING]["rope_theta"],
+        "rope_parameters": ropes,
     }
-    return write_common(config) | {"rope_local_base_freq": local.rope_theta, "rope_parameters": ropes}
 
 
 def _read_nested(keys: Keys) -> ModelConfig:
@@ -101,8 +81,9 @@ def _read_nested(keys: Keys) -> ModelConfig:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    layers, context = keys.get("block_count", int), keys.get("context_length", int)
+    context = keys.get("context_length", int)
     rope = gguf.read_rope(keys, 1, context)
+    windows = gguf.read_windows(keys, 6)
     local = RopeConfig(
         rope_theta=keys.get("rope.freq_base_swa", float, 1e4), original_max_position_embeddings=context
     )
@@ -112,12 +93,12 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
         "gemma3_text",
         block="sandwich_norm",
         qk_norm="head",
-        final_logit_softcapping=keys.get("final_logit_softcapping", float, None),
+        attn_logit_softcapping=keys.get("attn_logit_softcapping", float, 0.0) or None,
+        final_logit_softcapping=keys.get("final_logit_softcapping", float, 0.0) or None,
         attention_scale=gguf_scale(keys, 62),
         rope=replace(rope, partial_rotary_factor=1.0, rope_theta=keys.get("rope.freq_base", float, 1e6)),
-        local_rope=local,
-        sliding_window=keys.get("attention.sliding_window", int),
-        layer_types=tuple(SLIDING if (i + 1) % 6 else FULL for i in range(layers)),
+        local_rope=local if windows else None,
+        **windows,
     )
 
 

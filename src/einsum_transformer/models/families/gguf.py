@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.models.config import Keys, ModelConfig, MoEConfig
+from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig, MoEConfig, shown
 from einsum_transformer.models.families.family import token_ids
 
 NAMES = {
@@ -88,17 +89,68 @@ def read_shared(keys: Keys, metadata: Mapping[str, Any], model_type: str, **sett
 
 
 def read_rope(keys: Keys, head_dim: int, context: int) -> RopeConfig:
-    """The rotation: its base, its scaling, and how many of a head's dimensions it turns."""
-    scaling = keys.get("rope.scaling.type", str, "none")
+    """The rotation: its base, its scaling, and how many of a head's dimensions it turns.
+
+    As in llama.cpp, a factor without a type is linear, the old key of the factor is `rope.scale_linear`, and
+    `attn_factor` multiplies cosines and sines of every type. `yarn_attn_factor`, which its converter copies
+    from transformers' configs, replaces yarn's own factor of them as it does there.
+    """
+    kind, factor = _scaling(keys)
     rotated = keys.get("rope.dimension_count", int, head_dim)
+    attention = keys.get("rope.scaling.attn_factor", float, 1.0)
+    settings: dict[str, Any] = {"attention_factor": None if attention == 1 else attention}
+    if kind == "yarn":
+        settings = _read_yarn(keys, factor, attention)
     return RopeConfig(
         rope_theta=keys.get("rope.freq_base", float, 10000.0),
-        rope_type="default" if scaling == "none" else scaling,
+        rope_type="default" if kind == "linear" and factor == 1 else kind,
         partial_rotary_factor=rotated / max(head_dim, 1),
-        factor=keys.get("rope.scaling.factor", float, 1.0),
-        original_max_position_embeddings=keys.get("rope.scaling.original_context_length", int, context),
-        attention_factor=keys.get("rope.scaling.attn_factor", float, None),
+        factor=factor,
+        original_max_position_embeddings=keys.get("rope.scaling.original_context_length", int, 0) or context,
+        **settings,
     )
+
+
+def _scaling(keys: Keys) -> tuple[str, float]:
+    """(rope_type, factor)"""
+    kind = keys.get("rope.scaling.type", str, None)
+    if kind not in (None, "none", "linear", "yarn", "longrope"):
+        raise ConfigError(f"{keys.source}: rope.scaling.type {shown(kind)} is not supported")
+    old = keys.get("rope.scale_linear", float, 0.0)
+    factor = keys.get("rope.scaling.factor", float, old) or 1.0
+    return ("default", 1.0) if kind == "none" else (kind or "linear", factor)
+
+
+def _read_yarn(keys: Keys, factor: float, more: float) -> dict[str, Any]:
+    """The settings of yarn; -1 stands for a value that is not stated. more: a further attention factor."""
+    found: dict[str, Any] = {}
+    for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        stated = keys.get(f"rope.scaling.yarn_{name}", float, default)
+        found[name] = default if stated == -1 else stated
+    attention = keys.get("rope.scaling.yarn_attn_factor", float, -1.0)
+    if attention == -1:
+        if more == 1:
+            return found
+        attention = 0.1 * math.log(max(factor, 1.0)) + 1.0
+    return found | {"attention_factor": attention * more}
+
+
+def read_windows(keys: Keys, default_pattern: int) -> dict[str, Any]:
+    """sliding_window and layer_types: every so many layers, the last has no window; or a list by layer."""
+    window = keys.get("attention.sliding_window", int, 0)
+    pattern = keys.get("attention.sliding_window_pattern", (int, list), default_pattern)
+    layers = keys.get("block_count", int)
+    if not window:
+        return {}
+    if isinstance(pattern, list):
+        if len(pattern) != layers or not all(value in (0, 1) for value in pattern):
+            raise ConfigError(
+                f"{keys.source}: attention.sliding_window_pattern must be a bool for each of {layers} layers"
+            )
+        kinds = tuple(SLIDING if value else FULL for value in pattern)
+    else:
+        kinds = tuple(SLIDING if pattern == 0 or i % pattern < pattern - 1 else FULL for i in range(layers))
+    return {"sliding_window": window, "layer_types": kinds} if SLIDING in kinds else {}
 
 
 def read_experts(keys: Keys, size: int, **settings: Any) -> MoEConfig:

@@ -106,7 +106,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     """llama, mistral and mixtral are one architecture there: a window and experts tell them apart."""
-    window = keys.get("attention.sliding_window", int, None)
+    window = keys.get("attention.sliding_window", int, 0) or None
     if keys.get("expert_count", int, 0):
         size = keys.get("feed_forward_length", int)
         moe = gguf.read_experts(keys, size)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family
@@ -28,7 +29,18 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    return gguf.read_shared(keys, metadata, "olmo2", block="post_norm", qk_norm="whole")
+    """OLMo 2 and 3 are one architecture there: windows tell them apart."""
+    windows = gguf.read_windows(keys, 4)
+    if not windows:
+        return gguf.read_shared(keys, metadata, "olmo2", block="post_norm", qk_norm="whole")
+    # Scaling is of the layers without a window alone.
+    theta = keys.get("rope.freq_base", float, 10000.0)
+    local = RopeConfig(
+        rope_theta=keys.get("rope.freq_base_swa", float, theta),
+        original_max_position_embeddings=keys.get("context_length", int),
+    )
+    settings: dict[str, Any] = {"block": "post_norm", "qk_norm": "whole", "local_rope": local}
+    return gguf.read_shared(keys, metadata, "olmo3", **settings, **windows)
 
 
 FAMILY = Family(
