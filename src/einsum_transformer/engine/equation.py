@@ -10,8 +10,6 @@ from functools import lru_cache
 from string import ascii_uppercase
 from typing import Any
 
-import numpy as np
-
 from einsum_transformer.errors import InputError
 
 LEGEND = {
@@ -173,16 +171,17 @@ class Equation:
         return spelled, None if all(0 not in index for index in indices) else indices
 
     def _broadcast(self, spans: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """The common shape of what `...` stands for in each operand."""
+        """The common shape of what `...` stands for in each operand (np.broadcast_shapes ends at 32 axes)."""
         full: tuple[int, ...] = ()
         for position, (term, span) in enumerate(zip(self.inputs, spans)):
-            try:
-                full = np.broadcast_shapes(full, span)
-            except ValueError:
+            rank = max(len(full), len(span))
+            pairs = list(zip((1,) * (rank - len(full)) + full, (1,) * (rank - len(span)) + span))
+            if any(size != wide and 1 not in (size, wide) for wide, size in pairs):
                 raise EquationError(
                     f"einsum {self.shown}: '...' stands for axes {span} in operand {position} {term!r} "
                     f"but for {full} in the operands before it, and these do not broadcast"
-                ) from None
+                )
+            full = tuple(size if wide == 1 else wide for wide, size in pairs)
         return full
 
 
