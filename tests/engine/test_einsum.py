@@ -308,6 +308,19 @@ def test_gradient_equations_are_the_terms_permuted():
             assert sorted((*gradient.inputs, gradient.output)) == sorted((*equation.inputs, equation.output))
 
 
+@pytest.mark.parametrize(
+    ("equation", "words"),
+    [
+        ("ii,i->i", "letter 'i' stands twice in operand 0"),
+        ("ij , i -> i", "einsum ij , i -> i: letter 'j' is in operand 0 only"),
+        ("i,i,i", "needs two operands, not 3"),
+    ],
+)
+def test_what_has_no_gradient_equation_is_refused(equation, words):
+    with pytest.raises(EquationError, match=words):
+        Equation.parse(equation).gradient(0)
+
+
 @pytest.mark.parametrize("equation", MODEL)
 def test_gradients_equal_differences(equation):
     rng = np.random.default_rng(5)

@@ -256,3 +256,55 @@ def test_order_holds_for_a_leaf(order):
         assert got.flags[f"{order}_CONTIGUOUS"]
         arrays = [a if isinstance(a, np.ndarray) else a.array() for a in operands]
         assert np.array_equal(got, np.einsum("ij,kj->ik", *arrays))
+
+
+def outcome(function, equation, operands, out, **keywords):
+    try:
+        result = function(equation, *operands, out=out, **keywords)
+    except TypeError:
+        return "refused"
+    assert out is None or result is out
+    return np.shape(result), getattr(result, "dtype", object), np.array(result).tolist()
+
+
+@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
+@pytest.mark.parametrize("equation", ["ij,jk->ik", "ij,jk->", "ij,jk,kl->il", "ij,ij->i", "ij->j"])
+@pytest.mark.parametrize("casting", ["no", "equiv", "safe", "same_kind", "unsafe"])
+def test_dtype_casting_and_out_are_numpys(equation, casting):
+    rng = np.random.default_rng(0)
+    shape = np.einsum(equation, *[np.ones((3, 3))] * (equation.count(",") + 1)).shape
+    for types in (("f4", "f4", "f4"), ("i1", "i4", "i8"), ("f4", "f8", "i4"), ("O", "f4", "i1")):
+        operands = [rng.integers(0, 4, (3, 3)).astype(kind) for kind in types[: equation.count(",") + 1]]
+        for dtype in (None, "f2", "f4", "f8", "i4", "c8", "?", "O"):
+            for out_type in (None, "f4", "f8", "i8", "c16"):
+                theirs, ours = (
+                    outcome(
+                        function,
+                        equation,
+                        operands,
+                        None if out_type is None else np.ones(shape, out_type),
+                        dtype=dtype,
+                        casting=casting,
+                    )
+                    for function in (np.einsum, einsum)
+                )
+                assert theirs == ours, (types, dtype, out_type)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([0, 1], [1, 2]),
+        ([1, 0], [1, 2], [2, 0]),
+        ([40, 3], (40, 3), [3]),
+        ([..., 1], [1, ...], [...]),
+        (np.array([0, 1]), np.array([0, 1])),
+        ([0, 0], [], [0]),
+    ],
+)
+def test_sublists_are_equations(arguments):
+    a = np.arange(9.0).reshape(3, 3)
+    b = a if len(arguments[1]) else np.array(2.0)
+    call = (a, arguments[0], b, arguments[1], *arguments[2:])
+    assert np.array_equal(einsum(*call), np.einsum(*call))
+    assert np.array_equal(einsum(*call, order="C"), np.einsum(*call))

@@ -24,7 +24,7 @@ _SUBLIST_LETTERS = ascii_uppercase + ascii_lowercase
 class Keywords(TypedDict, total=False):
     """The keywords of np.einsum."""
 
-    order: str
+    order: str | None
     out: Array | None
     dtype: Any
     casting: str
@@ -35,8 +35,9 @@ def checked(keywords: Keywords) -> tuple[str, Any, Any, str, list[tuple[int, ...
     """(order, out, dtype, casting, path), with NumPy's defaults and checks; path None means any."""
     if unknown := keywords.keys() - Keywords.__annotations__.keys():
         raise OperandTypeError(f"einsum: there is no keyword {min(unknown)!r}")
-    order, out, dtype = keywords.get("order", "K"), keywords.get("out"), keywords.get("dtype")
+    order, out, dtype = keywords.get("order"), keywords.get("out"), keywords.get("dtype")
     casting, optimize = keywords.get("casting", "safe"), keywords.get("optimize", True)
+    order = "K" if order is None else order
     if not isinstance(order, str) or order.upper() not in ("K", "A", "C", "F"):
         raise EquationError(f"einsum: order={order!r}: choose 'K', 'A', 'C' or 'F'")
     if out is not None and not isinstance(out, Array):
@@ -59,9 +60,10 @@ def _path(optimize: Any) -> list[tuple[int, ...]] | None:
         if head in ("greedy", "optimal") and len(steps) == 1 and isinstance(steps[0], (int, float)):
             return None
         if head == "einsum_path" and all(
-            isinstance(step, tuple) and step and all(isinstance(i, int) for i in step) for step in steps
+            isinstance(step, (tuple, list)) and step and all(isinstance(i, (int, np.integer)) for i in step)
+            for step in steps
         ):
-            return steps
+            return [tuple(step) for step in steps]
     raise EquationError(
         f"einsum: optimize={optimize!r}: choose True, False, 'greedy', 'optimal' or "
         "['einsum_path', (0, 1), ...]"
@@ -116,8 +118,14 @@ def cast(operands: Sequence[Any], out: Array | None, dtype: np.dtype | None, cas
     """The operands in the type that the call computes in: `dtype`, or else their common type with `out`."""
     arrays = [operand if isinstance(operand, ShapeArray) else np.asarray(operand) for operand in operands]
     types = [a.dtype for a in arrays]
+    # NumPy's loop reads `out` as well as it writes it.
+    outs = [] if out is None else [out.dtype]
     if dtype is None:
-        dtype = common_type("", types if out is None else [*types, out.dtype])
+        dtype = common_type("", types + outs)
+    if not all(np.can_cast(given, dtype, casting) for given in outs):
+        raise OperandTypeError(
+            f"einsum: out= cannot be cast from {outs[0]} to {dtype} with casting={casting!r}"
+        )
     for position, given in enumerate(types):
         if not np.can_cast(given, dtype, casting):
             raise OperandTypeError(

@@ -84,6 +84,11 @@ class Equation:
                 f"einsum {self.shown}: a gradient equation needs two operands, not {len(self.inputs)}"
             )
         target, other = self.inputs[operand], self.inputs[1 - operand]
+        if double := [letter for letter in target if letter != "." and target.count(letter) > 1]:
+            raise EquationError(
+                f"einsum {self.shown}: letter {double[0]!r} stands twice in operand {operand}, "
+                "its gradient is a diagonal"
+            )
         if lost := set(target.replace("...", "")) - set(other + self.output):
             raise EquationError(
                 f"einsum {self.shown}: letter {min(lost)!r} is in operand {operand} only, "
