@@ -165,6 +165,8 @@ def add_rows(weight: Any, indices: Array, dy: Array) -> Any:
 
 def lowering(equation: str, *operands: Any) -> str:
     """How `einsum` would run this call: the matrix product it becomes and what it copies."""
+    if len(operands) > 2:
+        raise EquationError(f"einsum {equation}: three or more operands have a path, not one lowering")
     arrays = [
         operand if isinstance(operand, Array) else np.empty(operand.shape, operand.dtype)
         for operand in operands
