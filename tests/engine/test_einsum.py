@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from einsum_transformer.engine import Equation, EquationError, ShapeArray, einsum, weight_grad
+from einsum_transformer.engine import Equation, EquationError, Recorder, ShapeArray, einsum, weight_grad
 from einsum_transformer.engine.contract import lowering
 
 SIZES = {
@@ -97,6 +97,22 @@ ELLIPSIS = [
     ("...i->i...", (3, 4), None),
     ("...,...->...", (3, 1), (4,)),
     ("i...,j...->ij...", (2, 5), (3, 5)),
+    ("...,...", (2, 0), (2, 1)),
+    ("...i,ij->...j", (4,), (4, 3)),
+    ("i...j,j...k->k...i", (2, 3, 1, 4), (4, 5, 2)),
+    ("ii...->i...", (3, 3, 1, 2), None),
+    ("i->...i", (3,), None),
+    ("i...->i", (3,), None),
+    ("ij...,j...->i...", (1, 2), (2, 2, 1)),
+]
+BROADCAST = [
+    ("...i,...i,...i->...i", (1, 3), (4, 3), (4, 3)),
+    ("...i,...i,...i->...i", (4, 3), (1, 3), (4, 3)),
+    ("...i,...i,...i->...i", (4, 3), (4, 3), (1, 3)),
+    ("...i,...i,...i->...", (1, 3), (4, 3), (5, 1, 3)),
+    ("...i,...ij,j...->...", (2, 1, 3), (6, 3, 4), (4, 2, 6)),
+    ("...,...,...", (2, 1), (), (0,)),
+    ("...i,ij,...j->...", (1, 3), (3, 4), (2, 1, 4)),
 ]
 
 
@@ -165,6 +181,58 @@ def test_ellipsis(equation, first, second):
     assert np.array_equal(einsum(equation, *operands), np.einsum(equation, *operands))
 
 
+@pytest.mark.parametrize(("equation", *"abc"), BROADCAST)
+def test_ellipsis_broadcasts_over_three_operands(equation, a, b, c):
+    rng = np.random.default_rng(3)
+    operands = [rng.integers(-8, 9, shape).astype(np.float64) for shape in (a, b, c)]
+    expected = np.einsum(equation, *operands)
+    got = einsum(equation, *operands)
+    assert got.shape == expected.shape
+    assert np.array_equal(got, expected)
+    dry = einsum(equation, *(ShapeArray(shape, np.float64) for shape in (a, b, c)))
+    assert dry.shape == expected.shape
+    assert dry.dtype == expected.dtype
+
+
+@pytest.mark.parametrize(
+    "equation", ["i,i->", "i,j->", "ij,j->", "ij,ij->", "i,i,i->", "ii,i->", "ii->", "ij,j->i", "i,ij->j"]
+)
+@pytest.mark.parametrize("dtype", [np.float64, object])
+def test_one_element_leaves_no_axis_behind(equation, dtype):
+    terms = equation.split("->")[0].split(",")
+    operands = [np.full((1,) * len(term), 3, dtype) for term in terms]
+    got = einsum(equation, *operands)
+    assert got.shape == np.shape(np.einsum(equation, *operands))
+    assert np.array_equal(got, np.einsum(equation, *operands))
+
+
+def test_three_operands_are_computed_in_their_common_type():
+    small, wide = np.full(2, 100, np.int8), np.ones(2, np.int64)
+    assert np.array_equal(einsum("i,i,i->i", small, small, wide), [10_000, 10_000])
+    assert np.array_equal(einsum("i,i,i->", wide, small, small), 20_000)
+    half = [np.full(2, value, np.float16) for value in (300, 300, 0.01)]
+    got = einsum("i,i,i->i", *half)
+    assert got.dtype == np.float16
+    assert np.array_equal(got, np.einsum("i,i,i->i", *half))  # 300 * 300 is no float16
+
+
+def test_a_sum_of_nothing_is_zero_even_beside_infinity():
+    infinite, nothing = np.array([np.inf]), np.empty(0)
+    for equation in ("i,j->", "i,j->i", "i,j,i->i"):
+        operands = (infinite, nothing, infinite)[: equation.count(",") + 1]
+        assert np.array_equal(einsum(equation, *operands), np.einsum(equation, *operands))
+
+
+def test_forty_axes_need_no_letters():
+    a = np.arange(4.0).reshape((2, 2) + (1,) * 38)
+    assert np.array_equal(einsum("...,...->...", a, a), a * a)
+    assert np.array_equal(einsum("x...,x...->...", a, a), (a * a).sum(0))
+    many = "abcdefghijklmnopqrstuvwxyzABCD"
+    assert np.array_equal(
+        einsum(f"{many},{many}->{many[1:]}", a[..., *[0] * 10], a[..., *[0] * 10]).ravel(), [4, 10]
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bool", "complex64"])
 def test_other_types(dtype):
     rng = np.random.default_rng(4)
@@ -207,7 +275,17 @@ def test_size_one_does_not_broadcast():
         ("ij,jk->ii", [(2, 3), (3, 4)], "letter 'i' stands twice in the output"),
         ("i1->i", [(2, 3)], "letters and one '...' only"),
         ("ii->i", [(2, 3)], "letter 'i' is 2 in operand 0 'ii' but 3"),
-        ("i...->i", [(2, 3)], "must also stand in the output"),
+        ("i...->i", [(2, 3)], "'...' stands for axes (3,), so it must also stand in the output"),
+        (
+            "i... , i",
+            [(2, 3), (4,)],
+            "einsum i... , i: letter 'i' is 2 in operand 0 'i...' but 4 in operand 1",
+        ),
+        ("...,...", [(2, 3), (4, 3)], "'...' stands for axes (4, 3) in operand 1 '...' but for (2, 3) in"),
+        ("...i,i,i...", [(2, 3), (3,), (3, 5)], "'...' stands for axes (5,) in operand 2 'i...'"),
+        ("i...j->", [(2,)], "operand 0 'i...j' has 2 letters but shape (2,)"),
+        ("i- >i", [(2,)], "letters and one '...' only"),
+        (". ..->", [(2,)], "letters and one '...' only"),
         ("ij,jk,kl->il", [(2, 3), (3, 4), (5, 6)], "letter 'k' is 4"),
     ],
 )
@@ -216,6 +294,10 @@ def test_errors_name_everything(equation, shapes, words):
         einsum(equation, *(np.ones(shape) for shape in shapes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).isascii()
+    with pytest.raises(EquationError) as dry:
+        einsum(equation, *(ShapeArray(shape) for shape in shapes))
+    assert str(dry.value) == str(caught.value)
 
 
 def test_gradient_equations_are_the_terms_permuted():
@@ -224,6 +306,19 @@ def test_gradient_equations_are_the_terms_permuted():
         for operand in (0, 1):
             gradient = equation.gradient(operand)
             assert sorted((*gradient.inputs, gradient.output)) == sorted((*equation.inputs, equation.output))
+
+
+@pytest.mark.parametrize(
+    ("equation", "words"),
+    [
+        ("ii,i->i", "letter 'i' stands twice in operand 0"),
+        ("ij , i -> i", "einsum ij , i -> i: letter 'j' is in operand 0 only"),
+        ("i,i,i", "needs two operands, not 3"),
+    ],
+)
+def test_what_has_no_gradient_equation_is_refused(equation, words):
+    with pytest.raises(EquationError, match=words):
+        Equation.parse(equation).gradient(0)
 
 
 @pytest.mark.parametrize("equation", MODEL)
@@ -237,6 +332,48 @@ def test_gradients_equal_differences(equation):
     # The contraction is bilinear, so the derivative along (va, vb) is exact without a step size.
     along = np.sum(dc * np.einsum(equation, va, b)) + np.sum(dc * np.einsum(equation, a, vb))
     assert np.sum(da * va) + np.sum(db * vb) == pytest.approx(along, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("equation", "first", "second"),
+    [
+        ("...ij,...jk->...ik", (1, 2, 3), (5, 4, 3, 2)),
+        ("...ij,...jk->...ik", (5, 4, 3, 2), (4, 2, 3)),
+        ("...ij,jk->...ik", (5, 4, 3, 2), (2, 3)),
+        ("i...,i...->...", (3, 1), (3, 4)),
+        ("...i,...i->...i", (3,), (2, 1, 3)),
+        ("i...j,j...->...i", (2, 1, 3, 4), (4, 5, 1)),
+    ],
+)
+def test_the_gradient_of_what_an_ellipsis_broadcasts_is_summed(equation, first, second):
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal(first), rng.standard_normal(second)
+    dc = rng.standard_normal(np.einsum(equation, a, b).shape)
+    parsed = Equation.parse(equation)
+    da = weight_grad(str(parsed.gradient(0)), dc, b, a)
+    db = weight_grad(str(parsed.gradient(1)), dc, a, b)
+    assert da.shape == a.shape
+    assert db.shape == b.shape
+    va, vb = rng.standard_normal(a.shape), rng.standard_normal(b.shape)
+    along = np.sum(dc * np.einsum(equation, va, b)) + np.sum(dc * np.einsum(equation, a, vb))
+    assert np.sum(da * va) + np.sum(db * vb) == pytest.approx(along, rel=1e-12)
+
+
+def test_a_weight_that_the_ellipsis_does_not_reach_is_refused():
+    with pytest.raises(
+        EquationError, match=r"the weight of shape \(7, 3\) has axes \[7\] that no operand has"
+    ):
+        weight_grad("...f,f->...", np.ones((3, 4)), np.ones(4), np.ones((7, 3)))
+
+
+def test_a_recorder_is_shown_no_letters_of_the_ellipsis():
+    with Recorder(events_wanted=True) as recorder:
+        einsum("i...j,j...->...i", np.ones((2, 1, 3, 4)).T.copy().T, np.ones((4, 5, 3)))
+        einsum("...i,...i->...", ShapeArray((2, 3)), ShapeArray((2, 3)))
+    for event in recorder.events:
+        assert "..." in event.equation
+        assert event.how.isascii()
+        assert not set(event.how) & set("ABCDEF")
 
 
 def test_model_equations_run_in_place():

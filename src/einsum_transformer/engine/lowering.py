@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
@@ -74,7 +76,7 @@ class Operand:
 
 def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
     """One operand: a diagonal view, then a sum, then a transposed view."""
-    diagonal = _diagonal(operand)
+    diagonal = _diagonal(operand.term)
     term = "".join(dict.fromkeys(operand.term))
     summed = tuple(i for i, letter in enumerate(term) if letter not in equation.output)
     kept = [letter for letter in term if letter in equation.output]
@@ -86,7 +88,7 @@ def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
             a = diagonal(a)
         if summed:
             a = reduce(a, axis=summed, dtype=dtype)
-            # A sum over every axis is a scalar; an einsum always answers with an array, as NumPy's does.
+            # A sum over every axis is a scalar in NumPy; an einsum always answers with an array.
             a = np.asarray(a)
         return a.transpose(permutation)
 
@@ -118,15 +120,31 @@ def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtyp
     return Plan(run, " + ".join(filter(None, [note_left, note_right, plan.how])))
 
 
-def _diagonal(operand: Operand) -> Run | None:
+def _diagonal(term: str) -> Run | None:
     """The view that walks every repeated letter's axes together, or None if no letter repeats."""
-    letters = dict.fromkeys(operand.term)
-    if len(letters) == len(operand.term):
+    letters, steps = list(term), []
+    while len(letters) > len(set(letters)):
+        letter = next(letter for letter in letters if letters.count(letter) > 1)
+        first = letters.index(letter)
+        second = letters.index(letter, first + 1)
+        steps.append((first, second))
+        letters = [*letters[:first], *letters[first + 1 : second], *letters[second + 1 :], letter]
+    if not steps:
         return None
-    shape = tuple(operand.size(letter) for letter in letters)
-    pairs = list(zip(operand.term, operand.strides))
-    strides = tuple(sum(stride for other, stride in pairs if other == letter) for letter in letters)
-    return lambda a: np.lib.stride_tricks.as_strided(a, shape, strides, writeable=False)
+    permutation = [letters.index(letter) for letter in dict.fromkeys(term)]
+
+    def run(a: Array) -> Array:
+        view = a
+        for first, second in steps:
+            view = view.diagonal(axis1=first, axis2=second)
+        view = view.transpose(permutation)
+        # np.diagonal's view is read-only, np.einsum's is as writable as the operand. An operand that is
+        # writable still although its owner was frozen since cannot hand that on.
+        with suppress(ValueError):
+            view.flags.writeable = a.flags.writeable
+        return view
+
+    return run
 
 
 def _clean(operand: Operand, wanted: str, dtype: np.dtype) -> tuple[Run | None, Operand, str]:
@@ -163,8 +181,9 @@ def _elementwise(output: str, left: Operand, right: Operand, order: str) -> Plan
     view_left, view_right = _broadcast_view(output, left), _broadcast_view(output, right)
 
     if not output:
+        first, second = view_left or _same, view_right or _same
         # The product of two scalars is a scalar in NumPy; an einsum always answers with an array.
-        return Plan(lambda a, b: np.asarray(np.multiply(a, b)), "multiply")
+        return Plan(lambda a, b: np.asarray(np.multiply(first(a), second(b))), "multiply")
     if view_left is None and view_right is not None:
         return Plan(lambda a, b: np.multiply(a, view_right(b)), "multiply")
     first, second = view_left or _same, view_right or _same
@@ -177,7 +196,7 @@ def _broadcast_view(output: str, operand: Operand) -> Run | None:
     index = tuple(slice(None) if letter in operand.term else None for letter in output)
     summed = tuple(axis for axis, letter in enumerate(operand.term) if letter not in output)
     if summed:
-        drop = tuple(0 if axis in summed else slice(None) for axis in range(len(operand.term)))
+        drop = (*(0 if axis in summed else slice(None) for axis in range(len(operand.term))), ...)
         kept = tuple(sum(other not in summed for other in range(axis)) for axis in permutation)
         return lambda a: a[drop].transpose(kept)[index]
     if permutation == tuple(range(len(operand.term))):
@@ -192,13 +211,16 @@ def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
     inner = [[letter for letter in operand.term if letter not in output] for operand in (left, right)]
     if math.prod(shape) == 1 and inner[0] == inner[1]:
         return Plan(lambda a, b: np.asarray(np.dot(a.ravel(), b.ravel())).reshape(shape), "dot")
-    rename = {
-        letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(left.term + right.term + output))
-    }
-    text = "{},{}->{}".format(
-        *("".join(rename[letter] for letter in term) for term in (left.term, right.term, output))
+    # The kept letters become np.einsum's `...`, so that its alphabet lasts for any number of them.
+    names = dict(zip(dict.fromkeys(inner[0]), ascii_letters))
+    text = "{},{}->...".format(*("..." + "".join(names[letter] for letter in term) for term in inner))
+    orders = [
+        [operand.term.index(letter) for letter in (*output, *letters)]
+        for operand, letters in zip((left, right), inner)
+    ]
+    return Plan(
+        lambda a, b: np.asarray(np.einsum(text, a.transpose(orders[0]), b.transpose(orders[1]))), "row dots"
     )
-    return Plan(lambda a, b: np.asarray(np.einsum(text, a, b)), "row dots")
 
 
 def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], order: str) -> Plan:
