@@ -25,7 +25,8 @@ from einsum_transformer.leaves.resident import read_all, rooms
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.families import FAMILIES, family_of, gguf, gguf_reader
-from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.families.config_keys import check_unread as check_keys
+from einsum_transformer.models.families.family import Family, without_impossible_ids
 from einsum_transformer.models.families.gguf_keys import check_unread, one_for_all_layers
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
@@ -203,6 +204,7 @@ def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
     aside = {
         "defaulted",
         "ignored",
+        "unapplied",
         "attention_block",
         "initializer_range",
         "model_type",
@@ -304,7 +306,8 @@ def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         config = family.read_config(keys)
     except ConfigError as error:
         raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
-    return replace(config, defaulted=tuple(keys.defaulted), ignored=keys.left_over())
+    seen = {"defaulted": tuple(keys.defaulted), "ignored": keys.left_over(), "unapplied": check_keys(keys)}
+    return without_impossible_ids(replace(config, **seen), source)
 
 
 def _check_names(tensors: TensorSource, places: Mapping[str, Place], ignored: str, spare: str) -> None:
@@ -398,7 +401,8 @@ def gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
             [f"{prefix}{name}" for name in names] for names in (keys.defaulted, keys.left_over())
         )
         told = {"defaulted": tuple(defaulted), "ignored": tuple(ignored)}
-        return family, replace(config, rope=rope, tie_word_embeddings=tied, **changes, **told)
+        config = replace(config, rope=rope, tie_word_embeddings=tied, **changes, **told)
+        return family, without_impossible_ids(config, source)
     except ConfigError as error:
         raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
 

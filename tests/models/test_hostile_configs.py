@@ -147,7 +147,6 @@ SAID = {
     "rope factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.*factor"),
     "rope text": ({"rope_scaling": "linear"}, "rope_scaling.*'linear'"),
     "eos texts": ({"eos_token_id": ["</s>"]}, "eos_token_id.*</s>"),
-    "eos range": ({"eos_token_id": [2, 1 << 40]}, "eos_token_id"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*gptq"),
 }
 

@@ -13,7 +13,7 @@ from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
 
-_ASIDE = {"defaulted", "ignored", "attention_block", "initializer_range"}
+_ASIDE = {"defaulted", "ignored", "unapplied", "attention_block", "initializer_range"}
 _ITEM = 4  # bytes of a float32
 Pair = tuple[Any, Any]
 

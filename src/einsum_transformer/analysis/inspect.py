@@ -179,7 +179,7 @@ def _wanted(
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    aside = ("defaulted", "ignored", "attention_block")
+    aside = ("defaulted", "ignored", "unapplied", "attention_block")
     return {name: value for name, value in asdict(config).items() if name not in aside}
 
 

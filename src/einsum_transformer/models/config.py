@@ -155,6 +155,8 @@ class ModelConfig:
     """Keys the source did not have."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the source that change nothing here."""
+    unapplied: tuple[str, ...] = field(default=(), compare=False)
+    """Settings of the source that change training alone, such as dropout, and are not applied there."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -199,14 +201,6 @@ class ModelConfig:
                     f"rope short_factor and long_factor have {factors[0]} and {factors[1]} entries, RoPE "
                     f"rotates {rotated // 2} pairs"
                 )
-        for name, tokens in (
-            ("bos", (self.bos_token_id,)),
-            ("eos", self.eos_token_id),
-            ("pad", (self.pad_token_id,)),
-        ):
-            for token in tokens:
-                if token is not None and not -1 <= token < _LARGEST:
-                    raise ConfigError(f"config key '{name}_token_id' is {token}: no token")
 
     def _check_layers(self) -> None:
         lists = {"layer_types": self.layer_types, "rope_layers": self.rope_layers}

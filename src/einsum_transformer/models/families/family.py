@@ -12,6 +12,7 @@ from typing import Any
 from einsum_transformer.components.rope import ROPE_TYPES, RopeConfig
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import FARTHEST, FULL, SLIDING, Keys, ModelConfig, shown
+from einsum_transformer.notes import note
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Family:
 def unsaid(family: Family, config: ModelConfig) -> str:
     """The first field that the family's config.json cannot say, or ""."""
     said = family.read_config(Keys(family.write_config(config), "config.json"))
-    aside = {"defaulted", "ignored", "attention_block"}
+    aside = {"defaulted", "ignored", "unapplied", "attention_block"}
     names = [each.name for each in fields(ModelConfig) if each.name not in aside]
     return next((name for name in names if getattr(said, name) != getattr(config, name)), "")
 
@@ -259,3 +260,23 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise ConfigError(f"config key 'eos_token_id' is {value!r}: expected a token id or a list of them")
     return ids
+
+
+def without_impossible_ids(config: ModelConfig, source: str) -> ModelConfig:
+    """The config without the token ids that its vocabulary does not have, which a note names."""
+
+    def exists(token: int | None) -> bool:
+        return token is None or -1 <= token < config.vocab_size
+
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+    for name in ("bos_token_id", "pad_token_id"):
+        if not exists(token := getattr(config, name)):
+            found[name] = None
+            wrong.append(f"{name} {token}")
+    if not all(map(exists, config.eos_token_id)):
+        found["eos_token_id"] = tuple(filter(exists, config.eos_token_id))
+        wrong += [f"eos_token_id {token}" for token in config.eos_token_id if not exists(token)]
+    if found:
+        note(f"{source}: outside the vocabulary of {config.vocab_size} and not used: {', '.join(wrong[:8])}")
+    return replace(config, **found)

@@ -1,0 +1,169 @@
+"""Keys of a config.json that a family does not read: those that change nothing, are refused, or are noted.
+
+A key in none of the tables is named in one note when the model is loaded. transformers ignores such keys too;
+they are keys of other models, of other programs, or misspelt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from einsum_transformer.errors import ConfigError
+from einsum_transformer.models.config import Keys, shown
+from einsum_transformer.notes import note
+
+NEUTRAL = frozenset(
+    {
+        # What the model is called and where it comes from.
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "model_type",
+        "transformers_version",
+        "_commit_hash",
+        "unsloth_version",
+        "unsloth_fixed",
+        "finetuning_task",
+        "license",
+        # How a framework stores, runs and returns things.
+        "dtype",
+        "torch_dtype",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "chunk_size_feed_forward",
+        "gradient_checkpointing",
+        "pretraining_tp",
+        "ep_size",
+        "init_device",
+        "reorder_and_upcast_attn",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_experts_implementation",
+        "_flash_attn_2_enabled",
+        "use_flash_attn",
+        "use_flash_attention",
+        "use_flash_attention_2",
+        "flash_attn",
+        "fused_dense",
+        "flash_rotary",
+        "fused_bias_fc",
+        "norm_type",
+        # What only other heads or other inputs use.
+        "classifier_dropout",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "boi_token_index",
+        "eoi_token_index",
+        "image_token_index",
+        "image_token_id",
+        "mm_tokens_per_image",
+        "vision_config",
+        "tokenizer_class",
+        "sep_token_id",
+        "cls_token_id",
+        "mask_token_id",
+        "unk_token_id",
+        "decoder_start_token_id",
+        "prefix",
+        "task_specific_params",
+        "is_decoder",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
+        # How random weights are drawn, which a checkpoint has not.
+        "initializer_range",
+        "init_std",
+        "initializer_factor",
+        "emb_init_std",
+        "embedding_fraction",
+        # Sizes that follow from others.
+        "qk_head_dim",
+        "n_ctx",
+        "seq_length",
+        "_sliding_window_pattern",
+    }
+)
+"""Keys that change no number of a forward pass."""
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+    "adapters": ({},),
+    "is_causal": (True,),
+}
+"""Keys with another value than these make another model."""
+
+TRAINING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        (
+            "attention_dropout",
+            "attn_pdrop",
+            "emb_pdrop",
+            "embd_pdrop",
+            "embed_dropout",
+            "resid_pdrop",
+            "hidden_dropout",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "dropout",
+            "router_jitter_noise",
+        ),
+        (0, 0.0),
+    ),
+    "output_router_logits": (False,),
+}
+"""Keys with another value than these change training alone, which does not apply them."""
+
+LOSS_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "router_aux_loss_coef": (),
+    "seq_aux": (),
+    "aux_loss_alpha": (0, 0.0),
+}
+"""Of losses that training alone adds: the first is on with `output_router_logits`, the last if it is not 0."""
+
+
+def check_unread(keys: Keys) -> tuple[str, ...]:
+    """Refuse keys that make another model and note unknown ones.
+
+    Returns the settings that would change training, as `key = value`.
+    """
+    training, unknown = [], []
+    for name in keys.left_over():
+        key, value = name.removeprefix("text_config."), _value(keys.raw, name)
+        if value is None or key in NEUTRAL:
+            continue
+        if key in REFUSED:
+            if value not in REFUSED[key]:
+                raise ConfigError(f"{keys.source}: {name} = {shown(value)} is not supported")
+        elif key in TRAINING or key in LOSS_WEIGHTS:
+            neutral = TRAINING.get(key, LOSS_WEIGHTS.get(key, ()))
+            training += [f"{name} = {shown(value)}"] if neutral and value not in neutral else []
+        else:
+            unknown.append(name if len(name) <= 60 else f"{name[:57]}...")
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        note(f"{keys.source}: keys that are not used: {', '.join(unknown[:8])}{more}")
+    return tuple(training)
+
+
+def _value(raw: Mapping[str, Any], name: str) -> Any:
+    """The value of `key` or `object.key`."""
+    outer, dot, inner = name.partition(".")
+    if name in raw or not dot:
+        return raw.get(name)
+    held = raw.get(outer)
+    return _value(held, inner) if isinstance(held, Mapping) else name
