@@ -158,7 +158,7 @@ def test_b_of_zeros_gives_the_base_bit_for_bit(targets: Any, tied: bool, tmp_pat
         ({"lora_bias": True}, "lora_bias = True"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"target_parameters": "x"}, "target_parameters is 'x': names expected"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config"),
@@ -288,9 +288,10 @@ def test_a_copy_of_the_embedding_must_be_the_models(name: str, tied: bool, tmp_p
     write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": copy})
     assert len(with_adapter(model, tmp_path).adapter_parameters()) == 2
     copy[3, 4] += 1e-3
-    for wrong in (copy, weight[:-1].copy()):
-        write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": wrong})
-        assert "differs from the base model's; merge it there" in refusal(tmp_path, model)
+    write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": copy})
+    assert "differs from the base model's; merge it there" in refusal(tmp_path, model)
+    write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": copy[:-1].copy()})
+    assert "is [60, 32], the base model's is [61, 32]: the vocabulary was resized" in refusal(tmp_path, model)
 
 
 def test_models_without_or_with_an_adapter_are_refused(tmp_path: Path) -> None:

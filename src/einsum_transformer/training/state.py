@@ -239,6 +239,9 @@ def _read_weights(trainer: Trainer, folder: Path) -> None:
         source = SafetensorsFile(folder / peft.TENSORS)
     try:
         read = {name: _tensor(source, prefix + name, w) for name, w in own.items()}
+        if model.lora is not None:
+            model.set_adapter_parameters(read)
+            return
         for name, w in own.items():
             np.copyto(w, read[name])
     finally:
