@@ -286,7 +286,8 @@ def _check_copy(file: SafetensorsFile, name: str, path: str, model: Model) -> No
             f"{file.path}: tensor {quoted(name)} is {list(shape)}, the base model's is {list(weight.shape)}: "
             "the vocabulary was resized; resize the base there, or merge the adapter into it"
         )
-    if not np.array_equal(file.read(name).astype(weight.dtype), weight):
+    # In a dry run there are no numbers to compare with.
+    if isinstance(weight, Array) and not np.array_equal(file.read(name).astype(weight.dtype), weight):
         raise FormatError(f"{file.path}: tensor {quoted(name)} differs from the base model's; merge it there")
 
 
