@@ -18,6 +18,7 @@ from einsum_transformer.formats.safetensors import SafetensorsFile
 from einsum_transformer.models.config import Keys, shown
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft_config import CONFIG, read_raw, refuse_pointer
+from einsum_transformer.models.peft_names import EMBEDDING
 from einsum_transformer.models.stacked import Pair
 
 TENSORS = "adapters.safetensors"
@@ -61,11 +62,17 @@ def _pairs(folder: Path, places: Mapping[str, str]) -> dict[str, Pair]:
                 raise FormatError(f"{path}: tensor {quoted(name)} is no part of an adapter that is supported")
             if match["module"] not in places or len(file.info(name).shape) != 2:
                 raise FormatError(f"{path}: tensor {quoted(name)} is on no matrix of this model")
-            # x a b, where a has a row for each input: PEFT's A and B are the transposes.
-            array = file.read(name).astype(np.float32).T
+            array = file.read(name).astype(np.float32)
             halves.setdefault(places[match["module"]], {})[match["part"]] = array
     finally:
         file.close()
     if not halves or any(half.keys() != {"a", "b"} for half in halves.values()):
         raise FormatError(f"{path}: every module must have lora_a and lora_b")
-    return {place: (half["a"], half["b"]) for place, half in halves.items()}
+    return {place: _pair(place, half["a"], half["b"]) for place, half in halves.items()}
+
+
+def _pair(place: str, a: np.ndarray, b: np.ndarray) -> Pair:
+    """lora_a has a row for each input, of an embedding (v, d) for each token: W += scale a b there."""
+    if place == EMBEDDING:
+        return b, a
+    return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)

@@ -86,10 +86,7 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
     try:
         if mlx_adapter.is_mlx(folder):
             config, pairs = mlx_adapter.read(folder, places_of(model))
-            planned = {
-                path: Planned(len(a), config.scaling(len(a), config.lora_alpha))
-                for path, (a, _) in pairs.items()
-            }
+            planned = {path: Planned(*config.rank_and_scaling(path)) for path in pairs}
         else:
             config = read_config(folder)
             note_base(folder, model.source)
