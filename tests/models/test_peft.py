@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.errors import FormatError, InputError
+from einsum_transformer.models.adapter_text import with_own_text
 from einsum_transformer.models.adapters import Merged, merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft import config_dict, is_adapter, read_config, with_adapter, write_adapter
 from einsum_transformer.models.peft_config import NEUTRAL, NOTED, OBEYED, REFUSED
+from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import load_golden, peft_fields, write_adapter_folder, write_folder
 from tiny_models import tiny_model
 
@@ -506,7 +509,10 @@ def test_adapters_of_mlx_lm(tmp_path: Path) -> None:
 def test_an_embedding_of_mlx_lm(tmp_path: Path) -> None:
     """lora_a has a row for each token: W + scale lora_a lora_b."""
     rng = np.random.default_rng(4)
-    a, b = rng.standard_normal((61, 2)).astype(np.float32), rng.standard_normal((2, 32)).astype(np.float32)
+    a, b = (
+        (0.1 * rng.standard_normal((61, 2))).astype(np.float32),
+        rng.standard_normal((2, 32)).astype(np.float32),
+    )
     names = {"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}
     model = with_adapter(tiny_model(), mlx_folder(tmp_path, MLX, names))
     found = merged(model)[0].named_parameters()["model.embed_tokens.weight"]
@@ -543,3 +549,57 @@ def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
     golden = load_golden("llama_gqa")
     write_folder(tmp_path / "model", golden.config, golden.weights)
     assert "but a whole model, which --model takes" in refusal(tmp_path / "model")
+
+
+def tokenizer_of(text: str, template: str | None) -> Tokenizer:
+    found = Tokenizer.train([text] * 4, 300)
+    return replace(found, chat_templates={} if template is None else {"default": template})
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "expected", "noted"),
+    [
+        (None, ("a b", "T"), ("a b", "T"), ""),
+        (("a b", None), ("a b", "T"), ("a b", "T"), "whose chat template is not"),
+        (("a b", "T"), ("a b", None), ("a b", "T"), ""),
+        (("a b", "T"), ("a b", "T"), ("a b", "T"), ""),
+        (("a b", "T"), ("c d e", "U"), ("c d e", "U"), "whose vocabulary and chat template is not"),
+        (("a b", "T"), None, ("a b", "T"), ""),
+    ],
+)
+def test_the_tokenizer_in_an_adapters_folder_is_used(
+    base: Any, own: Any, expected: Any, noted: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the one that was trained with; a note says where it is not the base's."""
+    model = with_adapter(tiny_model(vocab_size=300), write_adapter_folder(tmp_path, CONFIG, q_tensors()))
+    if own is not None:
+        tokenizer_of(*own).save(tmp_path)
+    model = replace(model, tokenizer=None if base is None else tokenizer_of(*base))
+    found = with_own_text(model, tmp_path).tokenizer
+    assert found is not None
+    assert found.backend.get_vocab() == tokenizer_of(*expected).backend.get_vocab()
+    assert found.chat_template == expected[1]
+    assert [noted in record.message for record in caplog.records] == [True] * bool(noted)
+
+
+def test_a_chat_template_alone_or_a_tokenizer_that_is_too_large(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = with_adapter(tiny_model(vocab_size=300), write_adapter_folder(tmp_path, CONFIG, q_tensors()))
+    (tmp_path / "chat_template.jinja").write_text("T", encoding="utf-8")
+    found = with_own_text(replace(model, tokenizer=tokenizer_of("a b", None)), tmp_path).tokenizer
+    assert found is not None
+    assert found.chat_template == "T"
+    tokenizer_of("a b", "T").save(tmp_path)
+    small = with_adapter(tiny_model(vocab_size=61), tmp_path)
+    assert with_own_text(small, tmp_path).tokenizer is None
+    assert "the model 61: it is not used" in caplog.records[-1].message
+
+
+def test_load_takes_the_adapters_tokenizer(tmp_path: Path) -> None:
+    tiny_model(vocab_size=300).save(tmp_path / "base")
+    write_adapter_folder(tmp_path / "adapter", CONFIG, q_tensors())
+    tokenizer_of("a b", "T").save(tmp_path / "adapter")
+    model = et.load(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert model.tokenizer is not None
+    assert model.tokenizer.chat_template == "T"
