@@ -154,6 +154,8 @@ def _patterns(raw: dict[str, Any], name: str, path: Path, kind: type) -> dict[st
 def note_base(folder: Path, source: str) -> None:
     """A note if an adapter names another base than the model at hand, by the last part of its name."""
     base = read_raw(folder / CONFIG).get("base_model_name_or_path")
-    name = base.rstrip("/").rpartition("/")[2].lower() if isinstance(base, str) else ""
+    # A config's source ends in "(random weights, seed 0)".
+    plain = base.partition(" (random weights")[0] if isinstance(base, str) else ""
+    name = plain.rstrip("/").rpartition("/")[2].lower()
     if name and name not in source.lower():
         note(f"{folder}: the adapter was trained on {shown(base)}, the model is {source}")
