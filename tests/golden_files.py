@@ -85,6 +85,18 @@ ADAPTERS = (
     "mistral",
     "bfloat16",
 )
+EXPERT_ADAPTERS = (
+    "mixtral all-linear",
+    "mixtral parameters",
+    "mixtral down",
+    "mixtral rslora",
+    "qwen2_moe all-linear",
+    "qwen2_moe parameters",
+    "qwen3_moe all-linear",
+    "qwen3_moe patterns",
+    "deepseek_v2 all-linear",
+)
+OLD_ADAPTERS = ("mixtral old", "qwen3_moe old")
 IGNORED = -100
 
 
@@ -159,6 +171,36 @@ def load_adapter(name: str) -> GoldenAdapter:
         loss=float(arrays["loss"]),
         gradients=under("grad/"),
     )
+
+
+def load_expert_adapter(name: str) -> GoldenAdapter:
+    """The golden adapter of that name on stacked experts, or on each expert, which has no gradients."""
+    with np.load(FOLDER / f"lora_{name.split()[0]}.npz") as file:
+        arrays = {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
+
+    def unpacked(kind: str) -> dict[str, np.ndarray]:
+        shapes = json.loads(str(arrays[f"{kind} shapes"]))
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+        parts = np.split(arrays[kind], ends[:-1])
+        return {key: part.reshape(shape) for (key, shape), part in zip(shapes.items(), parts)}
+
+    return GoldenAdapter(
+        base=str(arrays["base"]),
+        settings=json.loads(str(arrays.get("settings", "{}"))),
+        dtype="float32",
+        config=json.loads(str(arrays["config"])),
+        tensors=unpacked("adapter"),
+        copies=[],
+        logits=arrays["logits"],
+        loss=float(arrays.get("loss", 0)),
+        gradients=unpacked("grad"),
+    )
+
+
+def peft_fields() -> list[str]:
+    """The fields of LoraConfig in peft 0.21.2."""
+    with np.load(FOLDER / "lora_mixtral.npz") as file:
+        return json.loads(str(file["fields"]))
 
 
 def write_adapter_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:

@@ -1,5 +1,6 @@
 """Adapters written by peft: our logits, loss and gradients with them against those of torch."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.models.adapters import with_lora
+from einsum_transformer.models.adapters import merged, with_lora
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft import with_adapter, write_adapter
 from golden_files import (
     ADAPTERS,
+    EXPERT_ADAPTERS,
+    OLD_ADAPTERS,
     Golden,
     GoldenAdapter,
     load_adapter,
+    load_expert_adapter,
     load_golden,
     write_adapter_folder,
     write_folder,
@@ -42,7 +46,8 @@ class Bench:
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The adapter of that name, in a folder that holds what peft wrote."""
     tmp_path = tmp_path_factory.mktemp("bench")
-    adapter = load_adapter(request.param)
+    load = load_adapter if request.param in ADAPTERS else load_expert_adapter
+    adapter = load(request.param)
     golden = load_golden(adapter.base)
     base = write_folder(tmp_path / "base", golden.config, golden.weights)
     copies = dict.fromkeys(adapter.copies, golden.weights[EMBEDDING])
@@ -53,7 +58,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Bench(adapter, golden, base, write_adapter_folder(tmp_path / "adapter", adapter.config, tensors))
 
 
-every_adapter = pytest.mark.parametrize("bench", ADAPTERS, indirect=True)
+every_adapter = pytest.mark.parametrize("bench", [*ADAPTERS, *EXPERT_ADAPTERS], indirect=True)
 
 
 @every_adapter
@@ -93,13 +98,55 @@ def test_written_folder(bench: Bench, tmp_path: Path) -> None:
 
 @every_adapter
 def test_settings_mean_what_they_mean_to_peft(bench: Bench) -> None:
-    """The same settings put matrices of the same shapes on the same modules."""
-    settings = dict(bench.adapter.settings)
-    if isinstance(settings["target_modules"], list):
-        settings["target_modules"] = tuple(settings["target_modules"])
-    parameters = with_lora(et.load(bench.base), LoRAConfig(**settings)).adapter_parameters()
-    shapes = {f"{PREFIX}{name}": array.shape for name, array in parameters.items()}
-    assert shapes == {name: array.shape for name, array in bench.adapter.tensors.items()}
+    """The same settings put matrices of the same shapes on the same modules, scaled alike."""
+    settings = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in bench.adapter.settings.items()
+    }
+    model = with_lora(et.load(bench.base), LoRAConfig(**settings))
+    shapes = {f"{PREFIX}{name}": array.shape for name, array in model.adapter_parameters().items()}
+    expected = {name: array.shape for name, array in bench.adapter.tensors.items()}
+    if settings["target_modules"] == "all-linear":
+        # peft leaves out qwen2_moe's experts and router, deepseek_v2's shared experts and dense layers; here
+        # all-linear is every matrix.
+        left_out = {
+            "qwen2_moe_dense_layer": r"\.mlp\.(experts|gate)\.",
+            "deepseek_v2_direct": r"\.mlp\..*_proj\.",
+        }
+        pattern = left_out.get(bench.adapter.base, "(?!)")
+        shapes = {
+            key: shape for key, shape in shapes.items() if key in expected or not re.search(pattern, key)
+        }
+    assert shapes == expected
+    read = with_adapter(et.load(bench.base), bench.folder).adapters
+    scalings = {path: leaf.scaling for path, leaf in model.adapters.items() if path in read}
+    assert scalings == {path: leaf.scaling for path, leaf in read.items()}
+
+
+@pytest.mark.parametrize("bench", EXPERT_ADAPTERS, indirect=True)
+def test_training_writes_and_reads_its_own_structure(bench: Bench, tmp_path: Path) -> None:
+    """Arrays that are written into the adapters in use are those that a file has."""
+    model = with_adapter(et.load(bench.base), bench.folder)
+    other = with_adapter(et.load(bench.base), bench.folder)
+    for leaf in other.adapters.values():
+        leaf.a[...], leaf.b[...] = 0, 0
+    other.set_adapter_parameters(model.adapter_parameters())
+    np.testing.assert_array_equal(other.logits(bench.golden.tokens), model.logits(bench.golden.tokens))
+    whole, report = merged(model)
+    assert_logits(whole.logits(bench.golden.tokens), bench.adapter.logits)
+    assert len(report) == len(model.adapters)
+
+
+@pytest.mark.parametrize("bench", OLD_ADAPTERS, indirect=True)
+def test_adapters_on_each_expert(bench: Bench, tmp_path: Path) -> None:
+    """As transformers 4 had them: the logits of what peft makes of them, and written as they came."""
+    model = et.load(bench.base, adapter=bench.folder)
+    assert_logits(model.logits(bench.golden.tokens), bench.adapter.logits)
+    parameters = model.adapter_parameters()
+    assert {f"{PREFIX}{name}" for name in parameters} == bench.adapter.tensors.keys()
+    write_adapter(model, tmp_path)
+    again = et.load(bench.base, adapter=tmp_path)
+    np.testing.assert_array_equal(again.logits(bench.golden.tokens), model.logits(bench.golden.tokens))
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)

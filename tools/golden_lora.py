@@ -1,5 +1,6 @@
 """Adapters by peft on golden models: its files, and the logits, loss and gradients torch has with them."""
 
+import dataclasses
 import json
 import tempfile
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_models import CASES, GRID, IGNORED, build, draw_tokens, fewer_bits, forward
+from golden_models import CASES, GRID, IGNORED, build, build_golden, fewer_bits, forward, saved_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -52,6 +53,37 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+EXPERT_ADAPTERS: dict[str, Adapter] = {
+    "mixtral all-linear": Adapter("mixtral_window", on("all-linear")),
+    "mixtral parameters": Adapter("mixtral_mqa", on(["q_proj"], target_parameters=PARAMETERS)),
+    "mixtral down": Adapter("mixtral_mqa", on([], target_parameters=["experts.down_proj"])),
+    "mixtral rslora": Adapter("mixtral_mqa", on(["w1", "w3", "gate"], use_rslora=True)),
+    "qwen2_moe all-linear": Adapter("qwen2_moe_dense_layer", on("all-linear")),
+    "qwen2_moe parameters": Adapter(
+        "qwen2_moe_window",
+        on(["v_proj", "shared_expert_gate"], r=3, target_parameters=[*PARAMETERS, "mlp.gate.weight"]),
+    ),
+    "qwen3_moe all-linear": Adapter("qwen3_moe_normalized", on("all-linear")),
+    "qwen3_moe patterns": Adapter(
+        "qwen3_moe_window",
+        on(
+            ["o_proj"],
+            target_parameters=PARAMETERS,
+            rank_pattern={r"layers\.1\..*gate_up_proj": 3, "down_proj": 1},
+            alpha_pattern={r"model\.layers\.2\.mlp\.experts\.down_proj": 5.0},
+        ),
+    ),
+    "deepseek_v2 all-linear": Adapter("deepseek_v2_direct", on("all-linear")),
+}
+"""Adapters on stacked experts."""
+OLD_ADAPTERS: dict[str, tuple[Adapter, dict[str, str]]] = {
+    "mixtral old": (Adapter("mixtral_mqa", on(["w1", "w2", "w3", "gate"])), {".mlp.": ".block_sparse_moe."}),
+    "qwen3_moe old": (Adapter("qwen3_moe_normalized", on(["gate_proj", "up_proj", "down_proj"])), {}),
+}
+"""Adapters as transformers 4 had them, with a module for each expert, and the names of other parts then."""
+
+
 def fill(model: Any, seed: int) -> None:
     """Random A and B, neither of them zero; numbers of few bits, which compress well."""
     rng = np.random.default_rng(seed)
@@ -72,9 +104,9 @@ def write(model: Any, adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]
 
 def make_adapter(name: str) -> dict[str, np.ndarray]:
     """The arrays of one adapter: what peft writes, and what torch computes with what peft reads from it."""
-    adapter = ADAPTERS[name]
-    case, seed = CASES[adapter.base], zlib.crc32(adapter.base.encode())
-    tokens, targets = draw_tokens(case, seed)
+    adapter = (ADAPTERS | EXPERT_ADAPTERS)[name]
+    case = CASES[adapter.base]
+    _, seed, tokens, targets = build_golden(adapter.base)
     base: Any = build(case, seed, {})
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **adapter.settings))
     fill(adapted, zlib.crc32(name.encode()))
@@ -82,8 +114,9 @@ def make_adapter(name: str) -> dict[str, np.ndarray]:
         tensors = write(adapted, adapter, Path(path))
         config = json.loads((Path(path) / CONFIG).read_text())
         # peft keeps a set; its order would change with every run
-        if isinstance(config["target_modules"], list):
-            config["target_modules"].sort()
+        for key in ("target_modules", "target_parameters"):
+            if isinstance(config[key], list):
+                config[key].sort()
         fresh: Any = build(case, seed, {})
         model = PeftModel.from_pretrained(fresh, path, is_trainable=True)
     logits = forward(model.eval(), tokens)
@@ -117,3 +150,55 @@ def make_adapters() -> dict[str, np.ndarray]:
     # That a tied model has an adapter on one role, and that an embedding is saved, is what is wanted here.
     warnings.filterwarnings("ignore", module="peft")
     return {f"{name}/{key}": array for name in ADAPTERS for key, array in make_adapter(name).items()}
+
+
+def make_old_adapter(name: str) -> dict[str, np.ndarray]:
+    """The tensors of an adapter on each expert, and the logits that peft has with what it makes of them."""
+    adapter, names = OLD_ADAPTERS[name]
+    model, seed, tokens, _ = build_golden(adapter.base)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    _, weights = saved_folder(model)
+    tensors = {}
+    for weight, array in weights.items():
+        module = weight.removesuffix(".weight")
+        for now, then in names.items():
+            module = module.replace(now, then)
+        if module.rpartition(".")[2] in adapter.settings["target_modules"] and array.ndim == 2:
+            for part, shape in (("A", (2, array.shape[1])), ("B", (array.shape[0], 2))):
+                values = np.round(0.25 * rng.standard_normal(shape) * GRID) / GRID
+                tensors[f"base_model.model.{module}.lora_{part}.weight"] = values.astype(np.float32)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **adapter.settings}
+    with tempfile.TemporaryDirectory() as path:
+        (Path(path) / CONFIG).write_text(json.dumps(config))
+        save_file({key: torch.from_numpy(array) for key, array in tensors.items()}, Path(path) / TENSORS)
+        fresh: Any = build(CASES[adapter.base], seed, {})
+        adapted = PeftModel.from_pretrained(fresh, path)
+    with torch.no_grad():
+        logits = forward(adapted.eval(), tokens).numpy()
+    return {
+        "base": np.array(adapter.base),
+        "config": np.array(json.dumps(config)),
+        "logits": fewer_bits(logits),
+        **{f"adapter/{key}": array for key, array in tensors.items()},
+    }
+
+
+def make_expert_adapters(family: str) -> dict[str, np.ndarray]:
+    """The arrays of a family's adapters on experts, each under `name/`, and LoraConfig's fields."""
+    warnings.filterwarnings("ignore", module="peft")
+    fields = json.dumps([field.name for field in dataclasses.fields(LoraConfig)])
+    made = {name: make_adapter(name) for name in EXPERT_ADAPTERS if name.startswith(family)}
+    made |= {name: make_old_adapter(name) for name in OLD_ADAPTERS if name.startswith(family)}
+    found = {f"{name}/{key}": array for name, arrays in made.items() for key, array in packed(arrays).items()}
+    return found | {"fields": np.array(fields)}
+
+
+def packed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The many arrays under `adapter/` and `grad/` as one each, with their names and shapes."""
+    found = {key: array for key, array in arrays.items() if "/" not in key}
+    for kind in ("adapter", "grad"):
+        own = {key: array for key, array in arrays.items() if key.startswith(f"{kind}/")}
+        shapes = {key.removeprefix(f"{kind}/"): array.shape for key, array in own.items()}
+        found[f"{kind} shapes"] = np.array(json.dumps(shapes))
+        found[kind] = np.concatenate([array.ravel() for array in own.values()]) if own else np.zeros(0)
+    return found

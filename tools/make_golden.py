@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from golden_cases import CASES
 from golden_curves import write_curves
-from golden_lora import make_adapters
+from golden_lora import make_adapters, make_expert_adapters
 from golden_models import make_model, make_reference
 from golden_optimizers import make_steps
 from golden_parts import make_parts
@@ -20,10 +20,13 @@ from transformers.utils.logging import disable_progress_bar
 
 REFERENCES = ("gpt2_plain", "gemma2_caps", "qwen2_moe_dense_layer", "deepseek_v2_direct")
 """Models whose activations are kept too, for `parity`."""
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
+"""Families whose stacked experts have adapters."""
 OTHERS = {
     "parts": make_parts,
     "optimizers": make_steps,
     "lora": make_adapters,
+    **{f"lora_{name}": partial(make_expert_adapters, name) for name in MIXTURES},
     **{f"reference_{name}": partial(make_reference, name) for name in REFERENCES},
 }
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"

@@ -22,6 +22,7 @@ from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import read_all, rooms
+from einsum_transformer.models.adapter_text import with_own_text
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.families import FAMILIES, family_of, gguf, gguf_reader
@@ -57,7 +58,8 @@ def load(
     dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random
     weights.
     weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs
-    it. adapter: a PEFT folder, whose adapters are put on the weights (unmerged; see `merged`).
+    it. adapter: a PEFT or mlx-lm folder, whose adapters are put on the weights (unmerged; see `merged`); the
+    tokenizer and chat template in it come before the base's.
     Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by
     anything.
     """
@@ -73,7 +75,7 @@ def load(
         raise InputError(f"max_layers is {max_layers}: at least 1")
     options = _Options(np.dtype(dtype), max_layers, seed, weight_budget)
     model = _load(source, options, revision, offline)
-    return model if adapter is None else with_adapter(model, adapter)
+    return model if adapter is None else with_own_text(with_adapter(model, adapter), adapter)
 
 
 def _load(source: str | Path | RunConfig, options: _Options, revision: str | None, offline: bool) -> Model:

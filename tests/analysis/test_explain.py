@@ -15,8 +15,10 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.analysis.explain import _distinct, _layer_names
 from einsum_transformer.engine import Recorder, ShapeArray, blas
+from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.decoder import build, weights_of
-from einsum_transformer.models.run_config import parse_run_config, read_json
+from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.run_config import override, parse_run_config, read_json
 from golden_files import MODELS, load_golden, write_folder
 from tiny_models import config_of, tiny_model
 
@@ -102,6 +104,51 @@ def test_the_dry_run_is_the_run(changes: dict[str, Any], backward: bool) -> None
     assert {equation: tuple(cost) for equation, cost in real.items()} == {
         equation: tuple(cost) for equation, cost in dry.items()
     }
+
+
+ADAPTED: dict[str, Any] = {
+    "llama_gqa": ("q_proj", "down_proj"),
+    "llama_mha_tied": ("embed_tokens", "lm_head", "q_proj"),
+    "llama_bias": "all-linear",
+    "gemma2_caps": "all-linear",
+    "gpt2_plain": ("c_attn", "c_fc", "wte"),
+    "phi3_window": ("qkv_proj",),
+    "olmo2_gqa": r".*layers\.1\..*",
+    "mixtral_window": "all-linear",
+    "qwen2_moe_dense_layer": "all-linear",
+    "deepseek_plain": "all-linear",
+    "deepseek_v2_direct": "all-linear",
+}
+"""Golden model -> targets of the adapter on it."""
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_cost_what_a_recorder_counts(name: str, tmp_path: Path) -> None:
+    """Forward and backward, of a model whose weights are frozen but for the adapters."""
+    golden = load_golden(name)
+    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    model = with_lora(model, LoRAConfig(3, 4.0, ADAPTED[name]))
+    tokens = golden.tokens
+    with Recorder(events_wanted=True) as recorder:
+        logits, saved = model.decoder.forward(tokens, keep=True)
+        forward = sum(event.flops for event in recorder.events)
+        model.decoder.backward(logits, saved)
+    program = et.explain(model, *tokens.shape, backward=True)
+    assert program.totals("forward")["flops"] == forward
+    assert program.flops == sum(event.flops for event in recorder.events)
+    assert program.adapters == sum(w.size for w in trainable(model.decoder).values())
+    assert "LoRA adapters of" in str(program)
+
+
+def test_a_config_that_trains_adapters_has_their_program() -> None:
+    """The figures are a recorder's, of one row of 128 tokens; without use_lora all weights have gradients."""
+    path = Path(__file__).parents[2] / "configs" / "lora_test.json"
+    config = parse_run_config(read_json(path), str(path))
+    program = et.explain(config, tokens=128, backward=True)
+    assert program.totals("forward")["flops"] == 8_893_169_664
+    assert program.totals("backward")["flops"] == 9_354_608_640
+    program = et.explain(override(config, ["use_lora=false"]), tokens=128, backward=True)
+    assert program.totals("backward")["flops"] == 17_858_691_072
 
 
 def test_backward_of_the_projections_costs_twice_their_forward() -> None:

@@ -315,6 +315,24 @@ def test_explain(etx: Etx, config: Path) -> None:
     assert told["tokens"] == 128
 
 
+def test_explain_and_diff_count_adapters(etx: Etx, config: Path, tmp_path: Path) -> None:
+    """Those of a folder and those that a config trains; frozen weights have no gradients."""
+    from einsum_transformer.models.adapters import with_lora
+    from einsum_transformer.models.lora_config import LoRAConfig
+    from einsum_transformer.models.peft import write_adapter
+
+    model = with_lora(et.load(config), LoRAConfig(8, 16.0, ("q_proj", "v_proj")))
+    write_adapter(model, tmp_path / "adapter")
+    expected = str(et.explain(model, tokens=8, backward=True))
+    size = ("--tokens", 8, "--backward")
+    assert etx("explain", config, *size, "--adapter-path", tmp_path / "adapter") == (0, f"{expected}\n", "")
+    assert etx("explain", "--config", config, *size, "--set", "use_lora=true")[1] == f"{expected}\n"
+    adapted = tmp_path / "adapted.json"
+    adapted.write_text(json.dumps(json.loads(config.read_text()) | {"use_lora": True}))
+    told = json.loads(etx("diff", config, adapted, "--json")[1])
+    assert told["flops"][1] > told["flops"][0]
+
+
 def test_pull_prints_the_folder(etx: Etx, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from einsum_transformer import hub
 

@@ -13,6 +13,7 @@ from einsum_transformer.cli.app import main
 from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft import write_adapter
+from golden_files import load_expert_adapter, load_golden, write_adapter_folder, write_folder
 from tiny_models import write_tiny
 
 IDS = np.random.default_rng(0).integers(0, 61, (2, 9))
@@ -81,3 +82,18 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny(folder / "other", hidden_size=48)
     assert etx("other", "--adapter-path", "adapter", "-o", "x") == 2
     assert "is it for another base model?" in capsys.readouterr().err
+
+
+def test_adapters_on_stacked_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Merged expert by expert, and taken out again."""
+    monkeypatch.chdir(tmp_path)
+    golden, adapter = load_golden("mixtral_window"), load_expert_adapter("mixtral all-linear")
+    write_folder(tmp_path / "base", golden.config, golden.weights)
+    write_adapter_folder(tmp_path / "adapter", adapter.config, adapter.tensors)
+    assert etx("base", "--adapter-path", "adapter", "-o", "whole", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["tensors"]) == 3 * (4 + 1 + 3 * 7)
+    np.testing.assert_allclose(et.load("whole").logits(golden.tokens), adapter.logits, rtol=0, atol=1e-4)
+    assert etx("whole", "--adapter-path", "adapter", "-o", "again", "--unmerge", "--quiet") == 0
+    np.testing.assert_allclose(et.load("again").logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)

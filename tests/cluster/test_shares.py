@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import einsum_transformer as et
 from cluster_runs import input_major
 from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
 from einsum_transformer.cluster.pool import Connection, _knock
@@ -16,6 +17,7 @@ from einsum_transformer.cluster.worker import Shapes, emptied, frozen_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.run_config import parse_run_config
 from einsum_transformer.tree import map_named, named_leaves
 from tiny_models import tiny_model
 
@@ -66,6 +68,22 @@ def test_a_decoder_is_put_together_again(tied: bool, lora: bool) -> None:
     tokens = np.arange(12).reshape(2, 6)
     np.testing.assert_array_equal(again.forward(tokens)[0], model.decoder.forward(tokens)[0])
     assert trainable(again).keys() == trained.keys()
+
+
+def test_adapters_on_stacked_experts_are_put_together_again() -> None:
+    """Gate and up of an expert share A, which travels once."""
+    sizes = {"d_model": 24, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 61}
+    config = parse_run_config({"arch": "mixtral", "num_experts": 3, "d_ff": 10} | sizes, "config")
+    model = with_lora(et.load(config), LoRAConfig(r=2, target_modules="all-linear"))
+    frozen = {path: np.array(w) for path, w in frozen_weights(model.decoder).items()}
+    empty, trained = emptied(model.decoder), trainable(model.decoder)
+    again = map_named(lambda path, leaf: leaf(path, frozen, trained), empty)
+    expert = again.layers[0].mlp.experts[1]
+    assert np.shares_memory(expert.gate_proj.a, expert.up_proj.a)
+    assert "layers.0.mlp.experts.1.up_proj.lora_A" not in trained
+    assert trainable(again).keys() == trained.keys()
+    tokens = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(again.forward(tokens)[0], model.decoder.forward(tokens)[0])
 
 
 def test_weights_travel_contiguous_and_uncopied() -> None:

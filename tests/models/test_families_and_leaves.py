@@ -22,6 +22,7 @@ from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.models.adapters import merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD
+from einsum_transformer.models.peft_names import named_pairs
 from einsum_transformer.tree import map_named, named_leaves
 from golden_files import MODELS, load_golden, write_folder
 
@@ -89,15 +90,13 @@ def dense(model: et.Model, folder: Path) -> et.Model:
 
 def chained(model: et.Model, gradients: dict[str, Array]) -> dict[str, Array]:
     """What the gradients of a merged model say of adapters: dA = scaling B^T dW, dB = scaling dW A^T."""
-    found = {}
-    for path, leaf in named_leaves(model.decoder):
-        if not isinstance(leaf, LoRA):
-            continue
+    pairs = {}
+    for path, leaf in model.adapters.items():
         dw = gradients[model.family.checkpoint_name(path)]
         dw = dw.T if model.family.is_transposed(path) else dw
         a, b = leaf.a.reshape(leaf.rank, -1), leaf.b.reshape(-1, leaf.rank)
-        found |= model._pair(path, leaf.scaling * (b.T @ dw), leaf.scaling * (dw @ a.T))
-    return found
+        pairs[path] = leaf.scaling * (b.T @ dw), leaf.scaling * (dw @ a.T)
+    return named_pairs(model.family, model.adapters, pairs)
 
 
 def expected_gradients(model: et.Model, kind: str, gradients: dict[str, Array]) -> dict[str, Array]:

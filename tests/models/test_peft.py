@@ -1,7 +1,9 @@
 """Adapter folders and merging: exact round trips, every refusal in one line, and what merging costs."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.errors import FormatError, InputError
+from einsum_transformer.models.adapter_text import with_own_text
 from einsum_transformer.models.adapters import Merged, merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft import config_dict, is_adapter, read_config, with_adapter, write_adapter
-from golden_files import write_adapter_folder
+from einsum_transformer.models.peft_config import NEUTRAL, NOTED, OBEYED, REFUSED
+from einsum_transformer.text.tokenizer import Tokenizer
+from golden_files import load_golden, peft_fields, write_adapter_folder, write_folder
 from tiny_models import tiny_model
 
 Array = np.ndarray
@@ -158,7 +163,7 @@ def test_b_of_zeros_gives_the_base_bit_for_bit(targets: Any, tied: bool, tmp_pat
         ({"lora_bias": True}, "lora_bias = True"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"target_parameters": "x"}, "target_parameters is 'x': names expected"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config"),
@@ -288,9 +293,10 @@ def test_a_copy_of_the_embedding_must_be_the_models(name: str, tied: bool, tmp_p
     write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": copy})
     assert len(with_adapter(model, tmp_path).adapter_parameters()) == 2
     copy[3, 4] += 1e-3
-    for wrong in (copy, weight[:-1].copy()):
-        write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": wrong})
-        assert "differs from the base model's; merge it there" in refusal(tmp_path, model)
+    write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": copy})
+    assert "differs from the base model's; merge it there" in refusal(tmp_path, model)
+    write_adapter_folder(tmp_path, config, embedding_tensors() | {f"{EMBED}.{name}": copy[:-1].copy()})
+    assert "is [60, 32], the base model's is [61, 32]: the vocabulary was resized" in refusal(tmp_path, model)
 
 
 def test_models_without_or_with_an_adapter_are_refused(tmp_path: Path) -> None:
@@ -378,3 +384,222 @@ def test_an_adapter_on_one_role_of_a_tied_matrix(role: str, tmp_path: Path) -> N
     whole.save(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     assert merged(adapted(tied=True, target_modules=("q_proj",)))[0].config.tie_word_embeddings
+
+
+def test_every_field_of_peft_is_obeyed_neutral_refused_or_noted() -> None:
+    """The names are those of LoraConfig's fields in peft 0.21.2."""
+    tables = [set(OBEYED), set(NEUTRAL), set(REFUSED), set(NOTED)]
+    known = set().union(*tables)
+    assert sum(map(len, tables)) == len(known)
+    assert set(peft_fields()) <= known
+
+
+@pytest.mark.parametrize("field", sorted(NEUTRAL))
+def test_neutral_fields_change_nothing(field: str, tmp_path: Path) -> None:
+    plain = with_adapter(tiny_model(), write_adapter_folder(tmp_path / "a", CONFIG, q_tensors()))
+    for value in (True, "text", 3, [0], {"a": 1}):
+        write_adapter_folder(tmp_path / "b", CONFIG | {field: value}, q_tensors())
+        logits = with_adapter(tiny_model(), tmp_path / "b").logits(TOKENS)
+        np.testing.assert_array_equal(logits, plain.logits(TOKENS))
+
+
+@pytest.mark.parametrize("field", sorted(REFUSED))
+def test_refused_fields_are_named(field: str, tmp_path: Path) -> None:
+    write_adapter_folder(tmp_path, CONFIG | {field: {"a": 1}}, q_tensors())
+    assert f"{field} = {{'a': 1}} is not supported" in refusal(tmp_path)
+
+
+def test_keys_of_a_newer_peft(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What may switch a variant on is refused, what is null or false passed by, the rest noted."""
+    for value in (True, {"beta": 1.0}, [1]):
+        write_adapter_folder(tmp_path, CONFIG | {"use_new": value}, q_tensors())
+        assert "use_new" in refusal(tmp_path)
+    write_adapter_folder(tmp_path, CONFIG | {"new": 16, "other": None, "third": False}, q_tensors())
+    with_adapter(tiny_model(), tmp_path)
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/adapter_config.json: new = 16 is not known here and ignored"
+    ]
+
+
+def test_another_base_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for base in ("owner/random weights", "/elsewhere/Random Weights/", None, ""):
+        write_adapter_folder(tmp_path, CONFIG | {"base_model_name_or_path": base}, q_tensors())
+        with_adapter(tiny_model(), tmp_path)
+    assert not caplog.records
+    write_adapter_folder(tmp_path, CONFIG | {"base_model_name_or_path": "owner/Other-7B"}, q_tensors())
+    with_adapter(tiny_model(), tmp_path)
+    assert "trained on 'owner/Other-7B', the model is random weights" in caplog.records[0].message
+
+
+@pytest.mark.parametrize("rank", [33, 200])
+def test_ranks_above_the_smaller_side(rank: int, tmp_path: Path) -> None:
+    """Are as good as any: adapters are put on, written, read and merged."""
+    model = adapted("float64", r=rank, target_modules="all-linear")
+    whole, _ = merged(model, "float64")
+    np.testing.assert_allclose(whole.logits(TOKENS), model.logits(TOKENS), rtol=0, atol=1e-10)
+    write_adapter(model, tmp_path)
+    again = with_adapter(tiny_model("float64"), tmp_path)
+    np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_adapters_of_a_model_without_a_head(prefix: str, tmp_path: Path) -> None:
+    """AutoModel's modules have no `model.` in their names; peft writes what they are called."""
+    plain = with_adapter(tiny_model(), write_adapter_folder(tmp_path / "a", CONFIG, q_tensors()))
+    renamed = {name.replace(".model.layers", f".{prefix}layers"): w for name, w in q_tensors().items()}
+    config = CONFIG | {"rank_pattern": {rf"^{prefix}layers\.0\..*": 2}, "r": 5, "lora_alpha": 4}
+    other = with_adapter(tiny_model(), write_adapter_folder(tmp_path / "b", config, renamed))
+    np.testing.assert_array_equal(other.logits(TOKENS), plain.logits(TOKENS))
+    write_adapter(other, tmp_path / "c")
+    again = with_adapter(tiny_model(), tmp_path / "c")
+    np.testing.assert_array_equal(again.logits(TOKENS), plain.logits(TOKENS))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model.", ""])
+def test_adapters_of_multimodal_models(prefix: str, tmp_path: Path) -> None:
+    """On the text model: names begin in all the ways in which the base's tensors may."""
+    golden = load_golden("gemma3_text")
+    base = write_folder(tmp_path / "base", golden.config, golden.weights)
+    model = random_pairs(
+        with_lora(et.load(base), LoRAConfig(2, 3.0, ("q_proj", "down_proj", "embed_tokens")))
+    )
+    write_adapter(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    tensors = {
+        name.replace(f"{PREFIX}model.", f"{PREFIX}{prefix}"): array
+        for name, array in tensors_of(model).items()
+    }
+    again = et.load(base, adapter=write_adapter_folder(tmp_path / "b", config, tensors))
+    np.testing.assert_array_equal(again.logits(golden.tokens), model.logits(golden.tokens))
+
+
+def mlx_folder(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    write_adapter_folder(folder, config, tensors)
+    (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
+    return folder
+
+
+MLX = {
+    "fine_tune_type": "lora",
+    "num_layers": 1,
+    "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0},
+}
+
+
+def mlx_tensors() -> Tensors:
+    rng = np.random.default_rng(3)
+    module = Q.removeprefix(PREFIX)
+    a, b = rng.standard_normal((32, 2)), 0.1 * rng.standard_normal((2, 48))
+    return {f"{module}.lora_a": a.astype(np.float32), f"{module}.lora_b": b.astype(np.float32)}
+
+
+def test_adapters_of_mlx_lm(tmp_path: Path) -> None:
+    """y = W x + scale (x lora_a) lora_b, by arithmetic on the weight itself."""
+    tensors, base = mlx_tensors(), tiny_model()
+    model = with_adapter(base, mlx_folder(tmp_path / "mlx", MLX, tensors))
+    a, b = tensors.values()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = base.named_parameters()[name] + 20 * (a @ b).T
+    np.testing.assert_allclose(merged(model)[0].named_parameters()[name], expected, rtol=0, atol=1e-5)
+    write_adapter(model, tmp_path / "peft")
+    again = with_adapter(tiny_model(), tmp_path / "peft")
+    np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
+
+
+def test_an_embedding_of_mlx_lm(tmp_path: Path) -> None:
+    """lora_a has a row for each token: W + scale lora_a lora_b."""
+    rng = np.random.default_rng(4)
+    a, b = (
+        (0.1 * rng.standard_normal((61, 2))).astype(np.float32),
+        rng.standard_normal((2, 32)).astype(np.float32),
+    )
+    names = {"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}
+    model = with_adapter(tiny_model(), mlx_folder(tmp_path, MLX, names))
+    found = merged(model)[0].named_parameters()["model.embed_tokens.weight"]
+    expected = tiny_model().named_parameters()["model.embed_tokens.weight"] + 20 * a @ b
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"fine_tune_type": "dora"}, "fine_tune_type is 'dora'"),
+        ({"fine_tune_type": "full"}, "fine_tune_type is 'full'"),
+        ({"lora_parameters": {"rank": 2, "scale": 2.0, "alpha": 4}}, "lora_parameters.alpha"),
+        ({"lora_parameters": {"rank": 3, "scale": 2.0}}, r"\[2, 32\].*\[3, 32\]"),
+        ({"lora_parameters": {"rank": 2}}, "scale"),
+    ],
+)
+def test_adapters_of_mlx_lm_that_are_refused(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+    mlx_folder(tmp_path, MLX | config, mlx_tensors())
+    assert re.search(words, refusal(tmp_path))
+
+
+def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        write_adapter_folder(tmp_path / name, CONFIG, q_tensors())
+        (tmp_path / name / name).write_bytes(pointer)
+        assert "is a Git LFS pointer" in refusal(tmp_path / name)
+    assert "no such folder" in refusal(tmp_path / "missing")
+    with pytest.raises(InputError, match=r"owner/name: no such folder; an adapter of the hub is not fetched"):
+        with_adapter(tiny_model(), "owner/name")
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF")
+    assert "is a file; an adapter is a folder" in refusal(tmp_path / "lora.gguf")
+    golden = load_golden("llama_gqa")
+    write_folder(tmp_path / "model", golden.config, golden.weights)
+    assert "but a whole model, which --model takes" in refusal(tmp_path / "model")
+
+
+def tokenizer_of(text: str, template: str | None) -> Tokenizer:
+    found = Tokenizer.train([text] * 4, 300)
+    return replace(found, chat_templates={} if template is None else {"default": template})
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "expected", "noted"),
+    [
+        (None, ("a b", "T"), ("a b", "T"), ""),
+        (("a b", None), ("a b", "T"), ("a b", "T"), "whose chat template is not"),
+        (("a b", "T"), ("a b", None), ("a b", "T"), ""),
+        (("a b", "T"), ("a b", "T"), ("a b", "T"), ""),
+        (("a b", "T"), ("c d e", "U"), ("c d e", "U"), "whose vocabulary and chat template is not"),
+        (("a b", "T"), None, ("a b", "T"), ""),
+    ],
+)
+def test_the_tokenizer_in_an_adapters_folder_is_used(
+    base: Any, own: Any, expected: Any, noted: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the one that was trained with; a note says where it is not the base's."""
+    model = with_adapter(tiny_model(vocab_size=300), write_adapter_folder(tmp_path, CONFIG, q_tensors()))
+    if own is not None:
+        tokenizer_of(*own).save(tmp_path)
+    model = replace(model, tokenizer=None if base is None else tokenizer_of(*base))
+    found = with_own_text(model, tmp_path).tokenizer
+    assert found is not None
+    assert found.backend.get_vocab() == tokenizer_of(*expected).backend.get_vocab()
+    assert found.chat_template == expected[1]
+    assert [noted in record.message for record in caplog.records] == [True] * bool(noted)
+
+
+def test_a_chat_template_alone_or_a_tokenizer_that_is_too_large(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = with_adapter(tiny_model(vocab_size=300), write_adapter_folder(tmp_path, CONFIG, q_tensors()))
+    (tmp_path / "chat_template.jinja").write_text("T", encoding="utf-8")
+    found = with_own_text(replace(model, tokenizer=tokenizer_of("a b", None)), tmp_path).tokenizer
+    assert found is not None
+    assert found.chat_template == "T"
+    tokenizer_of("a b", "T").save(tmp_path)
+    small = with_adapter(tiny_model(vocab_size=61), tmp_path)
+    assert with_own_text(small, tmp_path).tokenizer is None
+    assert "the model 61: it is not used" in caplog.records[-1].message
+
+
+def test_load_takes_the_adapters_tokenizer(tmp_path: Path) -> None:
+    tiny_model(vocab_size=300).save(tmp_path / "base")
+    write_adapter_folder(tmp_path / "adapter", CONFIG, q_tensors())
+    tokenizer_of("a b", "T").save(tmp_path / "adapter")
+    model = et.load(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert model.tokenizer is not None
+    assert model.tokenizer.chat_template == "T"

@@ -17,6 +17,7 @@ import einsum_transformer as et
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.run_config import parse_run_config
 from einsum_transformer.training import state
 from einsum_transformer.training.data import RandomTokens
 from einsum_transformer.training.loop import Settings, Trainer
@@ -41,6 +42,14 @@ def lora() -> et.Model:
     return with_lora(tied(), LoRAConfig(r=2, lora_dropout=0.3, target_modules=targets))
 
 
+def experts() -> et.Model:
+    """Adapters on stacked experts, whose gate and up matrices share A."""
+    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 61}
+    mixture = {"num_experts": 4, "top_k": 2, "moe_d_ff": 10, "d_ff": 30}
+    config = parse_run_config({"arch": "qwen3_moe"} | sizes | mixture, "config")
+    return with_lora(et.load(config, seed=1), LoRAConfig(r=2, lora_dropout=0.3, target_modules="all-linear"))
+
+
 def trainer(make: Callable[[], et.Model], optimizer: Any = AdamW(), **changes: Any) -> Trainer:  # noqa: B008
     settings = Settings(Schedule(1e-2, STEPS, "cosine", 1), optimizer, clip_norm=1.0, seed=3)
     return Trainer(make(), DATA, replace(settings, **changes))
@@ -52,7 +61,7 @@ def numbers(of: Trainer) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("optimizer", [SGD(), SGD(0.9, True, 0.1), AdamW()], ids=["sgd", "nesterov", "adamw"])
-@pytest.mark.parametrize("make", [full, tied, lora])
+@pytest.mark.parametrize("make", [full, tied, lora, experts])
 def test_resuming_at_every_step_is_not_seen(make: Any, optimizer: Any, tmp_path: Path) -> None:
     whole = trainer(make, optimizer)
     losses = []

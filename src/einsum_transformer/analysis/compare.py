@@ -12,10 +12,13 @@ from einsum_transformer.analysis.explain import Program, explain
 from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
+from einsum_transformer.models.model import Model
+from einsum_transformer.models.run_config import RunConfig
 
 _ASIDE = {"defaulted", "ignored", "unapplied", "attention_block", "initializer_range"}
 _ITEM = 4  # bytes of a float32
 Pair = tuple[Any, Any]
+_Source = Model | ModelConfig | RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,11 @@ class Comparison:
 
 
 def compare(
-    a: ModelConfig, b: ModelConfig, batch: int = 1, tokens: int = 128, names: tuple[str, str] = ("A", "B")
+    a: _Source, b: _Source, batch: int = 1, tokens: int = 128, names: tuple[str, str] = ("A", "B")
 ) -> Comparison:
-    """Two configs at `batch` rows of `tokens` tokens."""
+    """Two models, or configs, at `batch` rows of `tokens` tokens."""
     programs = explain(a, batch, tokens), explain(b, batch, tokens)
+    a, b = programs[0].config, programs[1].config
     totals = [program.totals("forward") for program in programs]
     return Comparison(
         names,

@@ -17,11 +17,14 @@ from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
 from einsum_transformer.errors import InputError
+from einsum_transformer.leaves.frozen import Frozen
+from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.models.adapters import Planned, plan, put_on, trainable
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
-from einsum_transformer.tree import tree_map
+from einsum_transformer.tree import map_named, named_leaves, tree_map
 
 NOT_COUNTED = (
     "Look-ups and elementwise work (embedding, softmax, RoPE, activations, residuals) count no FLOPs."
@@ -68,6 +71,8 @@ class Program:
     backward: bool
     parameters: int
     steps: tuple[Step, ...]
+    adapters: int = 0
+    """Numbers in adapters, beside the parameters; all else is frozen if there are any."""
 
     @property
     def flops(self) -> int:
@@ -87,6 +92,7 @@ class Program:
             "batch": self.batch,
             "tokens": self.tokens,
             "parameters": self.parameters,
+            "adapters": self.adapters,
             "letters": {letter: LEGEND.get(letter, "") for letter in self.letters()},
             "steps": [asdict(step) for step in self.steps],
             "totals": {direction: self.totals(direction) for direction in self._directions()},
@@ -119,7 +125,9 @@ def explain(
 ) -> Program:
     """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
 
-    Of a model only the config is read, so its size does not matter. backward: also the gradient equations.
+    No weight is read, so the size of a model does not matter. backward: also the gradient equations. Adapters
+    count as in a real pass, those of a model as well as those that a run's config trains (use_lora): what is
+    frozen has no gradient.
     """
     for name, value in (("batch", batch), ("tokens", tokens)):
         if not 1 <= value <= _MOST:
@@ -128,12 +136,19 @@ def explain(
     if config.learned_positions and tokens > config.max_position_embeddings:
         learned = f"this {config.model_type} has learned {config.max_position_embeddings} positions"
         raise InputError(f"tokens is {tokens}: {learned}")
-    decoder = build(config, _stand_in)
+    decoder = _without_numbers(model, config)
     blocks, members = _distinct(decoder)
     with Recorder(events_wanted=True) as recorder, _one_thread():
         _dry_run(replace(decoder, layers=blocks), batch, tokens, backward)
     parameters = sum(prod(weight.stored) for weight in weights_of(config))
-    return Program(config, batch, tokens, backward, parameters, tuple(_steps(recorder.events, members)))
+    adapters = sum(prod(w.shape) for w in trainable(decoder).values()) if _adapted(decoder) else 0
+    steps = tuple(_steps(recorder.events, members))
+    return Program(config, batch, tokens, backward, parameters, steps, adapters)
+
+
+def without_weights(config: ModelConfig, source: str) -> Model:
+    """A model whose weights have only shapes: what `explain` needs of a model to put an adapter on."""
+    return Model(config, build(config, _stand_in), source=source)
 
 
 def _config(model: Any) -> ModelConfig:
@@ -146,6 +161,40 @@ def _config(model: Any) -> ModelConfig:
             f"explain takes a model or a config, not {type(model).__name__}; for files: etx explain"
         )
     return model
+
+
+def _without_numbers(model: Model | ModelConfig | RunConfig, config: ModelConfig) -> Decoder:
+    """The decoder with weights and adapters that have only shapes."""
+    if isinstance(model, Model):
+        places = model.weights
+        return map_named(lambda path, leaf: _dry_leaf(leaf, places[path]), model.decoder)
+    decoder = build(config, _stand_in)
+    if not isinstance(model, RunConfig) or (lora := model.lora) is None:
+        return decoder
+    dry = without_weights(config, model.source)
+    adapted = put_on(dry, lora, plan(dry, lora), _dry_pair)
+    places = adapted.weights
+    return map_named(lambda path, leaf: _dry_leaf(leaf, places[path]), adapted.decoder)
+
+
+def _adapted(decoder: Decoder) -> bool:
+    return any(isinstance(leaf, LoRA) for _, leaf in named_leaves(decoder))
+
+
+def _dry_leaf(leaf: Any, place: Weight) -> Any:
+    """What stands for a leaf, or for an array, in a dry run."""
+    if isinstance(leaf, Frozen):
+        return Frozen(_stand_in(place))
+    if not isinstance(leaf, LoRA):
+        return _stand_in(place)
+    a, b = (_DryWeight(f"{_role(place)}.lora_{part}", w.shape) for part, w in (("A", leaf.a), ("B", leaf.b)))
+    pair: tuple[Any, Any] = a, b
+    return _DryLoRA(leaf.name, _stand_in(place), *pair, *leaf.settings)
+
+
+def _dry_pair(path: str, planned: Planned, place: Weight) -> tuple[Any, Any]:
+    outputs, inputs = place.shape[: place.out_axes], place.shape[place.out_axes :]
+    return ShapeArray((planned.rank, *inputs), _DTYPE), ShapeArray((*outputs, planned.rank), _DTYPE)
 
 
 class _DryWeight(Leaf):
@@ -169,6 +218,21 @@ class _DryWeight(Leaf):
             return einsum(equation, dy, x)
 
 
+class _DryLoRA(LoRA):
+    """An adapter on a weight that has only a shape."""
+
+    def weight_grad(self, equation: str, *operands: Any) -> Any:
+        with self._gradient():
+            return super().weight_grad(equation, *operands)
+
+    def add_rows(self, indices: Any, dy: Any) -> Any:
+        with self._gradient():
+            return super().add_rows(indices, dy)
+
+    def _gradient(self) -> Any:
+        return phase(_WeightName(f"d{self.name.removesuffix('.weight').rpartition('.')[2]}.lora"))
+
+
 class _WeightName(str):
     """The name of a phase that stands for a weight."""
 
@@ -178,17 +242,26 @@ class _WeightName(str):
 def _stand_in(weight: Weight) -> Any:
     if len(weight.stored) == 1:
         return ShapeArray(weight.shape, _DTYPE)  # norms and biases take part in sums rather than products
-    name = weight.path.removesuffix(".weight")
-    return _DryWeight(name.rpartition(".")[2], weight.shape)
+    return _DryWeight(_role(weight), weight.shape)
+
+
+def _role(weight: Weight) -> str:
+    return weight.path.removesuffix(".weight").rpartition(".")[2]
 
 
 def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
     """(a block of each kind, its layers): layers whose shapes and settings agree compute alike."""
     kinds: dict[Any, list[int]] = {}
     for i, block in enumerate(decoder.layers):
-        kinds.setdefault(tree_map(lambda leaf: (leaf.shape, str(leaf.dtype)), block), []).append(i)
+        kinds.setdefault(tree_map(_kind, block), []).append(i)
     layers = [tuple(members) for members in kinds.values()]
     return tuple(decoder.layers[members[0]] for members in layers), layers
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    """What decides what a leaf computes."""
+    adapter = (leaf.rank, leaf.out_axes, leaf.base.shape) if isinstance(leaf, LoRA) else ()
+    return leaf.shape, str(leaf.dtype), type(leaf).__name__, adapter
 
 
 def _dry_run(decoder: Decoder, batch: int, tokens: int, backward: bool) -> None:
@@ -217,10 +290,10 @@ def _steps(events: list[Event], members: list[tuple[int, ...]]) -> Iterator[Step
         for event in visit:
             alike.setdefault((event.path, event.equation), []).append(event)
         for (path, equation), calls in alike.items():
-            named = isinstance(path[-1], _WeightName)
+            names = [name for name in path if isinstance(name, _WeightName)]
             yield _step(
-                path[:-1] if named else path,
-                str(path[-1]),
+                tuple(name for name in path if not isinstance(name, _WeightName)),
+                str(names[-1] if names else path[-1]),
                 equation,
                 calls,
                 () if layer is None else members[layer],
@@ -271,10 +344,12 @@ def _heading(program: Program) -> list[str]:
     size = quantity(_DTYPE.itemsize * program.parameters, "B")
     rows = f"batch {program.batch}, {program.tokens} tokens"
     run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); {rows}"
+    if program.adapters:
+        run += f"; LoRA adapters of {program.adapters:,} numbers, all else is frozen"
     legend = ", ".join(
         f"{letter} = {size} {LEGEND.get(letter, '')}" for letter, size in program.letters().items()
     )
-    return [*textwrap.wrap(shape, _WIDTH), run, "", *textwrap.wrap(legend, _WIDTH)]
+    return [*textwrap.wrap(shape, _WIDTH), *textwrap.wrap(run, _WIDTH), "", *textwrap.wrap(legend, _WIDTH)]
 
 
 _MOST = 1 << 18
@@ -305,7 +380,7 @@ def _row(label: str, step: Step) -> Iterator[str]:
     first, *more = textwrap.wrap(step.lowering, _WIDTH - _LOWERING_COLUMN)
     amounts = [quantity(amount) for amount in (step.flops, step.bytes_read, step.bytes_written)]
     calls = f"x{step.calls}" if step.calls > 1 else ""
-    yield _COLUMNS.format(label, step.equation, calls, *amounts, first)
+    yield _COLUMNS.format(f"{label:<15} ", step.equation, calls, *amounts, first)
     for line in more:
         yield " " * _LOWERING_COLUMN + line
 

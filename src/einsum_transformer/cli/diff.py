@@ -34,7 +34,8 @@ def diff(
     from einsum_transformer.analysis.compare import compare, render
     from einsum_transformer.checkpoint import read_config
 
-    configs = [read_config(source, offline) for source in (a, b)]
+    sources = [options.source_of(source, None, None, None) for source in (a, b)]
+    configs = [read_config(each, offline) if isinstance(each, str) else each for each in sources]
     short = [Path(source).stem or source for source in (a, b)]
     names = (short[0], short[1]) if short[0] != short[1] else ("A", "B")
     with options.announced("counting the tiles of attention ...", json):

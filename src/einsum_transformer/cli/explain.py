@@ -18,13 +18,15 @@ def explain(
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each row.")] = 128,
     backward: Annotated[bool, typer.Option("--backward", help="Also the gradient equations.")] = False,
     assignments: options.Assignments = None,
+    adapter_path: options.AdapterPath = None,
     offline: options.Offline = False,
     json: options.Json = False,
 ) -> None:
     """Print a model's program: its equations and what they cost.
 
     Every equation comes with its FLOPs, its bytes and the matrix product it runs as. The same Python that
-    runs the model runs over arrays that have only a shape, so a config of any size is enough.
+    runs the model runs over arrays that have only a shape, so a config of any size is enough. Adapters count,
+    those of --adapter-path and those that a config trains (use_lora); what they freeze has no gradient.
 
     \b
     etx explain                                        the default model, 128 tokens
@@ -33,9 +35,15 @@ def explain(
     etx explain --config configs/fast_lora.json --set use_mqa=true --json
     """
     from einsum_transformer.analysis.explain import explain as dry_run
+    from einsum_transformer.analysis.explain import without_weights
     from einsum_transformer.checkpoint import read_config
+    from einsum_transformer.models.peft import with_adapter
 
     source = options.source_of(model, model_flag, config, assignments)
+    described = read_config(source, offline) if isinstance(source, str) else source
+    if adapter_path is not None:
+        name = source if isinstance(source, str) else source.source
+        described = with_adapter(without_weights(read_config(source, offline), name), adapter_path)
     with options.announced("counting the tiles of attention ...", json):
-        program = dry_run(read_config(source, offline), batch, tokens, backward)
+        program = dry_run(described, batch, tokens, backward)
     options.write((jsonlib.dumps(program.to_dict()) if json else str(program)) + "\n")

@@ -48,7 +48,6 @@ def gradcheck(
     from einsum_transformer.analysis.gradcheck import gradcheck as check
     from einsum_transformer.analysis.gradcheck import render
     from einsum_transformer.models.adapters import with_lora
-    from einsum_transformer.models.lora_config import LoRAConfig
 
     source = options.source_of(model, model_flag, config, assignments)
     loaded, _ = options.open_model(
@@ -63,8 +62,8 @@ def gradcheck(
         offline=offline,
         adapter=adapter_path,
     )
-    if not isinstance(source, str) and source.use_lora and loaded.lora is None:
-        lora = LoRAConfig(source.lora_rank, source.lora_alpha, source.lora_target_modules)
+    lora = None if isinstance(source, str) else source.lora
+    if lora is not None and loaded.lora is None:
         loaded = with_lora(loaded, lora, seed or 0)
     rng = np.random.default_rng(seed or 0)
     tokens = rng.integers(0, loaded.config.vocab_size, (batch_size, seq_len + 1))

@@ -79,7 +79,7 @@ MaxLayers = Annotated[
 AdapterPath = Annotated[
     str | None,
     typer.Option(
-        "--adapter-path", metavar="FOLDER", help="A LoRA adapter, as PEFT or `etx train` writes it."
+        "--adapter-path", metavar="FOLDER", help="A LoRA adapter, as PEFT, `etx train` or mlx-lm writes it."
     ),
 ]
 MaxTokens = Annotated[

@@ -77,7 +77,8 @@ def emptied(decoder: Any) -> Any:
                 _lora,
                 name=weight.name,
                 shapes=(weight.shape, weight.a.shape, weight.b.shape),
-                settings=(weight.scaling, weight.out_axes, weight.dropout),
+                settings=weight.settings,
+                owner=weight.owner,
             )
         return partial(_frozen if isinstance(weight, Frozen) else _trained, shape=tuple(weight.shape))
 
@@ -105,9 +106,11 @@ def _frozen(path: str, frozen: Arrays, trained: Arrays, shape: tuple[int, ...]) 
     return Frozen(frozen[path].reshape(shape))
 
 
-def _lora(path: str, frozen: Arrays, trained: Arrays, name: str, shapes: Any, settings: Any) -> LoRA:
+def _lora(
+    path: str, frozen: Arrays, trained: Arrays, name: str, shapes: Any, settings: Any, owner: str
+) -> LoRA:
     base, a, b = shapes
-    pair = trained[f"{path}.lora_A"].reshape(a), trained[f"{path}.lora_B"].reshape(b)
+    pair = trained[f"{owner or path}.lora_A"].reshape(a), trained[f"{path}.lora_B"].reshape(b)
     return LoRA(name, frozen[path].reshape(base), *pair, *settings)
 
 

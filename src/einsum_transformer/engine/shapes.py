@@ -100,7 +100,7 @@ class ShapeArray(NDArrayOperatorsMixin):
         if method == "reduce":
             shape = _reduced(np.shape(inputs[0]), options.get("axis", 0), options.get("keepdims", False))
             return ShapeArray(shape, inputs[0].dtype)
-        if method != "__call__" or ufunc.signature is not None:
+        if method != "__call__" or ufunc.signature is not None or not all(map(_is_operand, inputs)):
             return NotImplemented
         shape = np.broadcast_shapes(*(np.shape(value) for value in inputs))
         types = [
@@ -114,6 +114,11 @@ class ShapeArray(NDArrayOperatorsMixin):
         if function not in _FUNCTIONS:
             return NotImplemented
         return _FUNCTIONS[function](*arguments, **options)
+
+
+def _is_operand(value: Any) -> bool:
+    """Whether a value is an array or a number, and no leaf, which answers for itself."""
+    return isinstance(value, (ShapeArray, np.ndarray, np.generic, int, float, complex))
 
 
 def _reduced(shape: tuple[int, ...], axis: Any, keepdims: bool) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ class Frozen(Leaf):
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
 
     def array(self) -> Array:
-        return np.asarray(self.weight)
+        return self.weight.array() if isinstance(self.weight, Leaf) else self.weight
 
     def rows(self, indices: Array) -> Array:
         return take_rows(self.weight, indices)

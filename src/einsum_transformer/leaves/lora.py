@@ -50,7 +50,9 @@ class Dropout:
 class LoRA(Leaf):
     """W + scaling * b a, viewed like W: its first `out_axes` axes are outputs, the others inputs.
 
-    a: (r, *inputs), b: (*outputs, r).
+    a: (r, *inputs), b: (*outputs, r). stack: the path of the stacked parameter whose adapter this is a part
+    of, where a file holds one adapter for all experts of a layer. owner: the path of the weight whose `a`
+    this one uses too (gate and up of an expert in one stack); its gradient is added to that of the owner.
     """
 
     def __init__(
@@ -62,10 +64,18 @@ class LoRA(Leaf):
         scaling: float,
         out_axes: int,
         dropout: Dropout | None = None,
+        stack: str = "",
+        owner: str = "",
     ) -> None:
         self.name, self.base, self.a, self.b = name, base, a, b
         self.scaling, self.out_axes, self.dropout = scaling, out_axes, dropout or Dropout()
+        self.stack, self.owner = stack, owner
         self.shape, self.dtype = tuple(base.shape), base.dtype
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What the constructor takes after the arrays."""
+        return self.scaling, self.out_axes, self.dropout, self.stack, self.owner
 
     @property
     def rank(self) -> int:
@@ -73,16 +83,17 @@ class LoRA(Leaf):
 
     def masked(self, key: tuple[int, ...], first_row: int) -> LoRA:
         """The same weights, with the zeroes of these rows of a batch."""
-        dropout = replace(self.dropout, key=key, first_row=first_row)
-        return LoRA(self.name, self.base, self.a, self.b, self.scaling, self.out_axes, dropout)
+        scaling, out_axes, dropout, *names = self.settings
+        drawn = replace(dropout, key=key, first_row=first_row)
+        return LoRA(self.name, self.base, self.a, self.b, scaling, out_axes, drawn, *names)
 
     def array(self) -> Array:
         """W + scaling * b a"""
-        return np.asarray(self.base) + self.delta()
+        return _numbers(self.base) + self.delta()
 
     def delta(self) -> Array:
         """scaling * b a, in the shape of W."""
-        a, b = self.a.reshape(self.rank, -1), self.b.reshape(-1, self.rank)
+        a, b = _numbers(self.a).reshape(self.rank, -1), _numbers(self.b).reshape(-1, self.rank)
         return (self.scaling * einsum("fr,rd->fd", b, a)).reshape(self.shape)
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
@@ -108,7 +119,7 @@ class LoRA(Leaf):
         return y
 
     def weight_grad(self, equation: str, *operands: Array) -> dict[str, Array]:
-        """{"lora_A": da, "lora_B": db}"""
+        """{"lora_A": da, "lora_B": db}; the first key is `<owner>.lora_A` where another weight owns `a`."""
         dy, x = operands
         parsed = Equation.parse(equation)
         outputs, inputs = parsed.output[: self.out_axes], parsed.output[self.out_axes :]
@@ -122,7 +133,7 @@ class LoRA(Leaf):
         dh = einsum(f"{dy_term},{outputs}r->{summed}r", dy, self.b)
         dh *= self.dtype.type(self.scaling)
         da = einsum(f"{summed}r,{x_term}->r{inputs}", dh, x, order="C")
-        return {"lora_A": da, "lora_B": db}
+        return {f"{self.owner}.lora_A" if self.owner else "lora_A": da, "lora_B": db}
 
     def rows(self, indices: Array) -> Array:
         """Rows of W, an embedding (v, d), plus those of scaling * b a."""
@@ -136,3 +147,7 @@ class LoRA(Leaf):
         dh = einsum("btd,rd->btr", dy, self.a)
         dh *= self.dtype.type(self.scaling)
         return {"lora_A": da, "lora_B": add_rows(self.b, indices, dh)}
+
+
+def _numbers(weight: Any) -> Array:
+    return weight.array() if isinstance(weight, Leaf) else weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,88 +17,142 @@ from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, parse_json, sync
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
+from einsum_transformer.models.decoder import Weight, weights_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
+from einsum_transformer.models.peft_names import stack_name
+from einsum_transformer.models.stacked import Pair, Stack, stacks_of
 from einsum_transformer.tree import map_named, named_leaves
 
 Array = np.ndarray
-Pair = tuple[Array, Array]
-"""A (r, inputs) and B (outputs, r)."""
+
+Draw = Callable[[str, "Planned", Weight], tuple[Any, Any]]
+"""(path, what is planned, the weight's place) -> A and B."""
 
 
-def with_lora(
-    model: Model, config: LoRAConfig, seed: int = 0, pairs: Mapping[str, Pair] | None = None
-) -> Model:
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The adapter of one matrix. stack: the path of the stacked parameter it is a part of; owner: the path of
+    the matrix whose A it uses."""
+
+    rank: int
+    scaling: float
+    stack: str = ""
+    owner: str = ""
+
+
+def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
     """The model with an adapter on each target and every other weight frozen.
 
     A has PEFT's start: uniform in +-1 / sqrt(inputs), for an embedding standard normal, each tensor from a
-    stream of its own; B is zero, so that the model's output is the base's bit for bit. pairs: module name ->
-    A and B to begin with instead; then exactly those modules get an adapter.
+    stream of its own; B is zero, so that the model's output is the base's bit for bit.
 
     Where one matrix serves as embedding and as head, an adapter is put on the role that is named and the
-    other keeps the matrix as it is (as in PEFT).
+    other keeps the matrix as it is (as in PEFT). Where transformers holds the experts of a layer stacked,
+    their adapters are those of the stack if all experts are targets: gate and up have one A, of both ranks
+    together (as in PEFT).
     """
 
-    def wanted(path: str) -> bool:
-        module = model.module(path)
-        if pairs is not None:
-            return module in pairs
-        return path != POSITIONS and config.targets(module, linear=path not in (EMBEDDING, HEAD))
+    def draw(path: str, planned: Planned, place: Weight) -> Pair:
+        return _start(path, planned.rank, place.stored[1], seed), np.zeros((place.stored[0], planned.rank))
 
+    return put_on(model, config, plan(model, config), draw)
+
+
+def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:
+    """Path -> adapter of every matrix that a config targets."""
+    matrices = matrices_of(model)
+    found: dict[str, Planned] = {}
+    numbers: dict[str, tuple[int, float]] = {}
+    for path in matrices:
+        names = tuple(dict.fromkeys((model.module(path), model.family.module_name(path))))
+        parameters = tuple(f"{name}.weight" for name in names)
+        if any(config.targets(name, path not in (EMBEDDING, HEAD)) for name in names):
+            numbers[path] = config.rank_and_alpha(*names)
+        elif any(map(config.targets_parameter, parameters)) and path != EMBEDDING:
+            numbers[path] = config.rank_and_alpha(*parameters)
+        else:
+            continue
+        found[path] = Planned(numbers[path][0], config.scaling(*numbers[path]))
+    if model.family.stacked_experts:
+        for stack in stacks_of(matrices).values():
+            found |= _plan_of_stack(model, config, stack, numbers)
+    if not found:
+        targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        raise no_matrix(model, [*targets, *config.target_parameters])
+    return found
+
+
+def _plan_of_stack(
+    model: Model, config: LoRAConfig, stack: Stack, numbers: Mapping[str, tuple[int, float]]
+) -> dict[str, Planned]:
+    """The adapters of a stacked parameter: if it is named, or if all its matrices are targets alike."""
+    name = stack_name(model.family, stack.path)
+    if config.targets_parameter(name):
+        return planned_stack(stack, config, *config.rank_and_alpha(name))
+    kinds = {numbers.get(path) for path in stack.paths}
+    if len(kinds) > 1 or (kind := kinds.pop()) is None:
+        return {}
+    parts = len(stack.experts[0])
+    return planned_stack(stack, config, parts * kind[0], parts * kind[1])
+
+
+def planned_stack(stack: Stack, config: LoRAConfig, rank: int, alpha: float) -> dict[str, Planned]:
+    """The adapters of all matrices of a stacked parameter, of which the first of each expert owns A."""
+    scaling = config.scaling(rank, alpha)
+    return {
+        path: Planned(rank, scaling, stack.path, "" if path == expert[0] else expert[0])
+        for expert in stack.experts
+        for path in expert
+    }
+
+
+def matrices_of(model: Model) -> dict[str, Weight]:
+    """Path -> place of every matrix that may have an adapter, a tied one in both its roles."""
+    weights = weights_of(replace(model.config, tie_word_embeddings=False))
+    return {w.path: w for w in weights if len(w.stored) > 1 and w.path != POSITIONS}
+
+
+def no_matrix(model: Model, names: list[str]) -> InputError:
+    """What to raise where targets are not in a model."""
+    held = sorted({model.module(path).split(".")[-1] for path in matrices_of(model)})
+    return InputError(
+        f"{model.source}: LoRA target_modules {', '.join(map(repr, names[:3]))} name no matrix of this "
+        f"model; it has {', '.join(held)}"
+    )
+
+
+def put_on(model: Model, config: LoRAConfig, planned: Mapping[str, Planned], draw: Draw) -> Model:
+    """The model with the planned adapters, whose matrices `draw` gives, and every other weight frozen."""
     if any(isinstance(leaf, (Frozen, LoRA)) for _, leaf in named_leaves(model.decoder)):
         raise InputError(f"{model.source}: the model has an adapter already; merge it first")
-    if model.decoder.lm_head is None and any(map(wanted, (EMBEDDING, HEAD))):
+    if model.decoder.lm_head is None and planned.keys() & {EMBEDDING, HEAD}:
         model = replace(model, decoder=replace(model.decoder, lm_head=model.decoder.head))
     places = model.weights
-    found: list[str] = []
+    owned: dict[str, Any] = {}
 
     def leaf(path: str, weight: Any) -> Any:
-        place, module = places[path], model.module(path)
-        if len(place.stored) < 2 or not wanted(path):
+        if path not in planned:
             return Frozen(weight)
-        found.append(module)
-        rank, scaling = config.rank_and_scaling(module)
+        own, place = planned[path], places[path]
         outputs, inputs = place.shape[: place.out_axes], place.shape[place.out_axes :]
-        if pairs is None:
-            a = _start(path, rank, inputs, place.stored[1], seed)
-            b = np.zeros((*outputs, rank))
-        else:
-            a, b = pairs[module]
-            _check_pair(module, a, b, rank, place.stored)
-        a = np.array(a, weight.dtype).reshape(rank, *inputs)
-        b = np.array(b, weight.dtype).reshape(*outputs, rank)
-        return LoRA(path, weight, a, b, scaling, len(outputs), Dropout(config.lora_dropout))
+        a, b = draw(path, own, place)
+        if isinstance(a, Array):
+            a = np.array(a, weight.dtype).reshape(own.rank, *inputs)
+            b = np.array(b, weight.dtype).reshape(*outputs, own.rank)
+        owned[path] = a = owned[own.owner] if own.owner else a
+        dropout = Dropout(config.lora_dropout)
+        return LoRA(path, weight, a, b, own.scaling, len(outputs), dropout, own.stack, own.owner)
 
-    decoder = map_named(leaf, model.decoder)
-    missing = set(pairs or ()) - set(found)
-    if missing or not found:
-        modules = sorted(
-            {model.module(path).split(".")[-1] for path, w in places.items() if len(w.stored) > 1}
-        )
-        names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-        names = sorted(missing)[:3] if missing else names
-        raise InputError(
-            f"{model.source}: LoRA target_modules {', '.join(map(repr, names))} name no matrix of this "
-            f"model; it has {', '.join(modules)}"
-        )
-    return replace(model, decoder=decoder, lora=config)
+    return replace(model, decoder=map_named(leaf, model.decoder), lora=config)
 
 
-def _start(path: str, rank: int, inputs: tuple[int, ...], width: int, seed: int) -> Array:
+def _start(path: str, rank: int, width: int, seed: int) -> Array:
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     if path == EMBEDDING:
-        return rng.standard_normal((rank, *inputs))
+        return rng.standard_normal((rank, width))
     bound = 1 / math.sqrt(width)
-    return rng.uniform(-bound, bound, (rank, *inputs))
-
-
-def _check_pair(module: str, a: Array, b: Array, rank: int, stored: tuple[int, ...]) -> None:
-    expected = (rank, stored[1]), (stored[0], rank)
-    if (a.shape, b.shape) != expected:
-        raise InputError(
-            f"the adapter of {module} is {list(a.shape)} and {list(b.shape)}, its config and the model "
-            f"ask for {list(expected[0])} and {list(expected[1])}: is it for another base model?"
-        )
+    return rng.uniform(-bound, bound, (rank, width))
 
 
 def trainable(decoder: Any) -> dict[str, Array]:
@@ -106,7 +160,8 @@ def trainable(decoder: Any) -> dict[str, Array]:
     found: dict[str, Array] = {}
     for path, leaf in named_leaves(decoder):
         if isinstance(leaf, LoRA):
-            found |= {f"{path}.lora_A": leaf.a, f"{path}.lora_B": leaf.b}
+            found |= {} if leaf.owner else {f"{path}.lora_A": leaf.a}
+            found[f"{path}.lora_B"] = leaf.b
         elif not isinstance(leaf, Leaf):
             found[path] = leaf
     return found
@@ -124,7 +179,10 @@ def gradients_by_name(gradient: Any) -> dict[str, Array]:
     found: dict[str, Array] = {}
     for path, leaf in named_leaves(gradient):
         if isinstance(leaf, dict):
-            found |= {f"{path}.{part}": array for part, array in leaf.items()}
+            for part, array in leaf.items():
+                # A part with a dot is the A of another weight, which comes before.
+                name = part if "." in part else f"{path}.{part}"
+                found[name] = found[name] + array if name in found else array
         else:
             found[path] = leaf
     return found

@@ -26,7 +26,9 @@ class LoRAConfig:
     scaling = lora_alpha / r, with use_rslora lora_alpha / sqrt(r). target_modules: the last parts of weights'
     names ("q_proj"), or one regular expression for whole module names, or "all-linear". rank_pattern and
     alpha_pattern: regular expressions for the ends of module names -> the rank or alpha of those; the first
-    that fits counts. Regular expressions are RE2's, which has no lookaround and no back references.
+    that fits counts. target_parameters: the last parts of parameters' names, for what is no module of its
+    own: stacked experts ("experts.gate_up_proj") or any matrix ("gate.weight"). Regular expressions are
+    RE2's, which has no lookaround and no back references.
     """
 
     r: int = 8
@@ -36,6 +38,7 @@ class LoRAConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
@@ -52,11 +55,23 @@ class LoRAConfig:
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout is {self.lora_dropout}: at least 0 and less than 1 is expected")
 
-    def rank_and_scaling(self, module: str) -> tuple[int, float]:
-        """The rank and scaling of the adapter of a module."""
-        rank = _by_pattern(self.rank_pattern, module, self.r)
-        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+    def rank_and_alpha(self, *names: str) -> tuple[int, float]:
+        """The rank and alpha of the adapter on what has these names."""
+        rank = _by_pattern(self.rank_pattern, names, self.r)
+        return rank, _by_pattern(self.alpha_pattern, names, self.lora_alpha)
+
+    def rank_and_scaling(self, *names: str) -> tuple[int, float]:
+        """The rank and scaling of the adapter on what has these names."""
+        rank, alpha = self.rank_and_alpha(*names)
+        return rank, self.scaling(rank, alpha)
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """alpha / rank, with use_rslora alpha / sqrt(rank)."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether a parameter of this name is one of `target_parameters`."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
     def targets(self, module: str, linear: bool = True) -> bool:
         """Whether a matrix of this module's name gets an adapter; linear: it is no embedding and no head."""
@@ -68,9 +83,9 @@ class LoRAConfig:
         return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
     for key, value in pattern.items():
-        if _compiled(_end_of_name(key)).fullmatch(module):
+        if any(_compiled(_end_of_name(key)).fullmatch(name) for name in names):
             return value
     return default
 

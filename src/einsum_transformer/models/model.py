@@ -21,13 +21,15 @@ from einsum_transformer.models.decoder import Decoder, Weight, weights_of
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.family import Family, unsaid
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.peft_names import EMBEDDING, HEAD, POSITIONS, named_pairs, wrapper_names
+from einsum_transformer.models.stacked import stacks_of
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
 
-EMBEDDING, POSITIONS, HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
+__all__ = ["EMBEDDING", "HEAD", "POSITIONS", "Model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +85,27 @@ class Model:
         return self._named(self.decoder)
 
     def adapter_parameters(self) -> dict[str, Array]:
-        """PEFT's name -> array of the adapters' matrices alone."""
-        adapters = {path: leaf for path, leaf in named_leaves(self.decoder) if isinstance(leaf, LoRA)}
-        return {
-            name: array
-            for path, leaf in adapters.items()
-            for name, array in self._pair(path, leaf.a, leaf.b).items()
-        }
+        """PEFT's name -> array of the adapters' matrices alone: views of those in use, but for those of
+        stacked experts, which are copies (see `set_adapter_parameters`)."""
+        return self._pairs({path: _own_pair(leaf) for path, leaf in self.adapters.items()})
+
+    def set_adapter_parameters(self, arrays: Mapping[str, Array]) -> None:
+        """Write arrays into the adapters in use; names and shapes are those of `adapter_parameters`."""
+        for name, array in self.adapter_parameters().items():
+            np.copyto(array, arrays[name])
+        leaves = self.adapters
+        stacks = stacks_of(leaves)
+        for path, module in wrapper_names(self.family, {leaf.stack for leaf in leaves.values()}).items():
+            pair = arrays[f"{module}.lora_A.weight"], arrays[f"{module}.lora_B.weight"]
+            for each, (a, b) in stacks[path].split(*pair).items():
+                leaf = leaves[each]
+                np.copyto(leaf.a, a.reshape(leaf.a.shape))
+                np.copyto(leaf.b, b.reshape(leaf.b.shape))
+
+    @property
+    def adapters(self) -> dict[str, LoRA]:
+        """Path -> adapter of every weight that has one."""
+        return {path: leaf for path, leaf in named_leaves(self.decoder) if isinstance(leaf, LoRA)}
 
     def cache(
         self, capacity: int = 0, pads: Array | None = None, horizon: int = 0, slack: int = 0
@@ -144,13 +160,16 @@ class Model:
     def _named(self, decoder: Decoder) -> dict[str, Array]:
         """The leaves of a decoder, or of a gradient, by the names they have in files."""
         places, found = self.weights, {}
+        pairs: dict[str, tuple[Array | None, Array]] = {}
         for path, leaf in named_leaves(decoder):
             if isinstance(leaf, dict):
-                found |= self._pair(path, leaf["lora_A"], leaf["lora_B"])
+                # The other entry is the gradient of A, whatever weight owns it.
+                (da,) = (array for part, array in leaf.items() if part != "lora_B")
+                pairs[path] = da, leaf["lora_B"]
                 continue
             base = leaf
             if isinstance(leaf, LoRA):
-                found |= self._pair(path, leaf.a, leaf.b)
+                pairs[path] = _own_pair(leaf)
                 base = leaf.base
             # A tied matrix in its second role is there to have an adapter or none, and is no other parameter.
             if path != HEAD or not self.config.tie_word_embeddings:
@@ -158,14 +177,20 @@ class Model:
                 stored = array.reshape(places[path].stored)
                 turned = self.family.is_transposed(path)
                 found[self.family.checkpoint_name(path)] = stored.T if turned else stored
-        return found
+        return found | self._pairs(pairs)
 
-    def _pair(self, path: str, a: Array, b: Array) -> dict[str, Array]:
-        """An adapter's matrices, or their gradients, under PEFT's names and in its layout."""
-        a, b, module = a.reshape(len(a), -1), b.reshape(-1, len(a)), self.module(path)
-        if path == EMBEDDING:  # W (v, d) += scaling (A^T B^T), where PEFT's A is (r, v)
-            return {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
-        return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    def _pairs(self, pairs: Mapping[str, tuple[Array | None, Array]]) -> dict[str, Array]:
+        """Path -> A and B, or their gradients, under PEFT's names and in its layout."""
+        flat = {
+            path: (None if a is None else a.reshape(len(a), -1), b.reshape(-1, b.shape[-1]))
+            for path, (a, b) in pairs.items()
+        }
+        return named_pairs(self.family, self.adapters, flat)
+
+
+def _own_pair(leaf: LoRA) -> tuple[Array | None, Array]:
+    """A and B, None for an A that another weight owns."""
+    return None if leaf.owner else leaf.a, leaf.b
 
 
 def _integers(values: Any, what: str) -> Array:

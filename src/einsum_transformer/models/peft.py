@@ -1,7 +1,8 @@
 """Adapter folders as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors.
 
 Tensors are named `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], those of an
-embedding `.lora_embedding_A` [r, in] and `.lora_embedding_B` [out, r] (https://github.com/huggingface/peft).
+embedding `.lora_embedding_A` [r, in] and `.lora_embedding_B` [out, r] (https://github.com/huggingface/peft);
+those of stacked experts are in stacked.py. The folders of mlx-lm are in mlx_adapter.py.
 """
 
 from __future__ import annotations
@@ -9,54 +10,48 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats.mapped import quoted
-from einsum_transformer.formats.safetensors import (
-    SafetensorsFile,
-    atomic_file,
-    parse_json,
-    sync,
-    write_safetensors,
+from einsum_transformer.formats.safetensors import SafetensorsFile, atomic_file, sync, write_safetensors
+from einsum_transformer.models import mlx_adapter
+from einsum_transformer.models.adapters import (
+    Planned,
+    matrices_of,
+    no_matrix,
+    planned_stack,
+    put_on,
 )
-from einsum_transformer.leaves.lora import LoRA
-from einsum_transformer.models.adapters import Pair, with_lora
-from einsum_transformer.models.config import Keys
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.model import EMBEDDING, Model
-from einsum_transformer.tree import named_leaves
+from einsum_transformer.models.model import EMBEDDING, HEAD, Model
+from einsum_transformer.models.peft_config import CONFIG, note_base, read_config, refuse_pointer
+from einsum_transformer.models.peft_written import config_dict
+from einsum_transformer.models.stacked import Pair, Stack, stacks_of
 
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "TENSORS",
+    "adapter_digest",
+    "config_dict",
+    "is_adapter",
+    "read_config",
+    "with_adapter",
+    "write_adapter",
+]
 Array = np.ndarray
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_LARGEST_CONFIG = 16 << 20
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?")
+_TENSOR = re.compile(
+    r"(?P<module>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?"
+)
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-# What other settings a config may have only where they say nothing: the function they describe is another.
-_NOTHING = {
-    "bias": ("none",),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": (),
-    "trainable_token_indices": (),
-    "target_parameters": (),
-    "alora_invocation_tokens": (),
-    "megatron_config": (),
-    "use_qalora": (False,),
-    "use_bdlora": (False,),
-    "arrow_config": (),
-    "layer_replication": (),
-    "kasa_config": (),
-    "monteclora_config": (),
-    "ensure_weight_tying": (False,),
-    # The other ways to begin (pissa, olora, corda, lora_ga, loftq) change the base's weights as well.
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
-}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -66,9 +61,14 @@ def is_adapter(folder: Path) -> bool:
 
 def adapter_digest(folder: Path) -> str:
     """The sha256 of an adapter: of its tensors and of what scales them."""
-    read_config(folder)
+    _check_folder(folder)
+    names = (TENSORS, CONFIG)
+    if mlx_adapter.is_mlx(folder):
+        names = (mlx_adapter.TENSORS, CONFIG)
+    else:
+        read_config(folder)
     found = hashlib.sha256()
-    for name in (TENSORS, CONFIG):
+    for name in names:
         path = folder / name
         if not path.is_file():
             raise InputError(f"{folder}: holds no {name}")
@@ -77,89 +77,138 @@ def adapter_digest(folder: Path) -> str:
 
 
 def with_adapter(model: Model, folder: str | Path) -> Model:
-    """The model with the adapter of a PEFT folder on it, its matrices in the model's type.
+    """The model with the adapter of a PEFT or an mlx-lm folder on it, its matrices in the model's type.
 
     Errors: InputError for a config of another method, an adapter of another base model, damaged files.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    pairs = _read_pairs(folder, model)
+    _check_folder(folder)
     try:
-        return with_lora(model, config, pairs=pairs)
-    except ConfigError:
+        if mlx_adapter.is_mlx(folder):
+            config, pairs = mlx_adapter.read(folder, places_of(model))
+            planned = {path: Planned(*config.rank_and_scaling(path)) for path in pairs}
+        else:
+            config = read_config(folder)
+            note_base(folder, model.source)
+            planned, pairs = _read_pairs(folder, model, config)
+        for path, own in planned.items():
+            _check_pair(model, path, own, pairs[path])
+        return put_on(model, config, planned, lambda path, *_: pairs[path])
+    except (ConfigError, FormatError):
         raise
     except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+        raise error if str(folder) in str(error) else InputError(f"{folder}: {error}") from None
 
 
-def read_config(folder: Path) -> LoRAConfig:
-    """The settings in adapter_config.json."""
-    path = folder / CONFIG
-    if not path.is_file():
+def _check_folder(folder: Path) -> None:
+    """An error that says what is there where no adapter's folder is."""
+    if not folder.exists():
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not str(folder).startswith("."):
+            hint = "; an adapter of the hub is not fetched here: `hf download` it, and name its folder"
+        raise InputError(f"{folder}: no such folder{hint}")
+    if not folder.is_dir():
         raise InputError(
-            f"{folder}: holds no {CONFIG}; a folder written by PEFT or by `etx train` is expected"
+            f"{folder}: is a file; an adapter is a folder with {CONFIG} and {TENSORS}"
+            + (" (one in GGUF is not read)" if folder.suffix.lower() == ".gguf" else "")
         )
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise FormatError(f"{path}: larger than {_LARGEST_CONFIG >> 20} MiB, no config is")
-    raw = parse_json(path, "the adapter's config", path.read_bytes())
-    keys = Keys(raw, str(path))
-    if (kind := raw.get("peft_type")) != "LORA":
-        raise ConfigError(f"{path}: peft_type is {kind!r}: only LORA adapters are supported")
-    for name, meanings in _NOTHING.items():
-        if (value := raw.get(name)) and value not in meanings:
-            raise ConfigError(f"{path}: {name} = {value!r} is not supported")
-    targets = raw.get("target_modules")
-    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        targets = tuple(targets)
-    elif not isinstance(targets, str):
-        raise ConfigError(
-            f"{path}: target_modules is {targets!r}: names, or one regular expression, expected"
+    if not (folder / CONFIG).is_file():
+        whole = " but a whole model, which --model takes" if (folder / "config.json").is_file() else ""
+        raise InputError(
+            f"{folder}: holds no {CONFIG}{whole}; a folder written by PEFT or by `etx train` is expected"
         )
-    try:
-        return LoRAConfig(
-            keys.get("r", int, 8),
-            keys.get("lora_alpha", float, 8.0),
-            targets,
-            keys.get("lora_dropout", float, 0.0),
-            keys.get("use_rslora", bool, False),
-            _patterns(raw, "rank_pattern", path, int),
-            _patterns(raw, "alpha_pattern", path, float),
-        )
-    except ConfigError:
-        raise
-    except InputError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
-def _patterns(raw: dict[str, Any], name: str, path: Path, kind: type) -> dict[str, Any]:
-    found = raw.get(name) or {}
-    kinds = (int, float) if kind is float else (int,)
-    if not isinstance(found, dict) or not all(type(value) in kinds for value in found.values()):
-        raise ConfigError(f"{path}: {name} must map patterns to numbers")
-    try:
-        return {pattern: kind(value) for pattern, value in found.items()}
-    except OverflowError:
-        raise ConfigError(f"{path}: {name} holds a number that is too large") from None
+def places_of(model: Model) -> dict[str, str]:
+    """Every name that a module may have in an adapter -> the path of its matrix, or of a layer's experts.
+
+    Names begin as in any file of the family, or without a prefix, where a model without a head was adapted.
+    """
+    family, found = model.family, {}
+    matrices = matrices_of(model)
+    experts = {path.rpartition(".")[0] for path in stacks_of(matrices)} if family.stacked_experts else set()
+    for prefix in dict.fromkeys((family.prefix, *family.other_prefixes, "")):
+        other = replace(family, prefix=prefix)
+        outer = prefix.removesuffix("model.")
+        for path in (*matrices, *sorted(experts)):
+            for name in (other.checkpoint_name(path).removesuffix(".weight"), other.module_name(path)):
+                found.setdefault(name, path)
+                if path == HEAD:
+                    found.setdefault(f"{outer}{name}", path)
+    return found
 
 
-def _read_pairs(folder: Path, model: Model) -> dict[str, Pair]:
-    """Module -> its matrices as W + scaling * B A uses them: A (r, in), B (out, r)."""
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """One of the two matrices of an adapter, where it stands in the file."""
+
+    module: str
+    """The module's name there."""
+    path: str
+    """The path of the weight, or of the experts."""
+    depth: int
+    """How many wrappers of the experts are around this one."""
+    part: str
+    array: Array
+
+
+def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[str, Planned], dict[str, Pair]]:
+    """Path -> adapter, and path -> its matrices as W + scaling * B A uses them: A (r, in), B (out, r)."""
     path = folder / TENSORS
     if not path.is_file():
         hint = (
             " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").exists() else ""
         )
         raise InputError(f"{folder}: holds no {TENSORS}{hint}")
-    file = SafetensorsFile(path)
+    refuse_pointer(path)
+    whole: dict[tuple[str, int], dict[str, _Half]] = {}
+    for half in _halves(path, model):
+        parts = whole.setdefault((half.path, half.depth), {})
+        if half.part in parts:
+            raise FormatError(
+                f"{path}: lora_{half.part} of {quoted(half.module)} is there twice, under two names"
+            )
+        parts[half.part] = half
+    for parts in whole.values():
+        if parts.keys() != {"A", "B"}:
+            module = next(iter(parts.values())).module
+            raise FormatError(f"{path}: {quoted(module)} has only one of lora_A and lora_B")
+    if not whole:
+        raise FormatError(f"{path}: holds no LoRA matrices")
+    planned: dict[str, Planned] = {}
+    pairs: dict[str, Pair] = {}
+    stacks = stacks_of(matrices_of(model))
+    for (place, depth), parts in whole.items():
+        pair, module = (parts["A"].array, parts["B"].array), parts["A"].module
+        if place in matrices_of(model):
+            name = f"{module}.weight" if config.targets_parameter(f"{module}.weight") else module
+            planned[place], pairs[place] = Planned(*config.rank_and_scaling(name)), pair
+            continue
+        wrappers = [d for other, d in whole if other == place]
+        stack, name = _stack_at(path, place, module, depth, wrappers, stacks, config)
+        rank, alpha = config.rank_and_alpha(name)
+        _check_stack(model, name, stack, rank, pair)
+        planned |= planned_stack(stack, config, rank, alpha)
+        pairs |= stack.split(*pair)
+    return planned, pairs
+
+
+def _halves(path: Path, model: Model) -> Iterable[_Half]:
+    """Every matrix of an adapter's file."""
+    places, file = places_of(model), SafetensorsFile(path)
+    matrices = matrices_of(model)
     try:
-        halves: dict[str, dict[str, Array]] = {}
         for name in file.names():
             plain = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(plain)
+            place = places.get(match["module"]) if match else None
             # Only an embedding's have names of their own; peft knows no other.
-            if match is None or bool(match["embedding"]) != (match["module"] == model.module(EMBEDDING)):
-                _check_copy(file, name, plain, model)
+            if match is None or bool(match["embedding"]) != (place == EMBEDDING):
+                _check_copy(file, name, places.get(re.sub(r"(\.base_layer)?\.weight$", "", plain), ""), model)
                 continue
+            depth = match["inner"].count(".base_layer")
+            if place is None or (depth and place in matrices):
+                raise no_matrix(model, [match["module"] + match["inner"]])
             if file.info(name).dtype not in _FLOATS:
                 raise FormatError(f"{path}: tensor {quoted(name)} is {file.info(name).dtype}, not a float")
             array = file.read(name).astype(np.float64 if file.info(name).dtype == "F64" else np.float32)
@@ -169,37 +218,73 @@ def _read_pairs(folder: Path, model: Model) -> dict[str, Pair]:
                 )
             # An embedding's A is the one with a column for each token, which here is B's row.
             part = match["part"] if not match["embedding"] else "BA"["AB".index(match["part"])]
-            half = halves.setdefault(match["module"], {})
-            if part in half:
-                raise FormatError(f"{path}: tensor {quoted(name)} is there twice, under two names")
-            half[part] = array.T if match["embedding"] else array
+            yield _Half(match["module"], place, depth, part, array.T if match["embedding"] else array)
     finally:
         file.close()
-    for module, half in halves.items():
-        if half.keys() != {"A", "B"}:
-            raise FormatError(f"{path}: {quoted(module)} has only one of lora_A and lora_B")
-    if not halves:
-        raise FormatError(f"{path}: holds no LoRA matrices")
-    return {module: (half["A"], half["B"]) for module, half in halves.items()}
 
 
-def _check_copy(file: SafetensorsFile, name: str, plain: str, model: Model) -> None:
+def _stack_at(
+    path: Path,
+    place: str,
+    module: str,
+    depth: int,
+    wrappers: list[int],
+    stacks: dict[str, Stack],
+    config: LoRAConfig,
+) -> tuple[Stack, str]:
+    """The stacked parameter whose adapter is so deep in the wrappers of a layer's experts, and its name: PEFT
+    wraps gate_up_proj first, if it is a target, and down_proj around it."""
+    parameters = ("gate_up_proj", "down_proj")
+    targets = [name for name in parameters if config.targets_parameter(f"{module}.{name}")]
+    if sorted(wrappers) != list(range(len(targets))):
+        raise FormatError(
+            f"{path}: {quoted(module)} has adapters on {len(wrappers)} stacked parameters, "
+            f"target_parameters names {len(targets)} of {' and '.join(parameters)}"
+        )
+    name = targets[-1 - depth]
+    return stacks[f"{place}.{name}"], f"{module}.{name}"
+
+
+def _check_stack(model: Model, name: str, stack: Stack, rank: int, pair: Pair) -> None:
+    place, experts = matrices_of(model)[stack.paths[0]], len(stack.experts)
+    outputs, inputs = place.stored
+    expected = (rank * experts, inputs), (outputs * len(stack.experts[0]), rank * experts)
+    if (pair[0].shape, pair[1].shape) != expected:
+        raise _misshapen(f"{name}, {experts} experts", pair, expected)
+
+
+def _check_pair(model: Model, path: str, own: Planned, pair: Pair) -> None:
+    stored = matrices_of(model)[path].stored
+    expected = (own.rank, stored[1]), (stored[0], own.rank)
+    if (pair[0].shape, pair[1].shape) != expected:
+        raise _misshapen(model.family.module_name(path), pair, expected)
+
+
+def _misshapen(what: str, pair: Pair, expected: tuple[tuple[int, ...], tuple[int, ...]]) -> InputError:
+    return InputError(
+        f"the adapter of {what} is {list(pair[0].shape)} and {list(pair[1].shape)}, its config and the model "
+        f"ask for {list(expected[0])} and {list(expected[1])}: is it for another base model?"
+    )
+
+
+def _check_copy(file: SafetensorsFile, name: str, path: str, model: Model) -> None:
     """PEFT writes the whole embedding beside an adapter on it; it must be the one the model has."""
-    own = {
-        f"{model.module(path)}{part}.weight": path
-        for path in (EMBEDDING, "lm_head.weight")
-        for part in ("", ".base_layer")
-    }
-    if plain not in own:
+    if path not in (EMBEDDING, HEAD):
         raise FormatError(
             f"{file.path}: tensor {quoted(name)} is no part of a LoRA adapter that is supported"
         )
     parameters = model.named_parameters()
     weight = parameters.get(
-        model.family.checkpoint_name(own[plain]), parameters[f"{model.module(EMBEDDING)}.weight"]
+        model.family.checkpoint_name(path), parameters[model.family.checkpoint_name(EMBEDDING)]
     )
-    saved = file.read(name)
-    if saved.shape != weight.shape or not np.array_equal(saved.astype(weight.dtype), weight):
+    shape = file.info(name).shape
+    if shape != weight.shape:
+        raise FormatError(
+            f"{file.path}: tensor {quoted(name)} is {list(shape)}, the base model's is {list(weight.shape)}: "
+            "the vocabulary was resized; resize the base there, or merge the adapter into it"
+        )
+    # In a dry run there are no numbers to compare with.
+    if isinstance(weight, Array) and not np.array_equal(file.read(name).astype(weight.dtype), weight):
         raise FormatError(f"{file.path}: tensor {quoted(name)} differs from the base model's; merge it there")
 
 
@@ -215,40 +300,3 @@ def write_adapter(model: Model, folder: str | Path) -> None:
     with atomic_file(folder / CONFIG) as file:
         file.write((json.dumps(config_dict(model), indent=2) + "\n").encode())
         sync(file)
-
-
-def config_dict(model: Model) -> dict[str, Any]:
-    """adapter_config.json of a model: target_modules are the names that the adapters really are on."""
-    config = model.lora
-    assert config is not None
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.source,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": _targets(model, config),
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "bias": "none",
-        "use_dora": False,
-        "fan_in_fan_out": bool(model.family.transposed),
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
-
-
-def _targets(model: Model, config: LoRAConfig) -> list[str]:
-    """What says the same to PEFT: short names, or else the modules' whole ones.
-
-    A regular expression and "all-linear" mean the same there, but depend on what else a model has; and an
-    adapter that was read may be on fewer modules than its short names say (layers_to_transform).
-    """
-    modules = [model.module(path) for path, leaf in named_leaves(model.decoder) if isinstance(leaf, LoRA)]
-    matrices = [model.module(path) for path, weight in model.weights.items() if len(weight.stored) > 1]
-    short = not isinstance(config.target_modules, str)
-    if short and [module for module in matrices if config.targets(module)] == modules:
-        return list(config.target_modules)
-    return modules

@@ -13,6 +13,7 @@ from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.formats.safetensors import parse_json
 from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, nearest, shown
 from einsum_transformer.models.families import family_of
+from einsum_transformer.models.lora_config import LoRAConfig
 
 _LARGEST_FILE = 16 << 20
 
@@ -88,6 +89,13 @@ class RunConfig:
             raise ConfigError(
                 f"{self.source}: strict_load cannot be false: a tensor that is missing is always an error"
             )
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters that a training puts on the model, None without use_lora."""
+        return (
+            LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_target_modules) if self.use_lora else None
+        )
 
     @property
     def kv_heads(self) -> int:

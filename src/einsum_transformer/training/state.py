@@ -28,6 +28,7 @@ from einsum_transformer.formats.safetensors import SafetensorsFile, parse_json, 
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.models import peft
+from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.loop import Trainer
 from einsum_transformer.tree import named_leaves
 
@@ -156,7 +157,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         del schedule["steps"], schedule["final_lr"]
     found = {
         "model": {name: config[name] for name in config if name not in ("defaulted", "ignored", "unapplied")},
-        "lora": None if model.lora is None else asdict(model.lora),
+        "lora": None if model.lora is None else _adapter_settings(model.lora),
         "frozen": _frozen_crc(trainer),
         "trained": {name: [str(w.dtype), *w.shape] for name, w in trainer.weights.items()},
         "optimizer": {"name": type(optimizer).__name__} | asdict(optimizer),
@@ -166,6 +167,11 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "data": trainer.batches.description(),
     }
     return json.loads(json.dumps(found))
+
+
+def _adapter_settings(config: LoRAConfig) -> dict[str, Any]:
+    """LoRA's settings, target_parameters only where there are some: older checkpoints do not name them."""
+    return {key: value for key, value in asdict(config).items() if key != "target_parameters" or value}
 
 
 def _machine() -> dict[str, Any]:
@@ -239,6 +245,9 @@ def _read_weights(trainer: Trainer, folder: Path) -> None:
         source = SafetensorsFile(folder / peft.TENSORS)
     try:
         read = {name: _tensor(source, prefix + name, w) for name, w in own.items()}
+        if model.lora is not None:
+            model.set_adapter_parameters(read)
+            return
         for name, w in own.items():
             np.copyto(w, read[name])
     finally:

@@ -133,7 +133,7 @@ LOSS_WEIGHTS: dict[str, tuple[Any, ...]] = {
     "seq_aux": (),
     "aux_loss_alpha": (0, 0.0),
 }
-"""Of losses that training alone adds: the first is on with `output_router_logits`, the last if it is not 0."""
+"""Of losses that training alone adds: the first goes with `output_router_logits`, the last is on if not 0."""
 
 
 def check_unread(keys: Keys) -> tuple[str, ...]:

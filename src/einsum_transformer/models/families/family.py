@@ -41,6 +41,10 @@ class Family:
     """What they begin with in other files of the same models."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Our name of a part -> the checkpoint's (`o_proj` -> `dense`), "" where it has none."""
+    module_names: Mapping[str, str] = field(default_factory=dict)
+    """A checkpoint's name of a part -> that of today's transformers, where it has another for its module."""
+    stacked_experts: bool = False
+    """Whether today's transformers has the experts of a layer as two stacked parameters."""
     transposed: frozenset[str] = frozenset()
     """Parts whose matrices a checkpoint holds as [in, out]."""
     ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
@@ -59,6 +63,11 @@ class Family:
             parts = [*parts, last]
         name = ".".join(filter(None, [*(self.names.get(part, part) for part in parts), kind]))
         return name if parts[0] == "lm_head" else f"{self.prefix}{name}"
+
+    def module_name(self, path: str) -> str:
+        """The name that today's transformers gives the module whose weight is at a path."""
+        parts = self.checkpoint_name(path).removesuffix(".weight").split(".")
+        return ".".join(self.module_names.get(part, part) for part in parts)
 
     def is_transposed(self, path: str) -> bool:
         """Whether a checkpoint holds this matrix as [in, out]."""

@@ -43,7 +43,9 @@ FAMILY = Family(
     architecture="MixtralForCausalLM",
     read_config=_read,
     write_config=_write,
+    stacked_experts=True,
     gguf_names=gguf.NAMES | gguf.EXPERTS,
     gguf_permuted=gguf.PERMUTED,
     names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    module_names={"block_sparse_moe": "mlp"},
 )

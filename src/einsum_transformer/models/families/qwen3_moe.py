@@ -50,6 +50,7 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    stacked_experts=True,
     gguf_names=gguf.NAMES | gguf.EXPERTS | gguf.QK_NORMS,
     gguf_architecture="qwen3moe",
 )

@@ -1,0 +1,78 @@
+"""Adapter folders of mlx-lm: adapters.safetensors and an adapter_config.json of its own.
+
+Tensors are named `<module>.lora_a` [in, r] and `<module>.lora_b` [r, out], and with lora_parameters.scale
+y = W x + scale (x lora_a) lora_b (https://github.com/ml-explore/mlx-lm, tuner/lora.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from einsum_transformer.errors import ConfigError, FormatError, InputError
+from einsum_transformer.formats.mapped import quoted
+from einsum_transformer.formats.safetensors import SafetensorsFile
+from einsum_transformer.models.config import Keys, shown
+from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.peft_config import CONFIG, read_raw, refuse_pointer
+from einsum_transformer.models.peft_names import EMBEDDING
+from einsum_transformer.models.stacked import Pair
+
+TENSORS = "adapters.safetensors"
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[ab])")
+
+
+def is_mlx(folder: Path) -> bool:
+    """Whether an adapter's folder is one of mlx-lm."""
+    raw = read_raw(folder / CONFIG)
+    return "peft_type" not in raw and ("fine_tune_type" in raw or "lora_parameters" in raw)
+
+
+def read(folder: Path, places: Mapping[str, str]) -> tuple[LoRAConfig, dict[str, Pair]]:
+    """The settings, and path -> A (r, in) and B (out, r). places: module name -> path of its matrix."""
+    path = folder / CONFIG
+    raw = read_raw(path)
+    if (kind := raw.get("fine_tune_type", "lora")) != "lora":
+        raise ConfigError(f"{path}: fine_tune_type is {shown(kind)}: only mlx-lm's lora is supported")
+    keys = Keys(Keys(raw, str(path)).get("lora_parameters", dict), f"{path}: lora_parameters")
+    if keys.raw.get("alpha") is not None:
+        raise ConfigError(
+            f"{path}: lora_parameters.alpha: adapters of old versions of mlx-lm are not supported"
+        )
+    rank, scale = keys.get("rank", int), keys.get("scale", float)
+    pairs = _pairs(folder, places)
+    targets = tuple(dict.fromkeys(place.rpartition(".")[2] for place in pairs))
+    return LoRAConfig(rank, scale * rank, targets, keys.get("dropout", float, 0.0)), pairs
+
+
+def _pairs(folder: Path, places: Mapping[str, str]) -> dict[str, Pair]:
+    path = folder / TENSORS
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no {TENSORS}, where mlx-lm has the adapter")
+    refuse_pointer(path)
+    halves: dict[str, dict[str, np.ndarray]] = {}
+    file = SafetensorsFile(path)
+    try:
+        for name in file.names():
+            match = _TENSOR.fullmatch(name)
+            if match is None or file.info(name).dtype not in ("F64", "F32", "F16", "BF16"):
+                raise FormatError(f"{path}: tensor {quoted(name)} is no part of an adapter that is supported")
+            if match["module"] not in places or len(file.info(name).shape) != 2:
+                raise FormatError(f"{path}: tensor {quoted(name)} is on no matrix of this model")
+            array = file.read(name).astype(np.float32)
+            halves.setdefault(places[match["module"]], {})[match["part"]] = array
+    finally:
+        file.close()
+    if not halves or any(half.keys() != {"a", "b"} for half in halves.values()):
+        raise FormatError(f"{path}: every module must have lora_a and lora_b")
+    return {place: _pair(place, half["a"], half["b"]) for place, half in halves.items()}
+
+
+def _pair(place: str, a: np.ndarray, b: np.ndarray) -> Pair:
+    """lora_a has a row for each input, of an embedding (v, d) for each token: W += scale a b there."""
+    if place == EMBEDDING:
+        return b, a
+    return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)

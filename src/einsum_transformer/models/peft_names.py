@@ -1,0 +1,64 @@
+"""The names that PEFT gives the matrices of adapters, and the layout they have there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from einsum_transformer.models.stacked import EXPERT, stacks_of
+
+if TYPE_CHECKING:
+    from einsum_transformer.leaves.lora import LoRA
+    from einsum_transformer.models.families.family import Family
+
+Array = np.ndarray
+
+EMBEDDING, POSITIONS, HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
+
+
+def named_pairs(
+    family: Family, leaves: Mapping[str, LoRA], pairs: Mapping[str, tuple[Any, Array]]
+) -> dict[str, Array]:
+    """PEFT's name -> array. pairs: path -> A (r, in) and B (out, r) of each of the leaves, or their
+    gradients; A is None where another weight owns it."""
+    stacks, wrappers = stacks_of(leaves), wrapper_names(family, {leaf.stack for leaf in leaves.values()})
+    found: dict[str, Array] = {}
+    for path, (a, b) in pairs.items():
+        if not (stack := leaves[path].stack):
+            found |= _pair(path, adapter_module(family, leaves, path), a, b)
+        elif path == stacks[stack].paths[0]:
+            found |= _pair(stack, wrappers[stack], *stacks[stack].joined(pairs))
+    return found
+
+
+def _pair(path: str, module: str, a: Array, b: Array) -> dict[str, Array]:
+    if path == EMBEDDING:  # W (v, d) += scaling (A^T B^T), where PEFT's A is (r, v)
+        return {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+def adapter_module(family: Family, leaves: Mapping[str, LoRA], path: str) -> str:
+    """The module of a weight in an adapter: as today's transformers calls it, or, where experts have adapters
+    of their own, as transformers 4 did, which had a module for each of them."""
+    if any(EXPERT.fullmatch(other) and not leaf.stack for other, leaf in leaves.items()):
+        return family.checkpoint_name(path).removesuffix(".weight")
+    return family.module_name(path)
+
+
+def stack_name(family: Family, stack: str) -> str:
+    """The name that today's transformers gives a stacked parameter, by its path."""
+    place, _, name = stack.rpartition(".")
+    return f"{family.module_name(place)}.{name}"
+
+
+def wrapper_names(family: Family, stacks: set[str]) -> dict[str, str]:
+    """Path of a stacked parameter -> the module of its adapter. PEFT wraps the experts once for each
+    parameter, `down_proj` outermost, so that what is within has `.base_layer` in its name."""
+    found = {}
+    for stack in stacks - {""}:
+        place, _, name = stack.rpartition(".")
+        inner = name != "down_proj" and f"{place}.down_proj" in stacks
+        found[stack] = family.module_name(place) + ".base_layer" * inner
+    return found
