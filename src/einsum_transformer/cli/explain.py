@@ -19,6 +19,7 @@ def explain(
     backward: Annotated[bool, typer.Option("--backward", help="Also the gradient equations.")] = False,
     assignments: options.Assignments = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
 ) -> None:
     """Print a model's program: its equations and what they cost.
@@ -37,5 +38,5 @@ def explain(
 
     source = options.source_of(model, model_flag, config, assignments)
     with options.announced("counting the tiles of attention ...", json):
-        program = dry_run(read_config(source, offline), batch, tokens, backward)
+        program = dry_run(read_config(source, offline, allow_links), batch, tokens, backward)
     options.write((jsonlib.dumps(program.to_dict()) if json else str(program)) + "\n")
