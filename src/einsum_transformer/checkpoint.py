@@ -290,10 +290,11 @@ def _from_json(path: Path, options: _Options, revision: str | None, offline: boo
 def _random(config: ModelConfig, options: _Options, source: str) -> Model:
     """Normal weights with the config's initializer_range, norms that scale by 1, biases 0; each tensor has a
     stream of its own."""
+    _bounded(config, source)
     seed = 0 if options.seed is None else options.seed
     if seed < 0:
         raise InputError(f"seed is {seed}: it must be at least 0")
-    weights = weights_of(_bounded(config, source))
+    weights = weights_of(config)
     needed = sum(math.prod(weight.stored) for weight in weights) * options.dtype.itemsize
     if needed > (present := memory()):
         sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f}"

@@ -59,7 +59,7 @@ class Inspection:
     problems: tuple[str, ...]
     """Why it would not load, as far as it is seen here."""
     parameters: int | None
-    """Of the model that the config describes."""
+    """Of the model that the config describes; None where it cannot be read, or the file has other layers."""
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
@@ -93,10 +93,12 @@ def inspect(
     missing: tuple[str, ...] = ()
     infos: list[TensorInfo] = []
     roles: dict[str, list[str]] = {}
+    fits = config is not None
     try:
         if tensors is not None:
             infos = _infos(tensors, problems)
             found = None if config is None else _tried(lambda: checks.places_of(config, tensors), problems)
+            fits = found is not None
             if config is not None and found is not None:
                 family, places = found
                 held = {info.name: info for info in infos}
@@ -106,6 +108,8 @@ def inspect(
     finally:
         if tensors is not None:
             tensors.close()
+    # Not of a config that the file contradicts by far: it may have millions of weights.
+    parameters = sum(prod(weight.stored) for weight in weights_of(config)) if config and fits else None
     ignored = () if config is None else config.ignored
     defaulted = () if config is None else config.defaulted
     return Inspection(
@@ -121,7 +125,7 @@ def inspect(
         ),
         missing,
         tuple(dict.fromkeys(problems)),
-        None if config is None else sum(prod(weight.stored) for weight in weights_of(config)),
+        parameters,
     )
 
 
