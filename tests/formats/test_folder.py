@@ -184,6 +184,18 @@ def test_tensors_that_the_index_omits_are_left_aside_with_a_note(tmp_path, caplo
     assert "00001-of-00002.safetensors: 2 tensors, such as 'layers.3.w'" in caplog.text
 
 
+def test_a_shard_that_cannot_be_used_is_read_once(tmp_path, opened):
+    """However many tensors the index places in it."""
+    write_safetensors(tmp_path / "a.safetensors", {"w": np.zeros(2)})
+    write_index(tmp_path, {f"w{i}": "a.safetensors" for i in range(1000)})
+    source = SafetensorsFolder(tmp_path)
+    opened.clear()
+    for name in source.names():
+        with pytest.raises(FormatError, match=r"index\.json lists tensor 'w0'"):
+            source.info(name)
+    assert len(opened) == 1
+
+
 LEAVING = [
     "../x.safetensors",
     "/abs/x.safetensors",

@@ -108,6 +108,7 @@ class SafetensorsFolder:
         self.path = Path(folder)
         self._allow_links = allow_links
         self._open: dict[str, SafetensorsFile] = {}
+        self._refused: dict[str, str] = {}  # a shard that cannot be used is read once
         self._index = self.path / INDEX
         if (self.path / SINGLE).is_file():  # where both are, it is the whole one
             single = SafetensorsFile(inside(self.path, SINGLE, allow_links))
@@ -155,22 +156,31 @@ class SafetensorsFolder:
         return self._shard(shard)
 
     def _shard(self, shard: str) -> SafetensorsFile:
+        if shard in self._refused:
+            raise FormatError(self._refused[shard])
         if shard not in self._open:
-            source = SafetensorsFile(inside(self.path, shard, self._allow_links))
-            held, promised = set(source.names()), self._promised[shard]
-            if lacking := promised - held:
-                source.close()
-                raise FormatError(
-                    f"{self._index} lists tensor {quoted(min(lacking))} for this shard, "
-                    f"but {source.path} does not"
-                )
-            if spare := held - promised:
-                note(
-                    f"{source.path}: {len(spare)} tensors, such as {quoted(min(spare))}, are not in {INDEX} "
-                    "for this shard, and not used"
-                )
-            self._open[shard] = source
+            try:
+                self._open[shard] = self._opened(shard)
+            except InputError as error:
+                self._refused[shard] = str(error)
+                raise
         return self._open[shard]
+
+    def _opened(self, shard: str) -> SafetensorsFile:
+        source = SafetensorsFile(inside(self.path, shard, self._allow_links))
+        held, promised = set(source.names()), self._promised[shard]
+        if lacking := promised - held:
+            source.close()
+            raise FormatError(
+                f"{self._index} lists tensor {quoted(min(lacking))} for this shard, "
+                f"but {source.path} does not"
+            )
+        if spare := held - promised:
+            note(
+                f"{source.path}: {len(spare)} tensors, such as {quoted(min(spare))}, are not in {INDEX} "
+                "for this shard, and not used"
+            )
+        return source
 
 
 def read_index(folder: Path, allow_links: bool = False) -> dict[str, str]:
@@ -181,8 +191,11 @@ def read_index(folder: Path, allow_links: bool = False) -> dict[str, str]:
     shard_of = parse_json(path, "the index", path.read_bytes()).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise FormatError(f"{path}: the index has no weight_map that maps tensor names to files")
+    plain: set[str] = set()
     for name, shard in shard_of.items():
-        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+        if isinstance(shard, str) and shard not in plain and _SHARD_NAME.fullmatch(shard):
+            plain.add(shard)
+        if not isinstance(shard, str) or shard not in plain:
             pickle = isinstance(shard, str) and is_pickle(Path(shard))
             why = (
                 "a pickle, which is not read: convert it to safetensors"
