@@ -21,10 +21,18 @@ BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".rotary_emb.inv_fre
 
 
 def write_model_gguf(
-    path: Path, config: Config, weights: Mapping[str, Array], *, expanded: bool = False, **extra_metadata: Any
+    path: Path,
+    config: Config,
+    weights: Mapping[str, Array],
+    *,
+    expanded: bool = False,
+    tensors_each: int = 0,
+    small_first: bool = False,
+    **extra_metadata: Any,
 ) -> Path:
     """The checkpoint, its config.json and its tensors by their names on disk, as a GGUF file.
 
+    tensors_each: split the model into files of so many tensors; small_first: the first one has none.
     expanded: deepseek_v2 in its older form, with attn_kv_b whole. extra_metadata: keys that replace or, where
     None, remove the converter's; {arch} in a key is the architecture, and an array is one more tensor."""
     conversion = CONVERSIONS[config["model_type"] + " expanded" * expanded]
@@ -37,7 +45,7 @@ def write_model_gguf(
     tensors |= {key: value for key, value in extra_metadata.items() if isinstance(value, Array)}
     keys = {key.format(arch=arch): value for key, value in (general | conversion.metadata(config)).items()}
     keys |= {key.format(arch=arch): value for key, value in extra_metadata.items() if key not in tensors}
-    writer = GGUFWriter(path, arch)
+    writer = GGUFWriter(path, arch, split_max_tensors=tensors_each, small_first_shard=small_first)
     for key, value in keys.items():
         if value is not None:
             _add(writer, key, value)

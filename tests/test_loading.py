@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -15,8 +16,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import einsum_transformer as et
+from einsum_transformer import checkpoint
 from einsum_transformer.formats.folder import write_safetensors_folder
-from golden_files import write_folder
+from einsum_transformer.models.families import FAMILIES
+from gguf_files import write_model_gguf
+from golden_files import MODELS, load_golden, write_folder
 from tiny_models import hf_config, random_weights, reference_logits, write_config, write_tiny
 
 Array = np.ndarray
@@ -326,3 +330,283 @@ def test_the_buffers_of_old_checkpoints_are_no_weights(tmp_path: Path) -> None:
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     write_folder(folder, hf_config(), weights | inv_freq)
     assert et.load(folder).named_parameters().keys() == weights.keys()
+
+
+def test_a_folder_without_config_or_weights_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "consolidated.safetensors").write_bytes(b"x")
+    assert "Mistral's own format" in refusal(tmp_path)
+    write_config(tmp_path / "config.json", hf_config())
+    assert "Mistral's own format" in refusal(tmp_path)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"]
+)
+def test_a_git_lfs_pointer_in_the_place_of_a_file(name: str, tmp_path: Path) -> None:
+    folder, _ = write_tiny(tmp_path)
+    (folder / name).write_text(LFS)
+    message = refusal(folder)
+    assert message.startswith(str(folder / name))
+    assert "run `git lfs pull`" in message
+
+
+def test_contents_decide_what_a_source_is(tmp_path: Path) -> None:
+    """A config and a GGUF file without their suffixes, and a GGUF file alone in a folder."""
+    golden = load_golden("llama_gqa")
+    whole = write_model_gguf(tmp_path / "m.gguf", golden.config, golden.weights)
+    expected = et.load(whole).logits(golden.tokens)
+    bare = tmp_path / "blob"
+    whole.rename(bare)
+    (tmp_path / "folder").mkdir()
+    parts = write_model_gguf(tmp_path / "folder" / "m.gguf", golden.config, golden.weights, tensors_each=9)
+    assert not parts.exists()
+    first = min((tmp_path / "folder").iterdir())
+    config = tmp_path / "settings.txt"
+    config.write_text(json.dumps(golden.config))
+    for source in (bare, tmp_path / "folder", first, max((tmp_path / "folder").iterdir())):
+        model = et.load(source)
+        np.testing.assert_array_equal(model.logits(golden.tokens), expected)
+        assert checkpoint.read_config(source) == model.config
+        assert checkpoint.config_keys(checkpoint.resolve(source))["llama.block_count"] == 3
+    assert checkpoint.read_config(config).model_type == et.load(config).config.model_type == "llama"
+    assert checkpoint.config_keys(config) == golden.config
+
+
+def test_a_config_beside_a_gguf_model_does_not_hide_it(tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    write_model_gguf(tmp_path / "m.gguf", golden.config, golden.weights)
+    (tmp_path / "config.json").write_text(json.dumps(golden.config))
+    assert et.load(tmp_path).source.endswith("m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"general.type": "adapter"}, "of kind 'adapter', not a model: name the base model"),
+        ({"general.type": "mmproj"}, "of kind 'mmproj', not a model: a projector"),
+        ({"general.type": "imatrix"}, "of kind 'imatrix', not a model: an importance matrix"),
+        ({"general.architecture": "clip"}, "of kind 'mmproj'"),
+        ({"llama.block_count": 1 << 31}, "llama.block_count is 2147483648, but the file has only"),
+    ],
+)
+def test_gguf_files_that_are_no_models(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    path = write_model_gguf(tmp_path / "x.gguf", golden.config, golden.weights, **keys)
+    assert message in refusal(path)
+    with pytest.raises(et.InputError, match=re.escape(message)):
+        checkpoint.read_config(path)
+
+
+@pytest.mark.parametrize("linked", ["model.safetensors", "model.gguf"])
+def test_links_that_leave_the_folder_can_be_allowed(linked: str, tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    (tmp_path / "model").mkdir()
+    if linked == "model.gguf":
+        write_model_gguf(tmp_path / linked, golden.config, golden.weights)
+    else:
+        write_folder(tmp_path, golden.config, golden.weights)
+        (tmp_path / "config.json").rename(tmp_path / "model" / "config.json")
+    (tmp_path / "model" / linked).symlink_to(tmp_path / linked)
+    assert "--allow-links" in refusal(tmp_path / "model")
+    got = et.load(tmp_path / "model", allow_links=True).logits(golden.tokens)
+    np.testing.assert_allclose(got, golden.logits, atol=1e-4)
+
+
+BASE_MODELS = [
+    name for name in MODELS if name in {"llama_mha_tied", "llama_gqa", "phi_half", "gpt2_plain"}
+] + [
+    *(
+        "gemma2_caps",
+        "gemma3_text",
+        "qwen2_tied",
+        "qwen3_tied",
+        "gpt_neox_parallel",
+        "mpt_alibi",
+        "mixtral_mqa",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_a_base_model_is_saved_without_the_prefix(name: str, tmp_path: Path) -> None:
+    """As transformers' AutoModel saves it: a tied one is whole, an untied one lacks its head."""
+    golden = load_golden(name)
+    family = FAMILIES[golden.config["model_type"]]
+    bare = {key.removeprefix(family.prefix): w for key, w in golden.weights.items()}
+    head = family.checkpoint_name("lm_head.weight")
+    folder = write_folder(tmp_path / "in", golden.config, bare)
+    model = et.load(folder)
+    np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, atol=2e-4)
+    model.save(tmp_path / "out")
+    np.testing.assert_array_equal(et.load(tmp_path / "out").logits(IDS[:1]), model.logits(IDS[:1]))
+    if head in bare:
+        headless = {key: w for key, w in bare.items() if not key.startswith(head.removesuffix("weight"))}
+        message = refusal(write_folder(tmp_path / "headless", golden.config, headless))
+        assert f"{head} is missing, and tie_word_embeddings is false" in message
+
+
+@pytest.mark.parametrize("prefixes", [("model.", "language_model."), ("", "model.")])
+def test_a_multimodal_base_model(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    golden = load_golden("gemma3_text")
+    config = {"model_type": "gemma3", "text_config": golden.config, "vision_config": {}}
+    weights = {
+        key.replace("model.", prefixes[0] + "language_model.", 1): w for key, w in golden.weights.items()
+    }
+    model = et.load(write_folder(tmp_path, config, weights))
+    np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"quantization": {"group_size": 64, "bits": 4}},
+            "quantization: weights that mlx-lm quantized to 4 bits",
+        ),
+        (
+            {"quantization_config": {"group_size": 64, "bits": 4, "mode": "affine"}},
+            "mlx-lm quantized to 4 bits",
+        ),
+        *(
+            ({"quantization_config": {"quant_method": name, "bits": 4}}, f"{name!r} checkpoints are not")
+            for name in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8", "mxfp4", "quanto", "hqq")
+        ),
+        ({"quantization_config": {"quant_method": "torchao"}}, "'torchao' checkpoints"),
+        ({"quantization_config": {"load_in_4bit": True}}, "'bitsandbytes' checkpoints"),
+        ({"compression_config": {"config_groups": {}}}, "'compressed-tensors' checkpoints"),
+        ({"quantization_config": {}}, "quantized checkpoints are not supported"),
+    ],
+)
+def test_quantized_checkpoints_are_named(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder, _ = write_tiny(tmp_path)
+    write_config(folder / "config.json", hf_config() | keys)
+    found = refusal(folder)
+    assert message in found
+    assert "use the unquantized" in found
+
+
+@pytest.mark.parametrize(
+    "suffix", ["qweight", "qzeros", "scales", "weight_scale_inv", "weight.absmax", "SCB"]
+)
+def test_quantized_tensors_without_a_key_are_named(suffix: str, tmp_path: Path) -> None:
+    folder, weights = write_tiny(tmp_path)
+    packed = {f"{Q.removesuffix('weight')}{suffix}": np.ones((2, 2), np.uint8)}
+    write_folder(folder, hf_config(), weights | packed)
+    assert f"quantized weights ({next(iter(packed))}), which are not supported" in refusal(folder)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_empty_tensors_of_zero_3_are_named(every: bool, tmp_path: Path) -> None:
+    folder, weights = write_tiny(tmp_path)
+    empty = {key: np.zeros(0, np.float32) for key in (weights if every else [Q])}
+    write_folder(folder, hf_config(), weights | empty)
+    message = refusal(folder)
+    assert f"{len(empty)} tensors, such as" in message
+    assert "zero_to_fp32.py" in message
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("module.", "DistributedDataParallel"),
+        ("_orig_mod.", "torch.compile"),
+        ("base_model.model.", "merge the adapter"),
+    ],
+)
+def test_wrappers_in_names_are_explained(start: str, message: str, tmp_path: Path) -> None:
+    folder, weights = write_tiny(tmp_path)
+    write_folder(folder, hf_config(), {f"{start}{name}": w for name, w in weights.items()})
+    assert message in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"model_type": "bert"}, "bert is an encoder"),
+        ({"model_type": "t5"}, "t5 is an encoder-decoder"),
+        ({"model_type": "clip"}, "clip is a model of images"),
+        ({"model_type": "whisper"}, "whisper is a model of sound"),
+        ({"model_type": "mamba"}, "mamba is a recurrent"),
+        ({"model_type": "unheard", "is_encoder_decoder": True}, "unheard is an encoder-decoder"),
+        ({"model_type": "llava", "vision_config": {}}, "llava is a multimodal model"),
+    ],
+)
+def test_models_that_are_no_decoders_are_named(keys: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "config.json", keys)
+    assert f"is not supported; supported: {', '.join(FAMILIES)}" in refusal(path)
+    assert kind in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"peft_type": "LORA", "base_model_name_or_path": "o/base"}, "an adapter of 'o/base', not a model"),
+        ({"fine_tune_type": "lora", "model": "o/base"}, "an adapter of 'o/base' of mlx-lm, not a model"),
+        ({"weight_map": {}}, "an index of shards, not a config"),
+        ({"dim": 64, "n_layers": 2}, "params.json of Meta's or Mistral's own format"),
+        ({"_class_name": "UNet", "sample_size": 64}, "part of a diffusers pipeline"),
+    ],
+)
+def test_json_files_that_are_no_configs_are_named(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps(keys))
+    assert message in refusal(path)
+    if "adapter" in message:
+        path.rename(tmp_path / "adapter_config.json")
+        assert message in refusal(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, _ = write_tiny(tmp_path)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    et.load(folder)
+    assert "adapter_config.json: not used" in caplog.text
+
+
+ABSURD = [
+    ({"num_local_experts": 65536}, "65536 experts in each of 3 layers"),
+    ({"num_local_experts": 4096}, "4096 experts in each of 3 layers"),
+    ({"num_hidden_layers": 4096}, "4096 layers by the config, only"),
+    ({"num_hidden_layers": 1 << 32}, "num_hidden_layers is 4294967296, at most"),
+    ({"num_hidden_layers": 1e300}, "num_hidden_layers is 1e+300, at most"),
+    ({"num_hidden_layers": 1 << 32, "num_local_experts": 65536}, "num_hidden_layers is 4294967296, at most"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), ABSURD)
+def test_absurd_numbers_are_refused_before_names_are_made(
+    keys: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = load_golden("mixtral_mqa")
+    folder = write_folder(tmp_path, golden.config | keys, golden.weights)
+    for module in ("checkpoint", "models.checks"):
+        monkeypatch.delattr(f"einsum_transformer.{module}.weights_of")
+    assert message in refusal(folder)
+    config = write_config(tmp_path / "alone.json", golden.config | keys)
+    if keys.get("num_hidden_layers", 0) > 4096 or keys.get("num_local_experts", 0) * 3 > 1 << 16:
+        assert str(config) in refusal(config)
+        with pytest.raises(et.InputError, match="at most"):
+            checkpoint.read_config(config)
+
+
+def test_a_run_config_is_bounded_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    for keys in ({"n_layers": 1 << 24}, {"arch_keys": {"num_hidden_layers": 1 << 60}}):
+        path.write_text(json.dumps({"arch": "llama"} | keys))
+        assert "layers are expected" in refusal(path)
+    path.write_text(json.dumps({"arch": "llama", "use_moe": True, "num_experts": 65536}))
+    assert "num_experts is 65536 in each of 8 layers" in refusal(path)
+
+
+def test_large_real_models_are_within_the_bounds(tmp_path: Path) -> None:
+    """126 layers (Llama 3.1 405B), and 94 layers of 128 experts (Qwen3 235B)."""
+    config = hf_config(num_hidden_layers=126)
+    assert checkpoint.read_config(write_config(tmp_path / "a.json", config)).num_hidden_layers == 126
+    config = load_golden("qwen3_moe_window").config | {"num_hidden_layers": 94}
+    config |= {"layer_types": None, "num_experts": 128, "num_local_experts": 128}
+    read = checkpoint.read_config(write_config(tmp_path / "b.json", config))
+    assert read.moe is not None
+    assert read.moe.num_experts == 128

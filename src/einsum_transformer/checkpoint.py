@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,28 +16,39 @@ from einsum_transformer import hub
 from einsum_transformer.components.rope import RopeConfig, inverse_frequencies
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats import TensorSource
-from einsum_transformer.formats.folder import open_tensors
+from einsum_transformer.formats.folder import open_tensors, single_gguf
 from einsum_transformer.formats.gguf import GGUFFile
-from einsum_transformer.formats.mapped import quoted
+from einsum_transformer.formats.sniff import is_json
+from einsum_transformer.formats.unsupported import check_kind, folder_refused, kind_of_folder
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import read_all, rooms
 from einsum_transformer.models.adapter_text import with_own_text
+from einsum_transformer.models.checks import places_of, problems
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
-from einsum_transformer.models.families import FAMILIES, family_of, gguf, gguf_reader
+from einsum_transformer.models.families import FAMILIES, family_of, gguf_reader
 from einsum_transformer.models.families.config_keys import check_unread as check_keys
 from einsum_transformer.models.families.family import Family, without_impossible_ids
 from einsum_transformer.models.families.gguf_keys import check_unread, one_for_all_layers
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
-from einsum_transformer.models.places import Place, folder_place, gguf_place
+from einsum_transformer.models.places import Place
 from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
+from einsum_transformer.models.unsupported import (
+    adapter_in,
+    check_experts,
+    check_layers,
+    other_json,
+    other_model,
+    quantized,
+)
+from einsum_transformer.notes import note
 from einsum_transformer.text.tokenizer import Tokenizer
 
 Array = np.ndarray
 
 DTYPES = ("float32", "float64")
-_NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"})
+_MOST_PROBLEMS = 3
 
 
 def load(
@@ -51,15 +61,20 @@ def load(
     weight_budget: int | None = None,
     revision: str | None = None,
     offline: bool = False,
+    allow_links: bool = False,
 ) -> Model:
     """A model from a Hugging Face folder, a hub id, a .gguf file, a config JSON (random weights), or the
     default model.
+
+    Files are recognized by what is in them. Of a split GGUF any part names the model; so does a folder with
+    one GGUF model in it, and `owner/name:Q4_K_M` for one of several in a hub repository.
 
     dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random
     weights.
     weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs
     it. adapter: a PEFT or mlx-lm folder, whose adapters are put on the weights (unmerged; see `merged`); the
     tokenizer and chat template in it come before the base's.
+    allow_links: read weights through links that lead out of the model's folder, as shared stores have them.
     Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by
     anything.
     """
@@ -73,7 +88,7 @@ def load(
         raise InputError(f"weight_budget is {weight_budget}: a number of bytes is expected")
     if max_layers is not None and max_layers < 1:
         raise InputError(f"max_layers is {max_layers}: at least 1")
-    options = _Options(np.dtype(dtype), max_layers, seed, weight_budget)
+    options = _Options(np.dtype(dtype), max_layers, seed, weight_budget, allow_links)
     model = _load(source, options, revision, offline)
     return model if adapter is None else with_own_text(with_adapter(model, adapter), adapter)
 
@@ -81,58 +96,107 @@ def load(
 def _load(source: str | Path | RunConfig, options: _Options, revision: str | None, offline: bool) -> Model:
     if isinstance(source, RunConfig):
         return _from_run_config(source, options, revision, offline)
-    path = resolve(source, revision, offline)
+    path = resolve(source, revision, offline, options.allow_links)
     if path.is_dir():
         return _from_folder(path, options)
-    if path.suffix == ".json":
+    if is_json(path):
         return _from_json(path, options, revision, offline)
-    with_reason = open_tensors(path)
-    if not isinstance(with_reason, GGUFFile):
-        with_reason.close()
-        raise InputError(
-            f"{path}: a lone weight file has no config; name the folder that holds config.json beside it"
-        )
-    return _from_gguf(with_reason, options)
+    return _from_gguf(_open_gguf(path, options.allow_links), options)
 
 
-def resolve(source: str | Path, revision: str | None = None, offline: bool = False) -> Path:
-    """The file or folder that `source` names, fetched from the hub if it is a repository that is not here."""
+def resolve(
+    source: str | Path, revision: str | None = None, offline: bool = False, allow_links: bool = False
+) -> Path:
+    """The file or folder that `source` names, fetched from the hub if it is a repository that is not here.
+
+    A folder that holds one GGUF model and no safetensors weights stands for that file.
+    """
     if str(source).lower() == hub.DEFAULT_MODEL:
         return hub.default_model(offline)
     try:
         path = Path(source).expanduser()
+        if path.is_dir():
+            return single_gguf(path, allow_links) or path
         if path.exists():
             return path
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{str(source)[:100]!r}: no such file or folder ({error.__class__.__name__})"
         ) from None
-    if path.suffix in (".json", ".gguf", ".safetensors") or str(source).startswith((".", "/", "~")):
+    named = str(source)
+    one_of_several = ":" in named and hub.is_repository(named)
+    local = path.suffix in (".json", ".gguf", ".safetensors") or named.startswith((".", "/", "~"))
+    if local and not one_of_several:
         raise InputError(f"{source}: no such file or folder")
-    return hub.download(str(source), revision, offline)
+    path = hub.download(named, revision, offline)
+    return (single_gguf(path, allow_links) or path) if path.is_dir() else path
 
 
-def read_config(source: str | Path | RunConfig, offline: bool = False) -> ModelConfig:
+def read_config(
+    source: str | Path | RunConfig, offline: bool = False, allow_links: bool = False
+) -> ModelConfig:
     """The config alone of anything `load` takes, without reading a weight."""
     if isinstance(source, RunConfig):
-        return source.model_config()
-    path = resolve(source, offline=offline)
+        return _bounded(source.model_config(), source.source)
+    path = resolve(source, offline=offline, allow_links=allow_links)
     if path.is_dir():
-        return _folder_config(path)
-    if path.suffix == ".json":
+        return _bounded(_folder_config(path), str(path / "config.json"))
+    if is_json(path):
         raw = read_json(path)
-        return (
-            _hf_config(raw, str(path))
-            if "model_type" in raw
-            else parse_run_config(raw, str(path)).model_config()
-        )
-    tensors = open_tensors(path)
+        stated = "model_type" in raw
+        config = _hf_config(raw, str(path)) if stated else parse_run_config(raw, str(path)).model_config()
+        return _bounded(config, str(path))
+    tensors = _open_gguf(path, allow_links)
     try:
-        if not isinstance(tensors, GGUFFile):
-            raise InputError(f"{path}: a lone weight file has no config")
-        return gguf_config(tensors)[1]
+        return _bounded(gguf_config(tensors)[1], str(path))
     finally:
         tensors.close()
+
+
+def _bounded(config: ModelConfig, source: str) -> ModelConfig:
+    """The config, unless it has more experts in all than any program over them could go through."""
+    if config.moe is not None:
+        layers = sum(config.has_experts(i) for i in range(config.num_hidden_layers))
+        check_experts(layers, config.moe.num_experts, source)
+    return config
+
+
+def _open_gguf(path: Path, allow_links: bool) -> GGUFFile:
+    """A GGUF file that holds a model."""
+    file = open_tensors(path, allow_links)
+    try:
+        if not isinstance(file, GGUFFile):
+            beside = path.with_name("config.json").exists()
+            folder = f"its folder, {path.parent}" if beside else "the folder that holds config.json beside it"
+            raise InputError(f"{path}: a lone weight file has no config; name {folder}")
+        if file.purpose:
+            way_out = _PURPOSES.get(file.purpose, "name the GGUF file of the model itself")
+            raise FormatError(f"{path}: a GGUF file of kind {file.purpose!r}, not a model: {way_out}")
+        _check_blocks(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+_PURPOSES = {
+    "adapter": "name the base model, and give the adapter as a PEFT folder (--adapter-path); GGUF "
+    "adapters are not read",
+    "mmproj": "a projector of images or sound; name the GGUF file of the language model",
+    "imatrix": "an importance matrix, which serves to quantize a model; name the model's own GGUF file",
+}
+
+
+def _check_blocks(file: GGUFFile) -> None:
+    """Refuse a file that has fewer tensors than layers, before anything is made for each layer."""
+    key = f"{file.metadata.get('general.architecture')}.block_count"
+    layers, count = file.metadata.get(key), len(file.names())
+    if not count:
+        raise FormatError(f"{file.path}: holds no tensors: a vocabulary alone is no model")
+    if isinstance(layers, (int, float)) and layers > count:
+        raise ConfigError(f"{file.path}: {key} is {layers!r:.40}, but the file has only {count} tensors")
 
 
 def config_keys(path: Path) -> Mapping[str, Any]:
@@ -141,13 +205,13 @@ def config_keys(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         path = path / "config.json"
         return read_json(path) if path.exists() else {}
-    if path.suffix == ".json":
+    if is_json(path):
         return {key: value for key, value in read_json(path).items() if not key.startswith("//")}
     tensors = open_tensors(path)
     try:
         if not isinstance(tensors, GGUFFile):
             return {}
-        own = ("general.architecture", f"{tensors.metadata['general.architecture']}.")
+        own = ("general.architecture", f"{tensors.metadata.get('general.architecture')}.")
         return {key: value for key, value in tensors.metadata.items() if key.startswith(own)}
     finally:
         tensors.close()
@@ -159,6 +223,7 @@ class _Options:
     max_layers: int | None
     seed: int | None
     weight_budget: int | None
+    allow_links: bool = False
 
     def cut(self, config: ModelConfig) -> ModelConfig:
         """The config with only the first `max_layers` layers."""
@@ -182,8 +247,9 @@ def _from_run_config(run: RunConfig, options: _Options, revision: str | None, of
             f"{run.source}: weight_file {run.weight_file!r}: a model folder or a .gguf file is expected"
         )
     base = Path(run.source).parent
-    path = resolve(base / run.weight_file if run.weight_file else str(run.hf_repo_id), revision, offline)
-    model = load(path, str(options.dtype), max_layers=options.max_layers, weight_budget=options.weight_budget)
+    source = base / run.weight_file if run.weight_file else str(run.hf_repo_id)
+    path = resolve(source, revision, offline, options.allow_links)
+    model = _load(path, replace(options, seed=None), revision, offline)
     if differing := _contradictions(options.cut(config), model.config):
         raise ConfigError(f"{run.source}: contradicts {path}: {'; '.join(differing)}")
     blocks = replace(model.config, attention_block=run.block_size)
@@ -229,6 +295,7 @@ def _from_json(path: Path, options: _Options, revision: str | None, offline: boo
 def _random(config: ModelConfig, options: _Options, source: str) -> Model:
     """Normal weights with the config's initializer_range, norms that scale by 1, biases 0; each tensor has a
     stream of its own."""
+    _bounded(config, source)
     seed = 0 if options.seed is None else options.seed
     if seed < 0:
         raise InputError(f"seed is {seed}: it must be at least 0")
@@ -266,44 +333,51 @@ def memory() -> int:
 def _from_folder(folder: Path, options: _Options) -> Model:
     full = _folder_config(folder)
     config = options.cut(full)
-    tensors = open_tensors(folder)
-    family = FAMILIES[config.model_type].found_in(tensors.names())
-    weights = weights_of(full)
-    places = {weight.path: folder_place(weight, family, full, tensors) for weight in weights}
-    tied = config.tie_word_embeddings
-    spare = family.checkpoint_name("lm_head.weight") if tied else ""
-    _check_names(tensors, places, family.ignored_tensors, spare)
-    if tied and spare in tensors.names():
-        embedding = places["embed_tokens.weight"].stored.name
-        same_kind = tensors.info(spare).shape == tensors.info(embedding).shape
-        if not same_kind or not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
-            raise FormatError(f"{folder}: tie_word_embeddings is true, but {spare} differs from {embedding}")
-        tensors.release(spare)
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    if found := adapter_in(folder):
+        note(f"{folder / 'adapter_config.json'}: not used: {found}")
+    tensors = open_tensors(folder, options.allow_links)
+    _, places = _checked_places(full, tensors)
+    tokenizer = _tokenizer_in(folder)
     decoder = _leaves(tensors, config, places, options)
     generation = folder / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
     return Model(config, decoder, tokenizer, settings, str(folder))
 
 
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, None where it has none."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    if path.is_file():
+        check_kind(path, "JSON", "text")
+    return Tokenizer.from_folder(folder)
+
+
 def _folder_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.exists():
-        raise InputError(
-            f"{folder}: holds no config.json; a Hugging Face model folder or a .gguf file is expected"
+        if found := adapter_in(folder):
+            raise InputError(f"{folder}: {found}")
+        raise folder_refused(
+            folder, "holds no config.json; a Hugging Face model folder or a .gguf file is expected"
         )
-    return _hf_config(read_json(path), str(path))
+    raw = read_json(path)
+    if "model_type" not in raw and (found := other_json(raw) or kind_of_folder(folder)):
+        raise InputError(f"{folder}: {found}")
+    return _hf_config(raw, str(path))
 
 
 def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     keys = Keys(raw, source)
-    family = family_of(keys.get("model_type", str), source)
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise ConfigError(
-            f"{source}: quantization_config: {name!r} checkpoints are not supported; use the unquantized one"
-        )
+    try:
+        family = family_of(keys.get("model_type", str), source)
+    except ConfigError as error:
+        kind = other_model(raw)
+        raise ConfigError(f"{error} ({raw['model_type']} is {kind})") if kind else error from None
+    if found := quantized(raw):
+        raise ConfigError(f"{source}: {found}")
+    check_layers(raw, source)
     try:
         config = family.read_config(keys)
     except ConfigError as error:
@@ -312,33 +386,13 @@ def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     return without_impossible_ids(replace(config, **seen), source)
 
 
-def _check_names(tensors: TensorSource, places: Mapping[str, Place], ignored: str, spare: str) -> None:
-    """Every weight is in the file with its shape and nothing else is, or an error that lists both sides."""
-    stored = {name: shape for place in places.values() for name, shape in place.shapes.items()}
-    found = {name for name in tensors.names() if not re.fullmatch(ignored, name)}
-    missing = [name for name in stored if name not in found]
-    unexpected = sorted(name for name in found if name not in stored and name != spare)
-    if missing or unexpected:
-        sides = [("missing from the file", missing), ("in the file but not in the model", unexpected)]
-        told = "; ".join(f"{what}: {_list([*map(quoted, names)])}" for what, names in sides if names)
-        raise FormatError(f"{tensors.path}: {told}")
-    if packed := [name for name in stored if tensors.info(name).dtype in _NO_WEIGHTS]:
-        kind = tensors.info(packed[0]).dtype
-        raise FormatError(
-            f"{tensors.path}: tensor {packed[0]} is {kind}: a weight is a floating-point tensor"
-        )
-    shapes = {name: tensors.info(name).shape for name in stored}
-    wrong = [
-        f"{name} is {list(shapes[name])} in the file, {list(expected)} by the config"
-        for name, expected in stored.items()
-        if shapes[name] != expected
-    ]
-    if wrong:
-        raise FormatError(f"{tensors.path}: {_list(wrong, '; ')}")
-
-
-def _list(names: list[str], separator: str = ", ") -> str:
-    return separator.join(names[:8]) + (f"{separator}and {len(names) - 8} more" if len(names) > 8 else "")
+def _checked_places(config: ModelConfig, tensors: TensorSource) -> tuple[Family, dict[str, Place]]:
+    """Where the weights stand, if every one is in the file with its shape and nothing else is."""
+    family, places = places_of(config, tensors)
+    infos = {name: tensors.info(name) for name in tensors.names()}
+    if found := problems(config, family, places, tensors, infos):
+        raise FormatError(f"{tensors.path}: {'; '.join(found[:_MOST_PROBLEMS])}")
+    return family, places
 
 
 def _leaves(
@@ -362,15 +416,10 @@ def _leaves(
     return build(config, leaf)
 
 
-def _bits(a: Array) -> Array:
-    return a.view(np.uint8)
-
-
 def _from_gguf(file: GGUFFile, options: _Options) -> Model:
-    family, full = gguf_config(file)
+    _, full = gguf_config(file)
     config = options.cut(full)
-    places = {weight.path: gguf_place(weight, family, full, file) for weight in weights_of(full)}
-    _check_names(file, places, gguf.FACTORS, "")
+    _, places = _checked_places(full, file)
     # Before the weights: what building it takes is free again when they come.
     tokenizer = (
         Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None

@@ -114,3 +114,74 @@ def test_the_listing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(["inspect", "configs/fast_lora.json"])
     assert left.value.code == 0
     assert 'arch = "llama"' in capsys.readouterr().out
+
+
+def refused_by_both(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The problems that inspect sees in what load refuses."""
+    with pytest.raises(et.InputError) as caught:
+        et.load(folder)
+    code, found = told(capsys, str(folder))
+    assert code == 1
+    assert any(problem in str(caught.value) for problem in found["problems"])
+    return found["problems"]
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int64, np.bool_])
+def test_integer_weights(kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("llama_mha_tied")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights = golden.weights | {name: np.ones_like(golden.weights[name]).astype(kind)}
+    assert name in refused_by_both(write_folder(tmp_path, golden.config, weights), capsys)[0]
+
+
+@pytest.mark.parametrize("head", [np.zeros(0, np.float32), np.float32(3), None])
+def test_a_tied_head_that_differs(head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("llama_mha_tied")
+    embedding = golden.weights["model.embed_tokens.weight"]
+    head = embedding + 1 if head is None else np.asarray(head)
+    folder = write_folder(tmp_path, golden.config, golden.weights | {"lm_head.weight": head})
+    assert "tie_word_embeddings is true, but lm_head.weight differs" in refused_by_both(folder, capsys)[0]
+    same = write_folder(tmp_path, golden.config, golden.weights | {"lm_head.weight": embedding})
+    assert told(capsys, str(same))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"num_local_experts": 65536}, {"num_hidden_layers": 4096}, {"num_hidden_layers": 1 << 32}],
+    ids=str,
+)
+def test_absurd_configs_make_no_names(
+    keys: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    golden = load_golden("mixtral_mqa")
+    folder = write_folder(tmp_path, golden.config | keys, golden.weights)
+    for module in ("models.checks", "analysis.inspect"):
+        monkeypatch.delattr(f"einsum_transformer.{module}.weights_of")
+    code, found = told(capsys, str(folder))
+    assert (code, found["parameters"], len(found["problems"])) == (1, None, 1)
+    assert len(found["tensors"]) == len(golden.weights)
+
+
+def test_a_base_model_and_split_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("qwen3_tied")
+    bare = {name.removeprefix("model."): w for name, w in golden.weights.items()}
+    code, found = told(capsys, str(write_folder(tmp_path / "base", golden.config, bare)))
+    assert (code, found["problems"]) == (0, [])
+    (tmp_path / "split").mkdir()
+    write_model_gguf(tmp_path / "split" / "m.gguf", golden.config, golden.weights, tensors_each=9)
+    code, found = told(capsys, str(tmp_path / "split"))
+    assert (code, found["problems"]) == (0, [])
+    assert len({each["file"] for each in found["tensors"]}) == len(list((tmp_path / "split").iterdir()))
+    assert all(each["weights"] for each in found["tensors"])
+
+
+def test_links_need_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = load_golden("llama_gqa")
+    folder = write_folder(tmp_path / "model", golden.config, golden.weights)
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert "--allow-links" in refused_by_both(folder, capsys)[0]
+    assert told(capsys, str(folder), "--allow-links")[0] == 0

@@ -161,10 +161,6 @@ def test_missing_shard_is_named(tmp_path):
             ["layers.0.w"],
             r"index\.json lists tensor 'layers\.1\.w' .* but .*00001-of-00002\.safetensors does not",
         ),
-        (
-            ["layers.0.w", "layers.1.w", "z"],
-            r"00001-of-00002\.safetensors lists tensor 'z' .* but .*index\.json",
-        ),
         (["layers.0.w", "renamed"], r"'layers\.1\.w'"),
     ],
 )
@@ -175,6 +171,29 @@ def test_shard_and_index_must_agree(tmp_path, held, message):
     source.read("layers.3.w")
     with pytest.raises(FormatError, match=message):
         source.read("layers.0.w")
+
+
+def test_tensors_that_the_index_omits_are_left_aside_with_a_note(tmp_path, caplog):
+    """Also a second copy of a tensor that the index places in another shard."""
+    write_safetensors_folder(tmp_path, four_tensors(), 64)
+    held = {name: four_tensors()[name] for name in ("layers.0.w", "layers.1.w")}
+    extra = {"z": np.zeros(2), "layers.3.w": np.full((2, 4), 9, np.float32)}
+    write_safetensors(tmp_path / "model-00001-of-00002.safetensors", held | extra)
+    for name, tensor in four_tensors().items():
+        np.testing.assert_array_equal(contents(tmp_path)[name], tensor)
+    assert "00001-of-00002.safetensors: 2 tensors, such as 'layers.3.w'" in caplog.text
+
+
+def test_a_shard_that_cannot_be_used_is_read_once(tmp_path, opened):
+    """However many tensors the index places in it."""
+    write_safetensors(tmp_path / "a.safetensors", {"w": np.zeros(2)})
+    write_index(tmp_path, {f"w{i}": "a.safetensors" for i in range(1000)})
+    source = SafetensorsFolder(tmp_path)
+    opened.clear()
+    for name in source.names():
+        with pytest.raises(FormatError, match=r"index\.json lists tensor 'w0'"):
+            source.info(name)
+    assert len(opened) == 1
 
 
 LEAVING = [
@@ -212,6 +231,21 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path, opened, name):
     with pytest.raises(FormatError, match="link out of the folder"):
         SafetensorsFolder(folder)
     assert tmp_path / "secret" not in opened
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "shard.safetensors", "model.safetensors.index.json"])
+def test_links_out_of_the_folder_are_followed_if_allowed(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_index(folder, {"w": "shard.safetensors"})
+    write_safetensors(folder / "shard.safetensors", {"w": np.ones(2)})
+    if name == "model.safetensors":
+        (folder / "shard.safetensors").rename(folder / name)
+    (folder / name).rename(tmp_path / "stored")
+    (folder / name).symlink_to("../stored")
+    with pytest.raises(FormatError, match="--allow-links"):
+        SafetensorsFolder(folder)
+    assert open_tensors(folder, allow_links=True).read("w").sum() == 2
 
 
 def test_links_inside_the_folder_are_followed(tmp_path):

@@ -26,7 +26,7 @@ def npy() -> bytes:
         (b"", "empty"),
         (b"GGUF\x03\0\0\0", "GGUF"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
-        (gzip.compress(b"text"), "gzip"),
+        (gzip.compress(b"text", mtime=0), "gzip"),
         (b"PK\x03\x04rest", "zip"),
         (b"PAR1rest", "Parquet"),
         (save({"a": np.zeros(3, np.float32)}), "safetensors"),

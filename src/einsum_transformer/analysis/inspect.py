@@ -12,15 +12,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from einsum_transformer.analysis.report import columns, quantity, some
+from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.models import checks
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import Weight, weights_of
-from einsum_transformer.models.families import FAMILIES, gguf
-from einsum_transformer.models.places import folder_place, gguf_place
+from einsum_transformer.models.decoder import weights_of
+from einsum_transformer.models.places import Place
 from einsum_transformer.models.run_config import read_json
 from einsum_transformer.text.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ class Inspection:
     problems: tuple[str, ...]
     """Why it would not load, as far as it is seen here."""
     parameters: int | None
-    """Of the model that the config describes."""
+    """Of the model that the config describes; None where it cannot be read, or the file has other layers."""
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
@@ -75,38 +75,41 @@ class Inspection:
 
 
 def inspect(
-    path: Path, raw: Mapping[str, Any], read_config: Callable[[], ModelConfig], weights: bool = True
+    path: Path,
+    raw: Mapping[str, Any],
+    read_config: Callable[[], ModelConfig],
+    weights: bool = True,
+    allow_links: bool = False,
 ) -> Inspection:
     """The folder, .gguf file or JSON config at `path`, whose config's keys are `raw`.
 
     read_config: how its config is read; what it raises is told among the problems, as are tensors that are
-    missing or of another shape than the config's. weights: whether there are tensors to look at.
+    missing or of another shape than the config's: all that `load` refuses. weights: whether there are
+    tensors to look at. allow_links: as for `load`.
     """
     problems: list[str] = []
     config = _tried(read_config, problems)
-    tensors = _tried(lambda: open_tensors(path), problems) if weights else None
+    tensors = _tried(lambda: open_tensors(path, allow_links), problems) if weights else None
+    missing: tuple[str, ...] = ()
+    infos: list[TensorInfo] = []
+    roles: dict[str, list[str]] = {}
+    fits = config is not None
     try:
-        infos = [] if tensors is None else _infos(tensors, problems)
-        wanted, roles = _wanted(config, tensors, problems)
+        if tensors is not None:
+            infos = _infos(tensors, problems)
+            found = None if config is None else _tried(lambda: checks.places_of(config, tensors), problems)
+            fits = found is not None
+            if config is not None and found is not None:
+                family, places = found
+                held = {info.name: info for info in infos}
+                problems += checks.problems(config, family, places, tensors, held)
+                missing, roles = checks.missing_of(places, tensors), _roles(places)
         _look_beside(path, tensors, problems)
     finally:
         if tensors is not None:
             tensors.close()
-    held = {info.name: info for info in infos}
-    if tensors is not None and held:
-        wrong = [name for name, shape in wanted.items() if name in held and held[name].shape != shape]
-        problems += [
-            f"{name} is {list(held[name].shape)} in the file, {list(wanted[name])} by the config"
-            for name in wrong
-        ]
-    if config is not None and wanted and infos:
-        family = FAMILIES[config.model_type]
-        known = f"{family.ignored_tensors}|{gguf.FACTORS}"
-        if config.tie_word_embeddings:
-            known += f"|{re.escape(family.checkpoint_name('lm_head.weight'))}"
-        strange = [name for name in held if name not in wanted and not re.fullmatch(known, name)]
-        problems += [f"in the file but not in the model: {some(strange, 8)}"] if strange else []
-    missing = tuple(name for name in wanted if name not in held) if infos else ()
+    # Not of a config that the file contradicts by far: it may have millions of weights.
+    parameters = sum(prod(weight.stored) for weight in weights_of(config)) if config and fits else None
     ignored = () if config is None else config.ignored
     defaulted = () if config is None else config.defaulted
     return Inspection(
@@ -121,8 +124,8 @@ def inspect(
             for i in infos
         ),
         missing,
-        (*problems, *([f"missing tensors: {some(missing, 8)}"] if missing else [])),
-        None if config is None else sum(prod(weight.stored) for weight in weights_of(config)),
+        tuple(dict.fromkeys(problems)),
+        parameters,
     )
 
 
@@ -157,25 +160,13 @@ def _infos(tensors: TensorSource, problems: list[str]) -> list[TensorInfo]:
     return found
 
 
-def _wanted(
-    config: ModelConfig | None, tensors: TensorSource | None, problems: list[str]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
-    """Tensor -> the shape that the config gives it; tensor -> the weights that are read from it."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _roles(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Tensor -> the weights that are read from it."""
     roles: dict[str, list[str]] = {}
-    if config is None or tensors is None:
-        return shapes, roles
-    family = FAMILIES[config.model_type].found_in(tensors.names())
-    place = gguf_place if isinstance(tensors, GGUFFile) else folder_place
-
-    def look(weight: Weight) -> None:
-        for name, shape in place(weight, family, config, tensors).shapes.items():
-            shapes[name] = shape
-            roles.setdefault(name, []).append(weight.path)
-
-    for weight in weights_of(config):
-        _tried(lambda weight=weight: look(weight), problems)
-    return shapes, roles
+    for path, place in places.items():
+        for name in place.shapes:
+            roles.setdefault(name, []).append(path)
+    return roles
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:

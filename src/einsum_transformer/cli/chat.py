@@ -47,6 +47,7 @@ def chat(
     dtype: options.Dtype = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -62,7 +63,7 @@ def chat(
     source = options.source_of(model, model_flag, None, None)
     silent = quiet or json
     where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
-    where |= {"adapter": adapter_path}
+    where |= {"adapter": adapter_path, "allow_links": allow_links}
     loaded, _ = options.open_model(
         source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
     )
@@ -94,6 +95,7 @@ def chat(
         quiet=silent,
         revision=revision,
         offline=offline,
+        allow_links=allow_links,
     )
     talk = _Talk(loaded, sampling, settings, system_prompt, drafting, shown=not json, notes=not silent)
     _converse(talk, terminal=sys.stdin.isatty() and not silent)

@@ -21,6 +21,7 @@ def diff(
     batch: Annotated[int, typer.Option("--batch", "-b", metavar="N", min=1, help="Rows.")] = 1,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens of each row.")] = 128,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
 ) -> None:
     """Lay two models side by side: settings, parameters, equations, FLOPs, bytes, KV cache.
@@ -35,7 +36,9 @@ def diff(
     from einsum_transformer.checkpoint import read_config
 
     sources = [options.source_of(source, None, None, None) for source in (a, b)]
-    configs = [read_config(each, offline) if isinstance(each, str) else each for each in sources]
+    # A JSON config of the project stays one: its adapters count too.
+    checked = [read_config(source, offline, allow_links) for source in sources]
+    configs = [each if isinstance(source, str) else source for source, each in zip(sources, checked)]
     short = [Path(source).stem or source for source in (a, b)]
     names = (short[0], short[1]) if short[0] != short[1] else ("A", "B")
     with options.announced("counting the tiles of attention ...", json):

@@ -20,6 +20,7 @@ def explain(
     assignments: options.Assignments = None,
     adapter_path: options.AdapterPath = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
 ) -> None:
     """Print a model's program: its equations and what they cost.
@@ -40,10 +41,11 @@ def explain(
     from einsum_transformer.models.peft import with_adapter
 
     source = options.source_of(model, model_flag, config, assignments)
-    described = read_config(source, offline) if isinstance(source, str) else source
+    config_read = read_config(source, offline, allow_links)
+    described = config_read if isinstance(source, str) else source
     if adapter_path is not None:
         name = source if isinstance(source, str) else source.source
-        described = with_adapter(without_weights(read_config(source, offline), name), adapter_path)
+        described = with_adapter(without_weights(config_read, name), adapter_path)
     with options.announced("counting the tiles of attention ...", json):
         program = dry_run(described, batch, tokens, backward)
     options.write((jsonlib.dumps(program.to_dict()) if json else str(program)) + "\n")

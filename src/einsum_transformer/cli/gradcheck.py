@@ -31,6 +31,7 @@ def gradcheck(
     assignments: options.Assignments = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -60,6 +61,7 @@ def gradcheck(
         seed=seed,
         revision=revision,
         offline=offline,
+        allow_links=allow_links,
         adapter=adapter_path,
     )
     lora = None if isinstance(source, str) else source.lora

@@ -19,6 +19,7 @@ def inspect(
     ] = False,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
 ) -> None:
     """List what a checkpoint holds: tensors, types, sizes, and what each is in the model.
@@ -36,15 +37,20 @@ def inspect(
     from einsum_transformer import checkpoint
     from einsum_transformer.analysis.inspect import inspect as look
     from einsum_transformer.analysis.inspect import render
+    from einsum_transformer.formats.sniff import is_json
     from einsum_transformer.models.run_config import RunConfig
 
     source = options.source_of(model, model_flag, config, None)
-    path = checkpoint.resolve(source.source if isinstance(source, RunConfig) else source, revision, offline)
+    named = source.source if isinstance(source, RunConfig) else source
+    path = checkpoint.resolve(named, revision, offline, allow_links)
     found = look(
         path,
         checkpoint.config_keys(path),
-        lambda: checkpoint.read_config(source if isinstance(source, RunConfig) else path, offline),
-        weights=path.suffix != ".json" or path.is_dir(),
+        lambda: checkpoint.read_config(
+            source if isinstance(source, RunConfig) else path, offline, allow_links
+        ),
+        weights=path.is_dir() or not is_json(path),
+        allow_links=allow_links,
     )
     options.write((jsonlib.dumps(found.to_dict()) if json else render(found, every)) + "\n")
     if found.problems:

@@ -30,6 +30,7 @@ def merge(
     ] = False,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -70,6 +71,7 @@ def merge(
         quiet=silent,
         revision=revision,
         offline=offline,
+        allow_links=allow_links,
         adapter=adapter_path,
     )
     whole, report = merged(loaded, _TYPES[dtype], -1 if unmerge else 1)

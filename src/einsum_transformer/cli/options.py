@@ -56,6 +56,10 @@ Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+AllowLinks = Annotated[
+    bool,
+    typer.Option("--allow-links", help="Read weights through links that lead out of the model's folder."),
+]
 Blas = Annotated[str, typer.Option(metavar="auto|numpy|mkl", help="BLAS library of the matrix products.")]
 Threads = Annotated[
     int | None,
@@ -145,6 +149,7 @@ def source_of(
     model: str | None, flag: str | None, config: str | None, assignments: list[str] | None
 ) -> str | RunConfig:
     """The one source that was named; a JSON config of the project as a RunConfig with `--set` applied."""
+    from einsum_transformer.formats.sniff import is_json
     from einsum_transformer.hub import DEFAULT_MODEL
     from einsum_transformer.models.run_config import override, parse_run_config, read_json
 
@@ -152,7 +157,8 @@ def source_of(
     if len(given) > 1:
         raise InputError(f"MODEL, --model and --config all name the model: give one of {', '.join(given)}")
     source = given[0] if given else DEFAULT_MODEL
-    raw = read_json(Path(source)) if Path(source).suffix == ".json" and not Path(source).is_dir() else {}
+    path = Path(source)
+    raw = read_json(path) if (path.suffix == ".json" and not path.is_dir()) or is_json(path) else {}
     if raw and "model_type" not in raw:
         return override(parse_run_config(raw, source), assignments or [])
     if assignments:

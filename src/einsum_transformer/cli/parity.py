@@ -35,6 +35,7 @@ def parity(
     dtype: options.Dtype = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
     quiet: Annotated[
         bool,
@@ -68,6 +69,7 @@ def parity(
         max_layers=max_layers,
         revision=revision,
         offline=offline,
+        allow_links=allow_links,
         adapter=adapter_path,
     )
     if ids is not None:

@@ -12,7 +12,8 @@ from einsum_transformer.cli import options
 
 def pull(
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="A hub repository, owner/name, or smollm2-135m.")
+        str,
+        typer.Argument(metavar="REPO", help="A hub repository, owner/name[:FILE], or smollm2-135m."),
     ],
     revision: options.Revision = None,
     offline: options.Offline = False,
@@ -20,11 +21,13 @@ def pull(
 ) -> None:
     """Fetch a model from the hub, and print where it lies.
 
-    What is in the cache already is not fetched again.
+    What is in the cache already is not fetched again. Weights are fetched as safetensors; of a repository of
+    GGUF files the one that FILE names, by its file name or its quantization.
 
     \b
     etx pull HuggingFaceTB/SmolLM2-135M-Instruct
     etx pull meta-llama/Llama-3.2-1B --revision main      (HF_TOKEN or `hf auth login` for gated models)
+    etx pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
     etx run $(etx pull HuggingFaceTB/SmolLM2-135M) -p "Once upon a time"
     """
     from einsum_transformer import hub

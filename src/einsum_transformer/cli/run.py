@@ -84,6 +84,7 @@ def run(
     assignments: options.Assignments = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -116,7 +117,7 @@ def run(
         **given, chat=chat, system=system_prompt, batch_size=batch_size, seed=seed or 0, silent=silent
     )
     where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
-    where |= {"adapter": adapter_path}
+    where |= {"adapter": adapter_path, "allow_links": allow_links}
     loaded, load_seconds = options.open_model(
         source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
     )
@@ -147,6 +148,7 @@ def run(
         quiet=silent,
         revision=revision,
         offline=offline,
+        allow_links=allow_links,
     )
     rows = asked.rows(loaded, keys)
     job = _Job(loaded, load_seconds, rows, sampling, settings, drafting, json, quiet)

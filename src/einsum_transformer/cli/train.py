@@ -133,6 +133,7 @@ def train(
     assignments: options.Assignments = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    allow_links: options.AllowLinks = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -187,6 +188,7 @@ def train(
         seed=seed,
         revision=revision,
         offline=offline,
+        allow_links=allow_links,
         adapter=adapter_path,
     )
     rows = batch_size or (keys.batch_size if keys else _BATCH)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
-from einsum_transformer.formats import TensorInfo, TensorSource
+from einsum_transformer.formats import Names, TensorInfo, TensorSource
+from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.formats.links import inside
 from einsum_transformer.formats.mapped import quoted, refuse_unknown
 from einsum_transformer.formats.safetensors import (
     Entry,
@@ -21,58 +23,115 @@ from einsum_transformer.formats.safetensors import (
     sync,
     write_tensors,
 )
+from einsum_transformer.formats.sniff import kind_of
+from einsum_transformer.formats.split import first_parts, open_gguf
+from einsum_transformer.formats.unsupported import (
+    file_refused,
+    folder_refused,
+    is_pickle,
+    is_piece,
+    pickle_refused,
+)
+from einsum_transformer.notes import note
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+\.safetensors")
 _MAX_INDEX = 100_000_000
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_MOST_SNIFFED = 64
 
 
-def open_tensors(path: str | Path) -> TensorSource:
-    """The tensors of a .safetensors file, a .gguf file or a checkpoint folder, by what `path` is.
+def open_tensors(path: str | Path, allow_links: bool = False) -> TensorSource:
+    """The tensors of a safetensors file, a GGUF file or a checkpoint folder, by what is in it.
 
-    Raises FormatError for pickle files, which run code when read, and for any other kind of file.
+    allow_links: follow links that lead out of the folder. Raises FormatError for pickle files, which run code
+    when read, and for any other kind of file, by its name.
     """
     path = Path(path)
     if path.is_dir():
-        return SafetensorsFolder(path)
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if suffix == ".gguf":
-        from einsum_transformer.formats.gguf import GGUFFile
-
-        return GGUFFile(path)
-    if suffix in _PICKLES:
-        raise _pickle_refused(path)
+        return SafetensorsFolder(path, allow_links)
+    if is_pickle(path):
+        raise pickle_refused(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file or folder")
-    raise FormatError(f"{path}: not a .safetensors file, a .gguf file or a checkpoint folder")
+    if is_piece(path):
+        raise file_refused(path)
+    suffix, kind = path.suffix.lower(), kind_of(path)
+    if kind == "GGUF" or (suffix == ".gguf" and kind != "safetensors"):
+        return open_gguf(path, allow_links)
+    if kind == "safetensors" or suffix == ".safetensors":
+        return SafetensorsFile(path)
+    raise file_refused(path)
+
+
+def single_gguf(folder: Path, allow_links: bool = False) -> Path | None:
+    """The GGUF model of a folder without safetensors weights, None if it has none; of a split one a part.
+
+    Where there are several files, those that are no models (adapters, projectors) are left out. Raises
+    FormatError if there are still several.
+    """
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return None
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    found = [path for path in files if path.suffix.lower() == ".gguf"]
+    found = found or [path for path in files[:_MOST_SNIFFED] if kind_of(path) == "GGUF"]
+    models = first_parts(found)
+    if len(models) > 1:
+        models = [path for path in models[:_MOST_SNIFFED] if _is_model(path, allow_links)] or models
+    if len(models) > 1:
+        names = ", ".join(path.name for path in models[:8])
+        more = f" and {len(models) - 8} more" if len(models) > 8 else ""
+        raise FormatError(f"{folder}: holds several GGUF models: name one of {names}{more}")
+    return inside(folder, models[0].name, allow_links) if models else None
+
+
+def _is_model(path: Path, allow_links: bool) -> bool:
+    """Whether a GGUF file is a model, as far as it can be read."""
+    try:
+        file = GGUFFile(inside(path.parent, path.name, allow_links))
+    except InputError:
+        return True  # opening it says what is wrong
+    file.close()
+    return not file.purpose
 
 
 class SafetensorsFolder:
     """A folder with `model.safetensors`, or shards and `model.safetensors.index.json`, as one TensorSource.
 
-    A shard is opened when one of its tensors is first asked for, and must hold exactly the names that the
-    index gives it. Nothing outside the folder is opened, save the blobs of the Hugging Face cache it lies in.
+    A shard is opened when one of its tensors is first asked for, and must hold the names that the index gives
+    it; others in it are left aside with a note. Nothing outside the folder is opened, save the blobs of the
+    Hugging Face cache it lies in, unless allow_links.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, allow_links: bool = False) -> None:
         self.path = Path(folder)
+        self._allow_links = allow_links
         self._open: dict[str, SafetensorsFile] = {}
+        self._refused: dict[str, str] = {}  # a shard that cannot be used is read once
         self._index = self.path / INDEX
         if (self.path / SINGLE).is_file():  # where both are, it is the whole one
-            single = SafetensorsFile(_inside(self.path, SINGLE))
+            single = SafetensorsFile(inside(self.path, SINGLE, allow_links))
             self._open[SINGLE] = single
             self._shard_of = dict.fromkeys(single.names(), SINGLE)
         elif self._index.is_file():
-            self._shard_of = _read_index(self.path)
+            self._shard_of = read_index(self.path, allow_links)
+            for shard in sorted(set(self._shard_of.values())):
+                if not inside(self.path, shard, allow_links).is_file():
+                    raise FormatError(
+                        f"{self.path / shard}: this shard is missing, although {self._index} lists it"
+                    )
+        elif not self.path.is_dir():
+            raise InputError(f"{self.path}: there is no such folder")
         else:
-            raise _nothing_to_read(self.path)
+            raise folder_refused(self.path, f"the folder holds neither {SINGLE} nor {INDEX}")
+        self._names = Names(self._shard_of)
+        self._promised: dict[str, set[str]] = {}
+        for name, shard in self._shard_of.items():
+            self._promised.setdefault(shard, set()).add(name)
 
     def names(self) -> list[str]:
-        return list(self._shard_of)
+        return self._names
 
     def info(self, name: str) -> TensorInfo:
         return self._holder(name).info(name)
@@ -97,72 +156,54 @@ class SafetensorsFolder:
         return self._shard(shard)
 
     def _shard(self, shard: str) -> SafetensorsFile:
+        if shard in self._refused:
+            raise FormatError(self._refused[shard])
         if shard not in self._open:
-            source = SafetensorsFile(_inside(self.path, shard))
-            held = set(source.names())
-            promised = {name for name, holder in self._shard_of.items() if holder == shard}
-            if held != promised:
-                source.close()
-                name = min(held ^ promised)
-                has, lacks = (source.path, self._index) if name in held else (self._index, source.path)
-                raise FormatError(f"{has} lists tensor {quoted(name)} for this shard, but {lacks} does not")
-            self._open[shard] = source
+            try:
+                self._open[shard] = self._opened(shard)
+            except InputError as error:
+                self._refused[shard] = str(error)
+                raise
         return self._open[shard]
 
+    def _opened(self, shard: str) -> SafetensorsFile:
+        source = SafetensorsFile(inside(self.path, shard, self._allow_links))
+        held, promised = set(source.names()), self._promised[shard]
+        if lacking := promised - held:
+            source.close()
+            raise FormatError(
+                f"{self._index} lists tensor {quoted(min(lacking))} for this shard, "
+                f"but {source.path} does not"
+            )
+        if spare := held - promised:
+            note(
+                f"{source.path}: {len(spare)} tensors, such as {quoted(min(spare))}, are not in {INDEX} "
+                "for this shard, and not used"
+            )
+        return source
 
-def _read_index(folder: Path) -> dict[str, str]:
-    path = _inside(folder, INDEX)
+
+def read_index(folder: Path, allow_links: bool = False) -> dict[str, str]:
+    """Tensor -> shard, as the index of a folder says; every shard is the plain name of a file."""
+    path = inside(folder, INDEX, allow_links)
     if path.stat().st_size > _MAX_INDEX:
         raise FormatError(f"{path}: the index is larger than {_MAX_INDEX} bytes")
     shard_of = parse_json(path, "the index", path.read_bytes()).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise FormatError(f"{path}: the index has no weight_map that maps tensor names to files")
+    plain: set[str] = set()
     for name, shard in shard_of.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\x00-\x1f\x7f]+\.safetensors", shard):
-            raise FormatError(
-                f"{path}: tensor {quoted(name)} is said to be in {quoted(str(shard))}, "
-                "which is not the plain name of a .safetensors file in this folder"
+        if isinstance(shard, str) and shard not in plain and _SHARD_NAME.fullmatch(shard):
+            plain.add(shard)
+        if not isinstance(shard, str) or shard not in plain:
+            pickle = isinstance(shard, str) and is_pickle(Path(shard))
+            why = (
+                "a pickle, which is not read: convert it to safetensors"
+                if pickle
+                else "which is not the plain name of a .safetensors file in this folder"
             )
-    for shard in sorted(set(shard_of.values())):
-        if not _inside(folder, shard).is_file():
-            raise FormatError(f"{folder / shard}: this shard is missing, although {path} lists it")
+            raise FormatError(f"{path}: tensor {quoted(name)} is said to be in {quoted(str(shard))}, {why}")
     return shard_of
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a member of `folder`, unless it is a link that leads out of it.
-
-    In a Hugging Face cache `<repo>/snapshots/<revision>/<name>` is a link to `<repo>/blobs/<hash>`, which may
-    be one to `<cache>/blobs/<prefix>/<hash>`, where repositories share files.
-    """
-    path = folder / name
-    try:
-        home, real = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # links in a circle
-        raise FormatError(f"{path}: a link that leads nowhere") from None
-    allowed = real.is_relative_to(home)
-    if home.parent.name == "snapshots":
-        repo = home.parent.parent
-        allowed |= real.parent == repo / "blobs" or real.parent.parent == repo.parent / "blobs"
-    if not allowed:
-        raise FormatError(f"{path}: a link out of the folder, to {real}; put the file itself there")
-    return path
-
-
-def _nothing_to_read(folder: Path) -> InputError:
-    if not folder.is_dir():
-        return InputError(f"{folder}: there is no such folder")
-    pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICKLES)
-    if pickles:
-        return _pickle_refused(pickles[0])
-    return FormatError(f"{folder}: the folder holds neither {SINGLE} nor {INDEX}")
-
-
-def _pickle_refused(path: Path) -> FormatError:
-    return FormatError(
-        f"{path}: pickle checkpoints are refused, because unpickling runs code from the file; "
-        "convert it to safetensors first"
-    )
 
 
 def write_safetensors_folder(

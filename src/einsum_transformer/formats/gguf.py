@@ -18,6 +18,7 @@ from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import TensorInfo, as_rows
 from einsum_transformer.formats.dequantize import dequantize
 from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
+from einsum_transformer.formats.unsupported import instead
 
 _MIN_PAIR, _MIN_TENSOR = 13, 24  # bytes of the shortest key-value pair and tensor info
 _MAX_ARRAY = 1 << 24  # elements; the largest vocabularies have 2^18
@@ -78,6 +79,8 @@ _NUMBERS = {
     11: "<i8",
     12: "<f8",
 }
+# general.architecture of files that are no models and may not say so in general.type
+_NO_MODELS = {"clip": "mmproj", "mmproj": "mmproj", "controlvector": "control vector", "imatrix": "imatrix"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MIN_VALUE = {code: np.dtype(dtype).itemsize for code, dtype in _NUMBERS.items()} | {_STRING: 8, _ARRAY: 12}
 
@@ -100,6 +103,15 @@ class GGUFFile(MappedFile):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def purpose(self) -> str:
+        """What a file is that holds no model ("adapter", "imatrix", "mmproj", ...), "" for a model."""
+        kind = self.metadata.get("general.type", "model")
+        architecture = self.metadata.get("general.architecture")
+        if kind == "model":
+            kind = _NO_MODELS.get(architecture, "model") if isinstance(architecture, str) else "model"
+        return "" if kind == "model" else str(kind)[:40]
 
     def read(self, name: str) -> np.ndarray:
         info = self.info(name)
@@ -161,7 +173,8 @@ class _Header:
 
     def _counts(self) -> tuple[int, int]:
         if self._take(4) != b"GGUF":
-            raise FormatError(f"{self.path}: not a GGUF file: it does not start with GGUF")
+            is_it = instead(self.data[:4096], self.size, "GGUF") or "it does not start with GGUF"
+            raise FormatError(f"{self.path}: not a GGUF file: {is_it}")
         version = self._uint(4)
         if version & 0xFFFF == 0:
             raise FormatError(
@@ -235,7 +248,10 @@ class _Header:
         return strings
 
     def _alignment(self) -> int:
-        if not isinstance(self.metadata.get("general.architecture"), str):
+        part, kind = self.metadata.get("split.no"), self.metadata.get("general.type", "model")
+        # Later parts of a split model need not say it, and importance matrices do not.
+        needed = kind == "model" and (type(part) is not int or part < 1)
+        if not isinstance(self.metadata.get("general.architecture", None if needed else ""), str):
             raise FormatError(f"{self.path}: general.architecture must be present and a string")
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):

@@ -10,7 +10,7 @@ from typing import NoReturn
 import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
-from einsum_transformer.formats import TensorInfo
+from einsum_transformer.formats import Names, TensorInfo
 
 # Type as files name it -> name of the type in NumPy or ml_dtypes, bytes per element
 DTYPES = {
@@ -68,6 +68,7 @@ class MappedFile:
 
     path: Path
     _tensors: dict[str, TensorInfo]
+    _names: list[str] | None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -83,7 +84,9 @@ class MappedFile:
         self._bytes: np.ndarray | None = np.frombuffer(self._map, np.uint8)
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        if self._names is None:
+            self._names = Names(self._tensors)
+        return self._names
 
     def info(self, name: str) -> TensorInfo:
         info = self._tensors.get(name)

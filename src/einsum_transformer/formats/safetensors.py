@@ -19,6 +19,8 @@ import numpy as np
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import TensorInfo, as_rows
 from einsum_transformer.formats.mapped import DTYPES, FILE_DTYPES, MappedFile, quoted
+from einsum_transformer.formats.sniff import kind_of_bytes
+from einsum_transformer.formats.unsupported import instead
 
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64  # NumPy's own limit
@@ -65,7 +67,8 @@ def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: {what} is not valid JSON: {error}") from None
+        is_it = "" if kind_of_bytes(raw[:4096], len(raw)) == "text" else instead(raw, len(raw), "JSON")
+        raise FormatError(f"{path}: {what} is not valid JSON: {is_it or error}") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{path}: {what} is not a JSON object")
     return parsed
@@ -73,9 +76,14 @@ def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:
 
 def _read_header(path: Path, data: mmap.mmap) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if len(data) < 8:
-        raise FormatError(f"{path}: {len(data)} bytes are too few for a safetensors file")
+        is_it = instead(data[:], len(data), "safetensors")
+        raise FormatError(
+            f"{path}: {len(data)} bytes are too few for a safetensors file{is_it and f': {is_it}'}"
+        )
     length = int.from_bytes(data[:8], "little")
     if length > min(_MAX_HEADER, len(data) - 8):
+        if is_it := instead(data[:4096], len(data), "safetensors"):
+            raise FormatError(f"{path}: not a safetensors file: {is_it}")
         raise FormatError(
             f"{path}: a header of {length} bytes does not fit into this file of {len(data)} bytes "
             f"(or exceeds {_MAX_HEADER}); the file is cut short or is not safetensors"

@@ -31,6 +31,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"lmgg", "GGML"),
     (b"fmgg", "GGML"),
     (b"tjgg", "GGML"),
+    (b"algg", "GGML"),
     *((b"\x80" + bytes([protocol]), "pickle") for protocol in range(2, 6)),
 )
 COMPRESSED = frozenset({"gzip", "bzip2", "xz", "zstd", "7-Zip", "zip"})
@@ -50,6 +51,14 @@ def kind_of(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     return kind_of_bytes(head, size)
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file is meant as JSON: by its suffix, or by its contents if it has another one."""
+    try:
+        return path.is_file() and (path.suffix.lower() == ".json" or kind_of(path) == "JSON")
+    except (OSError, ValueError):  # no name of a file, or one that cannot be read
+        return False
 
 
 def kind_of_bytes(head: bytes, size: int) -> str:

@@ -14,6 +14,7 @@ from einsum_transformer.formats.safetensors import parse_json
 from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, nearest, shown
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.unsupported import check_layers, other_json
 
 _LARGEST_FILE = 16 << 20
 
@@ -138,6 +139,7 @@ class RunConfig:
             | (self.arch_keys or {}),
             self.source,
         )
+        check_layers(keys.raw, self.source)
         try:
             config = family.read_config(keys)
             config = replace(
@@ -192,6 +194,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     """RunConfig from a JSON object: unknown keys and values of a wrong type are errors, `//` keys are
     comments."""
+    if "arch" not in raw and (found := other_json(raw)):
+        raise ConfigError(f"{source}: {found}")
     fields = {field.name: field for field in dataclasses.fields(RunConfig) if field.name != "source"}
     values: dict[str, Any] = {}
     for key, value in raw.items():

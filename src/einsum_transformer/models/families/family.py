@@ -74,9 +74,13 @@ class Family:
         return path.rpartition(".")[2] in self.transposed
 
     def found_in(self, tensors: Iterable[str]) -> Family:
-        """This family with the prefix that the tensors of a checkpoint have."""
+        """This family with the prefix that the tensors of a checkpoint have.
+
+        A base model (AutoModel) is saved without the first part of the prefix.
+        """
         held = set(tensors)
-        for prefix in (self.prefix, *self.other_prefixes):
+        prefixes = (self.prefix, *self.other_prefixes)
+        for prefix in (*prefixes, *(prefix.partition(".")[2] for prefix in prefixes)):
             family = replace(self, prefix=prefix)
             if family.checkpoint_name("embed_tokens.weight") in held:
                 return family

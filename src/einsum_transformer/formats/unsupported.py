@@ -1,0 +1,170 @@
+"""Files and folders that hold a model in another form: what each is called, and what to do about it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from einsum_transformer.errors import FormatError
+from einsum_transformer.formats.sniff import kind_of, kind_of_bytes
+
+PICKLES = frozenset({".pt", ".pth", ".ckpt", ".pkl"})
+_HEAD = 4096
+_MOST_LISTED = 8
+_PICKLE = (
+    "pickle checkpoints are refused, because unpickling runs code from the file; convert it to safetensors "
+    "first (transformers: save_pretrained(..., safe_serialization=True))"
+)
+_UNPACK = "a file compressed with {0}: unpack it first"
+_KINDS = {
+    "empty": "the file is empty: fetch it again",
+    "Git LFS pointer": "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
+    "GGML": "a GGML file from before GGUF: convert it with llama.cpp's convert_llama_ggml_to_gguf.py",
+    "pickle": _PICKLE,
+    "HDF5": "an HDF5 file of TensorFlow or Keras: convert it with transformers (from_tf=True) to safetensors",
+    "npy": "a NumPy array, not a model",
+    "HTML": "a web page, not the file itself: the download needs a login, or the address was that of a page",
+    "GGUF": "a GGUF file: name it itself as the model",
+    "safetensors": "a safetensors file",
+    "JSON": "a JSON file, not weights",
+    "text": "a text file",
+    **{kind: _UNPACK.format(kind) for kind in ("gzip", "bzip2", "xz", "zstd", "7-Zip", "zip")},
+    **{kind: f"a {kind} file, not a model" for kind in ("Parquet", "Arrow", "SQLite", "PDF", "PNG", "ELF")},
+}
+
+
+def named(kind: str, head: bytes = b"") -> str:
+    """What a kind of `sniff` is, in words, with the way out; "" for "binary", which may be anything."""
+    if kind == "text" and re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        kind = "HTML"
+    if kind == "zip" and b"data.pkl" in head:
+        kind = "pickle"  # what torch.save writes
+    if kind == "zip" and b".npy" in head:
+        return "an archive of NumPy arrays: convert it to safetensors first"
+    return _KINDS.get(kind, "")
+
+
+def instead(data: bytes, size: int, expected: str) -> str:
+    """`it is ...` for the beginning of a file that is not of the `expected` kind, "" if it is unknown."""
+    kind = kind_of_bytes(data[:_HEAD], size)
+    words = "" if kind == expected else named(kind, data[:_HEAD])
+    return f"it is {words}" if words and kind != "empty" else words
+
+
+def check_kind(path: Path, *expected: str) -> None:
+    """Refuse a file that is none of the `expected` kinds by its first bytes, and say what it is."""
+    kind = kind_of(path)
+    if kind not in expected and (words := named(kind)):
+        raise FormatError(f"{path}: {words}")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle by its name, so that it need not be opened."""
+    return path.suffix.lower() in PICKLES or path.name.lower().startswith("pytorch_model")
+
+
+def pickle_refused(path: Path) -> FormatError:
+    return FormatError(f"{path}: {_PICKLE}")
+
+
+def is_piece(path: Path) -> bool:
+    """Whether a name is that of a GGUF file cut into pieces without regard to its contents."""
+    return re.search(r"\.gguf([.-]split-[a-z]+|\.part\d+of\d+)$", path.name) is not None
+
+
+def file_refused(path: Path) -> FormatError:
+    """The error for a file that is neither safetensors nor GGUF."""
+    if is_piece(path):
+        return FormatError(f"{path}: a piece of a GGUF file: join all pieces into one file with `cat`")
+    with path.open("rb") as file:
+        words = named(kind_of(path), file.read(_HEAD))
+    wanted = "not a .safetensors file, a .gguf file or a checkpoint folder"
+    return FormatError(f"{path}: {wanted}{words and f': {words}'}")
+
+
+def folder_refused(folder: Path, wanted: str) -> FormatError:
+    """The error for a folder without weights or without a config: what it holds instead.
+
+    wanted: what is missing, as a sentence; it is the whole message where the folder's kind is not known.
+    """
+    words = kind_of_folder(folder)
+    if not any(folder.iterdir()):
+        wanted += " (the folder is empty)"
+    return FormatError(f"{folder}: {words}" if words else f"{folder}: {wanted}")
+
+
+def kind_of_folder(folder: Path) -> str:
+    """What a folder is by the names of its files, in words, with the way out; "" if it is nothing known."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if not names:
+        return ""
+    if pickles := [name for name in names if re.fullmatch(r"pytorch_model[.-].*", name)]:
+        return f"{pickles[0]}: {_PICKLE}"  # before the others: repositories hold several formats
+    for is_it, words in _FOLDERS.items():
+        if any(re.fullmatch(is_it, name) for name in names):
+            return words
+    pickles = [name for name in names if is_pickle(folder / name) or name.endswith(".bin")]
+    if pickles:
+        return f"{pickles[0]}: {_PICKLE}"
+    for look in (_stray_weights, _models_inside):
+        if words := look(folder, names):
+            return words
+    return ""
+
+
+_MISTRAL = "Mistral's own format (consolidated weights, params.json)"
+_FOLDERS: Mapping[str, str] = {
+    r"model_index\.json": "a diffusers pipeline, not a language model",
+    r"consolidated.*\.safetensors": f"{_MISTRAL}: use the same model's Hugging Face format",
+    r"consolidated.*\.pth": "Meta's original format (consolidated.*.pth, params.json): use the same model's "
+    "Hugging Face repository, or transformers' convert_llama_weights_to_hf.py",
+    r"weights(\.\d+)?\.npz": "an old MLX model (weights.npz): convert the original model again, or use it",
+    r"tf_model.*\.h5|saved_model\.pb|.*\.ckpt\.(index|meta|data-.*)": "a TensorFlow model: convert it with "
+    "transformers (from_tf=True) to safetensors",
+    r"flax_model.*\.msgpack(\.index\.json)?": "a Flax model: convert it with transformers (from_flax=True) "
+    "to safetensors",
+    r".*\.distcp|pytorch_model_fsdp(_\d+)?": "a sharded PyTorch (FSDP) checkpoint: merge it with `accelerate "
+    "merge-weights`",
+    r"zero_to_fp32\.py|global_step\d+|mp_rank_\d+_model_states\.pt": "a DeepSpeed checkpoint: convert it "
+    "with `python zero_to_fp32.py . OUT --safe_serialization`",
+    r"latest_checkpointed_iteration\.txt|iter_\d+|mp_rank_\d+(_\d+)?": "a Megatron-LM checkpoint: convert it "
+    "to the Hugging Face format first",
+    r"model_weights\.ckpt|.*\.nemo|model_config\.yaml": "a NeMo model: convert it to the Hugging Face format "
+    "first",
+    r".*\.engine|.*\.plan|rank\d+\.safetensors": "a TensorRT-LLM model: use the original model",
+    r"openvino_.*\.(xml|bin)": "an OpenVINO model: use the original model",
+    r".*\.onnx(\.data|_data)?": "an ONNX model: use the original model",
+    r".*\.(mlmodelc|mlpackage)": "a Core ML model: use the original model",
+    r"(source_|shared_)?vocabulary\.(json|txt)": "a CTranslate2 model: use the original model",
+    r"modules\.json|config_sentence_transformers\.json": "a sentence-transformers model, which gives "
+    "embeddings and no text",
+}
+"""Pattern of a file's name -> what a folder that holds such a file is."""
+
+
+def _stray_weights(folder: Path, names: list[str]) -> str:
+    """Weights under names that no config and no index lead to."""
+    stray = [name for name in names if name.endswith(".safetensors")]
+    if any(re.search(r"-\d+-of-\d+\.safetensors$", name) for name in stray):
+        return (
+            f"holds shards such as {stray[0]}, but no model.safetensors.index.json, which lists their tensors"
+        )
+    if len(stray) == 1 and "model.safetensors" not in stray:
+        return f"holds {stray[0]}, not model.safetensors: rename it if these are the model's weights"
+    return ""
+
+
+def _models_inside(folder: Path, names: list[str]) -> str:
+    """Folders below that hold models: checkpoints of a training run, a collection, a hub cache."""
+    places = [*(folder / name for name in names)]
+    if (snapshots := folder / "snapshots").is_dir():
+        places = sorted(snapshots.iterdir())
+    found = [str(place.relative_to(folder)) for place in places if place.is_dir() and _holds_model(place)]
+    if not found:
+        return ""
+    more = f" and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
+    listed = ", ".join(found[:_MOST_LISTED])
+    return f"holds no model itself, but models in folders below: name one of {listed}{more}"
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or any(folder.glob("*.gguf"))

@@ -1,0 +1,182 @@
+"""Whether a checkpoint has the tensors that its config asks for: one answer for `load` and `inspect`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from einsum_transformer.errors import FormatError
+from einsum_transformer.formats import TensorInfo, TensorSource
+from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.formats.mapped import quoted
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.decoder import weights_of
+from einsum_transformer.models.families import FAMILIES, gguf
+from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.places import Place, folder_place, gguf_place
+
+_FEW_EXPERTS = 256
+_INTEGERS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"})
+_QUANTIZED = re.compile(
+    r".*(\.(qweight|qzeros|scales|biases|g_idx|weight_packed|weight_scale(_inv|_2)?|input_scale|SCB|W_q)"
+    r"|\.weight[._:](absmax|quant_map|quant_state.*|_data|_scale|qdata|scale)|_(blocks|scales))"
+)
+_WRAPPERS = {
+    "module.": "saved from DistributedDataParallel: save model.module instead",
+    "_orig_mod.": "saved from a model of torch.compile: save model._orig_mod instead",
+    "_fsdp_wrapped_module.": "saved from FSDP without gathering: save a full state dict",
+    "base_model.model.": "saved from a PEFT model: merge the adapter (merge_and_unload) before saving",
+    "tok_embeddings.": "names of Meta's or Mistral's own format: use the model in Hugging Face format",
+    "language_model.encoder.": "names of Megatron-LM: convert it to the Hugging Face format first",
+    "score.": "a head for classification or rewards: such models have no next-token scores",
+    "classifier.": "a head for classification: such models have no next-token scores",
+    "qa_outputs.": "a head for question answering: such models have no next-token scores",
+    "v_head.": "a value head of reinforcement learning: save the model without it",
+}
+"""How names begin that no weight has -> what they mean."""
+
+
+def places_of(config: ModelConfig, tensors: TensorSource) -> tuple[Family, dict[str, Place]]:
+    """The family with the names that these tensors have, and where each weight stands, by its path.
+
+    Raises FormatError if the config has more layers or experts than the tensors could hold, which is known
+    before a name is made for each of them.
+    """
+    _check_room(config, tensors)
+    family = FAMILIES[config.model_type]
+    if isinstance(tensors, GGUFFile):
+        place = gguf_place
+    else:
+        place, family = folder_place, family.found_in(tensors.names())
+    return family, {weight.path: place(weight, family, config, tensors) for weight in weights_of(config)}
+
+
+def _check_room(config: ModelConfig, tensors: TensorSource) -> None:
+    count, layers = len(tensors.names()), config.num_hidden_layers
+    if layers > count:
+        raise FormatError(f"{tensors.path}: {layers} layers by the config, only {count} tensors in the file")
+    if config.moe is None:
+        return
+    experts = config.moe.num_experts
+    layers = sum(config.has_experts(i) for i in range(layers))
+    if layers * experts <= max(count, _FEW_EXPERTS):
+        return
+    shapes = [tensors.info(name).shape for name in tensors.names()]
+    stacks = sum(len(shape) == 3 and shape[0] == experts for shape in shapes)
+    if stacks < layers:
+        raise FormatError(
+            f"{tensors.path}: {experts} experts in each of {layers} layers by the config, but only {count} "
+            f"tensors in the file, {stacks} of them stacks of so many experts"
+        )
+
+
+def problems(
+    config: ModelConfig,
+    family: Family,
+    places: Mapping[str, Place],
+    tensors: TensorSource,
+    infos: Mapping[str, TensorInfo],
+) -> list[str]:
+    """Why these tensors are not the weights that the config asks for, a sentence each; nothing if they are.
+
+    infos: of all tensors that can be looked at.
+    """
+    stored = {name: shape for place in places.values() for name, shape in place.shapes.items()}
+    is_gguf = isinstance(tensors, GGUFFile)
+    ignored = gguf.FACTORS if is_gguf else family.ignored_tensors
+    spare = family.checkpoint_name("lm_head.weight") if config.tie_word_embeddings and not is_gguf else ""
+    found = {name for name in tensors.names() if not re.fullmatch(ignored, name)}
+    missing = [name for name in stored if name not in found]
+    unexpected = sorted(name for name in found if name not in stored and name != spare)
+    held = {name: infos[name] for name in stored if name in infos}
+    return [
+        *_meaning(config, family, missing, unexpected, held),
+        *_named("missing from the file", missing),
+        *_named("in the file but not in the model", unexpected),
+        *_wrong_types(held),
+        *_wrong_shapes(held, stored),
+        *(_other_head(tensors, spare, places["embed_tokens.weight"]) if spare in found else ()),
+    ]
+
+
+def missing_of(places: Mapping[str, Place], tensors: TensorSource) -> tuple[str, ...]:
+    """Tensors that the config asks for and no file holds."""
+    held = tensors.names()
+    return tuple(dict.fromkeys(name for each in places.values() for name in each.shapes if name not in held))
+
+
+def _meaning(
+    config: ModelConfig,
+    family: Family,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    held: Mapping[str, TensorInfo],
+) -> list[str]:
+    """What it probably means that tensors are missing, unexpected or empty: one sentence, or none."""
+    if empty := [name for name, info in held.items() if 0 in info.shape]:
+        return [
+            f"{len(empty)} tensors, such as {_name(empty[0])}, are empty: saved by DeepSpeed ZeRO-3 without "
+            "gathering the weights; make them with zero_to_fp32.py"
+        ]
+    if packed := [name for name in unexpected if _QUANTIZED.fullmatch(name)]:
+        return [
+            f"quantized weights ({_name(packed[0])}), which are not supported; use the unquantized checkpoint"
+        ]
+    for start, meaning in _WRAPPERS.items():
+        if other := [name for name in unexpected if name.startswith(start)]:
+            return [f"{_name(other[0])}: {meaning}"]
+    head = family.checkpoint_name("lm_head.weight")
+    if head in missing and not config.tie_word_embeddings and not unexpected:
+        return [
+            f"{_name(head)} is missing, and tie_word_embeddings is false: a base model without its head "
+            "(AutoModel); save it with AutoModelForCausalLM, or set tie_word_embeddings to true in "
+            "config.json if the embedding is the head"
+        ]
+    return []
+
+
+def _named(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what}: {_list([_name(name) for name in names[:8]], len(names))}"] if names else []
+
+
+def _name(name: str) -> str:
+    """A tensor's name as it is, or quoted if it is long or odd."""
+    return name if name.isprintable() and " " not in name and 0 < len(name) <= 80 else quoted(name)
+
+
+def _list(shown: Sequence[str], count: int, separator: str = ", ") -> str:
+    return separator.join(shown[:8]) + (f"{separator}and {count - 8} more" if count > 8 else "")
+
+
+def _wrong_types(held: Mapping[str, TensorInfo]) -> list[str]:
+    packed = [name for name, info in held.items() if info.dtype in _INTEGERS]
+    return [
+        f"tensor {_name(name)} is {held[name].dtype}: a weight is a floating-point tensor"
+        for name in packed[:1]
+    ]
+
+
+def _wrong_shapes(held: Mapping[str, TensorInfo], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
+    wrong = [
+        f"{_name(name)} is {list(info.shape)} in the file, {list(stored[name])} by the config"
+        for name, info in held.items()
+        if info.shape != stored[name]
+    ]
+    return [_list(wrong, len(wrong), "; ")] if wrong else []
+
+
+def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]:
+    """Whether the unused head of a tied model differs from the embedding, which would take its place."""
+    own = embedding.stored.name
+    if own not in tensors.names():
+        return []
+    same = tensors.info(head).shape == tensors.info(own).shape
+    same = same and np.array_equal(_bits(tensors.read(head)), _bits(tensors.read(own)))
+    tensors.release(head)
+    return [] if same else [f"tie_word_embeddings is true, but {_name(head)} differs from {_name(own)}"]
+
+
+def _bits(a: np.ndarray) -> np.ndarray:
+    return a.view(np.uint8)

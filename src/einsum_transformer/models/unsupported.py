@@ -1,0 +1,156 @@
+"""What JSON files describe that is no decoder this package runs, in words that say what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from einsum_transformer.errors import ConfigError, InputError
+from einsum_transformer.formats.safetensors import parse_json
+
+_LARGEST = 16 << 20
+_MOST_LAYERS = 1 << 12
+_MOST_EXPERTS = 1 << 16
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "an encoder, which generates no text": (
+        *("albert", "bert", "bert-generation", "bertweet", "big_bird", "camembert", "canine", "convbert"),
+        *(
+            "data2vec-text",
+            "deberta",
+            "deberta-v2",
+            "distilbert",
+            "dpr",
+            "electra",
+            "ernie",
+            "ernie_m",
+            "esm",
+        ),
+        *("eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv2", "layoutlmv3", "lilt"),
+        *("longformer", "luke", "mobilebert", "modernbert", "mpnet", "mra", "nezha", "nomic_bert"),
+        *("nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
+        *("squeezebert", "splinter", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso"),
+    ),
+    "an encoder-decoder": (
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led"),
+        *("longt5", "m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart"),
+        *("pix2struct", "prophetnet", "switch_transformers", "t5", "t5gemma", "udop", "umt5"),
+        *("vision-encoder-decoder", "speech-encoder-decoder", "trocr", "xlm-prophetnet"),
+    ),
+    "a model of images": (
+        *("beit", "clip", "clip_text_model", "clip_vision_model", "chinese_clip", "convnext", "convnextv2"),
+        *("data2vec-vision", "deit", "depth_anything", "detr", "dinov2", "dinov3_vit", "dpt", "efficientnet"),
+        *("grounding-dino", "mask2former", "maskformer", "mobilenet_v2", "mobilevit", "owlvit", "owlv2"),
+        *("resnet", "rt_detr", "sam", "sam2", "segformer", "siglip", "siglip2", "swin", "swinv2", "vit"),
+        *("vit_mae", "videomae", "yolos", "zoedepth"),
+    ),
+    "a model of sound": (
+        *("audio-spectrogram-transformer", "bark", "clap", "data2vec-audio", "encodec", "hubert", "mimi"),
+        *("moonshine", "musicgen", "seamless_m4t", "seamless_m4t_v2", "sew", "speech_to_text", "speecht5"),
+        *("unispeech", "vits", "wav2vec2", "wav2vec2-bert", "wavlm", "whisper"),
+    ),
+    "a recurrent (state-space) model": (
+        *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h"),
+        *("recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"),
+    ),
+}
+
+
+def other_model(raw: Mapping[str, Any]) -> str:
+    """What kind of model a config.json describes whose model_type no family has, "" if that is not known."""
+    found = next((kind for kind, names in _KINDS.items() if raw.get("model_type") in names), "")
+    if not found and raw.get("is_encoder_decoder") is True:
+        found = "an encoder-decoder"
+    if not found and any(isinstance(raw.get(f"{part}_config"), dict) for part in ("vision", "audio")):
+        found = "a multimodal model"
+    return found
+
+
+def quantized(raw: Mapping[str, Any]) -> str:
+    """What quantized the weights that a config.json describes, with the way out; "" if they are not."""
+    text = raw.get("text_config")
+    for keys in (raw, text if isinstance(text, dict) else {}):
+        for name in ("quantization_config", "quantization", "compression_config"):
+            if (settings := keys.get(name)) is not None:
+                return f"{name}: {_method(settings)}"
+    return ""
+
+
+def _method(settings: Any) -> str:
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if isinstance(settings, dict) and method is None:
+        if "group_size" in settings and "bits" in settings and "w_bit" not in settings:
+            return (
+                f"weights that mlx-lm quantized to {settings['bits']!r:.9} bits are not supported; use the "
+                "unquantized model, or `mlx_lm.convert --dequantize`"
+            )
+        marks = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "w_bit": "awq"}
+        marks |= {"config_groups": "compressed-tensors", "weight_block_size": "fp8"}
+        method = next((name for key, name in marks.items() if key in settings), None)
+    named = f"{method!r:.60} checkpoints" if method is not None else "quantized checkpoints"
+    return f"{named} are not supported; use the unquantized one"
+
+
+def other_json(raw: Mapping[str, Any]) -> str:
+    """What a JSON file is that was given as a config and is none, "" if that is not known."""
+    if "weight_map" in raw:
+        return "an index of shards, not a config: name the folder that it lies in"
+    if "peft_type" in raw or "fine_tune_type" in raw or "lora_parameters" in raw:
+        return adapter(raw)
+    if "_class_name" in raw or "_diffusers_version" in raw:
+        return "part of a diffusers pipeline, not a language model"
+    if {"dim", "n_layers"} <= raw.keys():
+        return "params.json of Meta's or Mistral's own format: use the model in Hugging Face format"
+    if "builder_config" in raw or "pretrained_config" in raw or {"architecture", "mapping"} <= raw.keys():
+        return "a config of TensorRT-LLM: use the original model"
+    if "added_tokens" in raw and "model" in raw:
+        return "a tokenizer, not a config: name the folder that it lies in"
+    return ""
+
+
+def adapter(raw: Mapping[str, Any]) -> str:
+    """What to do with an adapter that was given as the model, from its adapter_config.json."""
+    mlx = "peft_type" not in raw and ("fine_tune_type" in raw or "lora_parameters" in raw)
+    base = raw.get("model" if mlx else "base_model_name_or_path")
+    of = f" of {base!r:.120}" if isinstance(base, str) and base else ""
+    if mlx:
+        return f"an adapter{of} of mlx-lm, not a model: merge it with `mlx_lm.fuse` and name the result"
+    name = base if of else "BASE"
+    return f"an adapter{of}, not a model: name the base model and give the adapter as --adapter-path" + (
+        f" (in Python load({name!r:.120}, adapter=...))"
+    )
+
+
+def adapter_in(folder: Path) -> str:
+    """`adapter` for a folder that holds one, "" if it holds none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return ""
+    try:
+        raw = parse_json(path, "config", path.read_bytes()) if path.stat().st_size <= _LARGEST else {}
+    except (InputError, OSError):
+        raw = {}
+    return adapter(raw)
+
+
+def check_layers(raw: Mapping[str, Any], source: str) -> None:
+    """Refuse absurd numbers of layers before anything is made for each of them."""
+    text = raw.get("text_config")
+    for keys in (raw, text if isinstance(text, dict) else {}):
+        for name in _LAYERS:
+            value = keys.get(name)
+            if isinstance(value, (int, float)) and value > _MOST_LAYERS:
+                raise ConfigError(
+                    f"{source}: {name} is {value!r:.40}, at most {_MOST_LAYERS} layers are expected"
+                )
+
+
+def check_experts(layers: int, experts: int, source: str) -> None:
+    """Refuse absurd numbers of experts in all layers together."""
+    if layers * experts > _MOST_EXPERTS:
+        raise ConfigError(
+            f"{source}: num_experts is {experts} in each of {layers} layers: at most {_MOST_EXPERTS} in all "
+            "layers together are expected"
+        )
