@@ -274,7 +274,7 @@ def _from_folder(folder: Path, options: _Options) -> Model:
         if not same_kind or not np.array_equal(_bits(tensors.read(spare)), _bits(tensors.read(embedding))):
             raise FormatError(f"{folder}: tie_word_embeddings is true, but {spare} differs from {embedding}")
         tensors.release(spare)
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = Tokenizer.in_folder(folder)
     decoder = _leaves(tensors, config, places, options)
     generation = folder / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None

@@ -52,13 +52,17 @@ def test_a_folder_saved_by_transformers(folder: Path) -> None:
     assert tokenizer.vocab_size == 564
 
 
-def test_add_bos_and_add_eos_in_the_config_decide(folder: Path) -> None:
-    plain = Tokenizer.from_folder(folder).encode("hello", add_special_tokens=False)
-    begin, end = Tokenizer.from_folder(folder).bos_id, Tokenizer.from_folder(folder).eos_id
-    assert configure(folder, add_bos_token=False).encode("hello") == plain
-    assert configure(folder, add_bos_token=True, add_eos_token=True).encode("hello") == [begin, *plain, end]
-    assert configure(folder, add_bos_token=False, add_eos_token=True).encode("hello") == [*plain, end]
-    assert configure(folder, add_bos_token=True, bos_token=None).encode("hello") == [*plain, end]
+def test_the_post_processor_of_tokenizer_json_decides_about_bos_and_eos(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = Tokenizer.from_folder(folder).encode("hello")
+    assert caplog.messages == []
+    tokenizer = configure(folder, add_bos_token=False, add_eos_token=True)
+    assert tokenizer.encode("hello") == ids  # as transformers 5.24: it drops both keys beside tokenizer.json
+    assert "add_bos_token: false, add_eos_token: true is not used" in caplog.text
+    caplog.clear()
+    assert configure(folder, add_bos_token=True, add_eos_token=False).encode("hello") == ids
+    assert caplog.messages == []
 
 
 def test_special_tokens_in_their_forms(folder: Path) -> None:
@@ -75,7 +79,7 @@ def test_special_tokens_in_their_forms(folder: Path) -> None:
     assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
     write(folder, {"tokenizer_config.json": {"eos_token": "<|begin|>", "unk_token": None}})
     tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer.token(tokenizer.eos_id or 0) == "<|begin|>"
+    assert tokenizer.token(tokenizer.eos_id or 0) == "<|im_end|>"  # special_tokens_map.json goes first
     assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
 
 
@@ -116,7 +120,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
         ({}, "no tokenizer.json, which is needed"),
         (
             {"tokenizer.model": "x", "vocab.json": "{}"},
-            "tokenizer.model, vocab.json is not enough, convert it",
+            r"tokenizer.model is a SentencePiece model or .*: convert it with transformers, AutoTokenizer",
         ),
         ({"tokenizer.json": "{"}, "tokenizer.json: not a usable tokenizer"),
         ({"tokenizer.json": "{}"}, "tokenizer.json: not a usable tokenizer"),
@@ -156,7 +160,7 @@ def test_files_that_are_not_text_or_too_large_are_refused(
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"chat_template\.jinja: cannot be read as UTF-8"):
         Tokenizer.from_folder(folder)
-    monkeypatch.setattr("einsum_transformer.text.tokenizer._MAX_OTHER_BYTES", 50)
+    monkeypatch.setattr("einsum_transformer.text.folder._MAX_OTHER_BYTES", 50)
     with pytest.raises(InputError, match=r"tokenizer_config\.json: \d+ bytes; at most 50 are accepted"):
         Tokenizer.from_folder(folder)
 
