@@ -1,6 +1,8 @@
 """Tokenizer: folders, saving, BOS and EOS, chats, and inputs that must end in an InputError."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tokenizers import processors
 from tokenizers.models import WordLevel
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.text.native import checked
 from einsum_transformer.text.tokenizer import Tokenizer
 
 CONVERSATION = [
@@ -284,3 +287,101 @@ def test_an_interrupt_is_not() -> None:
     object.__setattr__(tokenizer, "backend", Backend())
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode("a")
+
+
+def marked(folder: Path, single: str, special: dict[str, int], **config: Any) -> Tokenizer:
+    """A tokenizer of words whose post-processor is `single`."""
+    words = {"<s>": 0, "</s>": 1, "[A]": 2, "x": 3, "y": 4, "<unk>": 5}
+    backend = tokenizers.Tokenizer(WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>", "[A]"])
+    backend.post_processor = processors.TemplateProcessing(single, None, list(special.items()))
+    return Tokenizer.from_folder(
+        write(folder, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
+    )
+
+
+BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
+SAME = {"bos_token": "<s>", "eos_token": "<s>"}
+FORMS = {
+    "neither": ("$A", {}, BOTH),
+    "bos": ("<s> $A", {"<s>": 0}, BOTH),
+    "bos and eos": ("<s> $A </s>", {"<s>": 0, "</s>": 1}, BOTH),
+    "eos": ("$A </s>", {"</s>": 1}, BOTH),
+    "several": ("[A] <s> $A </s>", {"[A]": 2, "<s>": 0, "</s>": 1}, BOTH),
+    "bos is eos": ("<s> $A <s>", {"<s>": 0}, SAME),
+    "bos is eos, begins": ("<s> $A", {"<s>": 0}, SAME),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "ids", "ended"),
+    [
+        ("neither", "x y", [3, 4], [3, 4, 1]),
+        ("neither", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos", "x", [0, 3], [0, 3, 1]),
+        ("bos", "<s> x", [0, 3], [0, 3, 1]),
+        ("bos", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos", "<s> x </s> <s> y </s>", [0, 3, 1, 0, 4, 1], [0, 3, 1, 0, 4, 1]),
+        ("bos", "x <s> y", [0, 3, 0, 4], [0, 3, 0, 4, 1]),
+        ("bos", "", [0], [0, 1]),
+        ("bos", "<s>", [0], [0, 1]),
+        ("bos", "</s>", [0, 1], [0, 1]),
+        ("bos and eos", "x", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "<s> x", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "", [0, 1], [0, 1]),
+        ("bos and eos", "<s> </s>", [0, 1], [0, 1]),
+        ("eos", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("eos", "x", [3, 1], [3, 1]),
+        ("several", "x", [2, 0, 3, 1], [2, 0, 3, 1]),
+        ("several", "[A] <s> x </s>", [2, 0, 3, 1], [2, 0, 3, 1]),
+        ("several", "<s> x", [2, 0, 3, 1], [2, 0, 3, 1]),
+        ("bos is eos", "x", [0, 3, 0], [0, 3, 0]),
+        ("bos is eos", "<s> x <s>", [0, 3, 0], [0, 3, 0]),
+        ("bos is eos", "<s>", [0, 0], [0, 0]),
+        ("bos is eos, begins", "<s> x", [0, 3], [0, 3, 0]),
+        ("bos is eos, begins", "x <s>", [0, 3, 0], [0, 3, 0]),
+    ],
+)
+def test_a_text_that_has_its_marks_gets_no_second_ones(
+    form: str, text: str, ids: list[int], ended: list[int], tmp_path: Path
+) -> None:
+    single, special, config = FORMS[form]
+    tokenizer = marked(tmp_path, single, special, **config)
+    assert (tokenizer.encode_once(text), tokenizer.encode_once(text, end=True)) == (ids, ended)
+
+
+def test_whether_a_text_contains_a_special_token() -> None:
+    tokenizer = byte_level()
+    assert tokenizer.contains_special("Stop here<|im_end|>!")
+    assert tokenizer.contains_special("<|begin|>")
+    assert not tokenizer.contains_special("<|im_end|")
+    assert not tokenizer.contains_special("<think>")  # an added token that decoding keeps
+    assert not tokenizer.contains_special("")
+
+
+def test_one_line_and_no_more_is_written_about_a_panic(capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = from_golden("unigram", precompiled_charsmap=[4, 0, 0, 0, 1, 2, 3, 4, 5])
+    with pytest.raises(InputError, match="index out of bounds"):
+        tokenizer.encode("a")
+    assert capfd.readouterr().err == ""
+
+
+def test_what_else_goes_to_stderr_during_a_call_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    assert checked("x", lambda: os.write(2, b"from another thread\n")) == 20
+    with pytest.raises(InputError, match="x: 'no'"):
+        checked("x", lambda: [os.write(2, b"once more\n"), {}["no"]])
+    assert capfd.readouterr().err == "from another thread\nonce more\n"
+
+
+def test_calls_of_many_threads_restore_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_level()
+    expected = tokenizer.encode("the lazy dog")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(map(tuple, pool.map(lambda _: tokenizer.encode("the lazy dog"), range(400)))) == {
+            tuple(expected)
+        }
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"

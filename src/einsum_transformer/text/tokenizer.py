@@ -171,23 +171,26 @@ class Tokenizer:
         complete, so EOS follows it if the tokenizer has one.
         """
         plain = self.encode(text, add_special_tokens=False)
-        before, after = self._marks(plain, self.encode(text))
+        before, after = self._marks(text)
+        own = 0  # how many tokens of the text itself begin it as BOS does
         if before and plain[: len(before)] == before:
-            before = []
-        elif self.bos_id is not None and plain[:1] == [self.bos_id] and self.bos_id in before:
-            before = before[: before.index(self.bos_id)]
-        if after and plain[-len(after) :] == after and len(plain) > len(before):
+            before, own = [], len(before)
+        elif self.bos_id in before and plain[:1] == [self.bos_id]:
+            before, own = before[: before.index(self.bos_id)], 1
+        if after and plain[own:][-len(after) :] == after:
             after = []
         ids = [*before, *plain, *after]
-        closed = self.eos_id in (*plain[-1:], *after)
+        opening = len(before) + own if self.bos_id == self.eos_id else 0
+        closed = ids[opening:][-1:] == [self.eos_id]
         return ids if not end or self.eos_id is None or closed else [*ids, self.eos_id]
 
-    @staticmethod
-    def _marks(plain: list[int], full: list[int]) -> tuple[list[int], list[int]]:
+    def _marks(self, text: str) -> tuple[list[int], list[int]]:
         """What the post-processor puts before and after the ids of a text."""
-        extra = len(full) - len(plain)
-        start = next((i for i in range(extra + 1) if full[i : i + len(plain)] == plain), 0)
-        return full[:start], full[start + len(plain) :]
+        found = checked(f"{self.source}: cannot encode the text", lambda: self.backend.encode(text))
+        added = found.special_tokens_mask  # of the tokens that the text itself holds, none
+        first = next((i for i, mark in enumerate(added) if not mark), len(added))
+        last = next((i for i, mark in enumerate(reversed(added)) if not mark), 0)
+        return found.ids[:first], found.ids[len(added) - last :]
 
     def contains_special(self, text: str) -> bool:
         """Whether the content of a special token occurs in `text`, which decoding may leave out."""
