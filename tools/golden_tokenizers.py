@@ -334,6 +334,66 @@ def gguf_keys() -> list[str]:
     return sorted(value for name, value in keys.items() if not name.startswith("_"))
 
 
+TALK = "{% for m in messages %}<{{ m.role }}>{{ m.content BODY }}</{{ m.role }}>\n{% endfor %}"
+TEMPLATES = {
+    "plain": TALK.replace("BODY", ""),
+    "strips": TALK.replace("BODY", "| trim"),
+    "thinks": "{% for m in messages %}{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{% if m.content %}{{ m.content }}{% endif %};{% endfor %}",
+    "drops": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    "parts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}</s>{% endfor %}",
+    "names": "{{ bos_token is defined }} {{ eos_token is defined }} {{ eos_token }} {{ pad_token is defined }} "
+    "{{ unk_token }} {{ image_token }} {{ tool }} {{ bos_token }} {{ x }} {{ messages[0].keys() | list }} content",
+}
+ASKED = {"role": "user", "content": "Hi"}
+FINALS = {
+    "text": {"role": "assistant", "content": "Sure, I"},
+    "spaces": {"role": "assistant", "content": " Sure, I  "},
+    "empty": {"role": "assistant", "content": ""},
+    "user": {"role": "user", "content": "and so"},
+    "parts": {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
+    },
+    "reasoning": {"role": "assistant", "content": "", "reasoning_content": "Let me"},
+    "thinking": {"role": "assistant", "thinking": "Let me", "tool_calls": None, "content": "x"},
+    "none": {"role": "assistant", "tool_calls": [{"name": "f"}]},
+    "extra": {"role": "assistant", "content": "x", "name": "n", "weight": 0, "nothing": None},
+}
+
+
+def chats() -> dict[str, Any]:
+    """Conversations whose last message is continued, and the variables that templates get."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>"))
+    named = {
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "extra_special_tokens": {"image_token": "<i>", "tool": "<t>"},
+    }
+    cases = []
+    for name, template in TEMPLATES.items():
+        reference = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=template, **named
+        )
+        for final, message in FINALS.items():
+            for options in (
+                *(
+                    {"continue_final_message": field}
+                    for field in (True, "content", "reasoning_content", "other")
+                ),
+                {"continue_final_message": True, "add_generation_prompt": True},
+                {"x": "y"},
+            ):
+                case = {"template": name, "final": final, "options": options}
+                try:
+                    case["text"] = reference.apply_chat_template([ASKED, message], tokenize=False, **options)
+                except Exception as error:
+                    case["error"] = f"{type(error).__name__}: {error}"[:200]
+                cases.append(case)
+    return {"templates": TEMPLATES, "named": named, "asked": ASKED, "finals": FINALS, "cases": cases}
+
+
 def main() -> None:
     made, answers = base(), {}
     size = len(made["model"]["vocab"])
@@ -348,6 +408,7 @@ def main() -> None:
         "strings": STRINGS,
         "cases": answers,
         "clean_up": clean_up(),
+        "chats": chats(),
         "config_keys": config_keys(),
         "template_keywords": template_keywords(),
         "gguf_keys": gguf_keys(),

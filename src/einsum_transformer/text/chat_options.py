@@ -32,8 +32,8 @@ def check_options(variables: Mapping[str, Any]) -> dict[str, Any]:
     for name, (neutral, advice) in REFUSED.items():
         if name in variables and not any(variables[name] == value for value in neutral):
             raise InputError(f"{name}={variables[name]!r} is not supported: {advice}")
-    if "conversation" in variables or "messages" in variables:
-        raise InputError("messages: give the conversation as the first argument")
+    if "conversation" in variables:
+        raise InputError("conversation: give the messages as the first argument")
     return {name: value for name, value in variables.items() if name not in REFUSED}
 
 
