@@ -343,8 +343,9 @@ TEMPLATES = {
     "drops": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
     "parts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}</s>{% endfor %}",
-    "names": "{{ bos_token is defined }} {{ eos_token is defined }} {{ eos_token }} {{ pad_token is defined }} "
-    "{{ unk_token }} {{ image_token }} {{ tool }} {{ bos_token }} {{ x }} {{ messages[0].keys() | list }} content",
+    "names": "{{ bos_token is defined }} {{ eos_token is defined }} {{ eos_token }} "
+    "{{ pad_token is defined }} {{ unk_token }} {{ image_token }} {{ tool }} {{ bos_token }} {{ x }} "
+    "{{ messages[0].keys() | list }} content",
 }
 ASKED = {"role": "user", "content": "Hi"}
 FINALS = {
