@@ -347,11 +347,9 @@ def _from_folder(folder: Path, options: _Options) -> Model:
 def _tokenizer_in(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, None where it has none."""
     path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
     if path.is_file():
         check_kind(path, "JSON", "text")
-    return Tokenizer.from_folder(folder)
+    return Tokenizer.in_folder(folder)
 
 
 def _folder_config(folder: Path) -> ModelConfig:

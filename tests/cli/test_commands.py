@@ -272,6 +272,107 @@ def test_chat_starts_anew_where_the_template_rewrites_the_past(
     assert list(told["messages"][-1]["content"].encode()) == alone.tokens
 
 
+def test_chat_keeps_the_common_beginning_where_the_template_shortens_old_answers(
+    etx: Etx, tmp_path: Path, babbler: Path
+) -> None:
+    """As templates do that drop the reasoning of earlier answers."""
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:"
+        "{{ m.content if m.role == 'user' or loop.last else m.content[:2] }};{% endfor %}a:"
+    )
+    model = et.load(babbler)
+    save(tmp_path, model, template)
+    talk = "one\ntwo\nthree\n"
+    told = json.loads(etx("chat", tmp_path, "-n", 6, "--temp", 0, "--json", stdin=talk)[1])
+    asked = len("u:one;a:")
+    # Two letters of the first answer stay (the second turn), then all up to two letters of the second one.
+    assert [turn["cached_tokens"] for turn in told["turns"]] == [
+        0,
+        asked + 2,
+        asked + 2 + len(";u:two;a:") + 2,
+    ]
+    tokenizer = et.load(tmp_path).tokenizer
+    assert tokenizer is not None
+    for turn in (1, 2):
+        messages = told["messages"][: 2 * turn + 1]
+        alone = et.generate(model, tokenizer.encode_chat(messages), max_new_tokens=6, temperature=0.0)
+        assert told["messages"][2 * turn + 1]["content"] == alone.text
+
+
+@pytest.mark.parametrize("flags", [[], ["--draft-layers", "1"], ["--prompt-lookup", "2"]])
+def test_chat_goes_back_or_starts_anew_with_sliding_windows(
+    flags: list[str], etx: Etx, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content if loop.last else m.content[:3] }};{% endfor %}"
+    window = tiny_model(vocab_size=128, eos_token_id=None, model_type="mistral", sliding_window=6)
+    save(tmp_path, window, template)
+    common = ["chat", tmp_path, "-n", 8, "--temp", 0, "--json", "--dtype", "float64"]
+    told = json.loads(etx(*common, *flags, stdin="question\nanother one\nlast\n")[1])
+    model = et.load(tmp_path, dtype="float64")
+    assert model.tokenizer is not None
+    for turn in range(3):
+        ids = model.tokenizer.encode_chat(told["messages"][: 2 * turn + 1])
+        alone = et.generate(model, ids, max_new_tokens=8, temperature=0.0)
+        assert told["messages"][2 * turn + 1]["content"] == alone.text
+
+
+CHATTY = "{{ messages[-1].content }}{{ tools | length if tools else '-' }}{{ enable_thinking }}"
+
+
+@pytest.mark.parametrize("command", ["chat", "run"])
+def test_template_flags(command: str, etx: Etx, tmp_path: Path, speller: Path) -> None:
+    (tmp_path / "t.jinja").write_text(CHATTY, encoding="utf-8")
+    (tmp_path / "tools.json").write_text('[{"name": "a"}, {"name": "b"}]', encoding="utf-8")
+
+    def length(*flags: Any) -> int:
+        given = ["run", speller, "--chat", "-p", "x"] if command == "run" else ["chat", speller]
+        code, out, err = etx(*given, "-n", 1, "--json", *flags, stdin="x\n")
+        assert code == 0, err
+        told = json.loads(out)
+        return told["turns"][0]["prompt_tokens"] if command == "chat" else len(told["prompt_tokens"])
+
+    template = ["--chat-template", tmp_path / "t.jinja"]
+    expected = {
+        (): "x-",
+        ("--no-thinking",): "x-False",
+        ("--enable-thinking", "--tools", tmp_path / "tools.json"): "x2True",
+        ("--chat-template-kwargs", '{"enable_thinking": "some"}'): "x-some",
+    }
+    for flags, text in expected.items():
+        assert length(*template, *flags) == len(text)
+    assert length("--chat-template", "<{{ messages[0].content }}>") == len("<x>")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chat-template", "nowhere"], "--chat-template 'nowhere': no such file, no jinja template"),
+        (["--chat-template-kwargs", "{"], "--chat-template-kwargs: not valid JSON"),
+        (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: expected a JSON object"),
+        (["--chat-template-kwargs", '{"messages": []}'], "messages is no variable of a template"),
+        (["--chat-template-kwargs", '{"enable_thinking": true}', "--no-thinking"], "contradict each other"),
+        (["--tools", "nowhere.json"], "--tools nowhere.json: cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat"], ["run", "--chat", "-p", "x"]])
+def test_wrong_template_flags(
+    command: list[str], flags: list[str], message: str, etx: Etx, speller: Path
+) -> None:
+    code, out, err = etx(*command, "-m", speller, *flags, stdin="x\n")
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--chat-template", "{{ 1 }}"], ["--chat-template-kwargs", "{}"], ["--no-thinking"], ["--tools", "x"]],
+)
+def test_template_flags_of_run_need_chat(flags: list[str], etx: Etx, speller: Path) -> None:
+    code, _, err = etx("run", speller, "-p", "x", *flags)
+    assert code == 2
+    assert "needs --chat" in err
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

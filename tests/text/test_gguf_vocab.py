@@ -152,8 +152,6 @@ TOKENS, SIZE = BYTE_LEVEL["tokenizer.ggml.tokens"], len(BYTE_LEVEL["tokenizer.gg
     [
         (BYTE_LEVEL, {"model": "bert"}, "model 'bert' is not supported"),
         (BYTE_LEVEL, {"model": 3}, "model 3 is not supported"),
-        (BYTE_LEVEL, {"pre": "unheard-of"}, "'unheard-of' is not a known pre-tokenizer"),
-        (BYTE_LEVEL, {"pre": None}, "pre: '' is not a known pre-tokenizer"),
         (BYTE_LEVEL, {"pre": 5}, "pre: expected str, got int"),
         (BYTE_LEVEL, {"tokens": None}, "tokens: missing"),
         (BYTE_LEVEL, {"tokens": []}, "tokens: missing, empty"),
@@ -168,8 +166,6 @@ TOKENS, SIZE = BYTE_LEVEL["tokenizer.ggml.tokens"], len(BYTE_LEVEL["tokenizer.gg
         (BYTE_LEVEL, {"merges": ["a b", "ab"]}, "merges: 'ab' is not two tokens"),
         (BYTE_LEVEL, {"merges": ["a b", "a b c"]}, "merges: 'a b c' is not two tokens"),
         (BYTE_LEVEL, {"merges": ["a \U0001f9ea"]}, "unusable vocabulary: .*out of vocabulary"),
-        (BYTE_LEVEL, {"bos_token_id": SIZE}, f"bos_token_id: {SIZE} is not an id of the {SIZE} tokens"),
-        (BYTE_LEVEL, {"eos_token_id": -1}, "eos_token_id: -1 is not an id"),
         (BYTE_LEVEL, {"eot_token_id": "x"}, "eot_token_id: 'x' is not an id"),
         (BYTE_LEVEL, {"bos_token_id": None, "add_bos_token": True}, "add_bos_token is set, but there is no"),
         (BYTE_LEVEL, {"add_bos_token": "yes"}, "add_bos_token: expected bool, got str"),
@@ -195,6 +191,51 @@ def test_bad_metadata_is_refused(base: dict[str, Any], changes: dict[str, Any], 
         Tokenizer.from_gguf(metadata, Path("bad.gguf"))
     assert str(error.value).startswith("bad.gguf: tokenizer.ggml")
     assert "\n" not in str(error.value)
+
+
+def test_without_a_pre_tokenizer_text_is_split_as_llama_cpp_does_by_default(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    metadata = {key: value for key, value in BYTE_LEVEL.items() if key != "tokenizer.ggml.pre"}
+    tokenizer, default = Tokenizer.from_gguf(metadata, Path("x.gguf")), byte_level("default")
+    text = "It's 12345 o'clock.\n\n  Yes!"
+    assert tokenizer.encode(text) == default.encode(text)
+    assert "no tokenizer.ggml.pre" in caplog.text
+
+
+def test_an_unknown_pre_tokenizer_stops_text_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_level("unheard-of", add_bos_token=True)
+    assert "tokenizer.ggml.pre 'unheard-of' is not known" in caplog.text
+    assert tokenizer.decode(byte_level().encode("hello")) == "hello"
+    assert tokenizer.adds_bos
+    message = r"tiny\.gguf: tokenizer\.ggml\.pre: 'unheard-of' is not a known pre-tokenizer"
+    for call in (tokenizer.encode, tokenizer.encode_once):
+        with pytest.raises(InputError, match=message):
+            call("hello")
+    with pytest.raises(InputError, match=r"the tokenizer cannot be saved: .*'unheard-of'"):
+        tokenizer.save(tmp_path)
+
+
+@pytest.mark.parametrize("token_id", [SIZE, -1, 2**32 - 1])
+@pytest.mark.parametrize(
+    "kind", ["bos", "eos", "padding", "unknown", "eot", "eom", "seperator", "mask", "cls"]
+)
+def test_special_ids_outside_the_vocabulary_are_noted(
+    kind: str, token_id: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_level(add_bos_token=True, **{f"{kind}_token_id": token_id})
+    assert f"{kind}_token_id = {token_id}" in caplog.text
+    assert len(caplog.messages) == 1
+    ids = byte_level(add_bos_token=kind != "bos").encode("hello")
+    assert tokenizer.encode("hello") == ids
+    assert token_id not in {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id}
+
+
+def test_sentencepiece_takes_its_default_for_a_special_id_outside_the_vocabulary() -> None:
+    tokenizer = from_golden("sentencepiece", bos_token_id=10**6, unknown_token_id=2**32 - 1)
+    assert (tokenizer.bos_id, tokenizer.unk_id) == (1, 0)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Tokenizer: folders, saving, BOS and EOS, chats, and inputs that must end in an InputError."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tokenizers import processors
 from tokenizers.models import WordLevel
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.text.native import checked
 from einsum_transformer.text.tokenizer import Tokenizer
 
 CONVERSATION = [
@@ -52,13 +55,17 @@ def test_a_folder_saved_by_transformers(folder: Path) -> None:
     assert tokenizer.vocab_size == 564
 
 
-def test_add_bos_and_add_eos_in_the_config_decide(folder: Path) -> None:
-    plain = Tokenizer.from_folder(folder).encode("hello", add_special_tokens=False)
-    begin, end = Tokenizer.from_folder(folder).bos_id, Tokenizer.from_folder(folder).eos_id
-    assert configure(folder, add_bos_token=False).encode("hello") == plain
-    assert configure(folder, add_bos_token=True, add_eos_token=True).encode("hello") == [begin, *plain, end]
-    assert configure(folder, add_bos_token=False, add_eos_token=True).encode("hello") == [*plain, end]
-    assert configure(folder, add_bos_token=True, bos_token=None).encode("hello") == [*plain, end]
+def test_the_post_processor_of_tokenizer_json_decides_about_bos_and_eos(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = Tokenizer.from_folder(folder).encode("hello")
+    assert caplog.messages == []
+    tokenizer = configure(folder, add_bos_token=False, add_eos_token=True)
+    assert tokenizer.encode("hello") == ids  # as transformers 5.24: it drops both keys beside tokenizer.json
+    assert "add_bos_token: false, add_eos_token: true is not used" in caplog.text
+    caplog.clear()
+    assert configure(folder, add_bos_token=True, add_eos_token=False).encode("hello") == ids
+    assert caplog.messages == []
 
 
 def test_special_tokens_in_their_forms(folder: Path) -> None:
@@ -75,7 +82,7 @@ def test_special_tokens_in_their_forms(folder: Path) -> None:
     assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
     write(folder, {"tokenizer_config.json": {"eos_token": "<|begin|>", "unk_token": None}})
     tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer.token(tokenizer.eos_id or 0) == "<|begin|>"
+    assert tokenizer.token(tokenizer.eos_id or 0) == "<|im_end|>"  # special_tokens_map.json goes first
     assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
 
 
@@ -116,7 +123,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
         ({}, "no tokenizer.json, which is needed"),
         (
             {"tokenizer.model": "x", "vocab.json": "{}"},
-            "tokenizer.model, vocab.json is not enough, convert it",
+            r"tokenizer.model is a SentencePiece model or .*: convert it with transformers, AutoTokenizer",
         ),
         ({"tokenizer.json": "{"}, "tokenizer.json: not a usable tokenizer"),
         ({"tokenizer.json": "{}"}, "tokenizer.json: not a usable tokenizer"),
@@ -156,7 +163,7 @@ def test_files_that_are_not_text_or_too_large_are_refused(
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"chat_template\.jinja: cannot be read as UTF-8"):
         Tokenizer.from_folder(folder)
-    monkeypatch.setattr("einsum_transformer.text.tokenizer._MAX_OTHER_BYTES", 50)
+    monkeypatch.setattr("einsum_transformer.text.folder._MAX_OTHER_BYTES", 50)
     with pytest.raises(InputError, match=r"tokenizer_config\.json: \d+ bytes; at most 50 are accepted"):
         Tokenizer.from_folder(folder)
 
@@ -280,3 +287,101 @@ def test_an_interrupt_is_not() -> None:
     object.__setattr__(tokenizer, "backend", Backend())
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode("a")
+
+
+def marked(folder: Path, single: str, special: dict[str, int], **config: Any) -> Tokenizer:
+    """A tokenizer of words whose post-processor is `single`."""
+    words = {"<s>": 0, "</s>": 1, "[A]": 2, "x": 3, "y": 4, "<unk>": 5}
+    backend = tokenizers.Tokenizer(WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>", "[A]"])
+    backend.post_processor = processors.TemplateProcessing(single, None, list(special.items()))
+    return Tokenizer.from_folder(
+        write(folder, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
+    )
+
+
+BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
+SAME = {"bos_token": "<s>", "eos_token": "<s>"}
+FORMS = {
+    "neither": ("$A", {}, BOTH),
+    "bos": ("<s> $A", {"<s>": 0}, BOTH),
+    "bos and eos": ("<s> $A </s>", {"<s>": 0, "</s>": 1}, BOTH),
+    "eos": ("$A </s>", {"</s>": 1}, BOTH),
+    "several": ("[A] <s> $A </s>", {"[A]": 2, "<s>": 0, "</s>": 1}, BOTH),
+    "bos is eos": ("<s> $A <s>", {"<s>": 0}, SAME),
+    "bos is eos, begins": ("<s> $A", {"<s>": 0}, SAME),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "ids", "ended"),
+    [
+        ("neither", "x y", [3, 4], [3, 4, 1]),
+        ("neither", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos", "x", [0, 3], [0, 3, 1]),
+        ("bos", "<s> x", [0, 3], [0, 3, 1]),
+        ("bos", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos", "<s> x </s> <s> y </s>", [0, 3, 1, 0, 4, 1], [0, 3, 1, 0, 4, 1]),
+        ("bos", "x <s> y", [0, 3, 0, 4], [0, 3, 0, 4, 1]),
+        ("bos", "", [0], [0, 1]),
+        ("bos", "<s>", [0], [0, 1]),
+        ("bos", "</s>", [0, 1], [0, 1]),
+        ("bos and eos", "x", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "<s> x", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "x </s>", [0, 3, 1], [0, 3, 1]),
+        ("bos and eos", "", [0, 1], [0, 1]),
+        ("bos and eos", "<s> </s>", [0, 1], [0, 1]),
+        ("eos", "<s> x </s>", [0, 3, 1], [0, 3, 1]),
+        ("eos", "x", [3, 1], [3, 1]),
+        ("several", "x", [2, 0, 3, 1], [2, 0, 3, 1]),
+        ("several", "[A] <s> x </s>", [2, 0, 3, 1], [2, 0, 3, 1]),
+        ("several", "<s> x", [2, 0, 3, 1], [2, 0, 3, 1]),
+        ("bos is eos", "x", [0, 3, 0], [0, 3, 0]),
+        ("bos is eos", "<s> x <s>", [0, 3, 0], [0, 3, 0]),
+        ("bos is eos", "<s>", [0, 0], [0, 0]),
+        ("bos is eos, begins", "<s> x", [0, 3], [0, 3, 0]),
+        ("bos is eos, begins", "x <s>", [0, 3, 0], [0, 3, 0]),
+    ],
+)
+def test_a_text_that_has_its_marks_gets_no_second_ones(
+    form: str, text: str, ids: list[int], ended: list[int], tmp_path: Path
+) -> None:
+    single, special, config = FORMS[form]
+    tokenizer = marked(tmp_path, single, special, **config)
+    assert (tokenizer.encode_once(text), tokenizer.encode_once(text, end=True)) == (ids, ended)
+
+
+def test_whether_a_text_contains_a_special_token() -> None:
+    tokenizer = byte_level()
+    assert tokenizer.contains_special("Stop here<|im_end|>!")
+    assert tokenizer.contains_special("<|begin|>")
+    assert not tokenizer.contains_special("<|im_end|")
+    assert not tokenizer.contains_special("<think>")  # an added token that decoding keeps
+    assert not tokenizer.contains_special("")
+
+
+def test_one_line_and_no_more_is_written_about_a_panic(capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = from_golden("unigram", precompiled_charsmap=[4, 0, 0, 0, 1, 2, 3, 4, 5])
+    with pytest.raises(InputError, match="index out of bounds"):
+        tokenizer.encode("a")
+    assert capfd.readouterr().err == ""
+
+
+def test_what_else_goes_to_stderr_during_a_call_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    assert checked("x", lambda: os.write(2, b"from another thread\n")) == 20
+    with pytest.raises(InputError, match="x: 'no'"):
+        checked("x", lambda: [os.write(2, b"once more\n"), {}["no"]])
+    assert capfd.readouterr().err == "from another thread\nonce more\n"
+
+
+def test_calls_of_many_threads_restore_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_level()
+    expected = tokenizer.encode("the lazy dog")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(map(tuple, pool.map(lambda _: tokenizer.encode("the lazy dog"), range(400)))) == {
+            tuple(expected)
+        }
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"

@@ -142,8 +142,8 @@ def _look_beside(path: Path, tensors: TensorSource | None, problems: list[str]) 
     """Whether the tokenizer and the settings of generation can be read, where there are some."""
     if isinstance(tensors, GGUFFile) and "tokenizer.ggml.model" in tensors.metadata:
         _tried(lambda: Tokenizer.from_gguf(tensors.metadata, path), problems)
-    if (path / "tokenizer.json").exists():
-        _tried(lambda: Tokenizer.from_folder(path), problems)
+    if path.is_dir():
+        _tried(lambda: Tokenizer.in_folder(path), problems)
     if (path / "generation_config.json").exists():
         _tried(lambda: read_json(path / "generation_config.json"), problems)
 

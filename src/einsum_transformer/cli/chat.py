@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.cli import options
+from einsum_transformer.cli.chat_flags import chat_options
 from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ def chat(
     model: options.Model = None,
     model_flag: options.ModelFlag = None,
     system_prompt: options.SystemPrompt = None,
+    chat_template: options.ChatTemplate = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
+    enable_thinking: options.EnableThinking = None,
+    tools: options.Tools = None,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
     top_k: options.TopK = None,
@@ -58,6 +63,7 @@ def chat(
     \b
     etx chat
     etx chat -m HuggingFaceTB/SmolLM2-360M-Instruct --system-prompt "Answer in one sentence." --temp 0.7
+    etx chat qwen3/ --no-thinking --tools tools.json
     printf 'Hello!\\nWhat did I say?\\n' | etx chat --temp 0 --quiet
     """
     source = options.source_of(model, model_flag, None, None)
@@ -67,8 +73,10 @@ def chat(
     loaded, _ = options.open_model(
         source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
     )
-    if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
+    templates = {} if loaded.tokenizer is None else loaded.tokenizer.chat_templates
+    if loaded.tokenizer is None or (not templates and chat_template is None):
         raise InputError(f"{loaded.source}: has no chat template; `run` continues plain text")
+    asked = chat_options(templates, chat_template, chat_template_kwargs, enable_thinking, tools)
     sampling, settings = options.generation_settings(
         loaded,
         None if isinstance(source, str) else source,
@@ -97,7 +105,7 @@ def chat(
         offline=offline,
         allow_links=allow_links,
     )
-    talk = _Talk(loaded, sampling, settings, system_prompt, drafting, shown=not json, notes=not silent)
+    talk = _Talk(loaded, sampling, settings, system_prompt, drafting, asked, not json, not silent)
     _converse(talk, terminal=sys.stdin.isatty() and not silent)
     if json:
         told = {"model": loaded.source, "messages": talk.messages, "turns": talk.turns}
@@ -159,6 +167,8 @@ class _Talk:
     settings: Settings
     system: str | None
     speculation: Speculation | None
+    options: dict[str, Any]
+    """Those of `Tokenizer.encode_chat`."""
     shown: bool
     notes: bool
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -180,7 +190,7 @@ class _Talk:
 
         assert self.model.tokenizer is not None
         messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = self.model.tokenizer.encode_chat(messages)
+        rendered = self.model.tokenizer.encode_chat(messages, **self.options)
         cache, held = self._reuse(rendered)
         result = Generation(rendered[held:])
         # Whatever ends the answer before its time leaves the cache in an unknown state.
@@ -200,12 +210,29 @@ class _Talk:
         self._tell(held, result, seconds)
 
     def _reuse(self, rendered: list[int]) -> tuple[KVCache, int]:
-        """(a cache, how many of these tokens it holds): the last turn's, if what it holds comes first."""
-        held = len(self.cached)
-        if self.cache is None or len(rendered) <= held or rendered[:held] != self.cached:
-            slack = 0 if self.speculation is None else self.speculation.drafts + 1
-            return self.model.cache(slack=slack), 0
-        return self.cache, held
+        """(a cache, how many of these tokens it holds): the last turn's, cut to what both have in common."""
+        if self.cache is not None:
+            pairs = zip(self.cached, rendered[:-1])  # one token at least is read anew, for its scores
+            held = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
+            held = min(len(self.cached), len(rendered) - 1) if held is None else held
+            if held and self._goes_back(held):
+                return self.cache, held
+        slack = 0 if self.speculation is None else self.speculation.drafts + 1
+        return self.model.cache(slack=slack), 0
+
+    def _goes_back(self, held: int) -> bool:
+        """Cut the cache to `held` tokens, if it can go back so far."""
+        if held == len(self.cached):
+            return True
+        assert self.cache is not None
+        # These turn keys by the length of the text, which may have been longer than it is now.
+        if any(rope.rope_type in ("dynamic", "longrope") for rope in self.model.config.ropes):
+            return False
+        try:
+            self.cache.truncate(held)
+        except ValueError:  # a sliding window has lost what lay before
+            return False
+        return True
 
     def _tell(self, held: int, result: Any, seconds: float) -> None:
         turn = {

@@ -144,6 +144,33 @@ DraftTokens = Annotated[
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after end tokens.")]
 SystemPrompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message of a chat.")]
 
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        "--chat-template-file",
+        metavar="FILE|TEXT|NAME",
+        help="A jinja template, its file, or the name of one of the model's; default the model's own.",
+    ),
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        "--chat-template-config",
+        metavar="JSON",
+        help="Variables of the chat template, as a JSON object.",
+    ),
+]
+EnableThinking = Annotated[
+    bool | None,
+    typer.Option("--enable-thinking/--no-thinking", help="The template's variable enable_thinking."),
+]
+Tools = Annotated[
+    str | None,
+    typer.Option("--tools", metavar="FILE.json", help="Tools for the chat template, a list of objects."),
+]
+
 
 def source_of(
     model: str | None, flag: str | None, config: str | None, assignments: list[str] | None

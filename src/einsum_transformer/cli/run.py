@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from einsum_transformer.cli import options
+from einsum_transformer.cli.chat_flags import chat_options
 from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def run(
         bool | None, typer.Option("--chat/--raw", help="Put the prompt into the chat template; default raw.")
     ] = None,
     system_prompt: options.SystemPrompt = None,
+    chat_template: options.ChatTemplate = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
+    enable_thinking: options.EnableThinking = None,
+    tools: options.Tools = None,
     max_tokens: options.MaxTokens = None,
     temp: options.Temperature = None,
     top_k: options.TopK = None,
@@ -108,13 +113,22 @@ def run(
         raise InputError(
             "--prefill-only makes no token, so there is nothing to draft: leave out one of the flags"
         )
-    if system_prompt is not None and not chat:
-        raise InputError("--system-prompt needs --chat")
+    template = (chat_template, chat_template_kwargs, enable_thinking, tools)
+    names = ("--chat-template", "--chat-template-kwargs", "--enable-thinking/--no-thinking", "--tools")
+    for flag, value in zip(("--system-prompt", *names), (system_prompt, *template)):
+        if value is not None and not chat:
+            raise InputError(f"{flag} needs --chat")
     if tokens is not None and chat:
         raise InputError("--chat needs a prompt of text, --tokens has ids")
     given = given_prompt(prompt, prompt_file, tokens)
     asked = _Prompt(
-        **given, chat=chat, system=system_prompt, batch_size=batch_size, seed=seed or 0, silent=silent
+        **given,
+        chat=chat,
+        system=system_prompt,
+        template=template,
+        batch_size=batch_size,
+        seed=seed or 0,
+        silent=silent,
     )
     where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
     where |= {"adapter": adapter_path, "allow_links": allow_links}
@@ -165,6 +179,8 @@ class _Prompt:
     """Where the text or the ids come from."""
     chat: bool | None
     system: str | None
+    template: tuple[str | None, str | None, bool | None, str | None]
+    """The flags about the chat template, in the order of `chat_options`."""
     batch_size: int | None
     seed: int
     silent: bool
@@ -190,10 +206,13 @@ class _Prompt:
             text = DEFAULT_PROMPT
             if not self.silent:
                 options.note(f"no prompt given, so this one{' as a chat' if chat else ''}: {text}")
+        if chat and tokenizer is None:
+            raise InputError(f"--chat: {model.source} has no tokenizer")
         if not chat or tokenizer is None:
             return encode(model, text)
+        asked = chat_options(tokenizer.chat_templates, *self.template)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+        return tokenizer.encode_chat([*system, {"role": "user", "content": text}], **asked)
 
     def _random(self, model: Model, config: RunConfig | None) -> list[list[int]]:
         import numpy as np

@@ -21,9 +21,9 @@ def with_own_text(model: Model, folder: str | Path) -> Model:
     not used.
     """
     folder, base = Path(folder), model.tokenizer
-    if not (folder / "tokenizer.json").is_file():
+    own = Tokenizer.in_folder(folder)
+    if own is None:
         return _with_template(model, folder)
-    own = Tokenizer.from_folder(folder)
     if own.vocab_size > model.config.vocab_size:
         note(
             f"{folder}: its tokenizer has {own.vocab_size:,} tokens, the model {model.config.vocab_size:,}: "

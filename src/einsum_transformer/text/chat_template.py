@@ -1,12 +1,16 @@
 """Chat templates: a conversation and the checkpoint's jinja2 template give the prompt's text."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from einsum_transformer.errors import InputError
 
+T = TypeVar("T")
+
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 90
+_END = "CONTINUE_FINAL_MESSAGE_TAG "  # the mark that transformers uses
 
 
 def render_chat(
@@ -14,10 +18,9 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
+    continue_final_message: bool | str = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
-    bos_token: str = "",
-    eos_token: str = "",
     seconds: float = 2.0,
     max_chars: int = 1_000_000,
     **variables: Any,
@@ -28,33 +31,99 @@ def render_chat(
     characters. Raises InputError for a malformed message and for a template that is wrong, runs too long or
     raises an exception of its own.
     """
+    conversation = check_messages(messages)
+    if continue_final_message:
+        if add_generation_prompt:
+            raise InputError(
+                "continue_final_message and add_generation_prompt: the first goes on with the last message, "
+                "the second begins a new one; choose one"
+            )
+        final = _mark_end(conversation[-1], continue_final_message, template)
     given = _plain(variables, "variables") | {
-        "messages": check_messages(messages),
+        "messages": conversation,
         "tools": _objects(tools, "tools"),
         "documents": _objects(documents, "documents"),
         "add_generation_prompt": add_generation_prompt,
-        "bos_token": bos_token,
-        "eos_token": eos_token,
     }
-    return _render(template, given, seconds, max_chars)
+    text = _render(template, given, seconds, max_chars)
+    return _cut_at_end(text, final) if continue_final_message else text
+
+
+def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
+    """Write a mark at the end of a message's field; returns the field's text without it."""
+    name = field if isinstance(field, str) else "content"
+    value = message.get(name)
+    if value is None:
+        raise InputError(f"continue_final_message: the last message has no {name!r} to continue")
+    # Reasoning is there under several names; a template may read any of them.
+    fields = [name] if name not in _REASONING else [key for key in _REASONING if message.get(key) == value]
+    if not any(key in template for key in fields):
+        raise InputError(f"continue_final_message: the chat template does not use {name!r}")
+    if isinstance(value, list):
+        part = next((part for part in reversed(value) if isinstance(part.get("text"), str)), None)
+        if part is None:
+            raise InputError("continue_final_message: the last message has no text to continue")
+        text = part["text"]
+        part["text"] = text + _END
+        return text
+    if not isinstance(value, str):
+        raise InputError(f"continue_final_message: {name!r} of the last message is not text")
+    message.update(dict.fromkeys(fields, value + _END))
+    return value
+
+
+def _cut_at_end(text: str, final: str) -> str:
+    """The rendered text up to the mark, without trailing space if the template strips messages."""
+    mark = _END.strip()
+    if final.strip() not in text or mark not in text:
+        raise InputError(
+            "continue_final_message: the chat template does not write the last message as it is, "
+            "so it cannot be continued"
+        )
+    place = text.rindex(mark)
+    return text[:place] if text[place : place + len(_END)] == _END else text[:place].rstrip()
+
+
+@lru_cache(maxsize=32)
+def template_variables(template: str, seconds: float = 2.0) -> frozenset[str]:
+    """Names of the variables that a template reads; raises InputError for one that is wrong."""
+    from jinja2 import meta
+
+    from einsum_transformer.text.sandbox import WATCHED, compile_template, environment
+
+    def read() -> frozenset[str]:
+        compile_template(template)
+        return frozenset(meta.find_undeclared_variables(environment().parse(template)))
+
+    return _bounded(read, seconds, len(template) + 1000, WATCHED)
 
 
 def _render(template: str, variables: dict[str, Any], seconds: float, max_chars: int) -> str:
+    from einsum_transformer.text.sandbox import WATCHED, compile_template
+
+    def run() -> str:
+        chunks: list[str] = []
+        room = max_chars
+        compiled = compile_template(template)
+        for chunk in compiled.root_render_func(compiled.new_context(variables)):
+            chunks.append(chunk)
+            room -= len(chunk)
+            if room < 0:
+                raise InputError(f"chat template: writes more than {max_chars} characters")
+        return "".join(chunks)
+
+    return _bounded(run, seconds, max_chars, WATCHED)
+
+
+def _bounded(run: Callable[[], T], seconds: float, max_chars: int, watched: frozenset[str]) -> T:
+    """Run what a template does within limits; whatever goes wrong becomes an InputError."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     from einsum_transformer.text.bounds import OutOfTime, bounded
-    from einsum_transformer.text.sandbox import WATCHED, compile_template
 
-    chunks: list[str] = []
-    room = max_chars
     try:
-        with bounded(seconds, max_chars, WATCHED):
-            compiled = compile_template(template)
-            for chunk in compiled.root_render_func(compiled.new_context(variables)):
-                chunks.append(chunk)
-                room -= len(chunk)
-                if room < 0:
-                    raise InputError(f"chat template: writes more than {max_chars} characters")
+        with bounded(seconds, max_chars, watched):
+            return run()
     except InputError:
         raise
     except OutOfTime:
@@ -65,7 +134,6 @@ def _render(template: str, variables: dict[str, Any], seconds: float, max_chars:
         raise InputError(f"chat template: {_line(error.message)}") from None
     except Exception as error:  # anything the template's own expressions do wrong
         raise InputError(f"chat template: {type(error).__name__}: {_line(error)}") from None
-    return "".join(chunks)
 
 
 def _line(message: Any) -> str:
@@ -88,7 +156,8 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: expected a dict with role and content, got {type(message).__name__}")
-    plain = _plain(message, where)
+    # As in transformers, a key without a value is dropped: templates ask whether it is there.
+    plain = {key: value for key, value in _plain(message, where).items() if value is not None}
     if not isinstance(plain.get("role"), str):
         raise InputError(f"{where}: 'role' must be a string such as 'user', got {plain.get('role')!r}")
     content = plain.get("content")

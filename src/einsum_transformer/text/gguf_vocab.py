@@ -5,12 +5,15 @@ and merge is checked before it is used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
+from einsum_transformer.text.config_keys import note_gguf_keys
+from einsum_transformer.text.native import checked
 from einsum_transformer.text.pre_tokenizers import BEGINS_AND_KEEPS_WORDS, pre_tokenizer
 
 if TYPE_CHECKING:
@@ -19,6 +22,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)  # tokenizer.ggml.token_type; 5 is "unused"
+_NAMES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # the specification's spelling
+    "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
 MAX_PIECE = 1024  # characters; cutting a token in all ways takes the square of its length
 
 
@@ -34,6 +46,10 @@ class GgufVocab:
     turn_end_ids: tuple[int, ...]
     add_bos: bool
     add_eos: bool
+    named_ids: Mapping[str, int]
+    """Special tokens by the names that chat templates know."""
+    refusal: str | None = None
+    """Why text cannot be encoded, None if it can."""
 
 
 class Metadata:
@@ -41,6 +57,7 @@ class Metadata:
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = values, source
+        self.out_of_range: dict[str, int] = {}
         self.tokens = self.texts("tokens")
         types = self.numbers("token_type", np.int64)
         self.types = np.full(len(self.tokens), NORMAL) if types is None else types
@@ -89,9 +106,13 @@ class Metadata:
         if not self.has(key):
             return default if default is not None and default < len(self.tokens) else None
         value = self._values[f"tokenizer.ggml.{key}"]
-        if not isinstance(value, int | np.integer) or not 0 <= value < len(self.tokens):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
             raise self.error(key, f"{value!r} is not an id of the {len(self.tokens)} tokens")
-        return int(value)
+        if 0 <= value < len(self.tokens):
+            return int(value)
+        if key not in self.out_of_range:
+            self.out_of_range[key] = int(value)
+        return default if default is not None and default < len(self.tokens) else None
 
     def of_type(self, *types: int) -> list[int]:
         return np.flatnonzero(np.isin(self.types, types)).tolist()
@@ -104,12 +125,17 @@ def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
     if build is None:
         known = ", ".join(_BUILDERS)
         raise InputError(f"{source}: tokenizer.ggml.model {model!r} is not supported (known: {known})")
-    vocab = build(Metadata(values, source))
+    data = Metadata(values, source)
+    vocab = build(data)
+    note_gguf_keys(values, source)
+    if data.out_of_range:
+        ids = ", ".join(f"tokenizer.ggml.{key} = {value}" for key, value in data.out_of_range.items())
+        note(f"{source}: not used, since the vocabulary has {len(data.tokens)} tokens: {ids}")
     for name, wanted, token_id in (
         ("bos", vocab.add_bos, vocab.bos_id),
         ("eos", vocab.add_eos, vocab.eos_id),
     ):
-        if wanted and token_id is None:
+        if wanted and token_id is None and f"{name}_token_id" not in data.out_of_range:
             raise InputError(
                 f"{source}: tokenizer.ggml.add_{name}_token is set, but there is no {name}_token_id"
             )
@@ -126,8 +152,9 @@ def _finish(
     """Read the special ids, and register the control and user-defined tokens, which are found in texts."""
     from tokenizers import AddedToken
 
-    names = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
-    bos, eos, unk, pad = (data.id(name, defaults.get(name)) for name in names)
+    names = tuple(_NAMES.values())
+    ids = {name: data.id(key, defaults.get(key)) for name, key in _NAMES.items()}
+    bos, eos, unk, pad = (ids[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
     ends = [token_id for name in ("eot_token_id", "eom_token_id") if (token_id := data.id(name)) is not None]
     named = {token_id for name in names if (token_id := data.id(name)) is not None}
     special = {*data.of_type(CONTROL, UNKNOWN), *ends, *named}
@@ -137,25 +164,32 @@ def _finish(
     )
     add_bos = data.get("add_bos_token", bool, add_bos and bos is not None)
     add_eos = data.get("add_eos_token", bool, add_eos and eos is not None)
-    return GgufVocab(backend, bos, eos, pad, unk, tuple(ends), add_bos, add_eos)
+    given = {name: number for name, number in ids.items() if number is not None}
+    return GgufVocab(backend, bos, eos, pad, unk, tuple(ends), add_bos, add_eos, given)
 
 
 def _byte_level_bpe(data: Metadata) -> GgufVocab:
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
-    name = data.get("pre", str, "")
-    splits = pre_tokenizer(name)
+    name = data.get("pre", str, None)
+    if name is None:
+        name = "default"
+        note(f"{data.source}: no tokenizer.ggml.pre, so text is split as llama.cpp's 'default' does it")
+    splits, refusal = pre_tokenizer(name), None
     if splits is None:
-        raise data.error(
-            "pre", f"{name!r} is not a known pre-tokenizer; without it, text is split into wrong tokens"
+        refusal = (
+            f"tokenizer.ggml.pre: {name!r} is not a known pre-tokenizer; without it, text is split into "
+            f"wrong tokens, so give token ids (--tokens)"
         )
+        note(f"{data.source}: tokenizer.ggml.pre {name!r} is not known, so text cannot be encoded")
     keeps_words = name in BEGINS_AND_KEEPS_WORDS
     merges = _split_merges(data)
     backend = Tokenizer(_built(data, lambda: BPE(data.ids, merges, ignore_merges=keeps_words)))
-    backend.pre_tokenizer = splits
+    if splits is not None:
+        backend.pre_tokenizer = splits
     backend.decoder = decoders.ByteLevel()
-    return _finish(data, backend, {}, add_bos=keeps_words)
+    return replace(_finish(data, backend, {}, add_bos=keeps_words), refusal=refusal)
 
 
 def _sentencepiece_bpe(data: Metadata) -> GgufVocab:
@@ -253,16 +287,6 @@ def check_charsmap(charsmap: bytes, where: str) -> None:
     size = int.from_bytes(charsmap[:4], "little")
     if size == 0 or size % 4 != 0 or size > len(charsmap) - 4:
         raise InputError(f"{where}: {len(charsmap)} bytes cannot hold the {size} bytes it says it has")
-
-
-def checked(problem: str, run: Callable[[], T]) -> T:
-    """Run a call into `tokenizers`, whose errors, and panics, which are not Exceptions, become InputError."""
-    try:
-        return run()
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"{problem}: {' '.join(str(error).split())}") from None
-        raise
 
 
 def _built(data: Metadata, make: Callable[[], T]) -> T:

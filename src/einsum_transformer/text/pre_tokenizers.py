@@ -31,6 +31,7 @@ _GPT4O = (
     rf"{_BEFORE}{_UPPER}*{_LOWER}+(?i:{_ENGLISH})?|{_BEFORE}{_UPPER}+{_LOWER}*(?i:{_ENGLISH})?"
     rf"|\p{{N}}{{1,3}}|{_CASED_SYMBOLS}|{_SPACES}"
 )
+QWEN2 = rf"(?i:{_ENGLISH})|{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}"
 _QWEN35 = (
     rf"(?i:{_ENGLISH})|{_BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
@@ -61,7 +62,7 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): (_LLAMA3,),
     ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): (_LLAMA3,),
     ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2", "kormo", "solar-open"): (
-        rf"(?i:{_ENGLISH})|{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}",
+        QWEN2,
     ),
     ("qwen35",): (_QWEN35,),
     ("seed-coder",): (rf"(?i:{_ENGLISH})|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",),

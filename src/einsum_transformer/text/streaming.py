@@ -20,10 +20,17 @@ class StreamDecoder(ABC):
         """Return the text held back so far; call it once, after the last id."""
 
 
-def stream_decoder(backend: "tokenizers.Tokenizer", skipped: frozenset[int]) -> StreamDecoder:
-    """Make the decoder that suits a tokenizer's own one; ids in `skipped` give no text."""
+def stream_decoder(
+    backend: "tokenizers.Tokenizer", skipped: frozenset[int], cleaned: bool = False
+) -> StreamDecoder:
+    """Make the decoder that suits a tokenizer's own one; ids in `skipped` give no text.
+
+    cleaned: spaces before punctuation are removed, see `clean_up`.
+    """
     from tokenizers.decoders import ByteLevel
 
+    if cleaned:
+        return CleanStream(stream_decoder(backend, skipped))
     decoder = backend.decoder
     if isinstance(decoder, ByteLevel):
         return ByteLevelStream(backend, skipped)
@@ -96,3 +103,42 @@ def byte_alphabet() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (chr(0x100 + index) for index in range(256))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+_CLEANED = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
+    *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
+# Each replacement looks at 4 characters at most, so that later text changes no more than the last 40.
+_UNSETTLED = 4 * len(_CLEANED)
+
+
+def clean_up(text: str) -> str:
+    """Remove the spaces before punctuation and contractions, as `clean_up_tokenization` of transformers."""
+    for old, new in _CLEANED:
+        text = text.replace(old, new)
+    return text
+
+
+class CleanStream(StreamDecoder):
+    """Another decoder's text, cleaned up: `_UNSETTLED` characters are held back until the end."""
+
+    def __init__(self, decoder: StreamDecoder) -> None:
+        self._decoder = decoder
+        self._text, self._written = "", 0
+
+    def put(self, token_id: int) -> str:
+        piece = self._decoder.put(token_id)
+        if not piece:
+            return ""
+        self._text += piece
+        return self._up_to(-_UNSETTLED)
+
+    def end(self) -> str:
+        self._text += self._decoder.end()
+        return self._up_to(None)
+
+    def _up_to(self, end: int | None) -> str:
+        new = clean_up(self._text)[self._written : end]
+        self._written += len(new)
+        return new

@@ -1,26 +1,24 @@
 """Tokenizers: text to ids and back, from a Hugging Face folder or a GGUF file's metadata."""
 
-import base64
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.text.added_tokens import NAMES
+from einsum_transformer.text.chat_options import check_options, choose_template, note_unused
 from einsum_transformer.text.chat_template import render_chat
-from einsum_transformer.text.gguf_vocab import check_charsmap, checked, read_gguf_vocab
-from einsum_transformer.text.streaming import StreamDecoder, stream_decoder
+from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_folder
+from einsum_transformer.text.gguf_vocab import read_gguf_vocab
+from einsum_transformer.text.native import checked
+from einsum_transformer.text.streaming import StreamDecoder, clean_up, stream_decoder
 
 if TYPE_CHECKING:
     import tokenizers
 
-_MAX_BYTES = {"tokenizer.json": 1 << 29}  # larger than any published one by a factor of ten
-_MAX_OTHER_BYTES = 1 << 24
 _SMALLEST_VOCABULARY = 257
-_EDGES = ("add_bos_token", "add_eos_token")
-_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Control tokens that end a turn or a document, whatever the checkpoint's end-of-sequence token is.
 _TURN_ENDS = (
     "<|eot_id|>",
@@ -54,27 +52,37 @@ class Tokenizer:
     edges: Mapping[str, bool]
     end_of_generation_ids: frozenset[int]
     chat_templates: Mapping[str, str]
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens by name (`bos_token`, `image_token`, ...), which chat templates get as variables."""
+    clean_up: bool = False
+    """Whether decoded text loses the spaces before punctuation (`clean_up_tokenization_spaces`)."""
+    refusal: str | None = None
+    """Why text cannot be encoded, None if it can; ids can be decoded in any case."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json and, if present, the files beside it; InputError names the file that is wrong.
+        """Read tokenizer.json, or vocab.json and merges.txt, and, if present, the files beside it.
 
-        Those are tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+        Those are tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja and
+        additional_chat_templates/NAME.jinja, read as transformers' AutoTokenizer does. Raises InputError that
+        names the file that is wrong.
         """
-        backend = _read_backend(folder)
-        config = _read_json(folder, "special_tokens_map.json")
-        config |= {
-            key: value
-            for key, value in _read_json(folder, "tokenizer_config.json").items()
-            if value is not None
-        }
-        names = [_token_text(config.get(key), f"{folder}: {key}") for key in _NAMED]
-        _make_special(backend, [name for name in names if name is not None])
-        bos, eos, pad, unk = (None if name is None else backend.token_to_id(name) for name in names)
-        edges = {key: bool(config[key]) for key in _EDGES if key in config}
-        _set_edges(backend, edges, bos, eos)
+        read = read_folder(folder)
+        backend, named = read.backend, read.named
+        bos, eos, pad, unk = (
+            backend.token_to_id(named[name]) if name in named else None
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        )
         ends = _end_ids(backend, eos, ())
-        return cls(backend, str(folder), bos, eos, pad, unk, edges, ends, _templates(folder, config))
+        templates = read.chat_templates
+        return cls(
+            backend, str(folder), bos, eos, pad, unk, {}, ends, templates, named, clean_up=read.clean_up
+        )
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "Tokenizer | None":
+        """The same for a folder that may have no tokenizer; a note names one to be converted."""
+        return cls.from_folder(folder) if has_tokenizer(folder) else None
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
@@ -92,7 +100,9 @@ class Tokenizer:
             raise InputError(f"{source}: {prefix}: not a string")
         ids = (vocab.bos_id, vocab.eos_id, vocab.pad_id, vocab.unk_id)
         ends = _end_ids(vocab.backend, vocab.eos_id, vocab.turn_end_ids)
-        return cls(vocab.backend, str(source), *ids, edges, ends, templates)
+        named = {name: vocab.backend.id_to_token(i) or "" for name, i in vocab.named_ids.items()}
+        made = cls(vocab.backend, str(source), *ids, edges, ends, templates, named)
+        return replace(made, refusal=vocab.refusal)
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
@@ -114,7 +124,8 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend, "trained on the data", None, 0, None, None, {}, frozenset({0}), {})
+        named = {"eos_token": "<|endoftext|>"}
+        return cls(backend, "trained on the data", None, 0, None, None, {}, frozenset({0}), {}, named)
 
     @property
     def vocab_size(self) -> int:
@@ -128,7 +139,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's jinja2 chat template, if it has one."""
+        """The checkpoint's default jinja2 chat template, if it has one."""
         return self.chat_templates.get("default")
 
     def token(self, token_id: int) -> str:
@@ -146,6 +157,8 @@ class Tokenizer:
             raise InputError(
                 f"text: character {error.start} is half a surrogate pair, which is not valid Unicode"
             ) from None
+        if self.refusal is not None and text:
+            raise InputError(f"{self.source}: {self.refusal}")
         return checked(
             f"{self.source}: cannot encode the text",
             lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).ids,
@@ -157,59 +170,115 @@ class Tokenizer:
         A text that was rendered before, `<s>...</s>`, would else begin with two BOS. end: the text is
         complete, so EOS follows it if the tokenizer has one.
         """
-        ids, marks = self.encode(text), self.encode("")
-        if marks[:1] == [self.bos_id] == ids[1:2]:
-            del ids[0]
-        if end and self.eos_id is not None and ids[-1:] != [self.eos_id]:
-            ids.append(self.eos_id)
-        return ids
+        plain = self.encode(text, add_special_tokens=False)
+        before, after = self._marks(text)
+        own = 0  # how many tokens of the text itself begin it as BOS does
+        if before and plain[: len(before)] == before:
+            before, own = [], len(before)
+        elif self.bos_id in before and plain[:1] == [self.bos_id]:
+            before, own = before[: before.index(self.bos_id)], 1
+        if after and plain[own:][-len(after) :] == after:
+            after = []
+        ids = [*before, *plain, *after]
+        opening = len(before) + own if self.bos_id == self.eos_id else 0
+        closed = ids[opening:][-1:] == [self.eos_id]
+        return ids if not end or self.eos_id is None or closed else [*ids, self.eos_id]
+
+    def _marks(self, text: str) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after the ids of a text."""
+        found = checked(f"{self.source}: cannot encode the text", lambda: self.backend.encode(text))
+        added = found.special_tokens_mask  # of the tokens that the text itself holds, none
+        first = next((i for i, mark in enumerate(added) if not mark), len(added))
+        last = next((i for i, mark in enumerate(reversed(added)) if not mark), 0)
+        return found.ids[:first], found.ids[len(added) - last :]
+
+    def contains_special(self, text: str) -> bool:
+        """Whether the content of a special token occurs in `text`, which decoding may leave out."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return any(token.special and token.content in text for token in added if token.content)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token (a padded embedding has some) give no text."""
-        return checked(
+        text = checked(
             f"{self.source}: cannot decode the ids",
             lambda: self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens),
         )
+        return clean_up(text) if self.clean_up else text
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for ids that arrive one by one, as in generation."""
-        return stream_decoder(
-            self.backend, _special_ids(self.backend) if skip_special_tokens else frozenset()
+        skipped = _special_ids(self.backend) if skip_special_tokens else frozenset()
+        return stream_decoder(self.backend, skipped, self.clean_up)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> str:
+        """Text of a conversation, as transformers' `apply_chat_template(tokenize=False)` renders it.
+
+        add_generation_prompt: end with the beginning of an answer; by default, unless the final message is
+        continued. tools, documents: JSON objects for the template. chat_template: another template, or the
+        name of one of the checkpoint's. continue_final_message: leave the last message open, so that a model
+        goes on with it; a string names its field. variables: further variables of the template, such as
+        enable_thinking. Raises InputError, also for the keywords of `apply_chat_template` that concern
+        batches and tensors.
+        """
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        named = check_options(variables)
+        template = choose_template(self.chat_templates, chat_template, tools is not None, self.source)
+        note_unused(template, named, tools=tools, documents=documents)
+        return render_chat(
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            **{**self._names(), **named},
         )
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
+        **options: Any,
     ) -> list[int]:
-        """Ids of a conversation; the template writes every special token itself, so none is added."""
-        template = self.chat_template
-        if tools is not None:
-            template = self.chat_templates.get("tool_use", template)
-        if template is None:
-            raise InputError(f"{self.source}: has no chat template; give a plain prompt instead")
-        named: dict[str, Any] = {"bos_token": self._text(self.bos_id), "eos_token": self._text(self.eos_id)}
-        named |= variables | {"tools": tools, "add_generation_prompt": add_generation_prompt}
-        text = render_chat(template, messages, **named)
+        """Ids of a conversation, with the options of `render_chat`.
+
+        The template writes every special token itself, so none is added.
+        """
+        text = self.render_chat(messages, add_generation_prompt, tools, **options)
         return self.encode(text, add_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer."""
-        ids = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
-        config = {
+        if self.refusal is not None:
+            raise InputError(f"{self.source}: the tokenizer cannot be saved: {self.refusal}")
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.edges,
-            "clean_up_tokenization_spaces": False,
-            **{name: self.token(i) for name, i in zip(_NAMED, ids) if i is not None},
+            "clean_up_tokenization_spaces": self.clean_up,
+            **({CLEAN_UP_BPE: True} if self.clean_up else {}),
+            **({"split_special_tokens": True} if self.backend.encode_special_tokens else {}),
+            **{name: text for name, text in self._names().items() if name in NAMES},
         }
+        if own := {name: text for name, text in self.named.items() if name not in NAMES}:
+            config["extra_special_tokens"] = own
         named = {name: text for name, text in self.chat_templates.items() if name != "default"}
         if named:
             every = named if self.chat_template is None else {"default": self.chat_template, **named}
             config["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
         files = {
-            "tokenizer.json": self.backend.to_str(),
+            "tokenizer.json": checked(f"{self.source}: cannot be saved", self.backend.to_str),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         if self.chat_template is not None and not named:
@@ -218,48 +287,19 @@ class Tokenizer:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8", newline="")
 
-    def _text(self, token_id: int | None) -> str:
-        return "" if token_id is None else self.token(token_id)
-
-
-def _read_backend(folder: Path) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer as Backend
-
-    text = _read(folder, "tokenizer.json")
-    if text is None:
-        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
-        found = f"; {', '.join(others)} is not enough, convert it with transformers" if others else ""
-        raise InputError(f"{folder}: no tokenizer.json, which is needed to read and write text{found}")
-    _check_normalizer(text, folder / "tokenizer.json")
-    backend = checked(f"{folder / 'tokenizer.json'}: not a usable tokenizer", lambda: Backend.from_str(text))
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _check_normalizer(text: str, path: Path) -> None:
-    """Check the character maps of a tokenizer.json, which is read in Python only if it can have one."""
-    if "precompiled_charsmap" not in text and not re.search(r"\\u00[4-7]", text):  # or has it in escapes
-        return
-    level = [checked(f"{path}: not a usable tokenizer", lambda: dict(json.loads(text)).get("normalizer"))]
-    while level:
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict) and isinstance(charsmap := value.get("precompiled_charsmap"), str):
-                where = f"{path}: normalizer.precompiled_charsmap"
-                check_charsmap(checked(where, lambda encoded=charsmap: base64.b64decode(encoded)), where)
-            if isinstance(value, dict | list):
-                below += value.values() if isinstance(value, dict) else value
-        level = below
+    def _names(self) -> dict[str, str]:
+        """The named special tokens, those that are known by their ids alone included."""
+        ids = {
+            "bos_token": self.bos_id,
+            "eos_token": self.eos_id,
+            "pad_token": self.pad_id,
+            "unk_token": self.unk_id,
+        }
+        return {name: self.token(i) for name, i in ids.items() if i is not None} | dict(self.named)
 
 
 def _special_ids(backend: "tokenizers.Tokenizer") -> frozenset[int]:
     return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-
-
-def _make_special(backend: "tokenizers.Tokenizer", names: Sequence[str]) -> None:
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens([name for name in names if name not in added])
 
 
 def _set_edges(
@@ -289,52 +329,3 @@ def _end_ids(backend: "tokenizers.Tokenizer", eos: int | None, more: Iterable[in
     if "<|return|>" in ends and "<|call|>" in ends:
         ends.pop("<|end|>", None)  # in that format <|end|> separates a turn's channels
     return frozenset({*ends.values(), *more, *(() if eos is None else (eos,))})
-
-
-def _read(folder: Path, name: str) -> str | None:
-    """Text of a file in a checkpoint's folder, None if there is none."""
-    path = folder / name
-    if not path.is_file():
-        return None
-    size, limit = path.stat().st_size, _MAX_BYTES.get(name, _MAX_OTHER_BYTES)
-    if size > limit:
-        raise InputError(f"{path}: {size} bytes; at most {limit} are accepted")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    text = _read(folder, name)
-    try:
-        value = {} if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{folder / name}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{folder / name}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _token_text(value: Any, where: str) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    if text is not None and not isinstance(text, str):
-        raise InputError(f'{where}: expected a string or {{"content": string}}')
-    return text
-
-
-def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name: chat_template.jinja, else tokenizer_config.json's string or named ones."""
-    text = _read(folder, "chat_template.jinja")
-    value = config.get("chat_template") if text is None else text
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {"default": value}
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        named = {item.get("name"): item.get("template") for item in value}
-        if all(isinstance(name, str) and isinstance(template, str) for name, template in named.items()):
-            return named
-    raise InputError(
-        f"{folder / 'tokenizer_config.json'}: chat_template: expected a string or named templates"
-    )

@@ -1,0 +1,152 @@
+"""What becomes of every key of tokenizer_config.json and of every `tokenizer.*` key of a GGUF file.
+
+A key is obeyed, neutral (it changes neither ids nor text here), given its meaning by tokenizer.json (so that
+the key itself is not used), or named in a note.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from einsum_transformer.notes import note
+
+OBEYED = frozenset(
+    {
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+        *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+        *("model_specific_special_tokens", "chat_template", "split_special_tokens"),
+        "clean_up_tokenization_spaces",
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+        # For a folder with vocab.json and merges.txt; tokenizer.json says these itself (see CHECKED).
+        *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space"),
+    }
+)
+
+# tokenizer.json states the same; a note names the key where the two differ.
+CHECKED = frozenset({"add_bos_token", "add_eos_token", "add_prefix_space"})
+
+NEUTRAL = frozenset(
+    {
+        # Batches, padding and truncation; texts are encoded one at a time and never cut.
+        *("model_max_length", "max_len", "max_length", "padding_side", "truncation_side", "stride"),
+        *("truncation_strategy", "pad_to_multiple_of", "pad_token_type_id", "model_input_names"),
+        *("padding", "truncation", "pad_token_id", "return_token_type_ids"),
+        # Names, versions and settings of Python classes.
+        *("name_or_path", "processor_class", "image_processor_type", "special_tokens_map_file", "verbose"),
+        *(
+            "tokenizer_file",
+            "vocab_file",
+            "merges_file",
+            "init_inputs",
+            "backend",
+            "files_loaded",
+            "is_local",
+        ),
+        *(
+            "local_files_only",
+            "transformers_version",
+            "use_fast",
+            "device_map",
+            "trust_remote_code",
+            "revision",
+        ),
+        *("gguf_file", "tokenizer", "tokenizer_object", "unk_id", "max_loaded_vocab_size", "config"),
+        # Offsets, and answers parsed by a program.
+        *("trim_offsets", "response_schema", "response_template", "chat_control_tokens"),
+        # Read only by tokenizers written in Python; the native ones, as here, do not read it.
+        *("spaces_between_special_tokens", "sp_model_kwargs", "errors", "do_basic_tokenize", "never_split"),
+        # transformers dropped its default templates, the only readers of this key.
+        "use_default_system_prompt",
+        # Arguments that transformers passes to itself.
+        *("_json_padding", "_json_truncation", "_spm_precompiled_charsmap", "tokenizer_padding"),
+        *("tokenizer_truncation", "post_processor"),
+    }
+)
+
+# How the vocabulary was converted: tokenizer.json holds the result.
+CONVERTED = frozenset(
+    {
+        *("legacy", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "normalization"),
+        *(
+            "remove_space",
+            "keep_accents",
+            "add_dummy_prefix",
+            "from_slow",
+            "do_normalize",
+            "unicode_normalizer",
+        ),
+    }
+)
+
+# Named in a note where they have a value other than null or false.
+NOTED = {
+    "auto_map": "code that comes with a checkpoint is never run; tokenizer.json is used",
+    "fast_tokenizer_files": "only tokenizer.json is read",
+    "fix_mistral_regex": "the pre-tokenizer of tokenizer.json is used as it is",
+}
+
+GGUF_OBEYED = frozenset(
+    {
+        *("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"),
+        *("tokenizer.ggml.scores", "tokenizer.ggml.merges", "tokenizer.ggml.precompiled_charsmap"),
+        *("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"),
+        *(
+            "tokenizer.ggml.eom_token_id",
+            "tokenizer.ggml.unknown_token_id",
+            "tokenizer.ggml.padding_token_id",
+        ),
+        *("tokenizer.ggml.seperator_token_id", "tokenizer.ggml.mask_token_id", "tokenizer.ggml.cls_token_id"),
+        *("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix"),
+        *("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.chat_template"),
+    }
+)
+
+GGUF_NEUTRAL = frozenset(
+    {
+        # Infilling, which is not offered; the tokens themselves are in the vocabulary.
+        *(f"tokenizer.ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
+        *(f"tokenizer.ggml.{part}_token_id" for part in ("prefix", "suffix", "middle")),
+        # Segment ids of encoders, the names of the templates, and copies of what the other keys say.
+        *("tokenizer.ggml.token_type_count", "tokenizer.chat_templates", "tokenizer.huggingface.json"),
+        "tokenizer.rwkv.world",
+    }
+)
+
+GGUF_NOTED = {
+    "tokenizer.ggml.add_sep_token": "a separator is only written between two texts, which are not supported",
+    "tokenizer.ggml.normalizer.lowercase": "it concerns WordPiece vocabularies only",
+}
+
+
+def note_config_keys(config: Mapping[str, Any], path: str) -> None:
+    """Name the keys of a tokenizer_config.json that are not used although they may matter, in one note."""
+    reasons = []
+    for key in _set(config):
+        if key in NOTED:
+            reasons.append(f"{key}: {NOTED[key]}")
+        elif key not in OBEYED | NEUTRAL | CONVERTED and not _is_named_token(key, config[key]):
+            reasons.append(f"{key}: not a known key")
+    if reasons:
+        note(f"{path}: not used: {'; '.join(reasons)}")
+
+
+def note_gguf_keys(metadata: Mapping[str, Any], path: str) -> None:
+    """The same for the `tokenizer.*` keys of a GGUF file."""
+    reasons = []
+    for key in _set(metadata):
+        if not key.startswith("tokenizer.") or key.startswith("tokenizer.chat_template."):
+            continue
+        if key in GGUF_NOTED:
+            reasons.append(f"{key}: {GGUF_NOTED[key]}")
+        elif key not in GGUF_OBEYED | GGUF_NEUTRAL:
+            reasons.append(f"{key}: not a known key")
+    if reasons:
+        note(f"{path}: not used: {'; '.join(reasons)}")
+
+
+def _set(values: Mapping[str, Any]) -> Iterable[str]:
+    return (key for key, value in values.items() if value is not None and value is not False)
+
+
+def _is_named_token(key: str, value: Any) -> bool:
+    """A model's own special token, such as `image_token`."""
+    return key.endswith("_token") and isinstance(value, str | Mapping)

@@ -1,0 +1,241 @@
+"""A tokenizer's folder: tokenizer.json, or vocab.json and merges.txt, and the settings beside it."""
+
+import base64
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
+from einsum_transformer.text.added_tokens import add_tokens, check_stated_ids
+from einsum_transformer.text.config_keys import note_config_keys
+from einsum_transformer.text.gguf_vocab import check_charsmap
+from einsum_transformer.text.native import checked
+from einsum_transformer.text.vocab_merges import build_from_merges, class_of, finish_class
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_MAX_BYTES = {
+    "tokenizer.json": 1 << 29,
+    "vocab.json": 1 << 27,
+    "merges.txt": 1 << 27,
+}  # ten times any published
+_MAX_OTHER_BYTES = 1 << 24
+_MAX_TEMPLATES = 100
+# Files that hold a vocabulary in a form that is not read here.
+_OTHER_FORMS = {
+    "tokenizer.model": "a SentencePiece model or a tiktoken vocabulary",
+    "spiece.model": "a SentencePiece model",
+    "sentencepiece.bpe.model": "a SentencePiece model",
+    "tiktoken.model": "a tiktoken vocabulary",
+    "qwen.tiktoken": "a tiktoken vocabulary",
+    "tekken.json": "a Mistral tekken vocabulary",
+    "vocab.txt": "a WordPiece vocabulary",
+    "vocab.json": "a vocabulary without its merges.txt",
+}
+_CLEAN_UP = "clean_up_tokenization_spaces"
+CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTokenizer:
+    """What a folder says: the native tokenizer, special tokens by name, chat templates and settings."""
+
+    backend: "tokenizers.Tokenizer"
+    named: dict[str, str]
+    chat_templates: dict[str, str]
+    clean_up: bool
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `read_folder` can read a tokenizer there; where only another form lies, a note names it."""
+    if (folder / "tokenizer.json").is_file():
+        return True
+    found = _other_form(folder)
+    if _has_merges(folder):
+        try:
+            class_of(
+                _read_json(folder, "tokenizer_config.json"), _read_json(folder, "config.json"), str(folder)
+            )
+            return True
+        except InputError as error:
+            found = str(error)
+    if found is not None:
+        note(f"{folder}: no tokenizer, so this model takes token ids only; {found}")
+    return False
+
+
+def read_folder(folder: Path) -> FolderTokenizer:
+    """Read a tokenizer's files; raises InputError that names the file that is wrong."""
+    config = _read_json(folder, "tokenizer_config.json")
+    token_map = _read_json(folder, "special_tokens_map.json")
+    legacy = _read_json(folder, "added_tokens.json")
+    defaults: dict[str, str] = {}
+    kind = None
+    if (text := _read(folder, "tokenizer.json")) is not None:
+        backend, defaults = _read_backend(text, folder / "tokenizer.json")
+    elif _has_merges(folder):
+        kind = class_of(config, _read_json(folder, "config.json"), str(folder))
+        vocab = _read_json(folder, "vocab.json")
+        merges = _read(folder, "merges.txt") or ""
+        backend, defaults = build_from_merges(kind, vocab, merges, config, str(folder))
+    else:
+        found = _other_form(folder)
+        raise InputError(
+            f"{folder}: no tokenizer.json, which is needed to read and write text"
+            f"{'' if found is None else f'; {found}'}"
+        )
+    note_config_keys(config, str(folder / "tokenizer_config.json"))
+    named = add_tokens(backend, config, token_map, legacy, defaults, str(folder))
+    if kind is None:
+        _note_differences(backend, config, named, folder)
+    else:
+        finish_class(kind, backend, config, named)
+    backend.encode_special_tokens = config.get("split_special_tokens") is True
+    return FolderTokenizer(backend, named, _templates(folder, config), _cleans_up(backend, config))
+
+
+def _has_merges(folder: Path) -> bool:
+    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def _other_form(folder: Path) -> str | None:
+    """One sentence about a vocabulary in a form that is not read here, None if there is none."""
+    for name, form in _OTHER_FORMS.items():
+        if (folder / name).is_file():
+            return (
+                f"{name} is {form}: convert it with transformers, "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
+    return None
+
+
+def _read_backend(text: str, path: Path) -> tuple["tokenizers.Tokenizer", dict[str, str]]:
+    """The native tokenizer without padding and truncation, and the pad token that its padding names."""
+    from tokenizers import Tokenizer
+
+    _check_normalizer(text, path)
+    backend = checked(f"{path}: not a usable tokenizer", lambda: Tokenizer.from_str(text))
+    check_stated_ids(backend, _added_tokens(text), str(path))
+    padding = backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, {} if padding is None else {"pad_token": padding["pad_token"]}
+
+
+def _added_tokens(text: str) -> Any:
+    """The list "added_tokens" of a tokenizer.json, found without parsing the vocabulary."""
+    for match in re.finditer(r'"added_tokens"\s*:\s*(?=\[)', text):
+        return json.JSONDecoder().raw_decode(text, match.end())[0]
+    return []
+
+
+def _check_normalizer(text: str, path: Path) -> None:
+    """Check the character maps of a tokenizer.json, which is read in Python only if it can have one."""
+    if "precompiled_charsmap" not in text and not re.search(r"\\u00[4-7]", text):  # or has it in escapes
+        return
+    level = [checked(f"{path}: not a usable tokenizer", lambda: dict(json.loads(text)).get("normalizer"))]
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict) and isinstance(charsmap := value.get("precompiled_charsmap"), str):
+                where = f"{path}: normalizer.precompiled_charsmap"
+                check_charsmap(checked(where, lambda encoded=charsmap: base64.b64decode(encoded)), where)
+            if isinstance(value, dict | list):
+                below += value.values() if isinstance(value, dict) else value
+        level = below
+
+
+def _note_differences(
+    backend: "tokenizers.Tokenizer", config: Mapping[str, Any], named: Mapping[str, str], folder: Path
+) -> None:
+    """Name the keys that contradict tokenizer.json, which transformers 5 takes."""
+    ids = checked(f"{folder}: cannot encode a text", lambda: backend.encode("").ids)
+    differing = []
+    for key, name, end in (("add_bos_token", "bos_token", ids[:1]), ("add_eos_token", "eos_token", ids[-1:])):
+        token = None if name not in named else backend.token_to_id(named[name])
+        if isinstance(config.get(key), bool) and token is not None and config[key] != (end == [token]):
+            differing.append(f"{key}: {str(config[key]).lower()}")
+    state = _byte_level_state(backend)
+    prefix = config.get("add_prefix_space")
+    if state is not None and isinstance(prefix, bool) and state != prefix:
+        differing.append(f"add_prefix_space: {str(prefix).lower()}")
+    if differing:
+        path = folder / "tokenizer_config.json"
+        note(f"{path}: {', '.join(differing)} is not used: tokenizer.json says otherwise, and it decides")
+
+
+def _byte_level_state(backend: "tokenizers.Tokenizer") -> bool | None:
+    """`add_prefix_space` of a byte-level pre-tokenizer, None for another kind."""
+    pre = backend.pre_tokenizer
+    state = b"" if pre is None else pre.__getstate__()
+    if b'"ByteLevel"' not in state:
+        return None
+    return b'"add_prefix_space":true' in state
+
+
+def _cleans_up(backend: "tokenizers.Tokenizer", config: Mapping[str, Any]) -> bool:
+    """As in transformers 5, the key has no effect on BPE unless a second key forces it."""
+    from tokenizers.models import BPE
+
+    forced = config.get(CLEAN_UP_BPE) is True
+    return config.get(_CLEAN_UP) is True and (forced or not isinstance(backend.model, BPE))
+
+
+def _read(folder: Path, name: str) -> str | None:
+    """Text of a file in a checkpoint's folder, None if there is none."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    size, limit = path.stat().st_size, _MAX_BYTES.get(name, _MAX_OTHER_BYTES)
+    if size > limit:
+        raise InputError(f"{path}: {size} bytes; at most {limit} are accepted")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    text = _read(folder, name)
+    try:
+        value = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / name}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{folder / name}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name.
+
+    chat_template.jinja and additional_chat_templates/NAME.jinja, else those of tokenizer_config.json.
+    """
+    files = {"default": _read(folder, "chat_template.jinja")}
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if len(more) > _MAX_TEMPLATES:
+        raise InputError(
+            f"{folder / 'additional_chat_templates'}: {len(more)} files; at most {_MAX_TEMPLATES} are read"
+        )
+    files |= {path.name.removesuffix(".jinja"): _read(path.parent, path.name) for path in more}
+    found = {name: text for name, text in files.items() if text is not None}
+    return found or _config_templates(config.get("chat_template"), folder)
+
+
+def _config_templates(value: Any, folder: Path) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if isinstance(value, dict) and all(isinstance(x, str) for pair in value.items() for x in pair):
+        return value
+    raise InputError(
+        f"{folder / 'tokenizer_config.json'}: chat_template: expected a string or named templates"
+    )

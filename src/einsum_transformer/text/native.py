@@ -1,0 +1,80 @@
+"""Calls into `tokenizers`, which is native code: its errors and its panics become one-line InputErrors."""
+
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypeVar
+
+from einsum_transformer.errors import InputError
+
+T = TypeVar("T")
+
+_STDERR = 2
+_LOCK = threading.RLock()
+
+
+def checked(problem: str, run: Callable[[], T]) -> T:
+    """Run a call into `tokenizers`; raises InputError that begins with `problem` where the call fails.
+
+    A panic of the library is no Exception, and the library prints it to stderr before Python sees it. That
+    text is dropped, because the InputError says the same.
+    """
+    with _captured_stderr() as captured:
+        try:
+            return run()
+        except BaseException as error:
+            panic = type(error).__name__ == "PanicException"
+            if panic:
+                captured.clear()
+            if panic or isinstance(error, Exception):
+                raise InputError(f"{problem}: {' '.join(str(error).split())}") from None
+            raise
+
+
+class _Captured:
+    """A file that stands in for stderr during a call."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the process)
+
+    def clear(self) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+
+    def release(self) -> None:
+        """Write what other threads sent to stderr meanwhile to the real one."""
+        if os.lseek(self.file.fileno(), 0, os.SEEK_CUR):
+            self.file.seek(0)
+            text = self.file.read()
+            self.clear()
+            os.write(_STDERR, text)
+
+
+@lru_cache(maxsize=1)
+def _capture() -> _Captured:
+    return _Captured()
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[_Captured]:
+    """Send file descriptor 2 to a file and restore it; one thread at a time, as the process has only one."""
+    with _LOCK:
+        captured = _capture()
+        try:
+            saved = os.dup(_STDERR)
+        except OSError:  # the program has no stderr
+            yield captured
+            return
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        try:
+            os.dup2(captured.file.fileno(), _STDERR)
+            yield captured
+        finally:
+            os.dup2(saved, _STDERR)
+            os.close(saved)
+            captured.release()
