@@ -159,8 +159,8 @@ class _Prompt:
 
     text: str | None
     tokens: Any
-    file: str | None
-    """Where the text or the ids come from."""
+    source: str | None
+    """Where they come from: a flag, or the file of the ids."""
     chat: bool | None
     system: str | None
     batch_size: int | None
@@ -174,7 +174,7 @@ class _Prompt:
         if self.batch_size is not None:
             raise InputError("--batch-size: only for a run on random tokens (no prompt and no tokenizer)")
         if self.tokens is not None:
-            return model.checked(self.tokens, f"the ids of {self.file}").tolist()
+            return model.checked(self.tokens, f"the ids of {self.source}").tolist()
         return [self._encoded(model)]
 
     def _encoded(self, model: Model) -> list[int]:
@@ -189,6 +189,8 @@ class _Prompt:
             if not self.silent:
                 options.note(f"no prompt given, so this one{' as a chat' if chat else ''}: {text}")
         if not chat or tokenizer is None:
+            if text == "" and (tokenizer is None or not tokenizer.encode_once(text)):
+                raise InputError(f"{self.source}: the prompt is empty: give at least one character")
             return encode(model, text)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
@@ -211,20 +213,18 @@ class _Prompt:
 
 
 def given_prompt(text: str | None, file: str | None, tokens: str | None) -> dict[str, Any]:
-    """The `text` or `tokens` that the flags name, both None without a flag, and the `file` they lie in."""
+    """The `text` or `tokens` that the flags name, both None without a flag, and their `source`."""
     flags = {"--prompt": text, "--prompt-file": file, "--tokens": tokens}
     named = [flag for flag, value in flags.items() if value is not None]
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} both give the prompt: choose one")
     if tokens is not None:
-        return {"text": None, "tokens": read_tokens(Path(tokens)), "file": tokens}
+        return {"text": None, "tokens": read_tokens(Path(tokens)), "source": tokens}
     if file is not None:
         text = read_text(Path(file))
     elif text == "-":
-        text = sys.stdin.read()
-    if text == "":
-        raise InputError(f"{named[0]}: the prompt is empty: give at least one character")
-    return {"text": text, "tokens": None, "file": file}
+        text = decoded(sys.stdin.buffer.read(), "--prompt -")
+    return {"text": text, "tokens": None, "source": named[0] if named else None}
 
 
 def read_tokens(path: Path) -> Any:
@@ -243,13 +243,20 @@ def read_tokens(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8."""
+    """A text file in UTF-8, its line ends as they are."""
     try:
-        return path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return decoded(data, str(path))
+
+
+def decoded(data: bytes, source: str) -> str:
+    """UTF-8 text, without the byte order mark that some editors begin a file with."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{source}: not UTF-8 text (byte {error.start})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,11 +306,13 @@ class _Job:
         import numpy as np
 
         from einsum_transformer.engine import Recorder, phase
+        from einsum_transformer.generation.context import LengthNote, context_limit
         from einsum_transformer.generation.decode import Generation, prefill
 
-        limit = min(self.settings.ctx_size or 1 << 62, self.model.config.max_position_embeddings)
+        limit = context_limit(self.model.config, self.settings.ctx_size)
         if len(self.rows[0]) > limit:
             raise InputError(f"the prompt has {len(self.rows[0])} tokens, the context is {limit}: shorten it")
+        LengthNote(self.model.config).grown(len(self.rows[0]))
         cache = self.model.cache(len(self.rows[0]), horizon=len(self.rows[0]))
         with Recorder(counts_wanted=True) as recorder:
             started = time.perf_counter()
