@@ -354,6 +354,52 @@ class TestText:
             with pytest.raises(et.InputError, match="empty"):
                 et.generate(speller, prompt, max_new_tokens=2)
 
+    def test_messages_are_a_chat(self, speller: et.Model) -> None:
+        """As in transformers' pipelines: one chat, or a batch of them."""
+        template = "{% for m in messages %}{{ m.role[0] ~ m.content }}{% endfor %}" + (
+            "{% if add_generation_prompt %}>{% endif %}"
+        )
+        assert speller.tokenizer is not None
+        chat = replace(speller, tokenizer=replace(speller.tokenizer, chat_templates={"default": template}))
+        messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+        result = et.generate(chat, messages, max_new_tokens=3)
+        assert bytes(result.prompt_tokens) == b"sxuy>"
+        assert result.text == "?@A"
+        both = et.generate(chat, [messages, messages[1:], "a"], max_new_tokens=1)
+        assert [bytes(each.prompt_tokens) for each in both] == [b"sxuy>", b"uy>", b"a"]
+
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [{"role": "user", "content": "x"}],
+            [{"content": "x"}],
+            [{"role": "user", "content": "x"}, 5],
+            [{"role": "user", "content": "x"}, "y"],
+            [[{"role": "user"}]],
+            [{}],
+            {"role": "user", "content": "x"},
+        ],
+        ids=str,
+    )
+    def test_messages_that_are_wrong_or_have_no_template(self, speller: et.Model, messages: Any) -> None:
+        for model in (speller, COUNTER):
+            with pytest.raises(et.InputError) as caught:
+                et.generate(model, messages, max_new_tokens=1)
+            assert "\n" not in str(caught.value)
+
+    def test_a_prompt_that_begins_with_bos_has_one(self, tmp_path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import processors
+
+        byte_tokenizer(tmp_path)
+        backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+        backend.post_processor = processors.TemplateProcessing("a $A", "a $A $B", [("a", 97)])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "a"}', encoding="utf-8")
+        model = replace(successor_model(128), tokenizer=Tokenizer.from_folder(tmp_path))
+        for text, tokens in (("abc", b"abc"), ("bc", b"abc"), ("", b"a"), ("aabc", b"aabc")):
+            assert bytes(et.generate(model, text, max_new_tokens=1).prompt_tokens) == tokens
+
     def test_an_end_token_is_not_part_of_the_text(self, speller: et.Model) -> None:
         ended = replace(speller, config=replace(speller.config, eos_token_id=(ord("f"),)))
         result = et.generate(ended, "abc", max_new_tokens=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json as jsonlib
 import sys
 import time
@@ -223,7 +224,9 @@ def given_prompt(text: str | None, file: str | None, tokens: str | None) -> dict
     if file is not None:
         text = read_text(Path(file))
     elif text == "-":
-        text = decoded(sys.stdin.buffer.read(), "--prompt -")
+        # Bytes, since the text layer changes line ends; whatever a program puts in its place has text.
+        piped = isinstance(sys.stdin, io.TextIOWrapper)
+        text = decoded(sys.stdin.buffer.read(), "--prompt -") if piped else sys.stdin.read()
     return {"text": text, "tokens": None, "source": named[0] if named else None}
 
 
