@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import string
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -15,29 +13,9 @@ from hypothesis import strategies as st
 import einsum_transformer as et
 from einsum_transformer.generation.decode import Generation, Settings, StopMatcher, stream
 from einsum_transformer.generation.sampling import Sampling
-from einsum_transformer.text.tokenizer import Tokenizer
-from tiny_models import successor_model
+from tiny_models import make_tokenizer, successor_model
 
 LETTERS = st.text("ab.", max_size=30)
-
-
-def make_tokenizer(folder: Path, tokens: list[str], bos: str | None = None) -> Tokenizer:
-    """One token for each string, in this order; those in <| |> are special. bos: the token that begins a
-    text."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in tokens if "<|" in token])
-    if bos is not None:
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, tokens.index(bos))]
-        )
-        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}), encoding="utf-8")
-    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    return Tokenizer.from_folder(folder)
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
