@@ -41,7 +41,8 @@ def top_k(p: Array, count: int) -> Array:
 
 def top_p(p: Array, mass: float) -> Array:
     """The smallest set of likeliest tokens whose probabilities reach `mass`."""
-    order = np.argsort(p)
+    tokens = np.flatnonzero(p)  # few, if another filter came before
+    order = tokens[np.argsort(p[tokens])]
     tail = np.cumsum(p[order]) <= 1 - mass
     tail[-1] = False
     keep = np.ones(len(p), bool)
