@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import einsum_transformer as et
 from einsum_transformer.errors import InputError
@@ -280,9 +282,9 @@ def test_every_obeyed_key_has_wrong_values() -> None:
 @pytest.mark.parametrize("name", MISTYPED)
 def test_wrong_values_end_in_one_line(name: str) -> None:
     for value in MISTYPED[name]:
-        for stated, given in (({name: value}, {}), ({}, {name: value})):
+        for stated, keywords in (({name: value}, {}), ({}, {name: value})):
             with pytest.raises(InputError, match=name) as caught:
-                et.generate(with_file(COUNTER, **stated), [1], **given)
+                et.generate(with_file(COUNTER, **stated), [1], **keywords)
             assert "\n" not in str(caught.value)
 
 
@@ -299,7 +301,14 @@ def test_wrong_values_end_in_one_line(name: str) -> None:
 def test_tokens_outside_the_vocabulary(given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(given))):
         et.generate(COUNTER, [1], max_new_tokens=1, **given)
-    assert et.generate(COUNTER, [1], max_new_tokens=1, suppress_tokens=[-1, 99]).tokens == [2]
+    assert et.generate(COUNTER, [1], max_new_tokens=1, suppress_tokens=[-1, 99, 10**40]).tokens == [2]
+
+
+def test_numbers_of_numpy_and_biases_of_minus_infinity() -> None:
+    options_ = {"max_new_tokens": np.int64(2), "top_k": np.int32(1), "temperature": np.float32(0.5)}
+    assert et.generate(COUNTER, [1], **options_).tokens == [2, 3]
+    never = et.generate(COUNTER, [1], sequence_bias={(2,): -float("inf")}, max_new_tokens=1)
+    assert never.tokens != [2]
 
 
 def test_nothing_left_to_choose() -> None:
@@ -339,3 +348,34 @@ def test_a_continued_cache_is_part_of_the_text(settings: dict[str, Any], drafts:
     list(stream(MODEL, [result], *options(MODEL, budget | settings), cache, how))
     assert result.tokens == whole[: len(result.tokens)]
     assert len(result.tokens) == (6 if "max_length" in settings else 10)
+
+
+SMALL = tiny_model(vocab_size=11, eos_token_id=3)
+NUMBERS = st.sampled_from([0, 1, 2, 3, -1, 10, 10**40, 0.5, 1.5, -0.5, 1e300, float("nan"), -float("inf")])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.sampled_from(["", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "3"]), inner, max_size=1)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    stated=st.dictionaries(st.sampled_from(sorted({**keys.OBEYED, **keys.UNSUPPORTED})), VALUES, max_size=3),
+    given_=st.dictionaries(st.sampled_from(sorted(keys.OBEYED)), VALUES, max_size=2),
+    sampled=st.booleans(),
+)
+def test_any_values_give_a_text_or_one_line(
+    stated: dict[str, Any], given_: dict[str, Any], sampled: bool
+) -> None:
+    """The file comes from outside: no value of it ends in a traceback."""
+    model = replace(SMALL, generation_config={"do_sample": sampled} | stated)
+    said = ""
+    try:
+        result = et.generate(model, [1, 2, 3, 1, 2], ctx_size=14, seed=0, **given_)
+        assert len(result.tokens) <= 10
+    except InputError as error:
+        said = str(error)
+    assert "\n" not in said

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -34,10 +35,15 @@ def number(fits: Callable[[float], bool], expected: str) -> Parser:
     """A finite number that `fits`."""
 
     def parse(value: Any) -> float:
-        numeric = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        if not numeric or not -1e308 < value < 1e308 or not fits(float(value)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise ValueError(expected)
-        return float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            raise ValueError(expected) from None
+        if not math.isfinite(value) or not fits(value):
+            raise ValueError(expected)
+        return value
 
     return parse
 
@@ -90,7 +96,8 @@ def biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
         both = _items(pair, expected)
         if len(both) != 2:
             raise ValueError(expected)
-        found[_sequence(both[0], expected)] = _any_number(both[1])
+        never = isinstance(both[1], float) and both[1] == -math.inf
+        found[_sequence(both[0], expected)] = both[1] if never else _any_number(both[1])
     return tuple(found.items())
 
 
@@ -339,17 +346,19 @@ def _refuse(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name not in known:
             raise InputError(f"generate has no option {name!r}{nearest(name, known)}")
-        if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+        if _changes_text(name, value):
             raise InputError(f"{name} is {shown(value)}: that is not supported; leave it out")
+
+
+def _changes_text(name: str, value: Any) -> bool:
+    """Whether the value of a key that is not supported has an effect."""
+    plain = isinstance(value, (bool, int, float, np.number, list, dict))
+    return name in UNSUPPORTED and not (plain and any(value == off for off in UNSUPPORTED[name]))
 
 
 def _note_unused(stated: Mapping[str, Any]) -> None:
     """One note about all that a file says and that is not used."""
-    active = [
-        f"{name} = {shown(value)}"
-        for name, value in stated.items()
-        if name in UNSUPPORTED and value not in UNSUPPORTED[name]
-    ]
+    active = [f"{name} = {shown(value)}" for name, value in stated.items() if _changes_text(name, value)]
     unknown = [name for name in stated if name not in {**OBEYED, **NEUTRAL, **UNSUPPORTED}]
     words = [f"not supported: {', '.join(active)}"] * bool(active)
     words += [f"not known: {', '.join(map(shown, unknown))}"] * bool(unknown)

@@ -100,7 +100,7 @@ def no_ngram_of_prompt(size: int, prompt: Sequence[int]) -> Processor:
 
 def suppressed(tokens: Sequence[int], when: Callable[[int], bool] = lambda length: True) -> Processor:
     """Never these tokens, while `when` holds of the text's length."""
-    ids = np.array(tokens, np.int64)
+    ids = np.array([token for token in tokens if 0 <= token < 1 << 62], np.int64)
 
     def process(scores: Array, history: Sequence[int]) -> None:
         if when(len(history)):
@@ -134,7 +134,7 @@ def decaying(start: int, factor: float, ends: Sequence[int]) -> Processor:
     def process(scores: Array, history: Sequence[int]) -> None:
         if len(history) > start:
             old = scores[ids]
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 grown = np.abs(old) * (np.float64(factor) ** (len(history) - start) - 1)
             # Finite, so that a later softmax is.
             scores[ids] = np.where(np.isfinite(old), np.minimum(old + np.nan_to_num(grown), 1e300), old)

@@ -297,7 +297,7 @@ def speculation(
     stated = (model.generation_config or {}) if stated is None else stated
     lookup = int(prompt_lookup)
     if prompt_lookup is True:
-        lookup = _stated(stated, "max_matching_ngram_size", LOOKUP)
+        lookup = _stated(model, stated, "max_matching_ngram_size", LOOKUP)
     asked = [
         name
         for name, value in (
@@ -314,7 +314,7 @@ def speculation(
             raise InputError("num_draft_tokens needs draft_model, draft_layers or prompt_lookup")
         return None
     name = "prompt_lookup_num_tokens" if lookup else "num_assistant_tokens"
-    drafts = num_draft_tokens if num_draft_tokens is not None else _stated(stated, name, DRAFTS)
+    drafts = num_draft_tokens if num_draft_tokens is not None else _stated(model, stated, name, DRAFTS)
     if not isinstance(drafts, int) or not 1 <= drafts <= 256:
         raise InputError(f"num_draft_tokens is {drafts!r}: a whole number from 1 to 256 is expected")
     if lookup:
@@ -324,9 +324,10 @@ def speculation(
     return Speculation(ModelDrafter(drafting, drafts + 1, model.config.vocab_size), drafts)
 
 
-def _stated(stated: Mapping[str, Any], name: str, default: int) -> int:
+def _stated(model: Model, stated: Mapping[str, Any], name: str, default: int) -> int:
     value = stated.get(name)
-    return default if value is None else parsed(name, value, whole(1), FILE)
+    from_file = value is (model.generation_config or {}).get(name)
+    return default if value is None else parsed(name, value, whole(1), FILE if from_file else "")
 
 
 def _check_vocabulary(model: Model, drafting: Model) -> None:
