@@ -14,6 +14,7 @@ from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Weight, build
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.families.family import read_rope
+from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import write_folder
 
 Array = np.ndarray
@@ -102,6 +103,19 @@ def successor_model(vocab: int, **changes: Any) -> et.Model:
     parameters["model.embed_tokens.weight"][...] = np.eye(vocab)
     parameters["lm_head.weight"][...] = np.roll(np.eye(vocab), 1, axis=0)
     return model
+
+
+def make_tokenizer(folder: Path, tokens: list[str]) -> Tokenizer:
+    """One token for each string, in this order; those in <| |> are special."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in tokens if "<|" in token])
+    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    return Tokenizer.from_folder(folder)
 
 
 def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, dict[str, Array]]:

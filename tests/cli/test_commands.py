@@ -152,6 +152,94 @@ def test_prompts_from_a_file_and_from_stdin(etx: Etx, speller: Path, tmp_path: P
     assert etx("run", speller, "-p", "-", "-n", 2, "--quiet", stdin="12")[1] == "34\n"
 
 
+@pytest.mark.parametrize("prompt", ["a\r\nb\r\n", "a\rb", "\n\r", "\ufeffab"])
+def test_line_ends_of_a_prompt_stay_and_a_byte_order_mark_goes(
+    etx: Etx, speller: Path, tmp_path: Path, prompt: str
+) -> None:
+    """From a file and from a pipe, whose text layer would turn CRLF into LF."""
+    path = tmp_path / "prompt.txt"
+    path.write_bytes((prompt + "c").encode())
+    due = [ord(character) for character in prompt.removeprefix("\ufeff") + "c"]
+    told = json.loads(etx("run", speller, "--prompt-file", path, "-n", 1, "--json")[1])
+    assert told["prompt_tokens"] == due
+    with path.open(encoding="utf-8") as file:
+        etx.monkeypatch.setattr(io, "StringIO", lambda _: file)
+        told = json.loads(etx("run", speller, "-p", "-", "-n", 1, "--json")[1])
+    assert told["prompt_tokens"] == due
+
+
+def test_a_pipe_that_is_no_utf_8(etx: Etx, speller: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin1").write_bytes("caf\u00e9".encode("latin-1"))
+    with (tmp_path / "latin1").open(encoding="utf-8") as file:
+        etx.monkeypatch.setattr(io, "StringIO", lambda _: file)
+        code, _, err = etx("run", speller, "-p", "-", "-n", 1, "--quiet")
+    assert (code, err) == (2, "error: --prompt -: not UTF-8 text (byte 3)\n")
+
+
+def test_an_empty_prompt_is_the_bos_that_the_tokenizer_adds(etx: Etx, speller: Path, tmp_path: Path) -> None:
+    """As in transformers, and with the same tokens as from Python; refused where nothing is added."""
+    from tokenizers import Tokenizer, processors
+
+    empty = tmp_path / "empty.txt"
+    empty.write_text("", encoding="utf-8")
+    for flags in (("-p", ""), ("--prompt-file", empty)):
+        code, _, err = etx("run", speller, *flags, "--quiet")
+        assert (code, err) == (
+            2,
+            f"error: {'--prompt' if flags[0] == '-p' else flags[0]}: "
+            "the prompt is empty: give at least one character\n",
+        )
+    folder = save(tmp_path / "bos", successor_model(128))
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing("a $A", "a $A $B", [("a", 97)])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "a"}', encoding="utf-8")
+    for flags in (("-p", ""), ("--prompt-file", empty)):
+        told = json.loads(etx("run", folder, *flags, "-n", 3, "--json")[1])
+        assert (told["prompt_tokens"], told["text"]) == ([97], "bcd")
+    model = et.load(folder)
+    assert et.generate(model, "", max_new_tokens=3).text == "bcd"
+    assert [result.prompt_tokens for result in et.generate(model, ["", "x"], max_new_tokens=1)] == [
+        [97],
+        [97, 120],
+    ]
+    told = json.loads(etx("run", folder, "-p", "ax", "-n", 1, "--json")[1])
+    assert told["prompt_tokens"] == et.generate(model, "ax", max_new_tokens=1).prompt_tokens == [97, 120]
+
+
+def test_run_obeys_generation_config_and_flags_win(etx: Etx, speller: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path, successor_model(128))
+    stated = {"suppress_tokens": [ord("e")], "stop_strings": "k", "max_length": 12, "num_beams": 4}
+    (folder / "generation_config.json").write_text(json.dumps(stated), encoding="utf-8")
+    code, out, err = etx("run", folder, "-p", "abc")
+    assert code == 0
+    assert out.startswith("d")
+    assert "e" not in out
+    assert len(out) <= 10
+    assert err.count("num_beams = 4") == 1
+    assert "num_beams" not in etx("run", folder, "-p", "abc", "--quiet")[2]
+    assert etx("run", folder, "-p", "ghi", "--quiet")[1] == "j\n"
+    assert etx("run", folder, "-p", "ghi", "--quiet", "--stop", "m")[1] == "jkl\n"
+    assert etx("run", folder, "-p", "ghi", "--quiet", "--stop", "zz", "-n", "12")[1] == "jklmnopqrstu\n"
+
+
+def test_the_context_of_a_rope_model_is_no_bound(etx: Etx, tmp_path: Path) -> None:
+    """Neither of the text, nor of --ctx-size, nor of a prefill; each is noted once."""
+    short = successor_model(128, max_position_embeddings=8)
+    folder = save(tmp_path / "short", short)
+    for flags, out in (
+        (("-n", 12), "defghijklmno\n"),
+        (("-n", 12, "-c", 64), "defghijklmno\n"),
+        (("-n", 12, "-c", 8), "defghi\n"),
+    ):
+        code, text, err = etx("run", folder, "-p", "abc", *flags)
+        assert (code, text) == (0, out)
+        assert err.count("passes the 8 tokens") == (out != "defghi\n")
+    code, _, err = etx("run", folder, "-p", "abcdefghijkl", "--prefill-only")
+    assert code == 0
+    assert err.count("passes the 8 tokens") == 1
+
+
 def test_token_ids_from_a_file(etx: Etx, speller: Path, tmp_path: Path) -> None:
     path = tmp_path / "ids.npy"
     np.save(path, np.array([[65, 66], [97, 98]], np.uint16))

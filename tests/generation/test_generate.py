@@ -14,6 +14,7 @@ import einsum_transformer as et
 from einsum_transformer.generation.decode import Generation, Settings, prefill, stream
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.text.tokenizer import Tokenizer
+from golden_files import load_golden, write_folder
 from tiny_models import successor_model, tiny_model
 
 MODEL = tiny_model()
@@ -171,38 +172,76 @@ def test_the_prefill_step_changes_nothing(size: int) -> None:
     assert cache.length == len(PROMPTS[1])
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> et.Model:
+    """A GPT-2 of 40 positions."""
+    golden = load_golden("gpt2_plain")
+    return et.load(write_folder(tmp_path_factory.mktemp("gpt2"), golden.config, golden.weights))
+
+
 class TestContext:
-    """64 positions at most."""
+    """Of a model with 40 learned positions, which are a bound, and of one with RoPE, which goes on."""
 
-    def test_ends_with_length(self) -> None:
-        result = et.generate(COUNTER, [3] * 60, max_new_tokens=100)
+    def test_learned_positions_end_the_text(self, learned: et.Model) -> None:
+        result = et.generate(learned, [3] * 36, max_new_tokens=100)
         assert result.finish_reason == "length"
-        assert 4 <= len(result.tokens) <= 5  # the last one is never fed back, so it needs no room
-        assert result.tokens[:4] == [4, 5, 6, 7]
+        assert len(result.tokens) == 5  # the last one is never fed back, so it needs no room
+        assert len(et.generate(learned, [3] * 40, max_new_tokens=5).tokens) == 1
 
-    def test_ctx_size_limits_further_and_never_extends(self) -> None:
+    def test_a_prompt_longer_than_the_learned_positions(self, learned: et.Model) -> None:
+        for prompt in ([3] * 41, [[3], [3] * 41]):
+            with pytest.raises(et.InputError, match=r"41.*40"):
+                et.generate(learned, prompt, max_new_tokens=1)
+
+    def test_ctx_size_beyond_the_learned_positions(self, learned: et.Model) -> None:
+        with pytest.raises(et.InputError, match="ctx_size is 41: the context is 40 learned positions"):
+            et.generate(learned, [3], max_new_tokens=1, ctx_size=41)
+        assert len(et.generate(learned, [3], max_new_tokens=100, ctx_size=40).tokens) == 40
+
+    @pytest.mark.parametrize("ctx_size", [None, 1000])
+    def test_rope_goes_on_with_one_note(self, ctx_size: int | None, caplog: pytest.LogCaptureFixture) -> None:
+        result = et.generate(COUNTER, [3] * 60, max_new_tokens=40, ctx_size=ctx_size)
+        assert result.tokens == [(4 + i) % 20 for i in range(40)]
+        assert len(caplog.records) == 1
+        assert "the 64 tokens that the model was made for" in caplog.text
+        caplog.clear()
+        assert et.generate(COUNTER, [3] * 60, max_new_tokens=5).finish_reason == "length"
+        assert not caplog.records
+
+    def test_a_prompt_beyond_the_length_of_a_rope_model(self, caplog: pytest.LogCaptureFixture) -> None:
+        results = et.generate(COUNTER, [[3] * 70, [5]], max_new_tokens=5)
+        assert [result.tokens for result in results] == [[4, 5, 6, 7, 8], [6, 7, 8, 9, 10]]
+        assert len(caplog.records) == 1
+
+    @pytest.mark.parametrize(
+        "rope", [{"rope_type": "yarn"}, {"rope_type": "linear"}, {"rope_type": "dynamic"}]
+    )
+    def test_the_note_knows_a_stretched_rope(self, rope: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """Qwen's recipe: factor 4, max_position_embeddings left as it was."""
+        model = tiny_model(max_position_embeddings=16, eos_token_id=None, rope_scaling={"factor": 4.0} | rope)
+        assert len(et.generate(model, [3] * 8, max_new_tokens=57).tokens) == 57
+        assert not caplog.records
+        et.generate(model, [3] * 8, max_new_tokens=58)
+        assert "passes the 64 tokens" in caplog.text
+
+    def test_ctx_size_limits_a_rope_model(self) -> None:
         short = et.generate(COUNTER, [3], max_new_tokens=100, ctx_size=10)
         assert short.finish_reason == "length"
-        assert 9 <= len(short.tokens) <= 10
-        assert len(et.generate(COUNTER, [3], max_new_tokens=100, ctx_size=1000).tokens) <= 64
-
-    def test_a_full_prompt_still_gives_one_token(self) -> None:
-        assert et.generate(COUNTER, [3] * 64, max_new_tokens=5).tokens == [4]
-
-    def test_a_prompt_too_long(self) -> None:
-        for prompt in ([3] * 65, [[3], [3] * 65]):
-            with pytest.raises(et.InputError, match=r"65.*64"):
-                et.generate(COUNTER, prompt, max_new_tokens=1)
+        assert len(short.tokens) == 10
+        assert et.generate(COUNTER, [3] * 10, max_new_tokens=5, ctx_size=10).tokens == [4]
+        for prompt in ([3] * 11, [[3], [3] * 11]):
+            with pytest.raises(et.InputError, match=r"11.*10"):
+                et.generate(COUNTER, prompt, max_new_tokens=1, ctx_size=10)
 
     def test_padding_takes_no_room(self) -> None:
         """A short row beside a long one may use its own context to the end."""
-        both = et.generate(COUNTER, [[3] * 60, [3]], max_new_tokens=30)
-        assert len(both[0].tokens) <= 5
+        both = et.generate(COUNTER, [[3] * 60, [3]], max_new_tokens=30, ctx_size=64)
+        assert len(both[0].tokens) == 5
         assert both[1].tokens == et.generate(COUNTER, [3], max_new_tokens=30).tokens
 
     def test_a_huge_budget_takes_no_memory_in_advance(self) -> None:
-        result = et.generate(COUNTER, [3], max_new_tokens=10**12)
-        assert len(result.tokens) >= 63
+        result = et.generate(COUNTER, [3], max_new_tokens=10**12, ctx_size=70)
+        assert len(result.tokens) == 70
         assert result.kv_cache_bytes < 1 << 20
 
 
@@ -314,6 +353,52 @@ class TestText:
         for prompt in ("", ["a", ""]):
             with pytest.raises(et.InputError, match="empty"):
                 et.generate(speller, prompt, max_new_tokens=2)
+
+    def test_messages_are_a_chat(self, speller: et.Model) -> None:
+        """As in transformers' pipelines: one chat, or a batch of them."""
+        template = "{% for m in messages %}{{ m.role[0] ~ m.content }}{% endfor %}" + (
+            "{% if add_generation_prompt %}>{% endif %}"
+        )
+        assert speller.tokenizer is not None
+        chat = replace(speller, tokenizer=replace(speller.tokenizer, chat_templates={"default": template}))
+        messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+        result = et.generate(chat, messages, max_new_tokens=3)
+        assert bytes(result.prompt_tokens) == b"sxuy>"
+        assert result.text == "?@A"
+        both = et.generate(chat, [messages, messages[1:], "a"], max_new_tokens=1)
+        assert [bytes(each.prompt_tokens) for each in both] == [b"sxuy>", b"uy>", b"a"]
+
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [{"role": "user", "content": "x"}],
+            [{"content": "x"}],
+            [{"role": "user", "content": "x"}, 5],
+            [{"role": "user", "content": "x"}, "y"],
+            [[{"role": "user"}]],
+            [{}],
+            {"role": "user", "content": "x"},
+        ],
+        ids=str,
+    )
+    def test_messages_that_are_wrong_or_have_no_template(self, speller: et.Model, messages: Any) -> None:
+        for model in (speller, COUNTER):
+            with pytest.raises(et.InputError) as caught:
+                et.generate(model, messages, max_new_tokens=1)
+            assert "\n" not in str(caught.value)
+
+    def test_a_prompt_that_begins_with_bos_has_one(self, tmp_path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import processors
+
+        byte_tokenizer(tmp_path)
+        backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+        backend.post_processor = processors.TemplateProcessing("a $A", "a $A $B", [("a", 97)])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "a"}', encoding="utf-8")
+        model = replace(successor_model(128), tokenizer=Tokenizer.from_folder(tmp_path))
+        for text, tokens in (("abc", b"abc"), ("bc", b"abc"), ("", b"a"), ("aabc", b"aabc")):
+            assert bytes(et.generate(model, text, max_new_tokens=1).prompt_tokens) == tokens
 
     def test_an_end_token_is_not_part_of_the_text(self, speller: et.Model) -> None:
         ended = replace(speller, config=replace(speller.config, eos_token_id=(ord("f"),)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from einsum_transformer.generation.speculative import (
     Speculation,
     first_layers,
 )
-from tiny_models import tiny_model
+from tiny_models import make_tokenizer, tiny_model
 
 Array = np.ndarray
 VOCAB, NEW, PROMPTS = 23, 64, 200
@@ -205,6 +206,17 @@ SETTINGS = [
     {"temperature": 1.0},
     {"temperature": 0.7, "top_k": 3},
     {"temperature": 1.3, "top_p": 0.8, "repetition_penalty": 1.5},
+    {
+        "temperature": 1.5,
+        "sequence_bias": (((2,), 0.7), ((1, 0), -1.0), ((0, 3), 1.0)),
+        "encoder_repetition_penalty": 1.4,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": ((3, 3), (0, 2)),
+        "begin_suppress_tokens": (1,),
+        "typical_p": 0.95,
+        "eta_cutoff": 0.05,
+    },
+    {"temperature": 1.0, "encoder_no_repeat_ngram_size": 2, "forced_eos_token_id": (2, 3), "min_p": 0.05},
 ]
 
 
@@ -212,13 +224,14 @@ def distribution(model: et.Model, prompt: list[int], sampling: Sampling, length:
     """The probability of every text of this length, by going through all of them."""
     vocab = model.config.vocab_size
     p = np.zeros((vocab,) * length)
+    sampler = sampling.sampler(prompt, (), len(prompt) + length)
     for text in itertools.product(range(vocab), repeat=length - 1):
         history, weight = list(prompt), 1.0
         for token in text:
-            weight *= sampling.probabilities(model.logits([history])[0, -1], history)[token]
+            weight *= sampler.probabilities(model.logits([history])[0, -1], history)[token]
             history.append(token)
         if weight:
-            p[text] = weight * sampling.probabilities(model.logits([history])[0, -1], history)
+            p[text] = weight * sampler.probabilities(model.logits([history])[0, -1], history)
     return p
 
 
@@ -246,16 +259,29 @@ def chi_square(model: et.Model, drafter: Any, sampling: Sampling, draws: int = 1
 FEW = {"vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
 SMALL = tiny_model("float64", seed=3, num_hidden_layers=2, num_key_value_heads=1, **FEW)
 OTHER = tiny_model("float64", seed=4, num_hidden_layers=1, num_key_value_heads=1, **FEW)
+PADDED, CUT = (
+    tiny_model("float64", seed=4, num_hidden_layers=1, num_key_value_heads=1, **FEW | {"vocab_size": size})
+    for size in (7, 3)
+)
 SAMPLED = {
     "model": lambda: ModelDrafter(OTHER, 3),
     "itself": lambda: ModelDrafter(SMALL, 3),
     "look-up": lambda: PromptLookup(2),
+    "padded": lambda: ModelDrafter(PADDED, 3, 4),
+    "cut": lambda: ModelDrafter(CUT, 3, 4),
 }
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [*(("model", each) for each in SETTINGS), ("itself", SETTINGS[2]), ("look-up", SETTINGS[1])],
+    [
+        *(("model", each) for each in SETTINGS),
+        ("itself", SETTINGS[3]),
+        ("look-up", SETTINGS[1]),
+        ("look-up", SETTINGS[4]),
+        ("padded", SETTINGS[3]),
+        ("cut", SETTINGS[0]),
+    ],
     ids=str,
 )
 def test_sampled_distribution_is_unchanged(kind: str, settings: dict[str, Any]) -> None:
@@ -285,6 +311,98 @@ def test_a_wrong_rule_changes_the_distribution(wrong: Any, monkeypatch: pytest.M
     """The test above can fail."""
     monkeypatch.setattr(speculative, "judged", wrong)
     assert chi_square(SMALL, SAMPLED["model"], Sampling(temperature=1.0), 2500) > 6
+
+
+PROCESSED: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2},
+    {"min_new_tokens": 11, "exponential_decay_length_penalty": (3, 1.3)},
+    {"exponential_decay_length_penalty": (3, 1.3), "encoder_no_repeat_ngram_size": 1},
+    {"bad_words_ids": [[4], [2, 7], [1, 2, 3]], "suppress_tokens": [5], "begin_suppress_tokens": [6]},
+    {"forced_eos_token_id": 9, "max_length": 20, "sequence_bias": [[[3], 2.0], [[3, 3], -9.0]]},
+]
+
+
+@pytest.mark.parametrize("settings", PROCESSED, ids=str)
+def test_greedy_text_with_processors_is_the_same(settings: dict[str, Any]) -> None:
+    """They see the right text and length at every place of a draft, also where an end token is drafted."""
+    model = replace(MODELS["plain"], generation_config={"eos_token_id": [0, 8]})
+    for i in range(4):
+        plain = et.generate(model, prompt_of(i), **{"max_new_tokens": 30} | settings)
+        for how in ({"draft_model": model}, {"draft_model": RANDOM}, {"prompt_lookup": 2}):
+            for k in (1, 3, 6):
+                options: dict[str, Any] = {"max_new_tokens": 30, "num_draft_tokens": k} | settings | how
+                fast = et.generate(model, prompt_of(i), **options)
+                assert (fast.tokens, fast.finish_reason) == (plain.tokens, plain.finish_reason)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear", "yarn"])
+def test_beyond_the_length_of_the_model(kind: str) -> None:
+    """dynamic changes its rotation with every token there, so nothing is drafted; the others go on."""
+    rope = {"rope_type": kind, "factor": 2.0}
+    model = tiny_model("float64", max_position_embeddings=14, rope_scaling=rope, eos_token_id=None, **SIZES)
+    plain = plain_text(model, prompt_of(0), max_new_tokens=40)
+    for k in (1, 4, 20):
+        fast = et.generate(model, prompt_of(0), draft_model=model, num_draft_tokens=k, max_new_tokens=40)
+        assert fast.tokens == plain
+        assert fast.speculation is not None
+        rounds = fast.speculation["rounds"]
+        assert rounds >= 39 // (k + 1) if kind != "dynamic" else rounds <= 14 - len(prompt_of(0))
+
+
+LETTERS = list("abcdefghijklmnopqrs")
+
+
+def spelling(folder: Path, size: int, tokens: list[str] | None = None, seed: int = 0) -> et.Model:
+    """A random model of that vocabulary, whose tokenizer has 19 tokens."""
+    sizes = SIZES | {"vocab_size": size, "num_hidden_layers": 1, "eos_token_id": None}
+    (folder / str(size)).mkdir(exist_ok=True)
+    tokenizer = make_tokenizer(folder / str(size), LETTERS if tokens is None else tokens)
+    return replace(tiny_model("float64", seed=seed, **sizes), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("size", [19, 21, 29])
+def test_vocabularies_that_are_padded_differently(tmp_path: Path, size: int) -> None:
+    """Qwen2.5 has 151,936 scores or 152,064 for one tokenizer. The text may have ids of the padding."""
+    model, drafting = spelling(tmp_path, 23), spelling(tmp_path, size, seed=1)
+    for prompt in ([1, 2, 3], [1, 22, 3, 21], [18]):
+        plain = plain_text(model, prompt, max_new_tokens=40)
+        fast = et.generate(model, prompt, draft_model=drafting, max_new_tokens=40)
+        assert fast.tokens == plain
+    same = et.generate(model, "abc", draft_model=replace(model), temperature=1.0, seed=1, max_new_tokens=20)
+    assert same.speculation is not None
+    assert set(same.speculation["acceptance"]) == {1.0}
+
+
+def test_tokenizers_that_differ_are_refused(tmp_path: Path) -> None:
+    """Of equal size too; one that has more tokens at the end agrees."""
+    model = spelling(tmp_path, 23)
+    for tokens in (LETTERS[::-1], ["z", *LETTERS[1:]], [*LETTERS[:-2], "s", "r"], [*LETTERS[1:], "a", "x"]):
+        with pytest.raises(InputError, match=r"its tokenizer is not that of .*: token") as caught:
+            et.generate(model, "a", draft_model=spelling(tmp_path, 23, tokens))
+        assert "\n" not in str(caught.value)
+    et.generate(model, "b", draft_model=spelling(tmp_path, 23, [*LETTERS, "t"]), max_new_tokens=4)
+    with pytest.raises(InputError, match="vocabulary of 25"):
+        et.generate(model, "a", draft_model=replace(spelling(tmp_path, 25), tokenizer=None))
+
+
+@pytest.mark.parametrize(
+    "name", ["num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"]
+)
+def test_the_file_s_length_of_a_draft(name: str) -> None:
+    how: dict[str, Any] = {"draft_layers": 1} if name == "num_assistant_tokens" else {"prompt_lookup": True}
+    made = speculative.speculation(MODELS["plain"], stated={name: 7}, **how)
+    assert made is not None
+    if name == "max_matching_ngram_size":
+        assert isinstance(made.drafter, PromptLookup)
+        assert made.drafter.longest == 7
+    else:
+        assert made.drafts == 7
+    for wrong in ("x", 0, 2.5):
+        model = replace(MODELS["plain"], generation_config={name: wrong})
+        with pytest.raises(InputError, match=f"generation_config.json: key '{name}' is"):
+            et.generate(model, [1], **how)
+    looked = et.generate(MODELS["plain"], [1, 2, 1], prompt_lookup_num_tokens=2, max_new_tokens=4)
+    assert looked.speculation is not None
 
 
 def test_mistakes() -> None:

@@ -234,27 +234,18 @@ def _refuse(config: RunConfig, weight_budget: str | None) -> None:
         )
 
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
 def generation_settings(
     model: LoadedModel, config: RunConfig | None, max_tokens: int | None, **flags: Any
 ) -> tuple[Sampling, Settings]:
     """Flags first (None: not given), then the keys of a JSON config, then those of generation_config.json."""
-    from einsum_transformer.generation.decode import Settings
-    from einsum_transformer.generation.sampling import Sampling
-    from einsum_transformer.models.config import Keys
+    from einsum_transformer.generation.decode import options
 
     stated = dict(model.generation_config or {})
     if config is not None:
-        stated |= {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k_sample}
-        stated["max_new_tokens"] = config.max_new_tokens
-    budget = max_tokens
-    if budget is None:
-        budget = Keys(stated, "generation_config.json").get("max_new_tokens", int, 128)
-    sampling = {name: flags.pop(name) for name in _SAMPLING}
-    settings = {name: value for name, value in flags.items() if value is not None}
-    return Sampling.from_generation_config(stated, **sampling), Settings(budget, **settings)
+        stated |= {"do_sample": config.temperature > 0, "temperature": config.temperature}
+        stated |= {"top_k": config.top_k_sample, "max_new_tokens": config.max_new_tokens}
+    given = flags | {"max_new_tokens": max_tokens, "stop": flags.get("stop") or None}
+    return options(model, given, stated)
 
 
 def speculation_of(

@@ -56,7 +56,7 @@ def parity(
     """
     from einsum_transformer.analysis.parity import TOLERANCE, open_reference, render
     from einsum_transformer.analysis.parity import parity as compare
-    from einsum_transformer.cli.run import read_tokens
+    from einsum_transformer.cli.prompts import read_tokens
 
     dump = open_reference(Path(reference))
     ids = None if tokens is None else read_tokens(Path(tokens))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from einsum_transformer.cli import options
 from einsum_transformer.cli.chat_flags import chat_options
+from einsum_transformer.cli.prompts import given_prompt
 from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -175,8 +174,8 @@ class _Prompt:
 
     text: str | None
     tokens: Any
-    file: str | None
-    """Where the text or the ids come from."""
+    source: str | None
+    """Where they come from: a flag, or the file of the ids."""
     chat: bool | None
     system: str | None
     template: tuple[str | None, str | None, bool | None, str | None]
@@ -192,7 +191,7 @@ class _Prompt:
         if self.batch_size is not None:
             raise InputError("--batch-size: only for a run on random tokens (no prompt and no tokenizer)")
         if self.tokens is not None:
-            return model.checked(self.tokens, f"the ids of {self.file}").tolist()
+            return model.checked(self.tokens, f"the ids of {self.source}").tolist()
         return [self._encoded(model)]
 
     def _encoded(self, model: Model) -> list[int]:
@@ -209,6 +208,8 @@ class _Prompt:
         if chat and tokenizer is None:
             raise InputError(f"--chat: {model.source} has no tokenizer")
         if not chat or tokenizer is None:
+            if text == "" and (tokenizer is None or not tokenizer.encode_once(text)):
+                raise InputError(f"{self.source}: the prompt is empty: give at least one character")
             return encode(model, text)
         asked = chat_options(tokenizer.chat_templates, *self.template)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -229,48 +230,6 @@ class _Prompt:
             options.note(f"no tokenizer: {rows} x {length} random token ids of seed {self.seed}")
         rng = np.random.default_rng(self.seed)
         return rng.integers(0, model.config.vocab_size, (rows, length)).tolist()
-
-
-def given_prompt(text: str | None, file: str | None, tokens: str | None) -> dict[str, Any]:
-    """The `text` or `tokens` that the flags name, both None without a flag, and the `file` they lie in."""
-    flags = {"--prompt": text, "--prompt-file": file, "--tokens": tokens}
-    named = [flag for flag, value in flags.items() if value is not None]
-    if len(named) > 1:
-        raise InputError(f"{' and '.join(named)} both give the prompt: choose one")
-    if tokens is not None:
-        return {"text": None, "tokens": read_tokens(Path(tokens)), "file": tokens}
-    if file is not None:
-        text = read_text(Path(file))
-    elif text == "-":
-        text = sys.stdin.read()
-    if text == "":
-        raise InputError(f"{named[0]}: the prompt is empty: give at least one character")
-    return {"text": text, "tokens": None, "file": file}
-
-
-def read_tokens(path: Path) -> Any:
-    """The token ids (b, t) in a .npy file; read through a map, so that its header cannot ask for memory."""
-    import numpy as np
-
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # whatever NumPy's parser makes of a header that is none
-        raise InputError(f"{path}: not a .npy file of numbers: {error}") from None
-    if array.ndim not in (1, 2):
-        raise InputError(f"{path}: has shape {array.shape}; token ids are (time) or (batch, time)")
-    return np.atleast_2d(array)
-
-
-def read_text(path: Path) -> str:
-    """A text file in UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,11 +279,13 @@ class _Job:
         import numpy as np
 
         from einsum_transformer.engine import Recorder, phase
+        from einsum_transformer.generation.context import LengthNote, context_limit
         from einsum_transformer.generation.decode import Generation, prefill
 
-        limit = min(self.settings.ctx_size or 1 << 62, self.model.config.max_position_embeddings)
+        limit = context_limit(self.model.config, self.settings.ctx_size)
         if len(self.rows[0]) > limit:
             raise InputError(f"the prompt has {len(self.rows[0])} tokens, the context is {limit}: shorten it")
+        LengthNote(self.model.config).grown(len(self.rows[0]))
         cache = self.model.cache(len(self.rows[0]), horizon=len(self.rows[0]))
         with Recorder(counts_wanted=True) as recorder:
             started = time.perf_counter()

@@ -154,6 +154,7 @@ def train(
     """
     from einsum_transformer.analysis.training import check_plot
     from einsum_transformer.cli.training_run import TrainingRun, show
+    from einsum_transformer.generation.context import check_length
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
     from einsum_transformer.training.schedule import Schedule
@@ -193,8 +194,7 @@ def train(
     )
     rows = batch_size or (keys.batch_size if keys else _BATCH)
     length = seq_len or (keys.seq_len if keys else _LENGTH)
-    if length > loaded.config.max_position_embeddings:
-        raise InputError(f"--seq-len {length}: the context is {loaded.config.max_position_embeddings} tokens")
+    check_length(loaded.config, length, "--seq-len", strict=keys is not None)  # it says max_seq_len itself
     text = _Text(data, valid, valid_share, mask_prompt, not pad, long == "split", output if resume else None)
     loaded, batches, validation = _batches(
         loaded, text, rows, length, seed or 0, fix_batch, grad_accumulation_steps

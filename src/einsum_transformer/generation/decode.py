@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
+from einsum_transformer.generation.context import LengthNote, context_limit
+from einsum_transformer.generation.keys import FILE, OtherOptions, merged
 from einsum_transformer.generation.rows import (
     PREFILL_CHUNK,
     Generation,
     Row,
     Settings,
-    StopMatcher,
     end_tokens,
     lengthen,
     prefill,
 )
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
-from einsum_transformer.models.config import Keys
+from einsum_transformer.generation.stopping import StopMatcher
 from einsum_transformer.models.model import Model
+from einsum_transformer.notes import note
 
 __all__ = [
     "PREFILL_CHUNK",
@@ -33,6 +35,7 @@ __all__ = [
     "encode",
     "end_tokens",
     "generate",
+    "options",
     "prefill",
     "stream",
 ]
@@ -45,45 +48,76 @@ def generate(
     prompt: str | Sequence[Any] | Array,
     *,
     max_new_tokens: int | None = None,
+    do_sample: bool | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    ctx_size: int | None = None,
+    prefill_step_size: int | None = None,
+    ignore_eos: bool | None = None,
     draft_model: Model | None = None,
     draft_layers: int | None = None,
     prompt_lookup: int | bool = False,
     num_draft_tokens: int | None = None,
-    **settings: Any,
+    **others: Unpack[OtherOptions],
 ) -> Any:
-    """Continue a prompt: text, token ids, or a list of either (a batch).
+    """Continue a prompt: text, token ids, a list of messages, or a list of these.
 
     Returns a Generation (its str() is the text), or a list of them for a batch. What is None comes from the
-    model's generation_config.json, or is greedy. settings: stop, ctx_size, prefill_step_size, ignore_eos (see
-    `Settings`).
+    model's generation_config.json, or is greedy; a temperature above 0 samples, as do_sample does.
+
+    stop: texts that end the answer and are not part of it; special tokens count. ctx_size: most tokens of
+    prompt and answer together. prefill_step_size: prompt tokens per pass. ignore_eos: go on after end tokens.
+    others: transformers' other names, such as min_new_tokens, bad_words_ids or max_length (see `keys`);
+    InputError for one that is not known or not supported.
 
     draft_model, draft_layers or prompt_lookup: speculative decoding of one prompt, whose text is distributed
     as without (see `speculation`); what it did is in the Generation.
     """
-    stated = model.generation_config or {}
-    budget = max_new_tokens
-    if budget is None:
-        budget = Keys(stated, "generation_config.json").get("max_new_tokens", int, 128)
-    sampling = Sampling.from_generation_config(
-        stated,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+        "ctx_size": ctx_size,
+        "prefill_step_size": prefill_step_size,
+        "ignore_eos": ignore_eos,
+        **others,
+    }
+    sampling, settings = options(model, given)
     prompts, single = _prompts(model, prompt)
     results = [Generation(tokens) for tokens in prompts]
-    drafting = speculation(model, draft_model, draft_layers, prompt_lookup, num_draft_tokens)
-    for _ in stream(model, results, sampling, Settings(budget, seed=seed, **settings), speculation=drafting):
+    stated = {**(model.generation_config or {}), **others}
+    lookup = prompt_lookup or others.get("prompt_lookup_num_tokens") is not None
+    drafting = speculation(model, draft_model, draft_layers, lookup, num_draft_tokens, stated)
+    for _ in stream(model, results, sampling, settings, speculation=drafting):
         pass
     return results[0] if single else results
+
+
+def options(
+    model: Model, given: Mapping[str, Any], stated: Mapping[str, Any] | None = None
+) -> tuple[Sampling, Settings]:
+    """What is given where it is not None, else what generation_config.json (or `stated`, in its place) says.
+
+    given: keywords of `generate`, those of speculative decoding aside.
+    """
+    values = merged(model.generation_config if stated is None else stated, given)
+    if model.tokenizer is None and "stop_strings" in values and given.get("stop_strings") is None:
+        note(f"{FILE}: stop_strings are not used: {model.source} has no tokenizer to find texts with")
+        del values["stop_strings"]
+    if given.get("eos_token_id") is None:
+        values.pop("eos_token_id", None)  # the file's are among the model's own
+    return Sampling.of(values), Settings.of(values)
 
 
 def stream(
@@ -98,39 +132,53 @@ def stream(
     ready.
 
     Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch
-    around it. A given cache is continued: its tokens precede the prompts'. speculation: of one row.
+    around it. A given cache is continued: its tokens precede the prompts' and belong to the text, for
+    penalties and lengths too. speculation: of one row.
     """
     if speculation is not None and len(results) > 1:
         raise InputError(f"speculative decoding takes one prompt at a time, here are {len(results)}")
     with phase("setup"):
-        rows = [Row(model, result, sampling, settings, index) for index, result in enumerate(results)]
-        limit = min(
-            settings.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings
-        )
+        limit = context_limit(model.config, settings.ctx_size)
         longest = max(len(result.prompt_tokens) for result in results)
         start = 0 if cache is None else cache.length
         if start + longest > limit:
             raise InputError(f"the prompt has {start + longest} tokens, the context is {limit}: shorten it")
         tokens, pads = _left_padded([result.prompt_tokens for result in results])
         model.checked(tokens)
+        held = [[] for _ in results] if cache is None else _held(cache, len(results))
+        rows = [
+            Row(model, result, sampling, settings, index, held[index], limit)
+            for index, result in enumerate(results)
+        ]
         if cache is None:
             slack = 0 if speculation is None else speculation.drafts + 1
-            capacity = min(longest + settings.max_new_tokens, limit)
+            most = longest + max(row.budget for row in rows)
+            capacity = min(most, limit, max(longest, model.config.max_position_embeddings))
             cache = model.cache(capacity, pads if pads.any() else None, slack=slack)
         elif pads.any():
             raise InputError("prompts that continue a cache must have the same length")
+        passed = LengthNote(model.config, start)
+        passed.grown(start + longest)
     cache.horizon = max(cache.horizon, start + longest)
     with phase("prefill"):
         lengthen(model, cache, longest)
         logits = prefill(model, tokens, cache, settings.prefill_step_size)
-    if speculation is not None:
-        if cache.slack <= speculation.drafts and any(model.config.windows):
-            raise InputError("speculative decoding needs a cache with slack")
-        for text in speculation.continue_(model, rows[0], logits[0], cache, limit):
-            results[0].kv_cache_bytes = cache.nbytes
-            results[0].speculation = speculation.statistics.to_dict()
-            yield 0, text
+    if speculation is None:
+        yield from _steps(model, rows, cache, logits, limit, passed)
         return
+    if cache.slack <= speculation.drafts and any(model.config.windows):
+        raise InputError("speculative decoding needs a cache with slack")
+    for text in speculation.continue_(model, rows[0], logits[0], cache, limit):
+        results[0].kv_cache_bytes = cache.nbytes
+        results[0].speculation = speculation.statistics.to_dict()
+        passed.grown(cache.length)
+        yield 0, text
+
+
+def _steps(
+    model: Model, rows: list[Row], cache: KVCache, logits: Array, limit: int, passed: LengthNote
+) -> Iterator[tuple[int, str]]:
+    """Continue all rows token by token, from the scores (b, v) after their prompts."""
     live = list(range(len(rows)))
     while True:
         next_tokens, keep, texts = [], [], []
@@ -143,8 +191,8 @@ def stream(
                 if rows[index].result.finish_reason is None:
                     next_tokens.append(token)
                     keep.append(position)
-        for result in results:
-            result.kv_cache_bytes = cache.nbytes
+        for row in rows:
+            row.result.kv_cache_bytes = cache.nbytes
         yield from texts
         if not keep:
             return
@@ -154,6 +202,15 @@ def stream(
         with phase("decode"):
             lengthen(model, cache, 1)
             logits = model.decoder.forward(np.array(next_tokens)[:, None], cache, "last")[0][:, -1]
+        passed.grown(cache.length if cache.pads is None else cache.length - int(cache.pads.min()))
+
+
+def _held(cache: KVCache, rows: int) -> list[list[int]]:
+    """The tokens of each row that a cache holds, without padding."""
+    if not cache.length:
+        return [[] for _ in range(rows)]
+    pads = [0] * rows if cache.pads is None else cache.pads.tolist()
+    return [row[pad:] for row, pad in zip(cache.tokens.tolist(), pads, strict=True)]
 
 
 def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
@@ -162,15 +219,36 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
         return [encode(model, prompt)], True
     items = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
     if not isinstance(items, Sequence):
-        raise InputError(f"the prompt is {type(prompt).__name__}: give text, token ids, or a list of either")
+        kinds = "text, token ids, a list of messages, or a list of these"
+        raise InputError(f"the prompt is {type(prompt).__name__}: give {kinds}")
     if not items:
         raise InputError("the prompt is empty: give at least one token")
+    if isinstance(items[0], Mapping):
+        return [_chat(model, items)], True
     if not isinstance(items[0], (str, Sequence, np.ndarray)):
         return [_token_row(items)], True
-    rows = [encode(model, item) if isinstance(item, str) else _token_row(item) for item in items]
+    rows = [_row(model, item) for item in items]
     if not all(rows):
         raise InputError(f"prompt {rows.index([])} of the batch is empty")
     return rows, False
+
+
+def _row(model: Model, item: Any) -> list[int]:
+    if isinstance(item, str):
+        return encode(model, item)
+    if isinstance(item, Sequence) and item and isinstance(item[0], Mapping):
+        return _chat(model, item)
+    return _token_row(item)
+
+
+def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
+    """Token ids of a chat; as in transformers' pipelines, a last message of the assistant is continued."""
+    if model.tokenizer is None:
+        raise InputError(f"{model.source}: has no tokenizer; give token ids instead of messages")
+    last = messages[-1]
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
+        return model.tokenizer.encode_chat(messages, add_generation_prompt=False, continue_final_message=True)
+    return model.tokenizer.encode_chat(messages)
 
 
 def _token_row(items: Any) -> list[int]:
@@ -182,12 +260,15 @@ def _token_row(items: Any) -> list[int]:
 
 
 def encode(model: Model, text: str) -> list[int]:
-    """The prompt's token ids, special tokens added as the tokenizer is configured to."""
+    """The prompt's token ids, special tokens added as the tokenizer is configured to, but no second BOS.
+
+    An empty text is the BOS of a tokenizer that adds one, and refused with any other.
+    """
     if model.tokenizer is None:
         raise InputError(
             f"{model.source}: has no tokenizer; give token ids instead of text (--tokens FILE.npy)"
         )
-    tokens = model.tokenizer.encode(text)
+    tokens = model.tokenizer.encode_once(text)
     if not tokens:
         raise InputError("the prompt is empty: give at least one character")
     return tokens

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.errors import InputError
+from einsum_transformer.generation.context import UNBOUNDED
+from einsum_transformer.generation.keys import OWN, SETTINGS, parsed
 from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.generation.stopping import StopMatcher
 from einsum_transformer.models.families.family import token_ids
 from einsum_transformer.models.model import Model
 
@@ -18,6 +22,8 @@ Array = np.ndarray
 
 PREFILL_CHUNK = 512
 """Tokens per forward of the prefill: more use more memory and gain no speed."""
+DEFAULT_BUDGET = 128
+"""New tokens where nothing is said."""
 
 
 @dataclass(slots=True)
@@ -41,24 +47,47 @@ class Generation:
 class Settings:
     """What a generation obeys besides the sampling; lengths in tokens."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
+    """Default: what max_length leaves, else DEFAULT_BUDGET."""
     stop: Sequence[str] = ()
     seed: int | None = None
     ctx_size: int | None = None
     prefill_step_size: int = PREFILL_CHUNK
     ignore_eos: bool = False
+    max_length: int | None = None
+    """Most tokens of prompt and answer together; of no effect beside max_new_tokens."""
+    max_time: float | None = None
+    """Seconds after which the text ends with its next token."""
+    eos_token_id: Sequence[int] | None = None
+    """The ids that end the text, instead of the model's."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 0), ("prefill_step_size", 1), ("ctx_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}: it must be at least {least}")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed is {self.seed}: it must be at least 0")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not each for each in self.stop):
-            raise InputError("stop: an empty stop string would stop everything")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not each.default and value is not None:
+                object.__setattr__(self, each.name, parsed(each.name, value, (SETTINGS | OWN)[each.name]))
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Settings:
+        """What the values of `keys.merged` say."""
+        found = dict(values)
+        if "stop_strings" in found:
+            found["stop"] = found.pop("stop_strings")
+        names = {each.name for each in fields(Settings)}
+        return Settings(**{name: value for name, value in found.items() if name in names})
+
+    def budget(self, prompt_length: int) -> int:
+        """The most new tokens after a prompt; raises InputError where max_length leaves none."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None:
+            return DEFAULT_BUDGET
+        if self.max_length <= prompt_length:
+            raise InputError(
+                f"the prompt has {prompt_length} tokens and max_length is {self.max_length}: "
+                "give max_new_tokens (--max-tokens) or a larger max_length"
+            )
+        return self.max_length - prompt_length
 
 
 def prefill(model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Array:
@@ -86,12 +115,18 @@ def lengthen(model: Model, cache: KVCache, new: int) -> None:
     cache.become(fresh)
 
 
-def until_longrope_changes(model: Model, cache: KVCache) -> int:
-    """How many more tokens a cache can take before some row passes such a length; from there on, as many as
-    there may be."""
+def until_rope_changes(model: Model, cache: KVCache) -> int:
+    """How many more tokens the cache can take before the RoPE of some row changes with its length.
+
+    longrope changes once; dynamic changes with every token beyond the trained length, where this is 0.
+    """
     before = cache.length - (np.zeros(1, int) if cache.pads is None else cache.pads)
     left = [limit - length for limit in _longrope_lengths(model) for length in before.tolist()]
-    return min((more for more in left if more >= 0), default=1 << 30)
+    left = [more for more in left if more >= 0]
+    for rope in model.config.ropes:
+        if rope.rope_type == "dynamic":
+            left.append(max(0, rope.original_max_position_embeddings - int(before.max())))
+    return min(left, default=1 << 30)
 
 
 def _longrope_lengths(model: Model) -> list[int]:
@@ -99,8 +134,11 @@ def _longrope_lengths(model: Model) -> list[int]:
     return [rope.original_max_position_embeddings for rope in ropes]
 
 
-def end_tokens(model: Model) -> frozenset[int]:
-    """Every id that ends a text: of the config, of generation_config.json and of the tokenizer."""
+def end_tokens(model: Model, instead: Sequence[int] | None = None) -> frozenset[int]:
+    """Every id that ends a text: of the config, of generation_config.json and of the tokenizer; or those
+    given instead."""
+    if instead is not None:
+        return frozenset(instead)
     stated = token_ids((model.generation_config or {}).get("eos_token_id"))
     ids = {*model.config.eos_token_id, *stated}
     if model.tokenizer is not None:
@@ -109,23 +147,43 @@ def end_tokens(model: Model) -> frozenset[int]:
 
 
 class Row:
-    """One row of a batch while it grows."""
+    """One row of a batch while it grows.
+
+    before: what a continued cache holds, which belongs to the text. limit: the context in tokens.
+    """
 
     def __init__(
-        self, model: Model, result: Generation, sampling: Sampling, settings: Settings, index: int
+        self,
+        model: Model,
+        result: Generation,
+        sampling: Sampling,
+        settings: Settings,
+        index: int,
+        before: Sequence[int] = (),
+        limit: int = UNBOUNDED,
     ) -> None:
-        self.result, self.sampling, self.settings = result, sampling, settings
-        self.ends = frozenset() if settings.ignore_eos else end_tokens(model)
-        self.history = list(result.prompt_tokens)
+        self.result = result
+        self.history = [*before, *result.prompt_tokens]
+        start = len(self.history)
+        self.budget = settings.budget(start)
+        self.ends = frozenset() if settings.ignore_eos else end_tokens(model, settings.eos_token_id)
+        ends = sorted(end for end in self.ends if 0 <= end < model.config.vocab_size)
+        # The last token needs no room in the context.
+        self.sampling = sampling.sampler(self.history, ends, min(start + self.budget, limit + 1))
+        self.deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         seed = settings.seed
         self.rng = np.random.default_rng(None if seed is None else [seed, index])
-        self.decoder = model.tokenizer.stream() if model.tokenizer is not None else None
+        tokenizer = model.tokenizer
+        if tokenizer is None and settings.stop:
+            raise InputError(f"stop: {model.source} has no tokenizer to find texts with; leave it out")
+        self.decoder = None if tokenizer is None else tokenizer.stream()
+        self.raw = None if tokenizer is None or not settings.stop else tokenizer.stream(False)
         self.matcher = StopMatcher(settings.stop)
 
     def step(self, logits: Array, room: int) -> tuple[int, str]:
         """Choose the next token; returns it and the text that is ready. room: tokens the context can still
         take."""
-        if len(self.result.tokens) >= self.settings.max_new_tokens:
+        if len(self.result.tokens) >= self.budget:
             return -1, self._finish("length")
         token = self.sampling.choose(logits, self.history, self.rng)
         return token, self.take(token, room)
@@ -134,44 +192,27 @@ class Row:
         """Continue with this token; returns the text that is ready."""
         result = self.result
         if token in self.ends:
-            return self._finish("stop")
+            return self._finish("stop", token)
         result.tokens.append(token)
         self.history.append(token)
-        text, stopped = self.matcher.put(self.decoder.put(token) if self.decoder else "")
+        shown = self.decoder.put(token) if self.decoder else ""
+        text, stopped = self.matcher.put(shown, self.raw.put(token) if self.raw else shown)
         result.text += text
         if stopped:
             result.finish_reason = "stop"
             return text
-        if len(result.tokens) >= self.settings.max_new_tokens or room < 1:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if len(result.tokens) >= self.budget or room < 1 or late:
             text += self._finish("length")
         return text
 
-    def _finish(self, reason: str) -> str:
-        text, stopped = self.matcher.put(self.decoder.end() if self.decoder else "", last=True)
+    def _finish(self, reason: str, end: int | None = None) -> str:
+        """The rest of the text; an end token is not part of it, but can complete a stop string."""
+        shown = self.decoder.end() if self.decoder else ""
+        raw = shown
+        if self.raw:
+            raw = ("" if end is None else self.raw.put(end)) + self.raw.end()
+        text, stopped = self.matcher.put(shown, raw, last=True)
         self.result.text += text
         self.result.finish_reason = "stop" if stopped else reason
         return text
-
-
-class StopMatcher:
-    """Passes text through until a stop string appears; holds back what could still become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = stops
-        self.held = ""
-
-    def put(self, text: str, last: bool = False) -> tuple[str, bool]:
-        """(text that is safe to show, whether a stop string was met; it and what follows are dropped)."""
-        self.held += text
-        # The one that is complete first counts, so that it does not matter in what pieces the text comes.
-        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            return self.held[: min(found)[1]], True
-        keep = 0 if last else max((self._partial(stop) for stop in self.stops), default=0)
-        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return ready, False
-
-    def _partial(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins the stop string."""
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)

@@ -1,15 +1,17 @@
-"""From scores to the next token: penalty, temperature, top-k, top-p, min-p, in the order of Hugging Face."""
+"""From scores to the next token: processors, temperature and filters, in the order of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.config import Keys
+from einsum_transformer.generation import filters, processors
+from einsum_transformer.generation.keys import SAMPLING, merged, parsed
+from einsum_transformer.generation.processors import Processor
 from einsum_transformer.numerics.softmax import softmax
 
 Array = np.ndarray
@@ -17,93 +19,165 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 takes the best one (greedy); 0 and 1 switch the filters
-    off."""
+    """How the next token is chosen, with transformers' names and meanings.
+
+    temperature 0 takes the best one (greedy) and uses no filter. The defaults switch everything off.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    top_h: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    sequence_bias: Sequence[tuple[tuple[int, ...], float]] = ()
+    encoder_repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    min_length: int = 0
+    min_new_tokens: int = 0
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: Sequence[int] = ()
+    remove_invalid_values: bool = False
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: Sequence[int] = ()
+    begin_suppress_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        bounds = {
-            "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0 and self.top_k == int(self.top_k),
-            "top_p": 0 <= self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
-        }
-        ranges = {
-            "top_k": "a whole number from 0 on",
-            "top_p": "from 0 to 1",
-            "min_p": "from 0 to 1",
-            "repetition_penalty": "above 0",
-        }
-        for name, fits in bounds.items():
-            if not (fits and np.isfinite(getattr(self, name))):
-                raise InputError(
-                    f"{name} is {getattr(self, name)}: it must be {ranges.get(name, '0 or more')}"
-                )
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not each.default:
+                object.__setattr__(self, each.name, parsed(each.name, value, SAMPLING[each.name]))
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Sampling:
+        """What the values of `keys.merged` say."""
+        return Sampling(**{name: value for name, value in values.items() if name in SAMPLING})
 
     @staticmethod
     def from_generation_config(settings: Mapping[str, Any] | None, **given: Any) -> Sampling:
         """What `given` says where it is not None, else what generation_config.json says, else greedy."""
-        keys = Keys(settings or {}, "generation_config.json")
-        stated = {
-            "temperature": keys.get("temperature", float, 1.0) if keys.get("do_sample", bool, False) else 0.0,
-            "top_k": keys.get("top_k", int, 0),
-            "top_p": keys.get("top_p", float, 1.0),
-            "min_p": keys.get("min_p", float, 0.0),
-            "repetition_penalty": keys.get("repetition_penalty", float, 1.0),
-        }
-        return Sampling(**stated | {name: value for name, value in given.items() if value is not None})
+        return Sampling.of(merged(settings, given))
+
+    def sampler(
+        self, prompt: Sequence[int] = (), ends: Sequence[int] = (), max_length: int | None = None
+    ) -> Sampler:
+        """What chooses the tokens of one text.
+
+        prompt: the tokens that it begins with; ends: the ids that end it; max_length: tokens of both.
+        """
+        return Sampler(self, _processors(self, list(prompt), ends, max_length))
 
     def choose(self, logits: Array, history: Sequence[int], rng: np.random.Generator) -> int:
-        """The next token's id, from its scores (v,) and the tokens so far."""
-        if self.temperature == 0:
-            return int(np.argmax(self._penalized(logits, history)))
-        p = self.probabilities(logits, history)
-        # Inverting the cumulative sum in float64 draws exactly these probabilities and never a token of
-        # probability 0.
-        cumulative = np.cumsum(p, dtype=np.float64)
-        return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        """The next token's id, from its scores (v,) and a prompt."""
+        return self.sampler(history).choose(logits, history, rng)
 
     def probabilities(self, logits: Array, history: Sequence[int]) -> Array:
         """The distribution (v,) that `choose` draws from."""
-        scores = self._penalized(logits, history)
-        if self.temperature == 0:
+        return self.sampler(history).probabilities(logits, history)
+
+
+def _processors(
+    sampling: Sampling, prompt: list[int], ends: Sequence[int], max_length: int | None
+) -> tuple[Processor, ...]:
+    """Those that are on, in the order of transformers' `_get_logits_processor`."""
+    s, start = sampling, len(prompt)
+    made: list[Processor] = []
+    if s.sequence_bias:
+        made.append(processors.biased("sequence_bias", s.sequence_bias))
+    if s.encoder_repetition_penalty != 1:
+        made.append(processors.prompt_favoured(s.encoder_repetition_penalty, prompt))
+    if s.repetition_penalty != 1:
+        made.append(processors.penalized(s.repetition_penalty))
+    if s.no_repeat_ngram_size:
+        made.append(processors.no_repeated_ngram(s.no_repeat_ngram_size))
+    if s.encoder_no_repeat_ngram_size:
+        made.append(processors.no_ngram_of_prompt(s.encoder_no_repeat_ngram_size, prompt))
+    if bad := [(tuple(each), -np.inf) for each in s.bad_words_ids if [*each] not in [[end] for end in ends]]:
+        made.append(processors.biased("bad_words_ids", bad))
+    least = max(s.min_length, s.min_new_tokens and start + s.min_new_tokens)
+    if ends and least > start:
+        made.append(processors.suppressed(ends, lambda length: length < least))
+    if s.forced_bos_token_id is not None:
+        made.append(processors.forced("forced_bos_token_id", [s.forced_bos_token_id], 1))
+    if s.forced_eos_token_id and max_length is not None:
+        made.append(processors.forced("forced_eos_token_id", s.forced_eos_token_id, max_length - 1))
+    if s.remove_invalid_values:
+        made.append(processors.finite)
+    if s.exponential_decay_length_penalty is not None and ends:
+        after, factor = s.exponential_decay_length_penalty
+        made.append(processors.decaying(start + after, factor, ends))
+    if s.suppress_tokens:
+        made.append(processors.suppressed(s.suppress_tokens))
+    if s.begin_suppress_tokens:
+        begin = start + (s.forced_bos_token_id is not None and start <= 1)
+        made.append(processors.suppressed(s.begin_suppress_tokens, lambda length: length == begin))
+    return tuple(made)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Chooses the tokens of one text."""
+
+    sampling: Sampling
+    processors: tuple[Processor, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken."""
+        return self.sampling.temperature == 0
+
+    def scores(self, logits: Array, history: Sequence[int]) -> Array:
+        """The scores (v,) after the processors; raises InputError where no token is left."""
+        if not self.processors:
+            return logits
+        scores = np.array(logits, np.float64)
+        for process in self.processors:
+            process(scores, history)
+        if scores.max() == -np.inf:
+            raise InputError("the settings leave no token to choose: they suppress every token")
+        return scores
+
+    def choose(self, logits: Array, history: Sequence[int], rng: np.random.Generator) -> int:
+        """The next token's id, from its scores (v,) and the tokens so far."""
+        if self.greedy:
+            return int(np.argmax(self.scores(logits, history)))
+        return draw(self.probabilities(logits, history), rng)
+
+    def probabilities(self, logits: Array, history: Sequence[int]) -> Array:
+        """The distribution (v,) that `choose` draws from."""
+        s, scores = self.sampling, self.scores(logits, history)
+        if self.greedy:
             return (np.arange(len(scores)) == np.argmax(scores)).astype(scores.dtype)
         # In float64, from the top down: a tiny temperature ends in exp(-inf) = 0 for all others, its limit.
         scores = scores.astype(np.float64)
         with np.errstate(over="ignore"):
-            scores = (scores - scores.max()) / self.temperature
-        if 0 < self.top_k < len(scores):
-            kth = np.partition(scores, -self.top_k)[-self.top_k]
-            scores = np.where(scores < kth, -np.inf, scores)
+            scores = (scores - scores.max()) / s.temperature
         p = softmax(scores)
-        if self.top_p < 1:
-            p = self._nucleus(p)
-        if self.min_p > 0:
-            p = np.where(p < self.min_p * p.max(), 0, p)
+        if s.top_h is not None:
+            p = filters.top_h(p, s.top_h)
+        if s.top_k:
+            p = filters.top_k(p, s.top_k)
+        if s.top_p < 1:
+            p = filters.top_p(p, s.top_p)
+        if s.min_p > 0:
+            p = filters.min_p(p, s.min_p)
+        if s.typical_p < 1:
+            p = filters.typical(p, s.typical_p)
+        if 0 < s.epsilon_cutoff < 1:
+            p = filters.epsilon(p, s.epsilon_cutoff)
+        if 0 < s.eta_cutoff < 1:
+            p = filters.eta(p, s.eta_cutoff)
         return p / p.sum()
 
-    def _nucleus(self, p: Array) -> Array:
-        """The smallest set of most likely tokens whose probabilities reach top_p; at least one."""
-        order = np.argsort(p)
-        tail = np.cumsum(p[order]) <= 1 - self.top_p
-        tail[-1] = False
-        kept = p.copy()
-        kept[order[tail]] = 0
-        return kept / kept.sum()
 
-    def _penalized(self, logits: Array, history: Sequence[int]) -> Array:
-        """Scores of tokens that occurred: divided by the penalty if positive, multiplied if negative (CTRL,
-        2019)."""
-        if self.repetition_penalty == 1 or not len(history):
-            return logits
-        scores = logits.astype(np.float64)
-        seen = np.unique(np.asarray(history))
-        old = scores[seen]
-        scores[seen] = np.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
-        return scores
+def draw(p: Array, rng: np.random.Generator) -> int:
+    """A token, with probabilities proportional to p (v,)."""
+    # Inverting the cumulative sum in float64 draws exactly these probabilities and never a token of
+    # probability 0.
+    cumulative = np.cumsum(p, dtype=np.float64)
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,11 @@ import numpy as np
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
-from einsum_transformer.generation.rows import Row, lengthen, prefill, until_longrope_changes
-from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.generation.context import context_limit
+from einsum_transformer.generation.keys import FILE, parsed, whole
+from einsum_transformer.generation.rows import Row, lengthen, prefill, until_rope_changes
+from einsum_transformer.generation.sampling import Sampler, draw
+from einsum_transformer.models.config import shown
 from einsum_transformer.models.model import Model
 
 Array = np.ndarray
@@ -41,7 +44,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(
-        self, history: Sequence[int], count: int, sampling: Sampling, rng: np.random.Generator
+        self, history: Sequence[int], count: int, sampling: Sampler, rng: np.random.Generator
     ) -> Draft:
         """At most `count` tokens that may follow the history."""
 
@@ -59,7 +62,7 @@ class PromptLookup(Drafter):
         self.longest = longest
 
     def propose(
-        self, history: Sequence[int], count: int, sampling: Sampling, rng: np.random.Generator
+        self, history: Sequence[int], count: int, sampling: Sampler, rng: np.random.Generator
     ) -> Draft:
         text = np.asarray(history)
         for n in range(min(self.longest, len(text) - 1), 0, -1):
@@ -82,25 +85,31 @@ class PromptLookup(Drafter):
 
 
 class ModelDrafter(Drafter):
-    """What a smaller model of the same vocabulary says, or the first layers of the model itself."""
+    """What a smaller model of the same vocabulary says, or the first layers of the model itself.
 
-    def __init__(self, model: Model, slack: int) -> None:
+    vocab_size: the size of the scores of the model that is drafted for; default the drafting model's own.
+    """
+
+    def __init__(self, model: Model, slack: int, vocab_size: int | None = None) -> None:
         self.model, self.slack = model, slack
+        self.vocab_size = vocab_size or model.config.vocab_size
         self.cache = model.cache(slack=slack)
 
     def propose(
-        self, history: Sequence[int], count: int, sampling: Sampling, rng: np.random.Generator
+        self, history: Sequence[int], count: int, sampling: Sampler, rng: np.random.Generator
     ) -> Draft:
         draft, text = Draft([], []), list(history)
         if self.cache.length and self.cache.tokens[0].tolist() != text[: self.cache.length]:
             self.cache = self.model.cache(slack=self.slack)  # another text
-        # A model drafts within its own context, and before its RoPE changes.
-        limit = self.model.config.max_position_embeddings - len(text) + 1
+        # A model drafts within its own context.
+        limit = context_limit(self.model.config) - len(text) + 1
         for _ in range(min(count, limit)):
             new = text[self.cache.length :]
+            if max(new) >= self.model.config.vocab_size:
+                break  # the padding of a larger vocabulary: no token that this model has
             lengthen(self.model, self.cache, len(new))
-            logits = prefill(self.model, np.array([new]), self.cache)[0]
-            if sampling.temperature == 0:
+            logits = _resized(prefill(self.model, np.array([new]), self.cache)[0], self.vocab_size)
+            if sampling.greedy:
                 token, p = sampling.choose(logits, text, rng), None
             else:
                 p = sampling.probabilities(logits, text)
@@ -112,6 +121,12 @@ class ModelDrafter(Drafter):
 
     def settle(self, kept: int) -> None:
         self.cache.truncate(min(self.cache.length, kept))
+
+
+def _resized(logits: Array, size: int) -> Array:
+    """Scores (v,) over a vocabulary that is padded to another size: what is missing is never drafted."""
+    missing = max(0, size - len(logits))
+    return np.pad(logits[:size], (0, missing), constant_values=-np.inf) if len(logits) != size else logits
 
 
 def first_layers(model: Model, layers: int) -> Model:
@@ -210,10 +225,8 @@ class Speculation:
         time says what a token costs without speculation."""
         if self.statistics.step_seconds == 0:
             return 0
-        left = row.settings.max_new_tokens - len(row.result.tokens) - 1
-        return max(
-            0, min(self.drafts, left, limit - cache.length - 1, until_longrope_changes(model, cache) - 1)
-        )
+        left = row.budget - len(row.result.tokens) - 1
+        return max(0, min(self.drafts, left, limit - cache.length - 1, until_rope_changes(model, cache) - 1))
 
     def _settle(self, row: Row, draft: Draft, logits: Array, base: int, limit: int) -> tuple[int, int, str]:
         """(drafts kept, the last token, the new text): gives the row tokens until one is no draft or ends it.
@@ -252,7 +265,7 @@ class Speculation:
 def judged(row: Row, draft: Draft, place: int, logits: Array) -> int:
     """The token that follows: the draft's at this place if it is kept, else another; after the draft, a free
     choice."""
-    if place == len(draft.tokens) or row.sampling.temperature == 0:
+    if place == len(draft.tokens) or row.sampling.greedy:
         return row.sampling.choose(logits, row.history, row.rng)
     p = row.sampling.probabilities(logits, row.history)
     token, q = draft.tokens[place], draft.probabilities[place]
@@ -266,25 +279,25 @@ def judged(row: Row, draft: Draft, place: int, logits: Array) -> int:
     return draw(rest, row.rng)
 
 
-def draw(p: Array, rng: np.random.Generator) -> int:
-    """A token, with probabilities proportional to p (v,)."""
-    cumulative = np.cumsum(p, dtype=np.float64)
-    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-
-
 def speculation(
     model: Model,
     draft_model: Model | None = None,
     draft_layers: int | None = None,
     prompt_lookup: int | bool = False,
     num_draft_tokens: int | None = None,
+    stated: Mapping[str, Any] | None = None,
 ) -> Speculation | None:
     """The speculation that these settings ask for, None where they ask for none.
 
     draft_model: a model of the same vocabulary; draft_layers: the model's own first layers; prompt_lookup:
-    the longest ending to look for, or True. num_draft_tokens: tokens of a draft.
+    the longest ending to look for, or True. num_draft_tokens: tokens of a draft. stated: where
+    num_assistant_tokens, prompt_lookup_num_tokens and max_matching_ngram_size stand; default
+    generation_config.json.
     """
-    lookup = LOOKUP if prompt_lookup is True else int(prompt_lookup)
+    stated = (model.generation_config or {}) if stated is None else stated
+    lookup = int(prompt_lookup)
+    if prompt_lookup is True:
+        lookup = _stated(model, stated, "max_matching_ngram_size", LOOKUP)
     asked = [
         name
         for name, value in (
@@ -300,17 +313,40 @@ def speculation(
         if num_draft_tokens is not None:
             raise InputError("num_draft_tokens needs draft_model, draft_layers or prompt_lookup")
         return None
-    stated = model.generation_config or {}
     name = "prompt_lookup_num_tokens" if lookup else "num_assistant_tokens"
-    drafts = num_draft_tokens if num_draft_tokens is not None else stated.get(name) or DRAFTS
+    drafts = num_draft_tokens if num_draft_tokens is not None else _stated(model, stated, name, DRAFTS)
     if not isinstance(drafts, int) or not 1 <= drafts <= 256:
         raise InputError(f"num_draft_tokens is {drafts!r}: a whole number from 1 to 256 is expected")
     if lookup:
         return Speculation(PromptLookup(lookup), drafts)
     drafting = draft_model if draft_model is not None else first_layers(model, draft_layers or 0)
-    if drafting.config.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"{drafting.source}: drafts from a vocabulary of {drafting.config.vocab_size}, "
-            f"{model.source} has {model.config.vocab_size}: both must have the same"
-        )
-    return Speculation(ModelDrafter(drafting, drafts + 1), drafts)
+    _check_vocabulary(model, drafting)
+    return Speculation(ModelDrafter(drafting, drafts + 1, model.config.vocab_size), drafts)
+
+
+def _stated(model: Model, stated: Mapping[str, Any], name: str, default: int) -> int:
+    value = stated.get(name)
+    from_file = value is (model.generation_config or {}).get(name)
+    return default if value is None else parsed(name, value, whole(1), FILE if from_file else "")
+
+
+def _check_vocabulary(model: Model, drafting: Model) -> None:
+    """Raise InputError unless a token has the same id in both models; padding may differ in size."""
+    own, other = model.tokenizer, drafting.tokenizer
+    if own is None or other is None:
+        if drafting.config.vocab_size != model.config.vocab_size:
+            raise InputError(
+                f"{drafting.source}: drafts from a vocabulary of {drafting.config.vocab_size}, "
+                f"{model.source} has {model.config.vocab_size}: both must have the same"
+            )
+        return
+    if own is other:
+        return
+    ids, drafted = (each.backend.get_vocab(with_added_tokens=True) for each in (own, other))
+    tokens = {i: token for token, i in ids.items()}
+    for token, i in drafted.items():
+        if ids.get(token, i) != i or tokens.get(i, token) != token:
+            raise InputError(
+                f"{drafting.source}: its tokenizer is not that of {model.source}: "
+                f"token {i} is {shown(token)} here and {shown(tokens.get(i))} there"
+            )

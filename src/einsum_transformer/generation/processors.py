@@ -1,0 +1,146 @@
+"""Logits processors: what changes the scores of the next token before one is chosen, as in transformers.
+
+Each function here makes a processor; a processor changes the scores (v,), float64, in place, and knows the
+tokens so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from einsum_transformer.errors import InputError
+
+Array = np.ndarray
+Processor = Callable[[Array, Sequence[int]], None]
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+def biased(name: str, biases: Sequence[tuple[tuple[int, ...], float]]) -> Processor:
+    """Add each bias to the last token of its sequence where the text ends with the tokens before it.
+
+    Biases of one token add up before they are added to its score.
+    """
+
+    following: dict[int, dict[tuple[int, ...], list[tuple[int, float]]]] = {}
+    for (*before, last), bias in biases:
+        following.setdefault(len(before), {}).setdefault(tuple(before), []).append((last, bias))
+    largest = max(max(tokens) for tokens, _ in biases)
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        if largest >= len(scores):
+            raise InputError(f"{name}: token {largest} is outside the vocabulary of {len(scores)}")
+        total: dict[int, float] = {}
+        for length, found in following.items():
+            ending = tuple(history[len(history) - length :]) if length <= len(history) else None
+            for token, bias in found.get(ending, ()) if ending is not None else ():
+                total[token] = total.get(token, 0.0) + bias
+        for token, bias in total.items():
+            scores[token] += bias
+
+    return process
+
+
+def penalized(penalty: float) -> Processor:
+    """Scores of tokens that occurred: divided by the penalty if positive, multiplied if negative (CTRL,
+    2019)."""
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        _penalize(scores, np.unique(np.asarray(history, np.int64)), penalty)
+
+    return process
+
+
+def prompt_favoured(penalty: float, prompt: Sequence[int]) -> Processor:
+    """The contrary for the tokens of the prompt: a penalty above 1 makes them more likely."""
+    seen = np.unique(np.asarray(prompt, np.int64))
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        _penalize(scores, seen, 1 / penalty)
+
+    return process
+
+
+def _penalize(scores: Array, seen: Array, penalty: float) -> None:
+    seen = seen[seen < len(scores)]
+    old = scores[seen]
+    with np.errstate(over="ignore", under="ignore"):
+        scores[seen] = np.where(old > 0, old / penalty, old * penalty)
+
+
+def no_repeated_ngram(size: int) -> Processor:
+    """No token that would end a sequence of `size` tokens which the text has already."""
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        if len(history) < size:
+            return
+        text = np.asarray(history)
+        windows = np.lib.stride_tricks.sliding_window_view(text, size)
+        same = (windows[:, :-1] == text[len(text) - size + 1 :]).all(axis=1)
+        scores[_inside(windows[same, -1], scores)] = -np.inf
+
+    return process
+
+
+def no_ngram_of_prompt(size: int, prompt: Sequence[int]) -> Processor:
+    """No token that would end a sequence of `size` tokens which the prompt has."""
+    following: dict[tuple[int, ...], list[int]] = {}
+    for start in range(len(prompt) - size + 1):
+        following.setdefault(tuple(prompt[start : start + size - 1]), []).append(prompt[start + size - 1])
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        if len(history) >= size - 1:
+            ending = tuple(history[len(history) - size + 1 :])
+            scores[_inside(np.array(following.get(ending, []), np.int64), scores)] = -np.inf
+
+    return process
+
+
+def suppressed(tokens: Sequence[int], when: Callable[[int], bool] = lambda length: True) -> Processor:
+    """Never these tokens, while `when` holds of the text's length."""
+    ids = np.array([token for token in tokens if 0 <= token < 1 << 62], np.int64)
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        if when(len(history)):
+            scores[_inside(ids, scores)] = -np.inf
+
+    return process
+
+
+def forced(name: str, tokens: Sequence[int], length: int) -> Processor:
+    """One of these tokens after exactly `length` tokens."""
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        if len(history) == length:
+            if not 0 <= min(tokens) <= max(tokens) < len(scores):
+                raise InputError(f"{name} is {list(tokens)}: the vocabulary has {len(scores)} tokens")
+            scores[:] = -np.inf
+            scores[list(tokens)] = 0
+
+    return process
+
+
+def finite(scores: Array, history: Sequence[int]) -> None:
+    """Not-a-number becomes 0, infinite the largest or smallest float32."""
+    np.nan_to_num(scores, copy=False, nan=0.0, posinf=float(_FLOAT32.max), neginf=float(_FLOAT32.min))
+
+
+def decaying(start: int, factor: float, ends: Sequence[int]) -> Processor:
+    """After `start` tokens, |score| (factor^n - 1) is added to the end tokens' scores, n tokens later."""
+    ids = np.array(ends, np.int64)
+
+    def process(scores: Array, history: Sequence[int]) -> None:
+        if len(history) > start:
+            old = scores[ids]
+            with np.errstate(over="ignore", invalid="ignore"):
+                grown = np.abs(old) * (np.float64(factor) ** (len(history) - start) - 1)
+            # Finite, so that a later softmax is.
+            scores[ids] = np.where(np.isfinite(old), np.minimum(old + np.nan_to_num(grown), 1e300), old)
+
+    return process
+
+
+def _inside(tokens: Array, scores: Array) -> Array:
+    return tokens[(tokens >= 0) & (tokens < len(scores))]
