@@ -1,6 +1,7 @@
 """Chat templates: a conversation and the checkpoint's jinja2 template give the prompt's text."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from einsum_transformer.errors import InputError
@@ -9,7 +10,12 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 90
 
 
-def render_chat(
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The text of `render_chat_spans`."""
+    return render_chat_spans(template, messages, **options)[0]
+
+
+def render_chat_spans(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -21,9 +27,10 @@ def render_chat(
     seconds: float = 2.0,
     max_chars: int = 1_000_000,
     **variables: Any,
-) -> str:
+) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation as transformers' `apply_chat_template(tokenize=False)` does.
 
+    Returns the text, and the (first, past the last) character of each `{% generation %}` block in it.
     The template is untrusted: it runs in a sandbox, for at most `seconds`, and makes at most `max_chars`
     characters. Raises InputError for a malformed message and for a template that is wrong, runs too long or
     raises an exception of its own.
@@ -39,14 +46,18 @@ def render_chat(
     return _render(template, given, seconds, max_chars)
 
 
-def _render(template: str, variables: dict[str, Any], seconds: float, max_chars: int) -> str:
+def _render(
+    template: str, variables: dict[str, Any], seconds: float, max_chars: int
+) -> tuple[str, list[tuple[int, int]]]:
     from jinja2 import TemplateError, TemplateSyntaxError
 
     from einsum_transformer.text.bounds import OutOfTime, bounded
-    from einsum_transformer.text.sandbox import WATCHED, compile_template
+    from einsum_transformer.text.sandbox import EDGE, WATCHED, compile_template
 
     chunks: list[str] = []
+    edges: list[tuple[bool, int]] = []
     room = max_chars
+    token = EDGE.set(lambda begins: edges.append((begins, max_chars - room)))
     try:
         with bounded(seconds, max_chars, WATCHED):
             compiled = compile_template(template)
@@ -65,7 +76,15 @@ def _render(template: str, variables: dict[str, Any], seconds: float, max_chars:
         raise InputError(f"chat template: {_line(error.message)}") from None
     except Exception as error:  # anything the template's own expressions do wrong
         raise InputError(f"chat template: {type(error).__name__}: {_line(error)}") from None
-    return "".join(chunks)
+    finally:
+        EDGE.reset(token)
+    return "".join(chunks), _spans(edges)
+
+
+def _spans(edges: Sequence[tuple[bool, int]]) -> list[tuple[int, int]]:
+    """Blocks with text in them; one that a `{% break %}` leaves has no end and is left out."""
+    pairs = pairwise(edges)
+    return [(a, b) for (begins, a), (goes_on, b) in pairs if begins and not goes_on and a < b]
 
 
 def _line(message: Any) -> str:

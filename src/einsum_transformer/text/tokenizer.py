@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.text.chat_template import render_chat
+from einsum_transformer.text.chat_template import render_chat_spans
 from einsum_transformer.text.gguf_vocab import check_charsmap, checked, read_gguf_vocab
 from einsum_transformer.text.streaming import StreamDecoder, stream_decoder
 
@@ -185,6 +185,17 @@ class Tokenizer:
         **variables: Any,
     ) -> list[int]:
         """Ids of a conversation; the template writes every special token itself, so none is added."""
+        text, _ = self.chat_text(messages, add_generation_prompt, tools, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the (first, past the last) character of each generation block."""
         template = self.chat_template
         if tools is not None:
             template = self.chat_templates.get("tool_use", template)
@@ -192,8 +203,7 @@ class Tokenizer:
             raise InputError(f"{self.source}: has no chat template; give a plain prompt instead")
         named: dict[str, Any] = {"bos_token": self._text(self.bos_id), "eos_token": self._text(self.eos_id)}
         named |= variables | {"tools": tools, "add_generation_prompt": add_generation_prompt}
-        text = render_chat(template, messages, **named)
-        return self.encode(text, add_special_tokens=False)
+        return render_chat_spans(template, messages, **named)
 
     def save(self, folder: Path) -> None:
         """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer."""
