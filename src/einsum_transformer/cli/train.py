@@ -17,7 +17,7 @@ from einsum_transformer.errors import InputError
 if TYPE_CHECKING:
     from einsum_transformer.checkpoint import Model
     from einsum_transformer.models.run_config import RunConfig
-    from einsum_transformer.training.data import Batches, Rows
+    from einsum_transformer.training.data import RandomTokens, TextBatches
     from einsum_transformer.training.optimizers import SGD, AdamW
 
 _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
@@ -28,12 +28,13 @@ def train(
     model_flag: options.ModelFlag = None,
     config: options.ConfigFlag = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text, or .jsonl of text, prompts or messages.")
+        str | None, typer.Option(metavar="FILE", help="Text, or JSON records of text, prompts or messages.")
     ] = None,
     valid: Annotated[str | None, typer.Option(metavar="FILE", help="Data to validate with.")] = None,
     valid_share: Annotated[
-        float, typer.Option(metavar="X", help="Without --valid, the part of --data that is held out.")
-    ] = 0.05,
+        float | None,
+        typer.Option(metavar="X", help="Without --valid, the part of --data that is held out; default 0.05."),
+    ] = None,
     mask_prompt: Annotated[bool, typer.Option("--mask-prompt", help="Learn the answers only.")] = False,
     pad: Annotated[bool, typer.Option("--pad", help="A row for each example, not packed ones.")] = False,
     long: Annotated[
@@ -152,6 +153,7 @@ def train(
     etx run --adapter-path my-run/step-00000100 -p "Once upon a time"
     """
     from einsum_transformer.analysis.training import check_plot
+    from einsum_transformer.cli.training_data import Text, batches_of
     from einsum_transformer.cli.training_run import TrainingRun, show
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
@@ -193,11 +195,11 @@ def train(
     length = seq_len or (keys.seq_len if keys else _LENGTH)
     if length > loaded.config.max_position_embeddings:
         raise InputError(f"--seq-len {length}: the context is {loaded.config.max_position_embeddings} tokens")
-    text = _Text(data, valid, valid_share, mask_prompt, not pad, long == "split", output if resume else None)
-    loaded, batches, validation = _batches(
+    text = Text(data, valid, valid_share, mask_prompt, not pad, long == "split", output if resume else None)
+    loaded, batches, validation = batches_of(
         loaded, text, rows, length, seed or 0, fix_batch, grad_accumulation_steps
     )
-    compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer)
+    compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer, batches)
     adapters = _Adapters(lora, lora_rank, lora_alpha, lora_dropout, lora_targets, rslora)
     adapted = _with_adapters(loaded, keys, adapters, seed or 0)
     folder = Path(output or _new_folder(loaded.source))
@@ -222,17 +224,6 @@ def train(
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    data: str | None
-    valid: str | None
-    share: float
-    mask_prompt: bool
-    pack: bool
-    split_long: bool
-    resumed: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Adapters:
     wanted: bool
     rank: int | None
@@ -252,62 +243,13 @@ def _new_folder(source: str) -> str:
     return str(folder)
 
 
-def _batches(
-    model: Model, text: _Text, rows: int, length: int, seed: int, fixed: bool, accumulation: int
-) -> tuple[Model, Batches, Rows | None]:
-    """The model with a tokenizer, the batches, and the rows to validate with."""
-    from einsum_transformer.training.data import (
-        RandomTokens,
-        TextBatches,
-        arrange,
-        held_out,
-        read_examples,
-    )
-
-    if text.data is None:
-        for flag, given in (("--valid", text.valid), ("--mask-prompt", text.mask_prompt)):
-            if given:
-                raise InputError(f"{flag} needs --data, a file of text")
-        return model, RandomTokens(model.config.vocab_size, rows, length, seed, fixed, accumulation), None
-    model = _with_tokenizer(model, text)
-    assert model.tokenizer is not None
-    examples = read_examples(text.data, model.tokenizer, text.mask_prompt)
-    if text.valid is not None:
-        other = read_examples(text.valid, model.tokenizer, text.mask_prompt)
-    elif text.share > 0:
-        examples, other = held_out(examples, text.share, seed)
-    else:
-        other = []
-    arranged = arrange(examples, length, text.pack, text.split_long)
-    validation = arrange(other, length, text.pack, text.split_long) if other else None
-    model.checked(arranged.tokens)
-    return model, TextBatches(arranged, rows, seed, accumulation, fixed), validation
-
-
-def _with_tokenizer(model: Model, text: _Text) -> Model:
-    """The model as it is if it has a tokenizer, else with one that is trained on the data."""
-    from dataclasses import replace
-
-    from einsum_transformer.text.tokenizer import Tokenizer
-    from einsum_transformer.training.state import checkpoints
-
-    if model.tokenizer is not None:
-        return model
-    saved = [folder for folder in checkpoints(text.resumed or "") if (folder / "tokenizer.json").exists()]
-    config = replace(model.config, eos_token_id=(0,))
-    if text.resumed and saved:
-        return replace(model, tokenizer=Tokenizer.from_folder(saved[-1]), config=config)
-    path = Path(str(text.data))
-    try:
-        content = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    tokenizer = Tokenizer.train(content.splitlines(keepends=True), model.config.vocab_size)
-    return replace(model, tokenizer=tokenizer, config=config)
-
-
 def _compute(
-    workers: int | None, address: str | None, threads: int | None, timeout: float, shard: bool
+    workers: int | None,
+    address: str | None,
+    threads: int | None,
+    timeout: float,
+    shard: bool,
+    batches: RandomTokens | TextBatches,
 ) -> Any:
     """Who computes: this process, or workers of a Ray cluster."""
     from einsum_transformer.training.loop import Local
@@ -317,8 +259,10 @@ def _compute(
             if given:
                 raise InputError(f"{flag} needs --ray-workers, their number")
         return Local
-    from einsum_transformer.cluster.data_parallel import data_parallel
+    from einsum_transformer.cluster.data_parallel import check_rows, data_parallel
 
+    # Before Ray starts, which takes its time.
+    check_rows(batches.batch_size // batches.accumulation, workers)
     return data_parallel(workers, address, threads, timeout, shard)
 
 

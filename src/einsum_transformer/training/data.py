@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
+from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy
 from einsum_transformer.training.records import Example as Example
 from einsum_transformer.training.records import read_examples as read_examples
@@ -119,7 +120,10 @@ def _cut(example: Example, length: int) -> Iterator[Batch]:
 
 
 def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(to train on, to validate with): so many of the examples, drawn by seed; of a single text its end."""
+    """(to train on, to validate with): so many of the examples, drawn by seed; of a single text its end.
+
+    A single conversation or answer is not cut: nothing is held out then, and a note says so.
+    """
     if not 0 < share < 1:
         raise InputError(f"the validation share is {share}: a number between 0 and 1 is expected")
     if len(examples) > 1:
@@ -128,11 +132,17 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
         train = [example for i, example in enumerate(examples) if i not in drawn]
         return train, [example for i, example in enumerate(examples) if i in drawn]
     whole = examples[0]
+    if not whole.divisible:
+        note(f"{whole.place}: the only example, so nothing is held out to validate with")
+        return [whole], []
     cut = min(len(whole.tokens) - 2, round((1 - share) * len(whole.tokens)))
     if cut < 2:
-        raise InputError(f"{whole.place}: too short to hold a part of it out")
-    return [Example(whole.tokens[:cut], whole.trained[:cut], whole.place)], [
-        Example(whole.tokens[cut:], whole.trained[cut:], whole.place)
+        raise InputError(
+            f"{whole.place}: too short to hold a part of it out; --valid-share 0 holds out nothing"
+        )
+    first, rest = slice(None, cut), slice(cut, None)
+    return [replace(whole, tokens=whole.tokens[first], trained=whole.trained[first])], [
+        replace(whole, tokens=whole.tokens[rest], trained=whole.trained[rest])
     ]
 
 
@@ -153,7 +163,7 @@ class TextBatches:
         _check_counts(self.batch_size, self.accumulation, self.seed)
         if self.batch_size > len(self.rows):
             raise InputError(
-                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: make them shorter"
+                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: a smaller batch"
             )
 
     @property

@@ -33,8 +33,11 @@ class Example:
     """A plain text, of which a part is a text too; a conversation or an answer is one only as a whole."""
 
 
-def read_examples(path: str | Path, tokenizer: Tokenizer, mask_prompt: bool = False) -> list[Example]:
-    """The sequences of a data file: each record of JSONL or of a JSON array, any other file as one text.
+def read_examples(
+    path: str | Path, tokenizer: Tokenizer, mask_prompt: bool = False, part: str = "train"
+) -> list[Example]:
+    """The sequences of a data file: each record of JSONL or of a JSON array, any other file as one text; of a
+    folder those of `<part>.jsonl` in it.
 
     A record is one of
     {"text": ...};
@@ -46,7 +49,7 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, mask_prompt: bool = Fa
     messages are targets. A message with "weight": 0 or "train": false is no target in any case.
     Keys that are not used are named in one note. Errors: InputError that names the file and the record.
     """
-    return examples_of(read_data(path, keys.has_form), tokenizer, mask_prompt)
+    return examples_of(read_data(path, keys.has_form, part), tokenizer, mask_prompt)
 
 
 def examples_of(data: Data, tokenizer: Tokenizer, mask_prompt: bool = False) -> list[Example]:
