@@ -143,13 +143,33 @@ def test_resumed_is_uninterrupted(
     assert {path.name: path.read_bytes() for path in Path("out/step-00000006").iterdir()} == last
 
 
+def test_a_changed_training_of_adapters_names_the_way_out(
+    text: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(capsys, *text, "--lora", "--steps", "2")
+    assert etx(*text, "--lora", "--lr", "0.5", "--resume", "--steps", "3", "--quiet") == 2
+    assert "--adapter-path out/step-00000002 and another output folder (-o), without --resume" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("b.txt").write_text(TEXT.replace("cat", "dog"))
     told(capsys, *text, "--steps", "2")
     for flags, message in (
         ([], "out: holds a training already; --resume goes on with it"),
         (["--resume", "--steps", "2"], "all 2 steps are done already"),
         (["--resume", "--seed", "1", "--steps", "3"], "is of another training: .*seed is 0 there and 1 here"),
         (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 there and 0.5 here"),
+        (
+            ["--resume", "--lr", "0.5", "--steps", "3"],
+            "give out/step-00000002 as the model and another output",
+        ),
+        (["--resume", "--data", "b.txt", "--steps", "3"], "the data have other contents or other tokens"),
+        (
+            ["--resume", "--valid-share", "0.3", "--steps", "3"],
+            "the data have other contents or other tokens",
+        ),
     ):
         assert etx(*text, *flags, "--quiet") == 2
         captured = capsys.readouterr()
@@ -167,6 +187,14 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--optimizer", "lion"], "--optimizer 'lion': choose sgd or adamw"),
         (["--optimizer", "adamw", "--momentum", "0.9"], "belong to sgd"),
         (["--nesterov"], "nesterov needs a momentum"),
+        (["--beta2", "0.95"], "--beta2 belongs to adamw; sgd has --momentum"),
+        (["--optimizer", "adamw", "--beta2", "1"], "beta2 is 1.0: at least 0 and less than 1"),
+        (["--min-lr", "1e-5"], "--min-lr is where a schedule ends: choose --schedule cosine or linear"),
+        (["--min-lr", "1", "--schedule", "cosine"], "--min-lr 1.0: more than the learning rate, 0.01"),
+        (
+            ["--decay-matrices-only"],
+            "--decay-matrices-only says what --weight-decay holds for, but that is 0",
+        ),
         (["--schedule", "step"], "schedule 'step': choose constant, linear, cosine"),
         (["--warmup-steps", "11"], "warmup_steps is 11 of 10"),
         (["--clip-norm", "0"], "clip_norm is 0"),
@@ -192,6 +220,25 @@ def test_one_line_for_a_mistake(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_the_recipe_of_nanogpt(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate that ends at a tenth of itself, beta2 0.95, and a decay of matrices only."""
+    flags = "--optimizer adamw --beta1 0.8 --beta2 0.95 --eps 1e-7 --weight-decay 0.1 --decay-matrices-only"
+    schedule = "--lr 0.01 --schedule cosine --min-lr 0.001 --warmup-steps 2 --clip-norm 1"
+    told(capsys, "--config", config, "--steps", "6", *flags.split(), *schedule.split(), "-o", "out")
+    about = json.loads(Path("out/run.json").read_text())
+    assert about["optimizer"] == {
+        "name": "AdamW",
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "eps": 1e-7,
+        "weight_decay": 0.1,
+        "decay_matrices_only": True,
+    }
+    # min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 with p = 0, 1/4, 1/2, 3/4 after the warm-up
+    rates = [0.005, 0.01, 0.01, 0.00868198, 0.0055, 0.00231802]
+    assert [line["lr"] for line in metrics("out")] == pytest.approx(rates, rel=1e-5)
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(

@@ -13,12 +13,14 @@ import typer
 
 from einsum_transformer.cli import options
 from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
 
 if TYPE_CHECKING:
     from einsum_transformer.checkpoint import Model
     from einsum_transformer.models.run_config import RunConfig
     from einsum_transformer.training.data import RandomTokens, TextBatches
     from einsum_transformer.training.optimizers import SGD, AdamW
+    from einsum_transformer.training.schedule import Schedule
 
 _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
 
@@ -59,9 +61,25 @@ def train(
     weight_decay: Annotated[
         float | None, typer.Option(metavar="X", help="Default 0 for sgd, 0.01 for adamw.")
     ] = None,
+    decay_matrices_only: Annotated[
+        bool, typer.Option("--decay-matrices-only", help="No weight decay of norms and biases.")
+    ] = False,
+    beta1: Annotated[
+        float | None, typer.Option("--beta1", "--adam-beta1", metavar="X", help="Of adamw; default 0.9.")
+    ] = None,
+    beta2: Annotated[
+        float | None, typer.Option("--beta2", "--adam-beta2", metavar="X", help="Of adamw; default 0.999.")
+    ] = None,
+    eps: Annotated[
+        float | None, typer.Option("--eps", "--adam-epsilon", metavar="X", help="Of adamw; default 1e-8.")
+    ] = None,
     schedule: Annotated[
-        str, typer.Option(metavar="constant|linear|cosine", help="How the learning rate goes to 0.")
+        str, typer.Option(metavar="constant|linear|cosine", help="How the learning rate goes to --min-lr.")
     ] = "constant",
+    min_lr: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Where linear and cosine schedules end; default 0."),
+    ] = None,
     warmup_steps: Annotated[int, typer.Option(metavar="N", min=0, help="Steps of rising learning rate.")] = 0,
     clip_norm: Annotated[
         float | None, typer.Option(metavar="X", help="Bound for the norm of all gradients together.")
@@ -157,14 +175,22 @@ def train(
     from einsum_transformer.cli.training_run import TrainingRun, show
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
-    from einsum_transformer.training.schedule import Schedule
 
     source = options.source_of(model, model_flag, config, assignments)
     keys = None if isinstance(source, str) else source
     rate = lr if lr is not None else keys.learning_rate if keys else _RATE
     settings = Settings(
-        Schedule(rate, steps, schedule, warmup_steps),
-        _optimizer(optimizer, momentum, nesterov, weight_decay),
+        _schedule(rate, steps, schedule, warmup_steps, min_lr),
+        _optimizer(
+            optimizer,
+            momentum,
+            nesterov,
+            weight_decay,
+            decay_matrices_only,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        ),
         clip_norm,
         seed or 0,
         grad_checkpoint,
@@ -199,6 +225,8 @@ def train(
     loaded, batches, validation = batches_of(
         loaded, text, rows, length, seed or 0, fix_batch, grad_accumulation_steps
     )
+    if eval_every and validation is None:
+        note("--eval-every: there is nothing to validate with")
     compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer, batches)
     adapters = _Adapters(lora, lora_rank, lora_alpha, lora_dropout, lora_targets, rslora)
     adapted = _with_adapters(loaded, keys, adapters, seed or 0)
@@ -266,16 +294,40 @@ def _compute(
     return data_parallel(workers, address, threads, timeout, shard)
 
 
-def _optimizer(name: str, momentum: float, nesterov: bool, weight_decay: float | None) -> SGD | AdamW:
+def _schedule(lr: float, steps: int, shape: str, warmup_steps: int, min_lr: float | None) -> Schedule:
+    from einsum_transformer.training.schedule import Schedule
+
+    if min_lr is not None and shape == "constant":
+        raise InputError("--min-lr is where a schedule ends: choose --schedule cosine or linear")
+    if min_lr is not None and min_lr > lr:
+        raise InputError(f"--min-lr {min_lr}: more than the learning rate, {lr}")
+    return Schedule(lr, steps, shape, warmup_steps, min_lr or 0.0)
+
+
+def _optimizer(
+    name: str,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float | None,
+    matrices_only: bool,
+    **of_adam: float | None,
+) -> SGD | AdamW:
     from einsum_transformer.training.optimizers import OPTIMIZERS, SGD, AdamW
 
     if name not in OPTIMIZERS:
         raise InputError(f"--optimizer {name!r}: choose {' or '.join(OPTIMIZERS)}")
+    given = {key: value for key, value in of_adam.items() if value is not None}
+    if name == "sgd" and given:
+        raise InputError(f"--{next(iter(given))} belongs to adamw; sgd has --momentum")
+    if matrices_only and not (name == "adamw" if weight_decay is None else weight_decay):
+        raise InputError("--decay-matrices-only says what --weight-decay holds for, but that is 0")
     if name == "sgd":
-        return SGD(momentum, nesterov, weight_decay or 0.0)
+        return SGD(momentum, nesterov, weight_decay or 0.0, matrices_only)
     if momentum or nesterov:
         raise InputError("--momentum and --nesterov belong to sgd; adamw has moments of its own")
-    return AdamW() if weight_decay is None else AdamW(weight_decay=weight_decay)
+    if weight_decay is not None:
+        given["weight_decay"] = weight_decay
+    return AdamW(decay_matrices_only=matrices_only, **given)
 
 
 def _with_adapters(model: Model, keys: RunConfig | None, flags: _Adapters, seed: int) -> Model:
