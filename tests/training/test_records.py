@@ -84,6 +84,11 @@ def learnt(example: Example, tokenizer: Tokenizer) -> str:
             f"<system>s{END}<user>hi{END}<assistant>yes{END}",
         ),
         ({"conversations": CHAT}, f"<user>hi{END}<assistant>yes{END}"),
+        ({"messages": CHAT, "system": "s"}, f"<system>s{END}<user>hi{END}<assistant>yes{END}"),
+        (
+            {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "s"},
+            f"<system>s{END}<user>hi{END}<assistant>yes{END}",
+        ),
         ({"prompt": "to ", "completion": "be", "id": 7}, f"to be{END}"),
         ({"text": "to be"}, f"to be{END}"),
         ({"text": f"to be{END}"}, f"to be{END}"),
@@ -163,6 +168,8 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ({"conversations": [{"from": "bard", "value": "a"}]}, r"conversations\[0\]: 'from' is \"bard\""),
         ({"conversations": [{"from": "gpt", "role": "user", "value": "a"}]}, "has both from and value"),
         ({"conversations": CHAT, "system": 1}, "'system': a string is expected"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "no system message beside it"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "'system': a chat template renders it"),
     ],
 )
 def test_what_is_not_learnt_from_is_refused(

@@ -103,8 +103,9 @@ def test_turns_of_tools_and_reasoning_are_those_of_all_prefixes(tmp_path: Path) 
     np.testing.assert_array_equal(example.trained, expected[1])
 
 
-def test_a_long_conversation_takes_a_linear_time(tmp_path: Path) -> None:
-    tokenizer = with_template(BYTES, TEMPLATES["smollm2"])
+@pytest.mark.parametrize("template", ["smollm2", "phi3", "qwen3"])
+def test_a_long_conversation_takes_a_linear_time(template: str, tmp_path: Path) -> None:
+    tokenizer = with_template(BYTES, TEMPLATES[template])
     pair = [{"role": "user", "content": "to be or not to be"}, {"role": "assistant", "content": "that is it"}]
 
     def seconds(messages: list[dict[str, Any]]) -> float:

@@ -11,11 +11,11 @@ from typing import Any
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.safetensors import parse_json
 
-CONTEXT = ("tools", "documents", "chat_template_kwargs")
+CONTEXT = ("tools", "documents", "chat_template_kwargs", "system")
 """What a chat template is given beside the messages."""
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", *CONTEXT),
-    "conversations": ("conversations", "system", *CONTEXT),
+    "conversations": ("conversations", *CONTEXT),
     "chat completion": ("prompt", "completion", *CONTEXT),
     "completion": ("prompt", "completion"),
     "text": ("text",),
@@ -143,7 +143,7 @@ _ALIASES = frozenset({"thinking", "reasoning", "reasoning_content"})
 def has_form(raw: Mapping[str, Any]) -> bool:
     """Whether a JSON object is a record, of a form that is taken or of one that is refused by its name."""
     present = {key for key, value in raw.items() if value is not None}
-    own = [{key for key in names if key not in CONTEXT and key != "system"} for names in FORMS.values()]
+    own = [{key for key in names if key not in CONTEXT} for names in FORMS.values()]
     return any(names <= present for names in (*own, *(set(names) for names, _ in OTHER_FORMS)))
 
 
@@ -230,18 +230,24 @@ def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def messages_of(raw: Mapping[str, Any], form: str) -> Any:
-    """The messages of a record, those of ShareGPT with role and content for from and value."""
+    """The messages of a record, those of ShareGPT with role and content for from and value; its system prompt
+    is the first of them."""
     if form == "messages":
-        return raw["messages"]
+        return with_system(raw, raw["messages"])
     found = raw["conversations"]
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise InputError("conversations: a list of messages is expected")
-    messages = [_renamed(message, f"conversations[{i}]") for i, message in enumerate(found)]
+    return with_system(raw, [_renamed(message, f"conversations[{i}]") for i, message in enumerate(found)])
+
+
+def with_system(raw: Mapping[str, Any], messages: Any) -> Any:
+    """The messages, after a system message if the record has a system prompt."""
     system = raw.get("system")
-    if system is None or system == "":
+    if system is None or system == "" or not isinstance(messages, list):
         return messages
-    if not isinstance(system, str) or (messages and messages[0].get("role") == "system"):
-        raise InputError("'system': a string is expected, and no system message in conversations")
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if not isinstance(system, str) or first.get("role") == "system":
+        raise InputError("'system': a string is expected, and no system message beside it")
     return [{"role": "system", "content": system}, *messages]
 
 

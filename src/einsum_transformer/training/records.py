@@ -43,8 +43,8 @@ def read_examples(
     {"text": ...};
     {"prompt": ..., "completion": ...}: two strings, one after the other as they are, or two lists of
     messages;
-    {"messages": [...]}, rendered by the tokenizer's chat template with the record's tools, documents and
-    chat_template_kwargs; or "conversations" of {"from", "value"}.
+    {"messages": [...]}, rendered by the tokenizer's chat template with the record's tools, documents,
+    system prompt and chat_template_kwargs; or "conversations" of {"from", "value"}.
     A text and a completion end with EOS, if there is one. mask_prompt: only completions and the assistant's
     messages are targets. A message with "weight": 0 or "train": false is no target in any case.
     Keys that are not used are named in one note. Errors: InputError that names the file and the record.
@@ -153,7 +153,7 @@ class _Reader:
         return ids[:-1] if eos is not None and self.tokenizer.encode("")[-1:] == [eos] else ids
 
     def _chat_completion(self, raw: dict[str, Any], place: str) -> Example:
-        prompt = keys.plain_messages(raw["prompt"], "prompt")
+        prompt = keys.with_system(raw, keys.plain_messages(raw["prompt"], "prompt"))
         completion = keys.plain_messages(raw["completion"], "completion")
         chat = self._rendered(raw, [*prompt, *completion])
         try:

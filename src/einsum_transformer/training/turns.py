@@ -144,6 +144,9 @@ class _Reading:
     def _pass(self, begin: int, end: int, prompt: bool, check: bool) -> None:
         """Go on behind messages[begin:end] and, where asked for, the generation prompt."""
         chat, values = self.chat, list[str]()
+        if end == len(chat.messages) and not prompt:
+            self.position = len(chat.text)
+            return
         emptied = [_emptied(message, values) for message in chat.messages[begin:end]]
         shape = (prompt, min(begin, 2), json.dumps(emptied))
         form = self.forms.get(shape)
