@@ -19,8 +19,8 @@ from text.text_golden import byte_level, from_golden, golden
 
 TEMPLATES = {name: text for name, text in golden("chat")["templates"].items() if name != "features"}
 BYTES = byte_level()
-TOKENIZERS = (BYTES, byte_level("llama-bpe"), from_golden("sentencepiece"))
-WORDS = ["be", " to be ", "or\nnot", "user", "<|im_end|>", "", "the question, that is", "\n\nwhy", "ä ☃"]
+TOKENIZERS = (BYTES, byte_level("llama-bpe"), from_golden("sentencepiece"), from_golden("unigram"))
+WORDS = ["be", " to be ", "or\nnot", "user", "<|im_end|>", "", "the question, that is", "\n\nwhy", "ä ☃", "é"]
 
 CHAT = [
     {"role": "user", "content": "hi"},

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -205,7 +206,18 @@ def offsets(tokenizer: Tokenizer, text: str) -> Array:
         f"{tokenizer.source}: cannot encode the text",
         lambda: tokenizer.backend.encode(text, add_special_tokens=False).offsets,
     )
-    return np.array(found, np.int64).reshape(-1, 2)
+    exact: list[Span] = []
+    for (first, end), group in groupby(found):
+        count, part = len(list(group)), text[first:end]
+        size = len(part.encode()) if end - first > 1 else 0
+        # Unigram gives all tokens of a run of characters that it spells in bytes the place of the whole run.
+        exact += _of_bytes(first, part) if size == count else [(first, end)] * count
+    return np.array(exact, np.int64).reshape(-1, 2)
+
+
+def _of_bytes(first: int, text: str) -> list[Span]:
+    """The place of the character of every byte."""
+    return [(first + i, first + i + 1) for i, letter in enumerate(text) for _ in letter.encode()]
 
 
 def held(offsets: Array, spans: Sequence[Span]) -> Array:
