@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from einsum_transformer.cli.app import main
+from einsum_transformer.text.tokenizer import Tokenizer
 
 CONFIG = {
     "arch": "llama",
@@ -142,13 +143,33 @@ def test_resumed_is_uninterrupted(
     assert {path.name: path.read_bytes() for path in Path("out/step-00000006").iterdir()} == last
 
 
+def test_a_changed_training_of_adapters_names_the_way_out(
+    text: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(capsys, *text, "--lora", "--steps", "2")
+    assert etx(*text, "--lora", "--lr", "0.5", "--resume", "--steps", "3", "--quiet") == 2
+    assert "--adapter-path out/step-00000002 and another output folder (-o), without --resume" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("b.txt").write_text(TEXT.replace("cat", "dog"))
     told(capsys, *text, "--steps", "2")
     for flags, message in (
         ([], "out: holds a training already; --resume goes on with it"),
         (["--resume", "--steps", "2"], "all 2 steps are done already"),
         (["--resume", "--seed", "1", "--steps", "3"], "is of another training: .*seed is 0 there and 1 here"),
         (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 there and 0.5 here"),
+        (
+            ["--resume", "--lr", "0.5", "--steps", "3"],
+            "give out/step-00000002 as the model and another output",
+        ),
+        (["--resume", "--data", "b.txt", "--steps", "3"], "the data have other contents or other tokens"),
+        (
+            ["--resume", "--valid-share", "0.3", "--steps", "3"],
+            "the data have other contents or other tokens",
+        ),
     ):
         assert etx(*text, *flags, "--quiet") == 2
         captured = capsys.readouterr()
@@ -166,6 +187,14 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--optimizer", "lion"], "--optimizer 'lion': choose sgd or adamw"),
         (["--optimizer", "adamw", "--momentum", "0.9"], "belong to sgd"),
         (["--nesterov"], "nesterov needs a momentum"),
+        (["--beta2", "0.95"], "--beta2 belongs to adamw; sgd has --momentum"),
+        (["--optimizer", "adamw", "--beta2", "1"], "beta2 is 1.0: at least 0 and less than 1"),
+        (["--min-lr", "1e-5"], "--min-lr is where a schedule ends: choose --schedule cosine or linear"),
+        (["--min-lr", "1", "--schedule", "cosine"], "--min-lr 1.0: more than the learning rate, 0.01"),
+        (
+            ["--decay-matrices-only"],
+            "--decay-matrices-only says what --weight-decay holds for, but that is 0",
+        ),
         (["--schedule", "step"], "schedule 'step': choose constant, linear, cosine"),
         (["--warmup-steps", "11"], "warmup_steps is 11 of 10"),
         (["--clip-norm", "0"], "clip_norm is 0"),
@@ -192,6 +221,25 @@ def test_one_line_for_a_mistake(
     assert message in captured.err
 
 
+def test_the_recipe_of_nanogpt(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate that ends at a tenth of itself, beta2 0.95, and a decay of matrices only."""
+    flags = "--optimizer adamw --beta1 0.8 --beta2 0.95 --eps 1e-7 --weight-decay 0.1 --decay-matrices-only"
+    schedule = "--lr 0.01 --schedule cosine --min-lr 0.001 --warmup-steps 2 --clip-norm 1"
+    told(capsys, "--config", config, "--steps", "6", *flags.split(), *schedule.split(), "-o", "out")
+    about = json.loads(Path("out/run.json").read_text())
+    assert about["optimizer"] == {
+        "name": "AdamW",
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "eps": 1e-7,
+        "weight_decay": 0.1,
+        "decay_matrices_only": True,
+    }
+    # min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 with p = 0, 1/4, 1/2, 3/4 after the warm-up
+    rates = [0.005, 0.01, 0.01, 0.00868198, 0.0055, 0.00231802]
+    assert [line["lr"] for line in metrics("out")] == pytest.approx(rates, rel=1e-5)
+
+
 def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,3 +257,111 @@ def test_merged_at_the_end(text: list[str], capsys: pytest.CaptureFixture[str]) 
     assert Path("out/merged/model.safetensors").exists()
     assert etx(*text, "--merge", "--quiet", "-o", "full", "--steps", "1") == 2
     assert "there is no adapter to merge" in capsys.readouterr().err
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def chats(text: list[str], tmp_path: Path) -> str:
+    """A model folder with a tokenizer and a chat template; and chats.jsonl of four short conversations."""
+    assert etx(*text, "--steps", "1", "--quiet", "-o", "base") == 0
+    folder = Path("base/step-00000001")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    conversation = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": " sat on the mat"},
+    ]
+    Path("chats.jsonl").write_text(4 * (json.dumps({"messages": conversation}) + "\n"))
+    Path("one.jsonl").write_text(json.dumps({"messages": conversation}) + "\n")
+    return str(folder)
+
+
+MASKED = ["--pad", "--mask-prompt", "--lora", "--steps", "2"]
+
+
+def test_four_examples_are_enough(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them are a batch, so nothing is held out; fewer are a smaller batch."""
+    assert etx(chats, "--data", "chats.jsonl", *MASKED) == 0
+    err = capsys.readouterr().err
+    assert "note: chats.jsonl: too little for a batch and more, so nothing is held out" in err
+    assert "a batch has" not in err
+    assert "validation loss" not in err
+    assert etx(chats, "--data", "chats.jsonl", *MASKED, "--valid-share", "0.25") == 0
+    err = capsys.readouterr().err
+    assert "note: chats.jsonl: gives 3 rows of 128 tokens, so a batch has 3, not 4" in err
+    assert "validation loss" in err
+    assert etx(chats, "--data", "chats.jsonl", *MASKED, "-b", "3") == 0
+    err = capsys.readouterr().err
+    assert "nothing is held out" not in err
+    assert "validation loss" in err
+
+
+def test_one_conversation_is_learnt_to_its_end(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert etx(chats, "--data", "one.jsonl", *MASKED, "-b", "1") == 0
+    err = capsys.readouterr().err
+    assert "note: one.jsonl: line 1: the only example, so nothing is held out" in err
+    last = max(Path("runs").iterdir(), key=lambda path: path.stat().st_mtime)
+    tokenizer = Tokenizer.from_folder(Path(chats))
+    answer = tokenizer.encode(" sat on the mat<|endoftext|>")
+    assert [line["targets"] for line in metrics(str(last))] == [len(answer)] * 2
+
+
+def test_examples_longer_than_a_row_are_noted(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert etx(chats, "--data", "chats.jsonl", *MASKED, "--seq-len", "8") == 0
+    assert "4 of 4 examples are longer than a row of 8 tokens and go over several; --seq-len" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data").mkdir()
+    Path("data/train.jsonl").write_bytes(Path("chats.jsonl").read_bytes())
+    assert etx(chats, "--data", "data", *MASKED) == 0
+    assert "validation loss" not in capsys.readouterr().err
+    Path("data/valid.jsonl").write_bytes(Path("one.jsonl").read_bytes())
+    assert etx(chats, "--data", "data", *MASKED) == 0
+    err = capsys.readouterr().err
+    assert "validation loss" in err
+    assert "note" not in err
+    assert etx(chats, "--data", "chats.jsonl", "--valid", "a.txt", "--steps", "1") == 0
+    assert "note: a.txt: of another kind than --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--data", "chats.jsonl", "--valid-share", "1"],
+            "--valid-share 1.0: a number from 0 to less than 1",
+        ),
+        (["--data", "chats.jsonl", "--valid-share", "-0.5"], "--valid-share -0.5: a number from 0"),
+        (["--data", "chats.jsonl", "--valid-share", "nan"], "--valid-share nan: a number from 0"),
+        (["--data", "chats.jsonl", "--valid", "a.txt", "--valid-share", "0.1"], "with --valid nothing is"),
+        (["--data", "chats.jsonl", "--valid", "x.parquet"], "x.parquet: a Parquet file"),
+        (["--data", "empty.txt"], "empty.txt: holds no text: the file is empty"),
+        (["--data", "chats.jsonl", "--valid", "empty.txt"], "empty.txt: holds no text: the file is empty"),
+        (["--data", "."], ".: a folder without train.jsonl; give the file itself"),
+        (["--pad"], "--pad needs --data"),
+        (["--valid-share", "0.1"], "--valid-share needs --data"),
+        (["--ray-workers", "5"], "4 rows cannot be divided over 5 Ray workers"),
+        (["--ray-workers", "3", "--grad-accumulation-steps", "2"], "2 rows cannot be divided over 3"),
+        (
+            ["--data", "chats.jsonl", "--pad", "-b", "9", "--ray-workers", "5"],
+            "4 rows cannot be divided over 5",
+        ),
+    ],
+)
+def test_one_line_for_a_mistake_with_data(
+    flags: list[str], message: str, chats: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").write_bytes(b"")
+    Path("x.parquet").write_bytes(b"PAR1" + bytes(40))
+    assert etx(chats, "--quiet", *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err

@@ -12,9 +12,10 @@ from text_golden import golden
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text import sandbox
-from einsum_transformer.text.chat_template import render_chat
+from einsum_transformer.text.chat_template import render_chat, render_chat_spans
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+PLAIN: dict[str, Any] = {"add_generation_prompt": False, "seconds": 10.0}
 
 
 def render(template: str, messages: Any = MESSAGES, **options: Any) -> str:
@@ -323,3 +324,18 @@ def test_threads_have_limits_of_their_own() -> None:
         thread.join()
     assert len(errors) == 3
     assert all(SLOW in error for error in errors)
+
+
+def test_generation_blocks_give_their_characters() -> None:
+    """transformers' return_assistant_tokens_mask: the characters that the blocks wrote."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    answers = [{"role": "assistant", "content": "ä b"}, {"role": "assistant", "content": ""}]
+    text, spans = render_chat_spans(template, [*MESSAGES, answers[0], *MESSAGES, answers[1]], **PLAIN)
+    assert text == "<user>hi<assistant>ä b</s><user>hi<assistant></s>"
+    assert [text[first:end] for first, end in spans] == ["ä b</s>", "</s>"]
+    broken = "{% for m in messages %}{% generation %}x{% break %}{% endgeneration %}{% endfor %}y"
+    assert render_chat_spans(broken, MESSAGES, **PLAIN) == ("xy", [])
+    assert render_chat_spans("{{ messages[0].content }}", MESSAGES, **PLAIN) == ("hi", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,12 @@ def test_held_out_examples_are_not_trained_on() -> None:
             held_out(train, share)
     with pytest.raises(InputError, match="too short"):
         held_out([example(1, 2, 3)], 0.5)
+
+
+def test_a_single_conversation_is_not_cut(caplog: pytest.LogCaptureFixture) -> None:
+    whole = dataclasses.replace(example(*range(100)), divisible=False)
+    assert held_out([whole], 0.1) == ([whole], [])
+    assert "here: the only example, so nothing is held out" in caplog.text
 
 
 def test_the_mean_loss_does_not_depend_on_the_batches() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import einsum_transformer as et
 from einsum_transformer.errors import InputError
+from einsum_transformer.models.adapters import trainable
 from einsum_transformer.training import optimizers
 from einsum_transformer.training.optimizers import SGD, AdamW, global_norm, start
 from einsum_transformer.training.schedule import Schedule
+from golden_files import MODELS, load_golden, write_folder
 
 GOLDEN = Path(__file__).parent.parent / "golden/optimizers.npz"
 SETTINGS = {
@@ -43,6 +47,36 @@ def test_steps_are_those_of_torch(
         np.testing.assert_allclose(weights["w"], golden[name][step], rtol=1e-13, atol=1e-15)
         np.testing.assert_array_equal(g, before)
     assert weights["w"] is w
+
+
+@pytest.mark.parametrize("plain", [SGD(weight_decay=0.1), AdamW(weight_decay=0.1)])
+def test_decay_of_matrices_only(plain: SGD | AdamW) -> None:
+    """As with two parameter groups of torch.optim, that of norms and biases with weight_decay 0."""
+    rng = np.random.default_rng(2)
+    names = ["layers.0.self_attn.q_proj", "layers.0.input_layernorm.weight", "layers.0.self_attn.q_bias"]
+    weights = {name: rng.standard_normal((4, 3)) for name in names}
+    gradients = {name: rng.standard_normal((4, 3)) for name in names}
+
+    def stepped(optimizer: SGD | AdamW) -> dict[str, np.ndarray]:
+        changed = {name: w.copy() for name, w in weights.items()}
+        optimizer.update(changed, gradients, start(optimizer, changed), 0.1, 0)
+        return changed
+
+    found = stepped(dataclasses.replace(plain, decay_matrices_only=True))
+    decayed, none = stepped(plain), stepped(dataclasses.replace(plain, weight_decay=0.0))
+    for name, expected in zip(names, (decayed, none, none)):
+        np.testing.assert_array_equal(found[name], expected[name])
+        assert (decayed[name] != none[name]).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_a_matrix_in_every_family(name: str, tmp_path: Path) -> None:
+    """By name, what transformers' Trainer leaves out of the decay: in these checkpoints all vectors."""
+    golden = load_golden(name)
+    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    for path, w in trainable(model.decoder).items():
+        stored = model.weights[path].stored if path in model.weights else w.shape
+        assert optimizers.is_matrix(path) == (len(stored) > 1), path
 
 
 def test_many_weights_of_all_shapes_on_threads() -> None:

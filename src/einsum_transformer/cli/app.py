@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.propagate = True
+        LOGGER.setLevel(logging.NOTSET)  # what --quiet has set
     sys.exit(code)
 
 

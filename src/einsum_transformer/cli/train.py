@@ -13,12 +13,14 @@ import typer
 
 from einsum_transformer.cli import options
 from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
 
 if TYPE_CHECKING:
     from einsum_transformer.checkpoint import Model
     from einsum_transformer.models.run_config import RunConfig
-    from einsum_transformer.training.data import Batches, Rows
+    from einsum_transformer.training.data import RandomTokens, TextBatches
     from einsum_transformer.training.optimizers import SGD, AdamW
+    from einsum_transformer.training.schedule import Schedule
 
 _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
 
@@ -28,12 +30,13 @@ def train(
     model_flag: options.ModelFlag = None,
     config: options.ConfigFlag = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text, or .jsonl of text, prompts or messages.")
+        str | None, typer.Option(metavar="FILE", help="Text, or JSON records of text, prompts or messages.")
     ] = None,
     valid: Annotated[str | None, typer.Option(metavar="FILE", help="Data to validate with.")] = None,
     valid_share: Annotated[
-        float, typer.Option(metavar="X", help="Without --valid, the part of --data that is held out.")
-    ] = 0.05,
+        float | None,
+        typer.Option(metavar="X", help="Without --valid, the part of --data that is held out; default 0.05."),
+    ] = None,
     mask_prompt: Annotated[bool, typer.Option("--mask-prompt", help="Learn the answers only.")] = False,
     pad: Annotated[bool, typer.Option("--pad", help="A row for each example, not packed ones.")] = False,
     long: Annotated[
@@ -58,9 +61,25 @@ def train(
     weight_decay: Annotated[
         float | None, typer.Option(metavar="X", help="Default 0 for sgd, 0.01 for adamw.")
     ] = None,
+    decay_matrices_only: Annotated[
+        bool, typer.Option("--decay-matrices-only", help="No weight decay of norms and biases.")
+    ] = False,
+    beta1: Annotated[
+        float | None, typer.Option("--beta1", "--adam-beta1", metavar="X", help="Of adamw; default 0.9.")
+    ] = None,
+    beta2: Annotated[
+        float | None, typer.Option("--beta2", "--adam-beta2", metavar="X", help="Of adamw; default 0.999.")
+    ] = None,
+    eps: Annotated[
+        float | None, typer.Option("--eps", "--adam-epsilon", metavar="X", help="Of adamw; default 1e-8.")
+    ] = None,
     schedule: Annotated[
-        str, typer.Option(metavar="constant|linear|cosine", help="How the learning rate goes to 0.")
+        str, typer.Option(metavar="constant|linear|cosine", help="How the learning rate goes to --min-lr.")
     ] = "constant",
+    min_lr: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Where linear and cosine schedules end; default 0."),
+    ] = None,
     warmup_steps: Annotated[int, typer.Option(metavar="N", min=0, help="Steps of rising learning rate.")] = 0,
     clip_norm: Annotated[
         float | None, typer.Option(metavar="X", help="Bound for the norm of all gradients together.")
@@ -153,18 +172,27 @@ def train(
     etx run --adapter-path my-run/step-00000100 -p "Once upon a time"
     """
     from einsum_transformer.analysis.training import check_plot
+    from einsum_transformer.cli.training_data import Text, batches_of
     from einsum_transformer.cli.training_run import TrainingRun, show
     from einsum_transformer.generation.context import check_length
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
-    from einsum_transformer.training.schedule import Schedule
 
     source = options.source_of(model, model_flag, config, assignments)
     keys = None if isinstance(source, str) else source
     rate = lr if lr is not None else keys.learning_rate if keys else _RATE
     settings = Settings(
-        Schedule(rate, steps, schedule, warmup_steps),
-        _optimizer(optimizer, momentum, nesterov, weight_decay),
+        _schedule(rate, steps, schedule, warmup_steps, min_lr),
+        _optimizer(
+            optimizer,
+            momentum,
+            nesterov,
+            weight_decay,
+            decay_matrices_only,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        ),
         clip_norm,
         seed or 0,
         grad_checkpoint,
@@ -195,11 +223,13 @@ def train(
     rows = batch_size or (keys.batch_size if keys else _BATCH)
     length = seq_len or (keys.seq_len if keys else _LENGTH)
     check_length(loaded.config, length, "--seq-len", strict=keys is not None)  # it says max_seq_len itself
-    text = _Text(data, valid, valid_share, mask_prompt, not pad, long == "split", output if resume else None)
-    loaded, batches, validation = _batches(
+    text = Text(data, valid, valid_share, mask_prompt, not pad, long == "split", output if resume else None)
+    loaded, batches, validation = batches_of(
         loaded, text, rows, length, seed or 0, fix_batch, grad_accumulation_steps
     )
-    compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer)
+    if eval_every and validation is None:
+        note("--eval-every: there is nothing to validate with")
+    compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer, batches)
     adapters = _Adapters(lora, lora_rank, lora_alpha, lora_dropout, lora_targets, rslora)
     adapted = _with_adapters(loaded, keys, adapters, seed or 0)
     folder = Path(output or _new_folder(loaded.source))
@@ -224,17 +254,6 @@ def train(
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    data: str | None
-    valid: str | None
-    share: float
-    mask_prompt: bool
-    pack: bool
-    split_long: bool
-    resumed: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Adapters:
     wanted: bool
     rank: int | None
@@ -254,62 +273,13 @@ def _new_folder(source: str) -> str:
     return str(folder)
 
 
-def _batches(
-    model: Model, text: _Text, rows: int, length: int, seed: int, fixed: bool, accumulation: int
-) -> tuple[Model, Batches, Rows | None]:
-    """The model with a tokenizer, the batches, and the rows to validate with."""
-    from einsum_transformer.training.data import (
-        RandomTokens,
-        TextBatches,
-        arrange,
-        held_out,
-        read_examples,
-    )
-
-    if text.data is None:
-        for flag, given in (("--valid", text.valid), ("--mask-prompt", text.mask_prompt)):
-            if given:
-                raise InputError(f"{flag} needs --data, a file of text")
-        return model, RandomTokens(model.config.vocab_size, rows, length, seed, fixed, accumulation), None
-    model = _with_tokenizer(model, text)
-    assert model.tokenizer is not None
-    examples = read_examples(text.data, model.tokenizer, text.mask_prompt)
-    if text.valid is not None:
-        other = read_examples(text.valid, model.tokenizer, text.mask_prompt)
-    elif text.share > 0:
-        examples, other = held_out(examples, text.share, seed)
-    else:
-        other = []
-    arranged = arrange(examples, length, text.pack, text.split_long)
-    validation = arrange(other, length, text.pack, text.split_long) if other else None
-    model.checked(arranged.tokens)
-    return model, TextBatches(arranged, rows, seed, accumulation, fixed), validation
-
-
-def _with_tokenizer(model: Model, text: _Text) -> Model:
-    """The model as it is if it has a tokenizer, else with one that is trained on the data."""
-    from dataclasses import replace
-
-    from einsum_transformer.text.tokenizer import Tokenizer
-    from einsum_transformer.training.state import checkpoints
-
-    if model.tokenizer is not None:
-        return model
-    saved = [folder for folder in checkpoints(text.resumed or "") if (folder / "tokenizer.json").exists()]
-    config = replace(model.config, eos_token_id=(0,))
-    if text.resumed and saved:
-        return replace(model, tokenizer=Tokenizer.from_folder(saved[-1]), config=config)
-    path = Path(str(text.data))
-    try:
-        content = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    tokenizer = Tokenizer.train(content.splitlines(keepends=True), model.config.vocab_size)
-    return replace(model, tokenizer=tokenizer, config=config)
-
-
 def _compute(
-    workers: int | None, address: str | None, threads: int | None, timeout: float, shard: bool
+    workers: int | None,
+    address: str | None,
+    threads: int | None,
+    timeout: float,
+    shard: bool,
+    batches: RandomTokens | TextBatches,
 ) -> Any:
     """Who computes: this process, or workers of a Ray cluster."""
     from einsum_transformer.training.loop import Local
@@ -319,21 +289,47 @@ def _compute(
             if given:
                 raise InputError(f"{flag} needs --ray-workers, their number")
         return Local
-    from einsum_transformer.cluster.data_parallel import data_parallel
+    from einsum_transformer.cluster.data_parallel import check_rows, data_parallel
 
+    # Before Ray starts, which takes its time.
+    check_rows(batches.batch_size // batches.accumulation, workers)
     return data_parallel(workers, address, threads, timeout, shard)
 
 
-def _optimizer(name: str, momentum: float, nesterov: bool, weight_decay: float | None) -> SGD | AdamW:
+def _schedule(lr: float, steps: int, shape: str, warmup_steps: int, min_lr: float | None) -> Schedule:
+    from einsum_transformer.training.schedule import Schedule
+
+    if min_lr is not None and shape == "constant":
+        raise InputError("--min-lr is where a schedule ends: choose --schedule cosine or linear")
+    if min_lr is not None and min_lr > lr:
+        raise InputError(f"--min-lr {min_lr}: more than the learning rate, {lr}")
+    return Schedule(lr, steps, shape, warmup_steps, min_lr or 0.0)
+
+
+def _optimizer(
+    name: str,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float | None,
+    matrices_only: bool,
+    **of_adam: float | None,
+) -> SGD | AdamW:
     from einsum_transformer.training.optimizers import OPTIMIZERS, SGD, AdamW
 
     if name not in OPTIMIZERS:
         raise InputError(f"--optimizer {name!r}: choose {' or '.join(OPTIMIZERS)}")
+    given = {key: value for key, value in of_adam.items() if value is not None}
+    if name == "sgd" and given:
+        raise InputError(f"--{next(iter(given))} belongs to adamw; sgd has --momentum")
+    if matrices_only and not (name == "adamw" if weight_decay is None else weight_decay):
+        raise InputError("--decay-matrices-only says what --weight-decay holds for, but that is 0")
     if name == "sgd":
-        return SGD(momentum, nesterov, weight_decay or 0.0)
+        return SGD(momentum, nesterov, weight_decay or 0.0, matrices_only)
     if momentum or nesterov:
         raise InputError("--momentum and --nesterov belong to sgd; adamw has moments of its own")
-    return AdamW() if weight_decay is None else AdamW(weight_decay=weight_decay)
+    if weight_decay is not None:
+        given["weight_decay"] = weight_decay
+    return AdamW(decay_matrices_only=matrices_only, **given)
 
 
 def _with_adapters(model: Model, keys: RunConfig | None, flags: _Adapters, seed: int) -> Model:

@@ -229,15 +229,20 @@ def _store_bytes(trained: Arrays, frozen: dict[str, Any], workers: int) -> int:
     return sum(w.dtype.itemsize * math.prod(w.shape) for w in frozen.values()) + (workers + 4) * once
 
 
+def check_rows(rows: int, workers: int) -> None:
+    """Raise InputError if the rows of a part of a batch are too few for the workers."""
+    if rows < workers:
+        raise InputError(
+            f"{rows} rows cannot be divided over {workers} Ray workers: use a larger batch, fewer "
+            "parts of it (accumulation) or fewer workers"
+        )
+
+
 def _shares(parts: list[Batch], workers: int) -> list[list[Part]]:
     """The rows of every part that each worker computes, numbered as they are in the whole batch."""
     shares: list[list[Part]] = [[] for _ in range(workers)]
     for first, tokens, targets in numbered(parts):
-        if len(tokens) < workers:
-            raise InputError(
-                f"{len(tokens)} rows cannot be divided over {workers} Ray workers: use a larger batch, fewer "
-                "parts of it (accumulation) or fewer workers"
-            )
+        check_rows(len(tokens), workers)
         for share, t, y in zip(shares, np.array_split(tokens, workers), np.array_split(targets, workers)):
             share.append((first, t, y))
             first += len(t)

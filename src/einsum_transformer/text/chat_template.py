@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from einsum_transformer.errors import InputError
@@ -13,7 +14,12 @@ _MAX_DEPTH = 90
 _END = "CONTINUE_FINAL_MESSAGE_TAG "  # the mark that transformers uses
 
 
-def render_chat(
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The text of `render_chat_spans`."""
+    return render_chat_spans(template, messages, **options)[0]
+
+
+def render_chat_spans(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -24,9 +30,10 @@ def render_chat(
     seconds: float = 2.0,
     max_chars: int = 1_000_000,
     **variables: Any,
-) -> str:
+) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation as transformers' `apply_chat_template(tokenize=False)` does.
 
+    Returns the text, and the (first, past the last) character of each `{% generation %}` block in it.
     The template is untrusted: it runs in a sandbox, for at most `seconds`, and makes at most `max_chars`
     characters. Raises InputError for a malformed message and for a template that is wrong, runs too long or
     raises an exception of its own.
@@ -45,8 +52,11 @@ def render_chat(
         "documents": _objects(documents, "documents"),
         "add_generation_prompt": add_generation_prompt,
     }
-    text = _render(template, given, seconds, max_chars)
-    return _cut_at_end(text, final) if continue_final_message else text
+    text, spans = _render(template, given, seconds, max_chars)
+    if continue_final_message:
+        text = _cut_at_end(text, final)
+        spans = [(a, min(b, len(text))) for a, b in spans if a < len(text)]
+    return text, spans
 
 
 def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
@@ -98,21 +108,37 @@ def template_variables(template: str, seconds: float = 2.0) -> frozenset[str]:
     return _bounded(read, seconds, len(template) + 1000, WATCHED)
 
 
-def _render(template: str, variables: dict[str, Any], seconds: float, max_chars: int) -> str:
-    from einsum_transformer.text.sandbox import WATCHED, compile_template
+def _render(
+    template: str, variables: dict[str, Any], seconds: float, max_chars: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the characters of each generation block."""
+    from einsum_transformer.text.sandbox import EDGE, WATCHED, compile_template
 
-    def run() -> str:
-        chunks: list[str] = []
-        room = max_chars
+    chunks: list[str] = []
+    edges: list[tuple[bool, int]] = []
+    room = max_chars
+
+    def run() -> None:
+        nonlocal room
         compiled = compile_template(template)
         for chunk in compiled.root_render_func(compiled.new_context(variables)):
             chunks.append(chunk)
             room -= len(chunk)
             if room < 0:
                 raise InputError(f"chat template: writes more than {max_chars} characters")
-        return "".join(chunks)
 
-    return _bounded(run, seconds, max_chars, WATCHED)
+    token = EDGE.set(lambda begins: edges.append((begins, max_chars - room)))
+    try:
+        _bounded(run, seconds, max_chars, WATCHED)
+    finally:
+        EDGE.reset(token)
+    return "".join(chunks), _spans(edges)
+
+
+def _spans(edges: Sequence[tuple[bool, int]]) -> list[tuple[int, int]]:
+    """Blocks with text in them; one that a `{% break %}` leaves has no end and is left out."""
+    pairs = pairwise(edges)
+    return [(a, b) for (begins, a), (goes_on, b) in pairs if begins and not goes_on and a < b]
 
 
 def _bounded(run: Callable[[], T], seconds: float, max_chars: int, watched: frozenset[str]) -> T:

@@ -6,6 +6,7 @@ internals; bounds.py keeps its time and memory within limits.
 
 import json
 from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache, wraps
 from typing import Any
@@ -34,6 +35,10 @@ WATCHED = frozenset({"<template>", __file__})  # jinja2 calls compiled templates
 # Filters and methods that can run for hours on one hostile string, or make bytes; none has a use in a prompt.
 _REFUSED = frozenset({"striptags", "urlize", "wordwrap", "encode", "to_bytes"})
 _JINJA_ARGUMENTS = frozenset({"_loop_vars", "_block_vars"})  # which jinja2 adds to calls, and takes out again
+
+
+EDGE: ContextVar[Callable[[bool], None]] = ContextVar("EDGE")
+"""Called with True where a generation block begins, with False where it ends."""
 
 
 def _join(parts: Any) -> str:
@@ -103,13 +108,25 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 class GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks the assistant's words; the body is kept as it is."""
+    """`{% generation %} ... {% endgeneration %}` marks the assistant's words; the body is kept as it is.
+
+    Where a block begins and ends goes to `EDGE`, which the rendering function sets.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        first, last = (
+            nodes.ExprStmt(self.call_method("edge", [nodes.Const(begins)]), lineno=line)
+            for begins in (True, False)
+        )
+        return nodes.Scope([first, *body, last], lineno=line)
+
+    def edge(self, begins: bool) -> None:
+        """Called by the template at both ends of a block."""
+        EDGE.get()(begins)
 
 
 class ChatNamespace(utils.Namespace):

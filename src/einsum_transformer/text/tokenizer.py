@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.added_tokens import NAMES
 from einsum_transformer.text.chat_options import check_options, choose_template, note_unused
-from einsum_transformer.text.chat_template import render_chat
+from einsum_transformer.text.chat_template import render_chat_spans
 from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_folder
 from einsum_transformer.text.gguf_vocab import read_gguf_vocab
 from einsum_transformer.text.native import checked
@@ -230,19 +230,39 @@ class Tokenizer:
         enable_thinking. Raises InputError, also for the keywords of `apply_chat_template` that concern
         batches and tensors.
         """
+        options = {
+            "documents": documents,
+            "chat_template": chat_template,
+            "continue_final_message": continue_final_message,
+        }
+        template = choose_template(self.chat_templates, chat_template, tools is not None, self.source)
+        note_unused(template, check_options(variables), tools=tools, documents=documents)
+        return self.chat_text(messages, add_generation_prompt, tools, **options, **variables)[0]
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        chat_template: str | None = None,
+        continue_final_message: bool | str = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of `render_chat`, without its note, and the (first, past the last) character of each
+        `{% generation %}` block in it."""
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
-        named = check_options(variables)
         template = choose_template(self.chat_templates, chat_template, tools is not None, self.source)
-        note_unused(template, named, tools=tools, documents=documents)
-        return render_chat(
+        return render_chat_spans(
             template,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             documents=documents,
-            **{**self._names(), **named},
+            **{**self._names(), **check_options(variables)},
         )
 
     def encode_chat(

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.safetensors import parse_json
 from einsum_transformer.models.model import Model
+from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy
-from einsum_transformer.text.tokenizer import Tokenizer
+from einsum_transformer.training.records import Example as Example
+from einsum_transformer.training.records import read_examples as read_examples
 
 Array = np.ndarray
 Batch = tuple[Array, Array]
@@ -62,106 +62,6 @@ class RandomTokens:
 
     def description(self) -> dict[str, Any]:
         return {"kind": "random tokens"} | asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A sequence to learn: its token ids, and which of them are targets."""
-
-    tokens: Array
-    trained: Array
-    place: str
-    """Where it stands: `file`, or `file: line 3`."""
-
-
-def read_examples(path: str | Path, tokenizer: Tokenizer, mask_prompt: bool = False) -> list[Example]:
-    """The sequences of a file: each line of a .jsonl file, any other file as one text.
-
-    A line is {"text": ...}, {"prompt": ..., "completion": ...} (one after the other as they are), or
-    {"messages": [...]} (by the tokenizer's chat template). A text and a completion end with EOS, if there is
-    one. mask_prompt: only completions and the assistant's turns are targets, not what comes before them.
-    Errors: InputError that names the file and the line.
-    """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if path.suffix.lower() != ".jsonl":
-        text = _decoded(raw, str(path))
-        if mask_prompt:
-            raise InputError(f"{path}: a plain text has no prompt to mask; that needs a .jsonl file")
-        if not text.strip():
-            raise InputError(f"{path}: holds no text")
-        return [_whole([*tokenizer.encode(text), *_end(tokenizer)], str(path))]
-    lines = [(f"{path}: line {n}", line) for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
-    if not lines:
-        raise InputError(f"{path}: holds no lines")
-    return [_example(line, tokenizer, mask_prompt, place) for place, line in lines]
-
-
-def _example(line: bytes, tokenizer: Tokenizer, mask_prompt: bool, place: str) -> Example:
-    raw = parse_json(Path(place.rpartition(": ")[0]), place.rpartition(": ")[2], line)
-    texts = {key: raw[key] for key in ("text", "prompt", "completion") if key in raw}
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            raise InputError(f"{place}: {key!r} is {type(value).__name__}, a string is expected")
-    try:
-        if "messages" in raw:
-            return _conversation(raw["messages"], tokenizer, mask_prompt, place)
-        if "prompt" in texts and "completion" in texts:
-            prompt = tokenizer.encode(texts["prompt"])
-            if prompt and prompt[-1:] == [tokenizer.eos_id]:
-                prompt.pop()  # the text is not over
-            answer = [*tokenizer.encode(texts["completion"], add_special_tokens=False), *_end(tokenizer)]
-            example = _whole([*prompt, *answer], place)
-            example.trained[: len(prompt) if mask_prompt else 0] = False
-            return example
-        if "text" in texts:
-            if mask_prompt:
-                raise InputError('a "text" has no prompt to mask; write {"prompt": ..., "completion": ...}')
-            return _whole([*tokenizer.encode(texts["text"]), *_end(tokenizer)], place)
-    except InputError as error:
-        raise error if str(error).startswith(place) else InputError(f"{place}: {error}") from None
-    raise InputError(f"{place}: expected text, prompt and completion, or messages; it has {', '.join(raw)}")
-
-
-def _conversation(messages: Any, tokenizer: Tokenizer, mask_prompt: bool, place: str) -> Example:
-    tokens = tokenizer.encode_chat(messages, add_generation_prompt=False)
-    example = _whole(tokens, place)
-    if not mask_prompt:
-        return example
-    example.trained[:] = False
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.encode_chat(messages[:i]) if i else []
-        after = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
-        if tokens[: len(before)] != before or tokens[: len(after)] != after:
-            raise InputError(
-                "the chat template writes earlier turns anew, so the prompt cannot be told apart"
-            )
-        example.trained[len(before) : len(after)] = True
-    if not example.trained.any():
-        raise InputError("no message is the assistant's, so with the prompt masked nothing is left to learn")
-    return example
-
-
-def _whole(tokens: list[int], place: str) -> Example:
-    return Example(np.array(tokens, np.int32), np.ones(len(tokens), bool), place)
-
-
-def _end(tokenizer: Tokenizer) -> list[int]:
-    # A checkpoint that adds EOS by itself has done so.
-    return [] if tokenizer.eos_id is None or tokenizer.edges.get("add_eos_token") else [tokenizer.eos_id]
-
-
-def _decoded(raw: bytes, path: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}: line {line}: byte {error.start} is not UTF-8 text") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +120,10 @@ def _cut(example: Example, length: int) -> Iterator[Batch]:
 
 
 def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(to train on, to validate with): so many of the examples, drawn by seed; of a single text its end."""
+    """(to train on, to validate with): so many of the examples, drawn by seed; of a single text its end.
+
+    A single conversation or answer is not cut: nothing is held out then, and a note says so.
+    """
     if not 0 < share < 1:
         raise InputError(f"the validation share is {share}: a number between 0 and 1 is expected")
     if len(examples) > 1:
@@ -229,11 +132,17 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
         train = [example for i, example in enumerate(examples) if i not in drawn]
         return train, [example for i, example in enumerate(examples) if i in drawn]
     whole = examples[0]
+    if not whole.divisible:
+        note(f"{whole.place}: the only example, so nothing is held out to validate with")
+        return [whole], []
     cut = min(len(whole.tokens) - 2, round((1 - share) * len(whole.tokens)))
     if cut < 2:
-        raise InputError(f"{whole.place}: too short to hold a part of it out")
-    return [Example(whole.tokens[:cut], whole.trained[:cut], whole.place)], [
-        Example(whole.tokens[cut:], whole.trained[cut:], whole.place)
+        raise InputError(
+            f"{whole.place}: too short to hold a part of it out; --valid-share 0 holds out nothing"
+        )
+    first, rest = slice(None, cut), slice(cut, None)
+    return [replace(whole, tokens=whole.tokens[first], trained=whole.trained[first])], [
+        replace(whole, tokens=whole.tokens[rest], trained=whole.trained[rest])
     ]
 
 
@@ -254,7 +163,7 @@ class TextBatches:
         _check_counts(self.batch_size, self.accumulation, self.seed)
         if self.batch_size > len(self.rows):
             raise InputError(
-                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: make them shorter"
+                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: a smaller batch"
             )
 
     @property

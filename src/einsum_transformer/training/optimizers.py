@@ -57,11 +57,15 @@ def start(optimizer: Optimizer, weights: Arrays) -> dict[str, dict[str, Array]]:
 @dataclass(frozen=True, slots=True)
 class SGD:
     """g += weight_decay w; without momentum w -= lr g, with it m = momentum m + g (g at the first step), and
-    then w -= lr m, or with nesterov w -= lr (g + momentum m) (torch.optim.SGD, dampening 0)."""
+    then w -= lr m, or with nesterov w -= lr (g + momentum m) (torch.optim.SGD, dampening 0).
+
+    decay_matrices_only: no decay of norms and biases, by their names.
+    """
 
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    decay_matrices_only: bool = False
 
     def __post_init__(self) -> None:
         _check_range(self, momentum=(0, 1), weight_decay=(0, math.inf))
@@ -81,10 +85,10 @@ class SGD:
         step: int,
         scale: float = 1.0,
     ) -> None:
-        def change(w: Array, g: Array, scratch: Array, m: Array | None = None) -> None:
+        def change(w: Array, g: Array, scratch: Array, decay: float, m: Array | None = None) -> None:
             np.multiply(g, scale, out=scratch)
-            if self.weight_decay:
-                scratch += self.weight_decay * w
+            if decay:
+                scratch += decay * w
             if m is not None:
                 m *= self.momentum
                 m += scratch
@@ -97,7 +101,8 @@ class SGD:
             scratch *= lr
             w -= scratch
 
-        _by_pieces(change, weights, gradients, [state[moment] for moment in self.moments])
+        decay = _decay(self, weights)
+        _by_pieces(change, weights, gradients, decay, [state[moment] for moment in self.moments])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +111,15 @@ class AdamW:
 
     w *= 1 - lr weight_decay; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
     w -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps).
+
+    decay_matrices_only: no decay of norms and biases, by their names, as in transformers' Trainer.
     """
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
+    decay_matrices_only: bool = False
 
     def __post_init__(self) -> None:
         _check_range(self, beta1=(0, 1), beta2=(0, 1), eps=(0, math.inf), weight_decay=(0, math.inf))
@@ -132,7 +140,7 @@ class AdamW:
         step_size = lr / (1 - self.beta1 ** (step + 1))
         root = 1 / math.sqrt(1 - self.beta2 ** (step + 1))
 
-        def change(w: Array, g: Array, scratch: Array, m: Array, v: Array) -> None:
+        def change(w: Array, g: Array, scratch: Array, decay: float, m: Array, v: Array) -> None:
             np.multiply(g, scale * (1 - self.beta1), out=scratch)
             m *= self.beta1
             m += scratch
@@ -145,11 +153,11 @@ class AdamW:
             scratch += self.eps
             np.divide(m, scratch, out=scratch)
             scratch *= step_size
-            if self.weight_decay:
-                w *= 1 - lr * self.weight_decay
+            if decay:
+                w *= 1 - lr * decay
             w -= scratch
 
-        _by_pieces(change, weights, gradients, [state["m"], state["v"]])
+        _by_pieces(change, weights, gradients, _decay(self, weights), [state["m"], state["v"]])
 
 
 OPTIMIZERS: dict[str, type[SGD] | type[AdamW]] = {"sgd": SGD, "adamw": AdamW}
@@ -184,23 +192,39 @@ def _sum_of_squares(piece: Array) -> float:
     return _sum_of_squares(piece.astype(np.float64))
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a weight is neither a norm's nor a bias, by its name as in transformers' Trainer."""
+    return "norm" not in name and not name.endswith("bias")
+
+
+def _decay(optimizer: SGD | AdamW, weights: Arrays) -> dict[str, float]:
+    """The decay of each weight."""
+    every = not optimizer.decay_matrices_only
+    return {name: optimizer.weight_decay if every or is_matrix(name) else 0.0 for name in weights}
+
+
 def _by_pieces(
-    change: Callable[..., None], weights: Arrays, gradients: Arrays, moments: list[Arrays]
+    change: Callable[..., None],
+    weights: Arrays,
+    gradients: Arrays,
+    decay: Mapping[str, float],
+    moments: list[Arrays],
 ) -> None:
-    """change(w, g, scratch, *moments) for pieces of every weight, flat and in the order of the weight's
+    """change(w, g, scratch, decay, *moments) for pieces of every weight, flat and in the order of its
     memory."""
-    tasks: list[tuple[Array, ...]] = []
+    tasks: list[tuple[Any, ...]] = []
     for name, w in weights.items():
         lines = [_in_memory_order(w), _in_memory_order(_like(gradients[name], w))]
         lines += [_in_memory_order(each[name]) for each in moments]
         for start in range(0, w.size, _TASK):
-            tasks.append(tuple(line[start : start + _TASK] for line in lines))
+            tasks.append((decay[name], *(line[start : start + _TASK] for line in lines)))
 
-    def task(w: Array, g: Array, *rest: Array) -> None:
+    def task(decay: float, w: Array, g: Array, *rest: Array) -> None:
         scratch = np.empty(min(_PIECE, len(w)), w.dtype)
         for begin in range(0, len(w), _PIECE):
             end = min(begin + _PIECE, len(w))
-            change(w[begin:end], g[begin:end], scratch[: end - begin], *(m[begin:end] for m in rest))
+            moments = (m[begin:end] for m in rest)
+            change(w[begin:end], g[begin:end], scratch[: end - begin], decay, *moments)
 
     for_each(task, tasks, coarse=sum(w.size for w in weights.values()) > _TASK)
 

@@ -96,7 +96,11 @@ def restore(trainer: Trainer, folder: str | Path) -> list[str]:
     state = _read_json(folder / STATE)
     differing = _differences(state.get("training"), description(trainer))
     if differing:
-        raise InputError(f"{folder}: is of another training: {'; '.join(differing)}")
+        begin = f"give {folder} as the model" if trainer.model.lora is None else f"--adapter-path {folder}"
+        raise InputError(
+            f"{folder}: is of another training: {'; '.join(differing)}; to begin a new one with its weights, "
+            f"{begin} and another output folder (-o), without --resume"
+        )
     counts = {key: state.get(key) for key in ("steps_done", "bad_steps", "bad_in_a_row")}
     for key, count in counts.items():
         if type(count) is not int or count < 0:
@@ -150,7 +154,9 @@ def description(trainer: Trainer) -> dict[str, Any]:
     """What decides the numbers of a training, in JSON types: two trainings that agree in it are the same."""
     settings, model = trainer.settings, trainer.model
     optimizer: Any = settings.optimizer  # a dataclass, which its protocol cannot say
-    config = asdict(model.config)
+    config, how = asdict(model.config), asdict(optimizer)
+    if not how.get("decay_matrices_only"):
+        how.pop("decay_matrices_only", None)  # checkpoints from before it have no such key
     schedule = asdict(settings.schedule)
     if settings.schedule.shape == "constant":
         # Then a training may go on for longer than was planned.
@@ -160,7 +166,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "lora": None if model.lora is None else _adapter_settings(model.lora),
         "frozen": _frozen_crc(trainer),
         "trained": {name: [str(w.dtype), *w.shape] for name, w in trainer.weights.items()},
-        "optimizer": {"name": type(optimizer).__name__} | asdict(optimizer),
+        "optimizer": {"name": type(optimizer).__name__} | how,
         "schedule": schedule,
         "clip_norm": settings.clip_norm,
         "seed": settings.seed,
@@ -279,4 +285,8 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
             for each in _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
         ]
         return found if len(found) < 5 else [*found[:4], f"and {len(found) - 4} more"]
-    return [] if there == here else [f"{name} is {there!r} there and {here!r} here"]
+    if there == here:
+        return []
+    if name == "data.sha256":
+        return ["the data have other contents or other tokens"]
+    return [f"{name} is {there!r} there and {here!r} here"]

@@ -1,0 +1,141 @@
+"""What `train` learns from: random tokens, or the rows of data files, some of them held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
+
+if TYPE_CHECKING:
+    from einsum_transformer.checkpoint import Model
+    from einsum_transformer.training.data import Example, RandomTokens, Rows, TextBatches
+    from einsum_transformer.training.files import Data
+
+_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The flags that say what is learnt. resumed: the folder of a training that goes on."""
+
+    data: str | None
+    valid: str | None
+    share: float | None
+    mask_prompt: bool
+    pack: bool
+    split_long: bool
+    resumed: str | None
+
+    def rows(self, examples: Sequence[Example], length: int) -> Rows:
+        """The rows of these examples."""
+        from einsum_transformer.training.data import arrange
+
+        return arrange(examples, length, self.pack, self.split_long)
+
+
+def batches_of(
+    model: Model, text: Text, size: int, length: int, seed: int, fixed: bool, accumulation: int
+) -> tuple[Model, RandomTokens | TextBatches, Rows | None]:
+    """The model with a tokenizer, the batches, and the rows to validate with."""
+    from einsum_transformer.training.data import RandomTokens, TextBatches
+    from einsum_transformer.training.files import read_data
+    from einsum_transformer.training.record_keys import has_form
+    from einsum_transformer.training.records import examples_of
+
+    if text.data is None:
+        _check_no_data(text)
+        return model, RandomTokens(model.config.vocab_size, size, length, seed, fixed, accumulation), None
+    if text.share is not None and not 0 <= text.share < 1:
+        raise InputError(f"--valid-share {text.share}: a number from 0 to less than 1 is expected")
+    data = read_data(text.data, has_form)
+    model = _with_tokenizer(model, data, text.resumed)
+    assert model.tokenizer is not None
+    examples = examples_of(data, model.tokenizer, text.mask_prompt)
+    _note_long(examples, length, text)
+    rows, validation = _divided(model, examples, text, size, length, seed)
+    if len(rows) < size:
+        note(
+            f"{text.data}: gives {len(rows)} rows of {length} tokens, so a batch has {len(rows)}, not {size}"
+        )
+    model.checked(rows.tokens)
+    return model, TextBatches(rows, min(size, len(rows)), seed, accumulation, fixed), validation
+
+
+def _check_no_data(text: Text) -> None:
+    flags = (
+        ("--valid", text.valid is not None),
+        ("--valid-share", text.share is not None),
+        ("--mask-prompt", text.mask_prompt),
+        ("--pad", not text.pack),
+        ("--long", not text.split_long),
+    )
+    for flag, given in flags:
+        if given:
+            raise InputError(f"{flag} needs --data, a file of text")
+
+
+def _note_long(examples: Sequence[Example], length: int, text: Text) -> None:
+    """Packed rows are cut anywhere; else it should be known that an answer stands apart from its prompt."""
+    long = [len(example.tokens) for example in examples if not example.divisible]
+    count = sum(size > length + 1 for size in long)
+    if count and not text.pack and text.split_long:
+        note(
+            f"{text.data}: {count} of {len(examples)} examples are longer than a row of {length} tokens and "
+            f"go over several; --seq-len {max(long) - 1} holds the longest"
+        )
+
+
+def _divided(
+    model: Model, examples: list[Example], text: Text, size: int, length: int, seed: int
+) -> tuple[Rows, Rows | None]:
+    """Rows to train on, and rows to validate with: those of --valid, or what is held out.
+
+    By default nothing is held out where that would leave less than a batch.
+    """
+    from einsum_transformer.training.data import held_out, read_examples
+
+    valid = text.valid
+    if valid is None and text.share is None and (Path(str(text.data)) / "valid.jsonl").is_file():
+        valid = text.data
+    if valid is not None:
+        if text.share:
+            raise InputError("--valid-share is the part of --data that is held out; with --valid nothing is")
+        assert model.tokenizer is not None
+        others = read_examples(valid, model.tokenizer, text.mask_prompt, "valid")
+        if {example.divisible for example in others} != {example.divisible for example in examples}:
+            note(f"{valid}: of another kind than --data (texts, or answers), so the losses do not compare")
+        return text.rows(examples, length), text.rows(others, length)
+    if text.share == 0:
+        return text.rows(examples, length), None
+    try:
+        train, others = held_out(examples, _SHARE if text.share is None else text.share, seed)
+        rows = text.rows(train, length)
+        found = text.rows(others, length) if others else None
+    except InputError:
+        if text.share is not None:
+            raise
+        rows = found = None  # too short for a part of it
+    if rows is not None and (len(rows) >= size or text.share is not None or found is None):
+        return rows, found
+    rows = text.rows(examples, length)
+    note(f"{text.data}: too little for a batch and more, so nothing is held out to validate with")
+    return rows, None
+
+
+def _with_tokenizer(model: Model, data: Data, resumed: str | None) -> Model:
+    """The model as it is if it has a tokenizer, else with one that is trained on the data."""
+    from einsum_transformer.text.tokenizer import Tokenizer
+    from einsum_transformer.training.records import texts_of
+    from einsum_transformer.training.state import checkpoints
+
+    if model.tokenizer is not None:
+        return model
+    saved = [folder for folder in checkpoints(resumed or "") if (folder / "tokenizer.json").exists()]
+    config = replace(model.config, eos_token_id=(0,))
+    if resumed and saved:
+        return replace(model, tokenizer=Tokenizer.from_folder(saved[-1]), config=config)
+    return replace(model, tokenizer=Tokenizer.train(texts_of(data), model.config.vocab_size), config=config)

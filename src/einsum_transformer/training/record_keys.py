@@ -1,0 +1,344 @@
+"""The keys of data records: which forms there are, and what becomes of every key."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.formats.safetensors import parse_json
+
+CONTEXT = ("tools", "documents", "chat_template_kwargs", "system")
+"""What a chat template is given beside the messages."""
+FORMS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", *CONTEXT),
+    "conversations": ("conversations", *CONTEXT),
+    "chat completion": ("prompt", "completion", *CONTEXT),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The keys of each form; the first of them whose own keys are all there is taken."""
+NEUTRAL = frozenset(
+    {
+        "id",
+        "idx",
+        "index",
+        "uuid",
+        "_id",
+        "row_id",
+        "example_id",
+        "conversation_id",
+        "conv_id",
+        "prompt_id",
+        "source",
+        "source_id",
+        "dataset",
+        "dataset_name",
+        "origin",
+        "url",
+        "split",
+        "metadata",
+        "meta",
+        "category",
+        "subset",
+        "domain",
+        "topic",
+        "title",
+        "tags",
+        "lang",
+        "language",
+        "license",
+        "author",
+        "created",
+        "created_at",
+        "timestamp",
+        "date",
+        "model",
+        "model_name",
+        "hash",
+        "parallel_tool_calls",
+        "__index_level_0__",
+    }
+)
+"""Keys that say where a record comes from; nothing is learnt from them, and no note names them."""
+REFUSED = {
+    "images": "pictures cannot be learnt here",
+    "image": "pictures cannot be learnt here",
+    "videos": "videos cannot be learnt here",
+    "video": "videos cannot be learnt here",
+    "audio": "sounds cannot be learnt here",
+    "audios": "sounds cannot be learnt here",
+    "suffix": "text to fill in has no rendering here; write it into prompt and completion",
+    "functions": "the older form of tools; write tools",
+    "function_call": "the older form of tool_calls; write tool_calls into the message",
+}
+"""Keys that change what a record means, in any form."""
+WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
+"""Of a record: only 1 means something here."""
+OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("chosen", "rejected"), "preference data; keep the chosen answer as completion or in messages"),
+    (("preferred_output", "non_preferred_output"), "preference data; keep the preferred answer, in messages"),
+    (("completions", "labels"), "stepwise supervision; write prompt and completion"),
+    (("input_ids",), "tokens; write their text"),
+    (
+        ("instruction", "output"),
+        "Alpaca data, which has no rendering of its own; write prompt and completion, or messages of user "
+        "(instruction, input) and assistant (output)",
+    ),
+    (("instruction", "response"), "write prompt for instruction and completion for response"),
+    (("question", "answer"), "write prompt for question and completion for answer"),
+    (("query", "response"), "write prompt for query and completion for response"),
+    (("prompt", "response"), "write completion for response"),
+    (("input", "output"), "write prompt for input and completion for output"),
+    (("role", "content"), 'a message; a record is {"messages": [...]}'),
+    (("prompt",), "a prompt without a completion has nothing to learn"),
+)
+"""Forms that are known and not taken: their keys, and what to do."""
+
+MESSAGE_FLAGS = ("weight", "train", "training", "loss")
+"""Of a message: 0 or false keeps it from being learnt (OpenAI's weight, axolotl's train, ms-swift's loss)."""
+MESSAGE_REFUSED = {
+    "train_detail": "parts of a message cannot be chosen here; use train for the whole",
+    "loss_scale": "a message counts wholly or not at all; use train",
+    "images": "pictures cannot be learnt here",
+}
+_SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+_ARGUMENTS = frozenset(
+    {
+        "template",
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "conversation",
+        "chat_template",
+        "tokenizer_kwargs",
+        "seconds",
+        "max_chars",
+        "self",
+        "spans",
+    }
+)
+_ALIASES = frozenset({"thinking", "reasoning", "reasoning_content"})
+
+
+def has_form(raw: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is a record, of a form that is taken or of one that is refused by its name."""
+    present = {key for key, value in raw.items() if value is not None}
+    own = [{key for key in names if key not in CONTEXT} for names in FORMS.values()]
+    return any(names <= present for names in (*own, *(set(names) for names, _ in OTHER_FORMS)))
+
+
+def form_of(raw: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The form of a record, and the keys that it uses. null is as good as no key.
+
+    Raises InputError for a record without a form that is taken, and for keys that change its meaning.
+    """
+    present = {key: value for key, value in raw.items() if value is not None}
+    for key in ("text", "prompt", "completion"):
+        value = raw.get(key, "")
+        conversational = key != "text" and isinstance(value, list)
+        if not isinstance(value, str) and not conversational and (value is not None or len(present) == 0):
+            raise InputError(f"{key!r} is {type(value).__name__}, a string is expected")
+    form = _form(present)
+    if form is None:
+        for names, what in OTHER_FORMS:
+            if all(name in present for name in names):
+                raise InputError(
+                    f"expected text, prompt and completion, or messages; it has {_named(raw)}: {what}"
+                )
+        raise InputError(f"expected text, prompt and completion, or messages; it has {_named(raw)}")
+    _check_meaning(present, form)
+    return form, FORMS[form]
+
+
+def _form(present: Mapping[str, Any]) -> str | None:
+    if "messages" in present:
+        return "messages"
+    if "conversations" in present:
+        return "conversations"
+    if "prompt" in present and "completion" in present:
+        lists = [isinstance(present[key], list) for key in ("prompt", "completion")]
+        if lists[0] != lists[1]:
+            raise InputError("prompt and completion: two strings or two lists of messages are expected")
+        return "chat completion" if lists[0] else "completion"
+    return "text" if "text" in present else None
+
+
+def _named(raw: Mapping[str, Any]) -> str:
+    wrapped = [
+        key for key, value in raw.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    hint = f"; if {wrapped[0]} holds the records, write that list alone" if len(raw) == 1 and wrapped else ""
+    return (", ".join(raw) or "no key") + hint
+
+
+def _check_meaning(present: Mapping[str, Any], form: str) -> None:
+    used = FORMS[form]
+    for key, why in REFUSED.items():
+        if key not in used and present.get(key) not in (None, [], "", {}):
+            raise InputError(f"{key!r}: {why}")
+    for key in WEIGHTS:
+        if present.get(key, 1) != 1:
+            raise InputError(
+                f"{key!r} is {_shown(present[key])}: a record counts once; leave it out or repeat it"
+            )
+    if form in ("completion", "chat completion") and isinstance(present.get("label"), bool):
+        raise InputError("'label': unpaired preference data; keep the records with true, without the key")
+    for key in CONTEXT:
+        if key not in used and present.get(key) not in (None, [], "", {}, "[]", "{}"):
+            raise InputError(
+                f"{key!r}: a chat template renders it, which needs messages instead of {used[0]!r}"
+            )
+
+
+def unused(raw: Mapping[str, Any], used: Sequence[str]) -> list[str]:
+    """The keys of a record that a note names."""
+    known = {*used, *NEUTRAL, *WEIGHTS}
+    return [key for key, value in raw.items() if key not in known and value not in (None, "", [], {})]
+
+
+def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of one half of a record; raises InputError for what is none, and for flags, which the
+    halves make needless."""
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise InputError(f"{where}: a list of messages is expected")
+    for i, message in enumerate(value):
+        if chosen(message, f"{where}[{i}]") is not None and chosen(message, where) is False:
+            raise InputError(
+                f"{where}[{i}]: weights of messages belong to messages, not to prompt and completion"
+            )
+    return [without_flags(message) for message in value]
+
+
+def messages_of(raw: Mapping[str, Any], form: str) -> Any:
+    """The messages of a record, those of ShareGPT with role and content for from and value; its system prompt
+    is the first of them."""
+    if form == "messages":
+        return with_system(raw, raw["messages"])
+    found = raw["conversations"]
+    if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
+        raise InputError("conversations: a list of messages is expected")
+    return with_system(raw, [_renamed(message, f"conversations[{i}]") for i, message in enumerate(found)])
+
+
+def with_system(raw: Mapping[str, Any], messages: Any) -> Any:
+    """The messages, after a system message if the record has a system prompt."""
+    system = raw.get("system")
+    if system is None or system == "" or not isinstance(messages, list):
+        return messages
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if not isinstance(system, str) or first.get("role") == "system":
+        raise InputError("'system': a string is expected, and no system message beside it")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _renamed(message: dict[str, Any], where: str) -> dict[str, Any]:
+    if "from" not in message:
+        return message
+    role = message["from"]
+    if not isinstance(role, str) or role not in _SHAREGPT:
+        raise InputError(f"{where}: 'from' is {_shown(role)}; known are {', '.join(_SHAREGPT)}")
+    if "role" in message or ("value" in message and "content" in message):
+        raise InputError(f"{where}: has both from and value, and role and content")
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": _SHAREGPT[role], "content": message.get("value")} | rest
+
+
+def tools_of(raw: Mapping[str, Any]) -> list[Any] | None:
+    """The tools of a record: a list of objects, or the same as a JSON string."""
+    return _list(raw, "tools")
+
+
+def variables_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What else the chat template is given."""
+    variables = raw.get("chat_template_kwargs")
+    if isinstance(variables, str) and variables.strip():
+        variables = parse_json(Path("chat_template_kwargs"), "the string", variables.encode())
+    if not variables:
+        variables = {}
+    if not isinstance(variables, dict):
+        raise InputError(f"chat_template_kwargs: an object is expected, not {type(variables).__name__}")
+    for name in variables:
+        if name in _ARGUMENTS or not name.isidentifier():
+            raise InputError(f"chat_template_kwargs: {name!r} is no variable of a template")
+    documents = _list(raw, "documents")
+    return variables if documents is None else {**variables, "documents": documents}
+
+
+def _list(raw: Mapping[str, Any], key: str) -> list[Any] | None:
+    value = raw.get(key)
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        value = parse_json(Path(key), "the string", b'{"value": ' + value.encode() + b"}")["value"]
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+        raise InputError(f"{key}: a list of objects is expected, or the same as a JSON string")
+    return value
+
+
+def chosen(message: Mapping[str, Any], where: str) -> bool | None:
+    """Whether a message is to be learnt; None if it does not say, or says no more than the usual.
+
+    weight (OpenAI) multiplies, so that 1 changes nothing; the others decide (axolotl).
+    """
+    for key, why in MESSAGE_REFUSED.items():
+        if message.get(key) not in (None, [], {}):
+            raise InputError(f"{where}: {key!r}: {why}")
+    found: set[bool] = set()
+    for key in MESSAGE_FLAGS:
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise InputError(f"{where}: {key!r} is {_shown(value)}: 0 or 1 (false or true) is expected")
+        if key != "weight" or not value:
+            found.add(bool(value))
+    if len(found) > 1:
+        raise InputError(f"{where}: {', '.join(key for key in MESSAGE_FLAGS if key in message)} contradict")
+    return found.pop() if found else None
+
+
+def without_flags(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as the template gets it."""
+    hidden = (*MESSAGE_FLAGS, *MESSAGE_REFUSED)
+    return {key: value for key, value in message.items() if key not in hidden}
+
+
+def message_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of messages beside role and content that have a value."""
+    found = {
+        key: None
+        for message in messages
+        for key, value in message.items()
+        if key not in ("role", "content") and value not in (None, "", [], {})
+    }
+    return list(found)
+
+
+def is_read(name: str, template: str) -> bool:
+    """Whether the name occurs in a template; the names of a reasoning trace stand for each other."""
+    names = _ALIASES if name in _ALIASES else {name}
+    return any(re.search(rf"\b{re.escape(each)}\b", template) for each in names)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]

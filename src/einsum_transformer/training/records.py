@@ -1,0 +1,239 @@
+"""Examples to learn, from the texts and the JSON records of a data file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
+from einsum_transformer.text.chat_template import check_messages
+from einsum_transformer.text.tokenizer import Tokenizer
+from einsum_transformer.training import record_keys as keys
+from einsum_transformer.training.files import Data, Record, read_data
+from einsum_transformer.training.turns import Conversation, Rewritten, Span, held, offsets
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence to learn: its token ids, and which of them are targets."""
+
+    tokens: Array
+    trained: Array
+    place: str
+    """Where it stands: `file`, or `file: line 3`."""
+    divisible: bool = True
+    """A plain text, of which a part is a text too; a conversation or an answer is one only as a whole."""
+
+
+def read_examples(
+    path: str | Path, tokenizer: Tokenizer, mask_prompt: bool = False, part: str = "train"
+) -> list[Example]:
+    """The sequences of a data file: each record of JSONL or of a JSON array, any other file as one text; of a
+    folder those of `<part>.jsonl` in it.
+
+    A record is one of
+    {"text": ...};
+    {"prompt": ..., "completion": ...}: two strings, one after the other as they are, or two lists of
+    messages;
+    {"messages": [...]}, rendered by the tokenizer's chat template with the record's tools, documents,
+    system prompt and chat_template_kwargs; or "conversations" of {"from", "value"}.
+    A text and a completion end with EOS, if there is one. mask_prompt: only completions and the assistant's
+    messages are targets. A message with "weight": 0 or "train": false is no target in any case.
+    Keys that are not used are named in one note. Errors: InputError that names the file and the record.
+    """
+    return examples_of(read_data(path, keys.has_form, part), tokenizer, mask_prompt)
+
+
+def examples_of(data: Data, tokenizer: Tokenizer, mask_prompt: bool = False) -> list[Example]:
+    """The examples of a file that was read; see `read_examples`."""
+    if data.records is None:
+        if mask_prompt:
+            raise InputError(f"{data.path}: a plain text has no prompt to mask; that needs JSONL records")
+        return [_whole(tokenizer.encode_once(data.text, end=True), str(data.path))]
+    reader = _Reader(tokenizer, mask_prompt)
+    examples = [reader.example(record) for record in data.records]
+    reader.tell(data.path)
+    return examples
+
+
+def texts_of(data: Data) -> list[str]:
+    """The texts that a tokenizer can be trained on: the lines of a text, or all strings of the records."""
+    if data.records is None:
+        return data.text.splitlines(keepends=True)
+    found: list[str] = []
+    for record in data.records:
+        _collect(record.values, found)
+    return found
+
+
+def _collect(value: Any, found: list[str]) -> None:
+    if isinstance(value, str):
+        found.append(value)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _collect(item, found)
+
+
+def _whole(tokens: Sequence[int], place: str, divisible: bool = True) -> Example:
+    return Example(np.array(tokens, np.int32), np.ones(len(tokens), bool), place, divisible)
+
+
+@dataclass
+class _Reader:
+    """Makes the examples of one file, and collects what its notes say."""
+
+    tokenizer: Tokenizer
+    mask_prompt: bool
+    unused: Counter[str] = field(default_factory=Counter)
+    """Keys and template variables that change nothing, and in how many records they are."""
+    last_only: int = 0
+    """Conversations of which only the last answer is learnt."""
+
+    def example(self, record: Record) -> Example:
+        try:
+            return self._example(record.values, record.place)
+        except InputError as error:
+            raise (
+                error if str(error).startswith(record.place) else InputError(f"{record.place}: {error}")
+            ) from None
+
+    def tell(self, path: Path) -> None:
+        """The notes of the file."""
+        if self.unused:
+            named = ", ".join(f"{name} ({count})" for name, count in self.unused.most_common(12))
+            more = f" and {len(self.unused) - 12} more" if len(self.unused) > 12 else ""
+            note(f"{path}: keys that change nothing here, and in how many records: {named}{more}")
+        if self.last_only:
+            note(
+                f"{path}: the chat template writes earlier turns anew, so of {self.last_only} conversations "
+                "only the last answer is learnt"
+            )
+
+    def _example(self, raw: dict[str, Any], place: str) -> Example:
+        form, used = keys.form_of(raw)
+        self.unused.update(keys.unused(raw, used))
+        if form == "text":
+            if self.mask_prompt:
+                raise InputError('a "text" has no prompt to mask; write {"prompt": ..., "completion": ...}')
+            return _whole(self.tokenizer.encode_once(raw["text"], end=True), place)
+        if form == "completion":
+            return self._completion(raw["prompt"], raw["completion"], place)
+        if form == "chat completion":
+            return self._chat_completion(raw, place)
+        return self._conversation(raw, keys.messages_of(raw, form), place)
+
+    def _completion(self, prompt: str, completion: str, place: str) -> Example:
+        eos = self.tokenizer.eos_id
+        first = self._begun(prompt)
+        answer = self._after(prompt, first, completion)
+        if eos is not None and answer[-1:] != [eos]:
+            answer.append(eos)
+        example = _whole([*first, *answer], place, divisible=False)
+        example.trained[: len(first) if self.mask_prompt else 0] = False
+        return example
+
+    def _after(self, prompt: str, first: list[int], completion: str) -> list[int]:
+        """The ids of a completion: the prompt's ids stay as they are, as in generation. Some tokenizers begin
+        a text, but not what follows one, with a space."""
+        both = self._begun(prompt + completion)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+        return self.tokenizer.encode(completion, add_special_tokens=False)
+
+    def _begun(self, text: str) -> list[int]:
+        """The ids of a text that is not over: without the EOS that some tokenizers add."""
+        ids, eos = self.tokenizer.encode_once(text), self.tokenizer.eos_id
+        return ids[:-1] if eos is not None and self.tokenizer.encode("")[-1:] == [eos] else ids
+
+    def _chat_completion(self, raw: dict[str, Any], place: str) -> Example:
+        prompt = keys.with_system(raw, keys.plain_messages(raw["prompt"], "prompt"))
+        completion = keys.plain_messages(raw["completion"], "completion")
+        chat = self._rendered(raw, [*prompt, *completion])
+        try:
+            first = chat.start(prompt) if self.mask_prompt else 0
+        except Rewritten:
+            raise InputError(
+                "the chat template writes the prompt anew, so that it cannot be told apart"
+            ) from None
+        example = self._plain(chat, place)
+        if first:
+            example.trained[:] = held(offsets(self.tokenizer, chat.text), [(first, len(chat.text))])
+        return example
+
+    def _plain(self, chat: Conversation, place: str) -> Example:
+        return _whole(self.tokenizer.encode(chat.text, add_special_tokens=False), place, divisible=False)
+
+    def _rendered(self, raw: Mapping[str, Any], messages: list[dict[str, Any]]) -> Conversation:
+        check_messages(messages)
+        tools, variables = keys.tools_of(raw), keys.variables_of(raw)
+        sources = " ".join(self.tokenizer.chat_templates.values())
+        if sources:
+            named = [*(["tools"] if tools else []), *variables, *keys.message_keys(messages)]
+            self.unused.update(name for name in named if not keys.is_read(name, sources))
+        return Conversation.of(self.tokenizer, messages, tools, variables)
+
+    def _conversation(self, raw: dict[str, Any], messages: list[dict[str, Any]], place: str) -> Example:
+        check_messages(messages)
+        chosen = [keys.chosen(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        plain = [keys.without_flags(message) for message in messages]
+        chat = self._rendered(raw, plain)
+        if not self.mask_prompt and False not in chosen:
+            return self._plain(chat, place)
+        if self.mask_prompt and not chat.answers and True not in chosen:
+            raise InputError(
+                "no message is the assistant's, so with the prompt masked nothing is left to learn"
+            )
+        learnt, masked = self._spans(chat, chosen)
+        example, places = self._plain(chat, place), offsets(self.tokenizer, chat.text)
+        if self.mask_prompt:
+            example.trained[:] = held(places, learnt)
+        example.trained[held(places, masked)] = False
+        if not example.trained.any():
+            raise InputError("nothing is left to learn: no message is chosen by weight or train")
+        return example
+
+    def _spans(self, chat: Conversation, chosen: list[bool | None]) -> tuple[list[Span], list[Span]]:
+        """Characters that are learnt where the rest is masked, and those that never are."""
+        answers = set(chat.answers)
+        others = [i for i, choice in enumerate(chosen) if choice is self.mask_prompt and i not in answers]
+        spans = self._turns(chat, chosen) | self._others(chat, others)
+        learnt = [span for i, span in spans.items() if chosen[i] is not False]
+        return learnt, [span for i, span in spans.items() if chosen[i] is False]
+
+    def _others(self, chat: Conversation, numbers: Sequence[int]) -> dict[int, Span]:
+        try:
+            spans = chat.whole_messages() if numbers else {}
+        except Rewritten:
+            raise InputError(
+                f"messages[{numbers[0]}]: the chat template writes earlier messages anew, so that this one "
+                "cannot be told apart"
+            ) from None
+        return {i: spans[i] for i in numbers}
+
+    def _turns(self, chat: Conversation, chosen: list[bool | None]) -> dict[int, Span]:
+        answers = chat.answers
+        if not answers or (not self.mask_prompt and not any(chosen[i] is False for i in answers)):
+            return {}
+        try:
+            return chat.turns()
+        except Rewritten:
+            pass
+        if len(chat.blocks) == len(answers):
+            return dict(zip(answers, chat.blocks))
+        try:
+            if not self.mask_prompt:
+                raise Rewritten
+            last = chat.last_turn()
+        except Rewritten:
+            raise InputError(
+                "the chat template writes earlier turns anew, so the prompt cannot be told apart"
+            ) from None
+        self.last_only += len(answers) > 1
+        return last
