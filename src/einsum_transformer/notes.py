@@ -5,6 +5,7 @@ with the standard library's logging, and nowhere with the command line's `--quie
 """
 
 import logging
+from functools import lru_cache
 
 LOGGER = logging.getLogger("einsum_transformer")
 
@@ -12,3 +13,9 @@ LOGGER = logging.getLogger("einsum_transformer")
 def note(text: str) -> None:
     """Log one line."""
     LOGGER.warning("%s", text)
+
+
+@lru_cache(maxsize=1024)
+def note_once(text: str) -> None:
+    """Log one line, the first time only: for what may be called in a loop."""
+    note(text)

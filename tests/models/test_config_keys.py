@@ -20,6 +20,9 @@ from einsum_transformer.models.families.config_keys import (
     TRAINING,
     check_unread,
 )
+from einsum_transformer.training.data import RandomTokens
+from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.schedule import Schedule
 from golden_files import FOLDER, load_golden, write_folder
 
 REFERENCE: dict[str, dict[str, Any]] = json.loads((FOLDER / "config_keys.json").read_text(encoding="utf-8"))
@@ -82,6 +85,25 @@ def test_settings_of_training_are_kept_to_be_named_there(tmp_path: Path) -> None
         "output_router_logits = True",
     )
     assert et.load(folder(tmp_path, attention_dropout=0.0)).config.unapplied == ()
+
+
+def test_what_training_does_not_apply_is_said_when_it_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers adds the load-balancing loss and dropout; the loss here is without both."""
+    golden = load_golden("mixtral_window")
+    changes = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "attention_dropout": 0.1}
+    model = et.load(write_folder(tmp_path / "folder", golden.config | changes, golden.weights))
+    assert not caplog.records
+    for _ in range(2):
+        assert model.loss_and_gradients(golden.tokens, golden.targets)[0] == pytest.approx(
+            golden.loss, abs=1e-5
+        )
+    Trainer(model, RandomTokens(61, 2, 5), Settings(Schedule(0.1, 1)))
+    assert [record.getMessage().partition("folder: ")[2] for record in caplog.records] == [
+        "the loss is without the load-balancing loss of output_router_logits = True",
+        "training does not apply attention_dropout = 0.1, output_router_logits = True",
+    ]
 
 
 @pytest.mark.parametrize("pad", [97, 4294967295, 1 << 40, -7])

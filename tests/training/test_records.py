@@ -69,7 +69,7 @@ def learnt(example: Example, tokenizer: Tokenizer) -> str:
         ),
         (
             {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [TOOL]}]},
-            f"<user>hi{END}<assistant>None<call>add</call>{END}",
+            f"<user>hi{END}<assistant><call>add</call>{END}",
         ),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, f"<user>hi{END}<assistant>yes{END}"),
         (

@@ -23,6 +23,7 @@ from einsum_transformer.models.families.family import Family, unsaid
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft_names import EMBEDDING, HEAD, POSITIONS, named_pairs, wrapper_names
 from einsum_transformer.models.stacked import stacks_of
+from einsum_transformer.notes import note_once
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.tree import named_leaves
@@ -66,7 +67,8 @@ class Model:
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
         """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint
-        layout; of a model with adapters by their matrices alone, which have PEFT's names and layout.
+        layout; of a model with adapters by their matrices alone, which have PEFT's names and layout. A router's
+        load-balancing loss (`output_router_logits`) is not part of it, which a note says.
 
         tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
         """
@@ -76,6 +78,10 @@ class Model:
                 f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same"
             )
         self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
+        if added := [
+            each for each in self.config.unapplied if each.startswith(("output_router", "aux_loss"))
+        ]:
+            note_once(f"{self.source}: the loss is without the load-balancing loss of {', '.join(added)}")
         loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
         return loss, self._named(gradient)
 
