@@ -67,8 +67,8 @@ class Model:
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
         """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint
-        layout; of a model with adapters by their matrices alone, which have PEFT's names and layout. A router's
-        load-balancing loss (`output_router_logits`) is not part of it, which a note says.
+        layout; of a model with adapters by their matrices alone, which have PEFT's names and layout. A
+        router's load-balancing loss (`output_router_logits`) is not part of it, which a note says.
 
         tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
         """
