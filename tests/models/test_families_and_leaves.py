@@ -19,6 +19,7 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.formats.safetensors import float32_to_bf16
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.leaves.watched import watched
 from einsum_transformer.models.adapters import merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD
@@ -62,6 +63,11 @@ def frozen(folder: Path, dtype: str) -> et.Model:
     return replace(model, decoder=map_named(lambda _, weight: Frozen(weight), model.decoder))
 
 
+def all_watched(folder: Path, dtype: str) -> et.Model:
+    model = et.load(folder, dtype=dtype)
+    return replace(model, decoder=watched(model.decoder))
+
+
 def on_ends(folder: Path, dtype: str, **options: Any) -> et.Model:
     model = et.load(folder, dtype=dtype, **options)
     return filled(model, ends(model))
@@ -70,6 +76,7 @@ def on_ends(folder: Path, dtype: str, **options: Any) -> et.Model:
 LEAVES: dict[str, Callable[[Path, str], et.Model]] = {
     "resident": lambda folder, dtype: et.load(folder, dtype=dtype),
     "frozen": frozen,
+    "watched": all_watched,
     "lazy": lambda folder, dtype: et.load(folder, dtype=dtype, weight_budget=BUDGET),
     "LoRA": lambda folder, dtype: filled(et.load(folder, dtype=dtype), "all-linear"),
     "LoRA on embedding and head": on_ends,

@@ -7,7 +7,6 @@ attention, feed-forward and layer, the logits. A reference names them as checkpo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.analysis.report import columns, some
-from einsum_transformer.engine import Leaf, Recorder, einsum, tap
+from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.npz import NpzFile
 from einsum_transformer.formats.safetensors import SafetensorsFile
-from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
-from einsum_transformer.tree import map_named, named_leaves
+from einsum_transformer.leaves.watched import watched
+from einsum_transformer.models.model import Model
 
 Array = np.ndarray
 
@@ -103,13 +102,13 @@ def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, 
         tokens = model.checked(_tokens(reference), f"the tokens of {reference.path}")
     else:
         tokens = model.checked(tokens)
-    watched = replace(model, decoder=_watched(model))
+    seen = replace(model, decoder=watched(model.decoder))
     named = _namer(model, set(reference.names()))
     # Of a model that was cut to its first layers, what comes after them is another model's.
     cut = named(f"layers.{model.config.num_hidden_layers}") in reference.names()
     found = _Comparing(reference, named, tolerance, (named("norm"), LOGITS) if cut else ())
     with Recorder(values_wanted=True, values=found):
-        watched.decoder.forward(tokens)
+        seen.decoder.forward(tokens)
     if not found.steps:
         named = ", ".join(found.missing[:3])
         raise InputError(
@@ -195,37 +194,6 @@ def _namer(model: Model, held: set[str]) -> Callable[[str], str]:
         return next((name for name in names if name in held), names[0])
 
     return named
-
-
-class _Watched(Leaf):
-    """A matrix whose product with what comes in is told to the recorder, the bias that it gets added."""
-
-    def __init__(self, place: str, weight: Any, bias: Any) -> None:
-        self.place, self.weight, self.bias = place, weight, bias
-        self.shape, self.dtype = weight.shape, weight.dtype
-
-    def array(self) -> Array:
-        return np.asarray(self.weight)
-
-    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
-        y = einsum(equation, *operands[:position], self.weight, *operands[position + 1 :])
-        tap(self.place, y if self.bias is None else y + self.bias)
-        return y
-
-
-def _watched(model: Model) -> Any:
-    """The decoder with its matrices watched, but for experts', which see some of the tokens only, and those
-    whose result is a step already."""
-    biases = {path: leaf for path, leaf in named_leaves(model.decoder) if path.endswith("_bias")}
-    aside = (EMBEDDING, POSITIONS, HEAD)
-
-    def leaf(path: str, weight: Any) -> Any:
-        if path in aside or ".experts." in path or path.endswith((".weight", "bias")):
-            return weight
-        place = re.sub(r"^layers\.\d+\.", "", path)
-        return _Watched(place, weight, biases.get(path.removesuffix("_proj") + "_bias"))
-
-    return map_named(leaf, model.decoder)
 
 
 def render(found: Parity, every: bool = True) -> str:

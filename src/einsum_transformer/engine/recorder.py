@@ -96,6 +96,18 @@ class Recorder:
 active: Recorder | None = None
 
 
+@contextmanager
+def in_place_of_others(recorder: Recorder) -> Iterator[Recorder]:
+    """Record with this recorder; the one that is active, if any, pauses meanwhile."""
+    global active, _tally
+    outer = active, _tally
+    active, _tally = recorder, None
+    try:
+        yield recorder
+    finally:
+        active, _tally = outer
+
+
 class _Nothing:
     """The phase of a program nobody watches."""
 
@@ -226,6 +238,11 @@ def count(name: str, amounts: np.ndarray) -> None:
     if active is not None and active.counts_wanted:
         key = active._layer, name
         active.counts[key] = active.counts.get(key, 0) + amounts
+
+
+def tapping() -> bool:
+    """Whether some recorder wants values."""
+    return active is not None and active.values_wanted
 
 
 def tap(name: str, value: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from einsum_transformer.generation.rows import (
     end_tokens,
     lengthen,
     prefill,
+    scores,
 )
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
@@ -162,7 +163,7 @@ def stream(
     cache.horizon = max(cache.horizon, start + longest)
     with phase("prefill"):
         lengthen(model, cache, longest)
-        logits = prefill(model, tokens, cache, settings.prefill_step_size)
+        logits = prefill(model, tokens, cache, settings.prefill_step_size, sampling.remove_invalid_values)
     if speculation is None:
         yield from _steps(model, rows, cache, logits, limit, passed)
         return
@@ -201,7 +202,7 @@ def _steps(
             live = [live[position] for position in keep]
         with phase("decode"):
             lengthen(model, cache, 1)
-            logits = model.decoder.forward(np.array(next_tokens)[:, None], cache, "last")[0][:, -1]
+            logits = scores(model, np.array(next_tokens)[:, None], cache, "last", rows[0].repairs)[:, -1]
         passed.grown(cache.length if cache.pads is None else cache.length - int(cache.pads.min()))
 
 

@@ -16,6 +16,7 @@ from einsum_transformer.generation.keys import OWN, SETTINGS, parsed
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.stopping import StopMatcher
 from einsum_transformer.models.families.family import token_ids
+from einsum_transformer.models.finite import is_finite
 from einsum_transformer.models.model import Model
 
 Array = np.ndarray
@@ -90,13 +91,29 @@ class Settings:
         return self.max_length - prompt_length
 
 
-def prefill(model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Array:
+def prefill(
+    model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CHUNK, repaired: bool = False
+) -> Array:
     """Put the prompt (b, t) into the cache, `chunk` tokens at a time; returns the scores (b, v) after its
-    last token."""
-    for start in range(0, tokens.shape[1] - chunk, chunk):
-        model.decoder.forward(tokens[:, start : start + chunk], cache, "none")
+    last token. repaired: scores that are not finite are no error (see `scores`)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, tokens.shape[1] - chunk, chunk):
+            model.decoder.forward(tokens[:, start : start + chunk], cache, "none")
     last = (tokens.shape[1] - 1) // chunk * chunk
-    return model.decoder.forward(tokens[:, last:], cache, "last")[0][:, -1]
+    return scores(model, tokens[:, last:], cache, "last", repaired)[:, -1]
+
+
+def scores(model: Model, tokens: Array, cache: KVCache, positions: str, repaired: bool = False) -> Array:
+    """The scores after new tokens (b, t), which the cache is extended by; positions as in `Decoder.forward`.
+
+    Raises InputError where they are not finite, with the step that this begins in; unless the caller repairs
+    them (`remove_invalid_values`).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits = model.decoder.forward(tokens, cache, positions)[0]
+    if not repaired and not is_finite(logits):
+        raise model.not_finite(cache.tokens, cache.pads)
+    return logits
 
 
 def lengthen(model: Model, cache: KVCache, new: int) -> None:
@@ -169,6 +186,7 @@ class Row:
         self.ends = frozenset() if settings.ignore_eos else end_tokens(model, settings.eos_token_id)
         ends = sorted(end for end in self.ends if 0 <= end < model.config.vocab_size)
         # The last token needs no room in the context.
+        self.repairs = sampling.remove_invalid_values
         self.sampling = sampling.sampler(self.history, ends, min(start + self.budget, limit + 1))
         self.deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         seed = settings.seed

@@ -20,7 +20,7 @@ from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import context_limit
 from einsum_transformer.generation.keys import FILE, parsed, whole
-from einsum_transformer.generation.rows import Row, lengthen, prefill, until_rope_changes
+from einsum_transformer.generation.rows import Row, lengthen, prefill, scores, until_rope_changes
 from einsum_transformer.generation.sampling import Sampler, draw
 from einsum_transformer.models.config import shown
 from einsum_transformer.models.model import Model
@@ -212,7 +212,7 @@ class Speculation:
                 base = cache.length
                 lengthen(model, cache, 1)
                 tokens = np.array([[token, *draft.tokens]])
-                logits = model.decoder.forward(tokens, cache, "all")[0][0]
+                logits = scores(model, tokens, cache, "all", row.repairs)[0]
             with phase("sampling"):
                 kept, token, text = self._settle(row, draft, logits, base, limit)
             cache.truncate(base + 1 + kept)

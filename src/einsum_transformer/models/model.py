@@ -20,6 +20,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, weights_of
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.family import Family, unsaid
+from einsum_transformer.models.finite import LOGITS, is_finite, origin
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft_names import EMBEDDING, HEAD, POSITIONS, named_pairs, wrapper_names
 from einsum_transformer.models.stacked import stacks_of
@@ -62,8 +63,26 @@ class Model:
         return self.family.checkpoint_name(path).removesuffix(".weight")
 
     def logits(self, tokens: Any) -> Array:
-        """tokens (b, t) ints -> next-token scores (b, t, v)."""
-        return self.decoder.forward(self.checked(tokens))[0]
+        """tokens (b, t) ints -> next-token scores (b, t, v), all finite: else an InputError names the step
+        in which the first that is not appears."""
+        tokens = self.checked(tokens)
+        with np.errstate(over="ignore", invalid="ignore"):
+            logits = self.decoder.forward(tokens)[0]
+        if not is_finite(logits):
+            raise self.not_finite(tokens)
+        return logits
+
+    def not_finite(self, tokens: Array, pads: Array | None = None) -> InputError:
+        """The error for scores of the text tokens (b, t) that are nan or inf: the first step that makes one,
+        and the weight that holds one, if any does. pads (b,): the text's left padding."""
+        found = origin(self.decoder, self.config.windows, tokens, pads)
+        step = "the output head" if found.place == LOGITS else self.module(found.place)
+        step = f"the input of {step}" if found.of_input else step
+        if found.weight:
+            reason = f"the weight {self.family.checkpoint_name(found.weight)} holds nan or inf"
+        else:
+            reason = "its weights are finite, so numbers grew too large (--dtype float64 has more room)"
+        return InputError(f"{self.source}: {'nan' if found.nan else 'inf'} appears first in {step}: {reason}")
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
         """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint

@@ -1,0 +1,82 @@
+"""Where scores that are not finite come from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.components.kv_cache import KVCache
+from einsum_transformer.engine import Recorder, tap
+from einsum_transformer.engine.recorder import in_place_of_others
+from einsum_transformer.leaves.watched import Watched, watched
+from einsum_transformer.models.decoder import Decoder
+from einsum_transformer.tree import named_leaves
+
+Array = np.ndarray
+
+LOGITS = "logits"
+_INPUT = " (its input)"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The first step of a forward pass that makes nan or inf."""
+
+    place: str
+    """Its path in the decoder: "layers.1.mlp.up_proj"; LOGITS for the output head."""
+    of_input: bool
+    """Whether the step is what comes into the product of this weight: attention, or an activation."""
+    nan: bool
+    weight: str
+    """The path of a weight of this step that is not finite, "" if all are."""
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no number is nan or inf, without a temporary array of the same size."""
+    return array.size == 0 or bool(np.isfinite(array.min()) and np.isfinite(array.max()))
+
+
+def origin(
+    decoder: Decoder, windows: tuple[int | None, ...], tokens: Array, pads: Array | None = None
+) -> Origin:
+    """Run the text tokens (b, t) again, left-padded by pads (b,), and find the first step that is not
+    finite."""
+    found = _FirstBad()
+    cache = None if pads is None else KVCache(windows, tokens.shape[1], pads)
+    with in_place_of_others(Recorder(values_wanted=True, values=found)), np.errstate(all="ignore"):
+        watched(decoder, _WithInput).forward(tokens, cache)
+        place = found.place.removesuffix(_INPUT) or LOGITS
+        return Origin(place, found.place.endswith(_INPUT), found.nan, _bad_weight(decoder, place))
+
+
+class _FirstBad(dict):  # type: ignore[type-arg]
+    """Takes the place of a recorder's values and keeps the name of the first that is not finite."""
+
+    place = ""
+    nan = True
+
+    def __setitem__(self, place: str, value: Array) -> None:
+        if not self.place and not is_finite(value):
+            self.place, self.nan = place, bool(np.isnan(value).any())
+
+
+class _WithInput(Watched):
+    """Its input is a step too: what attention or an activation made of finite products."""
+
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
+        if len(operands) == 2:
+            tap(f"{self.place}{_INPUT}", operands[1 - position])
+        return super().contract(equation, operands, position)
+
+
+def _bad_weight(decoder: Decoder, place: str) -> str:
+    """The path of the first weight of a step that is not finite, or ""."""
+    places = ["lm_head", "embed_tokens"] if place == LOGITS else [place, re.sub(r"_proj$", "_bias", place)]
+    for path, leaf in named_leaves(decoder):
+        inside = any(path == each or path.startswith(f"{each}.") for each in places)
+        if inside and not is_finite(np.asarray(leaf)):
+            return path
+    return ""
