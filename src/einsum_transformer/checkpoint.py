@@ -29,7 +29,11 @@ from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.families import FAMILIES, family_of, gguf_reader
 from einsum_transformer.models.families.config_keys import check_unread as check_keys
 from einsum_transformer.models.families.family import Family, without_impossible_ids
-from einsum_transformer.models.families.gguf_keys import check_unread, one_for_all_layers
+from einsum_transformer.models.families.gguf_keys import (
+    check_unread,
+    one_for_all_layers,
+    sampling_settings,
+)
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.places import Place
@@ -423,7 +427,8 @@ def _from_gguf(file: GGUFFile, options: _Options) -> Model:
         Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
     )
     decoder = _leaves(file, config, places, options)
-    return Model(config, decoder, tokenizer, None, str(file.path))
+    settings = sampling_settings(file.metadata, str(file.path))
+    return Model(config, decoder, tokenizer, settings, str(file.path))
 
 
 def gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:

@@ -224,3 +224,38 @@ def test_olmo3_is_not_olmo2(tmp_path: Path) -> None:
     model = et.load(write(tmp_path / "m.gguf", "olmo3_yarn", {}))
     assert model.config.model_type == "olmo3"
     np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
+
+
+def test_sampling_settings_are_those_of_a_generation_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    general = "general.sampling."
+    stated = {f"{general}temp": 0.5, f"{general}top_k": 7, f"{general}penalty_repeat": 1.25}
+    unused = {f"{general}mirostat": 0, f"{general}mirostat_tau": 5.0, f"{general}xtc_probability": 0.0}
+    model = et.load(write(tmp_path / "m.gguf", "llama_gqa", stated | unused))
+    assert model.generation_config == {
+        "temperature": 0.5,
+        "top_k": 7,
+        "repetition_penalty": 1.25,
+        "do_sample": True,
+    }
+    assert not caplog.records
+    assert et.load(write(tmp_path / "m.gguf", "llama_gqa", {})).generation_config is None
+    et.load(write(tmp_path / "m.gguf", "llama_gqa", {f"{general}xtc_probability": 0.5}))
+    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+        "sampling settings that are not used: general.sampling.xtc_probability"
+    ]
+
+
+def test_every_general_key_is_known() -> None:
+    """Those of the group Sampling are read; all others describe the file, or say what kind of file it is."""
+    general = [key.removeprefix("general.") for key in keys_of(gguf.constants.Keys.General)]
+    sampling = {key.removeprefix("sampling.") for key in general if key.startswith("sampling.")}
+    known = {"temp", "top_k", "top_p", "min_p", "penalty_repeat", "penalty_last_n", "sequence"}
+    assert sampling == known | {
+        "xtc_probability",
+        "xtc_threshold",
+        "mirostat",
+        "mirostat_tau",
+        "mirostat_eta",
+    }

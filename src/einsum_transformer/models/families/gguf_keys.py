@@ -223,3 +223,38 @@ def _is(value: Any, neutral: tuple[Any, ...]) -> bool:
             for each in neutral
         )
     return any(value == each for each in neutral)
+
+
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""llama.cpp's name of a sampling setting, below `general.sampling.` -> that of generation_config.json."""
+_NEUTRAL_SAMPLING = {"xtc_probability": OFF, "xtc_threshold": (), "mirostat": OFF, "penalty_last_n": (-1,)}
+_OF_MIROSTAT = ("mirostat_tau", "mirostat_eta")
+
+
+def sampling_settings(metadata: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+    """The settings of generation that a file recommends, under the names of generation_config.json.
+
+    As in llama.cpp, a temperature above 0 samples. Settings that have no such name are named in a note.
+    """
+    prefix = "general.sampling."
+    held = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if not held:
+        return None
+    found = {name: held.pop(key) for key, name in _SAMPLING.items() if key in held}
+    if held.get("mirostat", 0) in OFF:
+        held = {key: value for key, value in held.items() if key not in _OF_MIROSTAT}
+    if held.get("xtc_probability", 0) in OFF:
+        held.pop("xtc_threshold", None)
+    unused = [f"{prefix}{key}" for key in held if not _is(held[key], _NEUTRAL_SAMPLING.get(key, ()))]
+    if unused:
+        note(f"{source}: sampling settings that are not used: {', '.join(unused)}")
+    temperature = found.get("temperature")
+    if isinstance(temperature, (int, float)) and temperature > 0:
+        found["do_sample"] = True
+    return found or None
