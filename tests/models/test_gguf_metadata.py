@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.checkpoint import gguf_config
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.gguf_keys import DESCRIPTIVE, NEUTRAL, SIZES
+from einsum_transformer.models.gguf_config import gguf_config
 from gguf_files import CONVERSIONS, write_model_gguf
 from golden_files import FOLDER, MODELS, load_golden, write_folder
 

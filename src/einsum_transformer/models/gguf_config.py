@@ -1,0 +1,99 @@
+"""The config of a GGUF file: its metadata, and what the names and values of its tensors add."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from einsum_transformer.components.rope import RopeConfig, inverse_frequencies
+from einsum_transformer.errors import ConfigError
+from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.models.config import Keys, ModelConfig
+from einsum_transformer.models.families import FAMILIES, gguf_reader
+from einsum_transformer.models.families.family import Family, without_impossible_ids
+from einsum_transformer.models.families.gguf_keys import check_unread, one_for_all_layers
+
+Array = np.ndarray
+
+
+def gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
+    """The family and the config that a file's metadata and the names of its tensors describe."""
+    architecture = file.metadata["general.architecture"]
+    source = str(file.path)
+    prefix = f"{architecture}."
+    metadata = {
+        key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.ggml.merges")
+    }
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if "vocab_size" not in own and "tokenizer.ggml.tokens" not in metadata:
+        own["vocab_size"] = file.info("token_embd.weight").shape[0]
+    try:
+        keys = Keys(one_for_all_layers(own, source), source)
+        config = gguf_reader(architecture, source)(keys, metadata)
+        family = FAMILIES[config.model_type]
+        check_unread(keys, architecture, config)
+        held = set(file.names())
+        tied = family.gguf_name("lm_head.weight") not in held
+        changes = _gguf_biases(config, family, held)
+        rope = _with_factors(config, file)
+        defaulted, ignored = (
+            [f"{prefix}{name}" for name in names] for names in (keys.defaulted, keys.left_over())
+        )
+        told = {"defaulted": tuple(defaulted), "ignored": tuple(ignored)}
+        config = replace(config, rope=rope, tie_word_embeddings=tied, **changes, **told)
+        return family, without_impossible_ids(config, source)
+    except ConfigError as error:
+        raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
+
+
+def _gguf_biases(config: ModelConfig, family: Family, held: set[str]) -> dict[str, bool]:
+    """Which biases a file has, of the kinds that its metadata does not tell."""
+    if config.qkv_bias or config.norm != "rms" or config.fused_qkv is not None:
+        return {}
+    query = "q_bias" if config.latent is None else "kv_a_bias"
+    kinds = {"attention_bias": f"self_attn.{query}"}
+    if config.mlp == "gated":
+        kinds["mlp_bias"] = "mlp.up_bias"
+    return {kind: family.gguf_name(f"layers.0.{place}") in held for kind, place in kinds.items()}
+
+
+def _with_factors(config: ModelConfig, file: GGUFFile) -> RopeConfig | None:
+    """The config's RoPE with the factors that the file holds as tensors."""
+    found = {name: file.read(f"{name}.weight") for name in _FACTORS if f"{name}.weight" in file.names()}
+    if not found:
+        return config.rope
+    if config.rope is None:
+        raise ConfigError(f"tensor {next(iter(found))}.weight belongs to RoPE, which this model has not")
+    if "rope_freqs" in found:
+        return _named_factors(config, config.rope, found["rope_freqs"])
+    if len(found) != 2:
+        raise ConfigError("only one of the tensors rope_factors_long and rope_factors_short is there")
+    if config.rope.rope_type not in ("default", "longrope") or config.rope.factor != 1:
+        scaling = f"{config.rope.rope_type} by {config.rope.factor:g}"
+        raise ConfigError(f"rope.scaling ({scaling}) beside the tensors rope_factors_* is not supported")
+    long, short = (tuple(map(float, found[name].ravel())) for name in _FACTORS[1:])
+    return replace(config.rope, rope_type="longrope", long_factor=long, short_factor=short)
+
+
+_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+
+
+def _named_factors(config: ModelConfig, rope: RopeConfig, factors: Array) -> RopeConfig:
+    """llama3 scaling if the file's divisors are the ones it gives, so that a saved config.json can say it."""
+    pairs = (int(config.head_dim * rope.partial_rotary_factor) // 2,)
+    if factors.shape != pairs:
+        raise ConfigError(
+            f"tensor rope_freqs.weight is {list(factors.shape)}, the config needs {list(pairs)}"
+        )
+    if rope.rope_type != "default" or rope.attention_factor is not None:
+        return replace(rope, frequency_factors=tuple(map(float, factors)))
+    plain = rope
+    for factor in (8.0, 32.0):
+        named = replace(plain, rope_type="llama3", factor=factor, original_max_position_embeddings=8192)
+        ratio = (
+            inverse_frequencies(plain, config.head_dim)[0] / inverse_frequencies(named, config.head_dim)[0]
+        )
+        if ratio.shape == factors.shape and np.allclose(ratio, factors, rtol=1e-5):
+            return named
+    return replace(plain, frequency_factors=tuple(map(float, factors)))
