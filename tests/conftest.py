@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from einsum_transformer.notes import LOGGER
+from einsum_transformer.notes import LOGGER, note_once
 
 
 @pytest.fixture(autouse=True)
 def notes_are_shown() -> Iterator[None]:
-    """A command with `--quiet` in one test does not silence the notes of the next."""
+    """Neither a command with `--quiet` in one test nor a note made once silences the notes of the next."""
+    note_once.cache_clear()
     yield
     LOGGER.setLevel(logging.NOTSET)

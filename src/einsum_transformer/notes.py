@@ -16,6 +16,9 @@ def note(text: str) -> None:
 
 
 @lru_cache(maxsize=1024)
-def note_once(text: str) -> None:
-    """Log one line, the first time only: for what may be called in a loop."""
+def note_once(text: str, about: str = "") -> None:
+    """Log one line the first time only, for what may be called in a loop.
+
+    about: what the line is about, such as a model's source, where the text does not name it.
+    """
     note(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json as jsonlib
 import sys
 import time
@@ -17,6 +18,7 @@ from einsum_transformer.errors import InputError
 if TYPE_CHECKING:
     from einsum_transformer.checkpoint import Model
     from einsum_transformer.components.kv_cache import KVCache
+    from einsum_transformer.generation.context import LengthNote
     from einsum_transformer.generation.decode import Settings
     from einsum_transformer.generation.sampling import Sampling
     from einsum_transformer.generation.speculative import Speculation
@@ -106,10 +108,13 @@ def chat(
         allow_links=allow_links,
     )
     talk = _Talk(loaded, sampling, settings, system_prompt, drafting, asked, not json, not silent)
-    _converse(talk, terminal=sys.stdin.isatty() and not silent)
-    if json:
-        told = {"model": loaded.source, "messages": talk.messages, "turns": talk.turns}
-        options.write(jsonlib.dumps(told) + "\n")
+    try:
+        _converse(talk, terminal=sys.stdin.isatty() and not silent)
+    finally:
+        # What was answered is shown also if a later turn fails.
+        if json:
+            held = {"model": loaded.source, "messages": talk.messages, "turns": talk.turns}
+            options.write(jsonlib.dumps(held) + "\n")
 
 
 def _converse(talk: _Talk, terminal: bool) -> None:
@@ -152,10 +157,19 @@ def _turn(talk: _Talk, line: str, terminal: bool) -> None:
 
 
 def _next_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
+    """A line of standard input in UTF-8; a byte order mark before the first is no text."""
+    raw = (
+        sys.stdin.buffer.readline()
+        if isinstance(sys.stdin, io.TextIOWrapper)
+        else sys.stdin.readline().encode()
+    )
+    if not raw:
         raise EOFError
-    return line
+    try:
+        line = raw.decode() if isinstance(raw, bytes) else raw
+        return line.removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text (byte {error.start} of a line)") from None
 
 
 @dataclass(slots=True)
@@ -175,14 +189,18 @@ class _Talk:
     turns: list[dict[str, Any]] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     cache: KVCache | None = None
+    passed: LengthNote | None = None
+    """Of the text so far, whose length is noted once."""
 
     def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Forget all but the system message."""
+        from einsum_transformer.generation.context import LengthNote
+
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self.cached, self.cache = [], None
+        self.cached, self.cache, self.passed = [], None, LengthNote(self.model.config)
 
     def say(self, text: str) -> None:
         """One turn: the question, and the answer as it comes."""
@@ -197,7 +215,9 @@ class _Talk:
         self.cached, self.cache = [], None
         started = time.perf_counter()
         try:
-            pieces = stream(self.model, [result], self.sampling, self.settings, cache, self.speculation)
+            pieces = stream(
+                self.model, [result], self.sampling, self.settings, cache, self.speculation, self.passed
+            )
             for _, piece in pieces:
                 if self.shown:
                     options.write(piece)
@@ -236,6 +256,8 @@ class _Talk:
 
     def _tell(self, held: int, result: Any, seconds: float) -> None:
         turn = {
+            "prompt": self.messages[-2]["content"],
+            "text": result.text,
             "cached_tokens": held,
             "prompt_tokens": len(result.prompt_tokens),
             "tokens": len(result.tokens),

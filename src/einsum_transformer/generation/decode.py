@@ -26,7 +26,7 @@ from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
 from einsum_transformer.generation.stopping import StopMatcher
 from einsum_transformer.models.model import Model
-from einsum_transformer.notes import note
+from einsum_transformer.notes import note_once
 
 __all__ = [
     "PREFILL_CHUNK",
@@ -112,9 +112,9 @@ def options(
 
     given: keywords of `generate`, those of speculative decoding aside.
     """
-    values = merged(model.generation_config if stated is None else stated, given)
+    values = merged(model.generation_config if stated is None else stated, given, model.source)
     if model.tokenizer is None and "stop_strings" in values and given.get("stop_strings") is None:
-        note(f"{FILE}: stop_strings are not used: {model.source} has no tokenizer to find texts with")
+        note_once(f"{FILE}: stop_strings are not used: {model.source} has no tokenizer to find texts with")
         del values["stop_strings"]
     if given.get("eos_token_id") is None:
         values.pop("eos_token_id", None)  # the file's are among the model's own
@@ -128,13 +128,15 @@ def stream(
     settings: Settings,
     cache: KVCache | None = None,
     speculation: Speculation | None = None,
+    passed: LengthNote | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Fill the `results` of a batch, yielding (row, new text) as it comes; "" where no whole character is
     ready.
 
     Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch
     around it. A given cache is continued: its tokens precede the prompts' and belong to the text, for
-    penalties and lengths too. speculation: of one row.
+    penalties and lengths too. speculation: of one row. passed: notes once if the text grows long; default: of
+    this call alone.
     """
     if speculation is not None and len(results) > 1:
         raise InputError(f"speculative decoding takes one prompt at a time, here are {len(results)}")
@@ -158,7 +160,7 @@ def stream(
             cache = model.cache(capacity, pads if pads.any() else None, slack=slack)
         elif pads.any():
             raise InputError("prompts that continue a cache must have the same length")
-        passed = LengthNote(model.config, start)
+        passed = LengthNote(model.config, start) if passed is None else passed
         passed.grown(start + longest)
     cache.horizon = max(cache.horizon, start + longest)
     with phase("prefill"):
@@ -219,7 +221,7 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
     if isinstance(prompt, str):
         return [encode(model, prompt)], True
     items = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
-    if not isinstance(items, Sequence):
+    if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
         kinds = "text, token ids, a list of messages, or a list of these"
         raise InputError(f"the prompt is {type(prompt).__name__}: give {kinds}")
     if not items:
@@ -255,7 +257,8 @@ def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
 def _token_row(items: Any) -> list[int]:
     """One row of token ids, all of them integers."""
     row = items.tolist() if isinstance(items, np.ndarray) else items
-    if not isinstance(row, Sequence) or not all(isinstance(each, (int, np.integer)) for each in row):
+    integers = isinstance(row, Sequence) and not isinstance(row, (bytes, bytearray))
+    if not integers or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in row):
         raise InputError("the prompt holds what is neither text nor a token id: token ids are integers")
     return [int(each) for each in row]
 

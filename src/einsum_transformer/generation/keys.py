@@ -13,7 +13,7 @@ import numpy as np
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.config import nearest, shown
-from einsum_transformer.notes import note
+from einsum_transformer.notes import note, note_once
 
 FILE = "generation_config.json"
 Parser = Callable[[Any], Any]
@@ -279,11 +279,12 @@ class OtherOptions(TypedDict, total=False):
     num_return_sequences: int | None
 
 
-def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parsed values of all obeyed keys that are not null: of `given`, else of the file's, `stated`.
+def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """The parsed values of all obeyed keys that are not null: of `given`, else of the file's, `stated`, which
+    lies in `source`.
 
     `temperature` is 0 where the text is greedy. Raises InputError for values that are wrong, and for what is
-    given but not supported or not known; what the file says and is not used is named in one note.
+    given but not supported or not known; what the file says and is not used is noted once.
     """
     stated = {name: value for name, value in (stated or {}).items() if value is not None}
     given = {name: value for name, value in given.items() if value is not None}
@@ -293,7 +294,7 @@ def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[s
         if any(name in given for name in group):
             stated = {name: value for name, value in stated.items() if name not in group}
     _refuse(given)
-    _note_unused({name: value for name, value in stated.items() if name not in given})
+    _note_unused({name: value for name, value in stated.items() if name not in given}, source)
     values = {
         name: parsed(name, value, OBEYED[name], FILE)
         for name, value in stated.items()
@@ -305,7 +306,7 @@ def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[s
         values.pop("min_length", None)
     if "max_new_tokens" in values:
         values.pop("max_length", None)
-    return values | _strategy(values, given)
+    return values | _strategy(values, given, source)
 
 
 def parsed(name: str, value: Any, parser: Parser, source: str = "") -> Any:
@@ -317,7 +318,7 @@ def parsed(name: str, value: Any, parser: Parser, source: str = "") -> Any:
         raise InputError(f"{where} is {shown(value)}: it must be {error}") from None
 
 
-def _strategy(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _strategy(values: Mapping[str, Any], given: Mapping[str, Any], source: str) -> dict[str, Any]:
     """temperature and top_k as `do_sample` makes them: a temperature that is given says it too."""
     sampled = values.get("do_sample", False)
     temperature = values.get("temperature", 1.0)
@@ -329,7 +330,7 @@ def _strategy(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     elif "do_sample" in given:
         temperature = temperature if sampled else 0.0
     if sampled and temperature == 0 and "temperature" not in given:
-        note(f"{FILE}: temperature is 0: the text is greedy, though do_sample is true")
+        note_once(f"{FILE}: temperature is 0: the text is greedy, though do_sample is true", source)
     if temperature == 0 and "temperature" not in given and "do_sample" not in given:
         off = {"top_p": 1, "typical_p": 1}
         unused = [name for name in _FILTERS if name in given and values[name] != off.get(name, 0)]
@@ -356,11 +357,11 @@ def _changes_text(name: str, value: Any) -> bool:
     return name in UNSUPPORTED and not (plain and any(value == off for off in UNSUPPORTED[name]))
 
 
-def _note_unused(stated: Mapping[str, Any]) -> None:
+def _note_unused(stated: Mapping[str, Any], source: str) -> None:
     """One note about all that a file says and that is not used."""
     active = [f"{name} = {shown(value)}" for name, value in stated.items() if _changes_text(name, value)]
     unknown = [name for name in stated if name not in {**OBEYED, **NEUTRAL, **UNSUPPORTED}]
     words = [f"not supported: {', '.join(active)}"] * bool(active)
     words += [f"not known: {', '.join(map(shown, unknown))}"] * bool(unknown)
     if words:
-        note(f"{FILE}: the text is made without what is {'; '.join(words)}")
+        note_once(f"{FILE}: the text is made without what is {'; '.join(words)}", source)

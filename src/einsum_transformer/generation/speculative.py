@@ -294,6 +294,10 @@ def speculation(
     num_assistant_tokens, prompt_lookup_num_tokens and max_matching_ngram_size stand; default
     generation_config.json.
     """
+    if draft_model is not None and not isinstance(draft_model, Model):
+        raise InputError(
+            f"draft_model is {type(draft_model).__name__}: a model is expected; et.load makes one"
+        )
     stated = (model.generation_config or {}) if stated is None else stated
     lookup = int(prompt_lookup)
     if prompt_lookup is True:
