@@ -321,6 +321,25 @@ def test_chat_answers_each_line(etx: Etx, speller: Path) -> None:
     assert "[0 tokens kept, 10 read, 3 generated" in err
 
 
+def test_chat_shows_what_was_answered_before_an_error(etx: Etx, speller: Path) -> None:
+    """As JSON, with the texts of conversations that were reset too."""
+    template = (
+        "{{ messages[-1].content }}{% if messages|length > 2 %}{{ raise_exception('enough') }}{% endif %}"
+    )
+    code, out, err = etx(
+        *("chat", speller, "-n", 2, "--json", "--chat-template", template), stdin="a\n/reset\nb\nc\n"
+    )
+    told = json.loads(out)
+    assert (code, err.splitlines()[-1]) == (2, "error: chat template: enough")
+    assert [(turn["prompt"], turn["text"]) for turn in told["turns"]] == [("a", "bc"), ("b", "cd")]
+
+
+def test_chat_input_is_utf_8(etx: Etx, speller: Path) -> None:
+    """A byte order mark is no text."""
+    code, out, _ = etx("chat", speller, "-n", 2, stdin="\ufeff/exit\nnever\n")
+    assert (code, out) == (0, "")
+
+
 def test_chat_keeps_its_cache_and_answers_as_without_it(etx: Etx, babbler: Path) -> None:
     code, out, err = etx(
         "chat", babbler, "-n", 6, "--temp", 0, "--json", stdin="one\ntwo\n/reset\n/bad\nthree\n"

@@ -162,6 +162,12 @@ def optimize():
     assert np.einsum("i,i", [1], [2], optimize="fast") == 2
     with pytest.raises(EquationError, match="optimize='fast': choose"):
         einsum("i,i", [1], [2], optimize="fast")
+    assert np.einsum("...i->", np.ones((2, 3)), optimize=True) == 6
+    with pytest.raises(EquationError, match=r"'\.\.\.' stands for axes"):
+        einsum("...i->", np.ones((2, 3)), optimize=True)
+    flags, three = np.ones((2, 2), bool), np.array(3, np.int8)
+    assert np.einsum("cd,->", flags, three, optimize=True) == 3
+    assert np.einsum("cd,->", flags, three) == einsum("cd,->", flags, three, optimize=True) == 12
 
 
 def out_and_casting():

@@ -15,7 +15,7 @@ from einsum_transformer.generation.decode import Generation, Settings, prefill, 
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import load_golden, write_folder
-from tiny_models import successor_model, tiny_model
+from tiny_models import successor_model, tiny_model, write_tiny
 
 MODEL = tiny_model()
 COUNTER = successor_model(20, max_position_embeddings=64)
@@ -440,3 +440,25 @@ def test_settings_from_a_folder(tmp_path: Path) -> None:
     assert et.generate(model, [9]).tokens == [10, 11, 12, 13]
     model.save(tmp_path / "again")
     assert et.generate(et.load(tmp_path / "again"), [3]).tokens == [4, 5]
+
+
+@pytest.mark.parametrize("prompt", [b"abc", bytearray(b"abc"), [True, False], [b"ab", b"cd"], [[True]]])
+def test_bytes_and_bools_are_no_token_ids(prompt: Any, tmp_path: Path) -> None:
+    model = et.load(write_tiny(tmp_path)[0])
+    with pytest.raises(et.InputError, match="prompt"):
+        et.generate(model, prompt)
+
+
+def test_a_draft_model_is_a_model(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)[0]
+    with pytest.raises(et.InputError, match="draft_model is PosixPath: a model is expected"):
+        et.generate(et.load(folder), [1, 2], draft_model=folder)
+
+
+def test_a_generation_file_is_noted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = replace(et.load(write_tiny(tmp_path)[0]), generation_config={"num_beams": 4, "eos_token_id": 5})
+    for _ in range(3):
+        et.generate(model, [1, 2], max_new_tokens=1)
+    assert len(caplog.records) == 1
+    et.generate(replace(model, source="another"), [1, 2], max_new_tokens=1)
+    assert len(caplog.records) == 2

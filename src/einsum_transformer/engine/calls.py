@@ -97,7 +97,7 @@ def from_sublists(arguments: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
 def _term(sublist: Any) -> str:
     if isinstance(sublist, Array):
         sublist = sublist.tolist()
-    if not isinstance(sublist, (list, tuple)):
+    if not isinstance(sublist, (list, tuple, range)):
         raise OperandTypeError(
             f"einsum: the subscripts of an operand are a list or tuple, not {type(sublist).__name__}"
         )
