@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3, a pattern": ("olmo3_yarn", OLMO3 | {"{arch}.attention.sliding_window_pattern": 2}),
     "gemma2, a pattern": ("gemma2_caps", {"{arch}.attention.sliding_window_pattern": 3}),
     "gemma3, a pattern": ("gemma3_text", {"{arch}.attention.sliding_window_pattern": 2}),
+    "gemma3, an attention factor": ("gemma3_text", {f"{SCALING}attn_factor": 1.5}),
     "gemma3 without windows": ("gemma3_text", {"{arch}.attention.sliding_window": 0}),
 }
 LENGTH = 15

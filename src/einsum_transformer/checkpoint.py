@@ -272,7 +272,7 @@ def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
     aside = {
         "defaulted",
         "ignored",
-        "unapplied",
+        "training",
         "attention_block",
         "initializer_range",
         "model_type",
@@ -380,7 +380,7 @@ def _hf_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         config = family.read_config(keys)
     except ConfigError as error:
         raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
-    seen = {"defaulted": tuple(keys.defaulted), "ignored": keys.left_over(), "unapplied": check_keys(keys)}
+    seen = {"defaulted": tuple(keys.defaulted), "ignored": keys.left_over(), "training": check_keys(keys)}
     return without_impossible_ids(replace(config, **seen), source)
 
 

@@ -17,8 +17,10 @@ from einsum_transformer.models.families.config_keys import (
     LOSS_WEIGHTS,
     NEUTRAL,
     REFUSED,
+    SWITCHED_OFF,
     TRAINING,
     check_unread,
+    unapplied_settings,
 )
 from einsum_transformer.training.data import RandomTokens
 from einsum_transformer.training.loop import Settings, Trainer
@@ -26,7 +28,7 @@ from einsum_transformer.training.schedule import Schedule
 from golden_files import FOLDER, load_golden, write_folder
 
 REFERENCE: dict[str, dict[str, Any]] = json.loads((FOLDER / "config_keys.json").read_text(encoding="utf-8"))
-TABLES = NEUTRAL | REFUSED.keys() | TRAINING.keys() | LOSS_WEIGHTS.keys()
+TABLES = NEUTRAL | REFUSED.keys() | TRAINING.keys() | LOSS_WEIGHTS.keys() | SWITCHED_OFF.keys()
 NEEDED = {"deepseek_v2": {"num_experts_per_tok": 2}, "gemma3": {"text_config": {}}}
 """What has no default in the reference, or is no plain value."""
 
@@ -53,7 +55,7 @@ def test_every_key_of_the_reference_is_known(model_type: str, caplog: pytest.Log
     FAMILIES[model_type].read_config(keys)
     unknown = [key for key in raw if key not in keys.seen and key not in TABLES]
     assert not unknown
-    assert not any("dropout" not in each and "pdrop" not in each for each in check_unread(keys))
+    check_unread(keys)
     assert not caplog.records
 
 
@@ -77,14 +79,20 @@ def test_keys_that_make_another_model_are_refused(tmp_path: Path, key: str, valu
         et.load(folder(tmp_path, **{key: value}))
 
 
-def test_settings_of_training_are_kept_to_be_named_there(tmp_path: Path) -> None:
-    model = et.load(folder(tmp_path, attention_dropout=0.1, output_router_logits=True, aux_loss_alpha=0.001))
-    assert model.config.unapplied == (
-        "attention_dropout = 0.1",
-        "aux_loss_alpha = 0.001",
-        "output_router_logits = True",
-    )
-    assert et.load(folder(tmp_path, attention_dropout=0.0)).config.unapplied == ()
+def test_settings_of_training_are_kept_and_saved(tmp_path: Path) -> None:
+    own = {"attention_dropout": 0.1, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    model = et.load(folder(tmp_path, **own))
+    assert own.items() <= dict(model.config.training).items()
+    assert unapplied_settings(model.config) == ["attention_dropout = 0.1", "output_router_logits = True"]
+    model.save(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    assert own.items() <= written.items()
+    off = {"attention_dropout": 0.0, "output_router_logits": True, "router_aux_loss_coef": 0}
+    assert unapplied_settings(et.load(folder(tmp_path, **off)).config) == []
+    golden = load_golden("mpt_alibi")
+    inner = golden.config["attn_config"] | {"attn_pdrop": 0.3}
+    mpt = et.load(write_folder(tmp_path / "mpt", golden.config | {"attn_config": inner}, golden.weights))
+    assert unapplied_settings(mpt.config) == ["attn_config.attn_pdrop = 0.3"]
 
 
 def test_what_training_does_not_apply_is_said_when_it_starts(
@@ -104,6 +112,47 @@ def test_what_training_does_not_apply_is_said_when_it_starts(
         "the loss is without the load-balancing loss of output_router_logits = True",
         "training does not apply attention_dropout = 0.1, output_router_logits = True",
     ]
+
+
+WINDOWED = ("gemma2_caps", "gemma3_text", "olmo3_yarn", "smollm3_window", "qwen2_moe_window", "qwen2_window")
+
+
+@pytest.mark.parametrize("kind", ["chunked_attention", "slide_attention", 1, None])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_layer_type_that_is_not_known_is_refused(name: str, kind: Any, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    changed = golden.config | {"layer_types": [kind] * golden.config["num_hidden_layers"]}
+    with pytest.raises(et.ConfigError, match=r"layer_types has .* which is not supported"):
+        et.load(write_folder(tmp_path / "folder", changed, golden.weights))
+
+
+@pytest.mark.parametrize("more", [-1, 3])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_layer_types_are_as_many_as_layers(name: str, more: int, tmp_path: Path) -> None:
+    golden = load_golden(name)
+    changed = golden.config | {
+        "layer_types": ["full_attention"] * (golden.config["num_hidden_layers"] + more)
+    }
+    with pytest.raises(et.ConfigError, match=r"layer_types has \d+ entries, num_hidden_layers is"):
+        et.load(write_folder(tmp_path / "folder", changed, golden.weights))
+
+
+def test_windows_that_smollm3_does_not_use(tmp_path: Path) -> None:
+    """layer_types alone make no window, as in the reference."""
+    golden = load_golden("smollm3_nope")
+    kinds = ["sliding_attention"] * golden.config["num_hidden_layers"]
+    changed = golden.config | {"layer_types": kinds, "use_sliding_window": False, "sliding_window": None}
+    model = et.load(write_folder(tmp_path / "folder", changed, golden.weights))
+    np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
+
+
+def test_gemma3_has_no_cap_of_scores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers keeps the key and does not use it."""
+    golden = load_golden("gemma3_text")
+    changed = golden.config | {"attn_logit_softcapping": 0.5}
+    model = et.load(write_folder(tmp_path / "folder", changed, golden.weights))
+    np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
+    assert messages(caplog) == ["keys that are not used: attn_logit_softcapping"]
 
 
 @pytest.mark.parametrize("pad", [97, 4294967295, 1 << 40, -7])

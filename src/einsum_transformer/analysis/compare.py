@@ -15,7 +15,7 @@ from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
 
-_ASIDE = {"defaulted", "ignored", "unapplied", "attention_block", "initializer_range"}
+_ASIDE = {"defaulted", "ignored", "training", "attention_block", "initializer_range"}
 _ITEM = 4  # bytes of a float32
 Pair = tuple[Any, Any]
 _Source = Model | ModelConfig | RunConfig

@@ -170,7 +170,7 @@ def _roles(places: Mapping[str, Place]) -> dict[str, list[str]]:
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    aside = ("defaulted", "ignored", "unapplied", "attention_block")
+    aside = ("defaulted", "ignored", "training", "attention_block")
     return {name: value for name, value in asdict(config).items() if name not in aside}
 
 

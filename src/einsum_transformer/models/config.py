@@ -155,8 +155,8 @@ class ModelConfig:
     """Keys the source did not have."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the source that change nothing here."""
-    unapplied: tuple[str, ...] = field(default=(), compare=False)
-    """Settings of the source that change training alone, such as dropout, and are not applied there."""
+    training: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
+    """Keys of the source that concern training alone, such as dropout, with their values; not applied."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:

@@ -19,6 +19,7 @@ from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, weights_of
 from einsum_transformer.models.families import FAMILIES
+from einsum_transformer.models.families.config_keys import unapplied_settings, with_training_keys
 from einsum_transformer.models.families.family import Family, unsaid
 from einsum_transformer.models.finite import LOGITS, is_finite, origin
 from einsum_transformer.models.lora_config import LoRAConfig
@@ -97,9 +98,7 @@ class Model:
                 f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same"
             )
         self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
-        if added := [
-            each for each in self.config.unapplied if each.startswith(("output_router", "aux_loss"))
-        ]:
+        if added := unapplied_settings(self.config, losses_alone=True):
             note_once(f"{self.source}: the loss is without the load-balancing loss of {', '.join(added)}")
         loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
         return loss, self._named(gradient)
@@ -154,7 +153,7 @@ class Model:
         if lost := unsaid(self.family, self.config):
             value = getattr(self.config, lost)
             raise InputError(f"{folder}: a {self.family.model_type} config.json cannot say {lost} = {value}")
-        config = self.family.write_config(self.config)
+        config = with_training_keys(self.family.write_config(self.config), self.config.training)
         head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
         parameters = self.named_parameters()
         if dtype == "bfloat16":

@@ -18,6 +18,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.models.adapters import gradients_by_name, masked, trainable
+from einsum_transformer.models.families.config_keys import unapplied_settings
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
@@ -189,8 +190,8 @@ class Trainer:
         settings: Settings,
         compute: Callable[[Model, Settings], Compute] = Local,
     ) -> None:
-        if model.config.unapplied:
-            note(f"{model.source}: training does not apply {', '.join(model.config.unapplied)}")
+        if unapplied := unapplied_settings(model.config):
+            note(f"{model.source}: training does not apply {', '.join(unapplied)}")
         self.model = replace(model, decoder=_writable(model.decoder))
         self.batches, self.settings = batches, settings
         self.weights = trainable(self.model.decoder)

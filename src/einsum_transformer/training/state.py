@@ -162,7 +162,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         # Then a training may go on for longer than was planned.
         del schedule["steps"], schedule["final_lr"]
     found = {
-        "model": {name: config[name] for name in config if name not in ("defaulted", "ignored", "unapplied")},
+        "model": {name: config[name] for name in config if name not in ("defaulted", "ignored", "training")},
         "lora": None if model.lora is None else _adapter_settings(model.lora),
         "frozen": _frozen_crc(trainer),
         "trained": {name: [str(w.dtype), *w.shape] for name, w in trainer.weights.items()},

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.models.config import Keys, shown
+from einsum_transformer.models.config import Keys, ModelConfig, shown
 from einsum_transformer.notes import note
 
 NEUTRAL = frozenset(
@@ -24,6 +24,7 @@ NEUTRAL = frozenset(
         "_commit_hash",
         "unsloth_version",
         "unsloth_fixed",
+        "is_llama_config",
         "finetuning_task",
         "license",
         # How a framework stores, runs and returns things.
@@ -33,6 +34,9 @@ NEUTRAL = frozenset(
         "use_bfloat16",
         "tf_legacy_loss",
         "use_cache",
+        "cache_implementation",
+        "attn_impl",
+        "attn_uses_sequence_id",
         "return_dict",
         "output_attentions",
         "output_hidden_states",
@@ -91,6 +95,7 @@ NEUTRAL = frozenset(
         "embedding_fraction",
         # Sizes that follow from others.
         "qk_head_dim",
+        "max_window_layers",
         "n_ctx",
         "seq_length",
         "_sliding_window_pattern",
@@ -106,6 +111,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
 }
 """Keys with another value than these make another model."""
+
+SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
+    "rope_interleaved": (False,),
+    "attn_logit_softcapping": (0,),
+}
+"""Keys with these values ask for nothing; with others they are named among the keys that are not used."""
 
 TRAINING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
@@ -129,35 +140,62 @@ TRAINING: dict[str, tuple[Any, ...]] = {
 """Keys with another value than these change training alone, which does not apply them."""
 
 LOSS_WEIGHTS: dict[str, tuple[Any, ...]] = {
-    "router_aux_loss_coef": (),
+    "router_aux_loss_coef": (0, 0.0),
     "seq_aux": (),
     "aux_loss_alpha": (0, 0.0),
 }
 """Of losses that training alone adds: the first goes with `output_router_logits`, the last is on if not 0."""
+_INNER = ("text_config.", "attn_config.")
 
 
-def check_unread(keys: Keys) -> tuple[str, ...]:
+def check_unread(keys: Keys) -> tuple[tuple[str, Any], ...]:
     """Refuse keys that make another model and note unknown ones.
 
-    Returns the settings that would change training, as `key = value`.
+    Returns the keys that concern training alone, with their values.
     """
     training, unknown = [], []
     for name in keys.left_over():
-        key, value = name.removeprefix("text_config."), _value(keys.raw, name)
-        if value is None or key in NEUTRAL:
+        value = _value(keys.raw, name)
+        key = next((name.removeprefix(inner) for inner in _INNER if name.startswith(inner)), name)
+        if value is None or key in NEUTRAL or value in SWITCHED_OFF.get(key, ()):
             continue
         if key in REFUSED:
             if value not in REFUSED[key]:
                 raise ConfigError(f"{keys.source}: {name} = {shown(value)} is not supported")
         elif key in TRAINING or key in LOSS_WEIGHTS:
-            neutral = TRAINING.get(key, LOSS_WEIGHTS.get(key, ()))
-            training += [f"{name} = {shown(value)}"] if neutral and value not in neutral else []
+            training.append((name, value))
         else:
             unknown.append(name if len(name) <= 60 else f"{name[:57]}...")
     if unknown:
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         note(f"{keys.source}: keys that are not used: {', '.join(unknown[:8])}{more}")
     return tuple(training)
+
+
+def unapplied_settings(config: ModelConfig, losses_alone: bool = False) -> list[str]:
+    """The settings that would change training, as `key = value`; losses_alone: those that add a loss."""
+    held = dict(config.training)
+    found = []
+    for name, value in config.training:
+        key = name.rpartition(".")[2]
+        if key == "output_router_logits" and held.get("router_aux_loss_coef") in (0, 0.0):
+            continue  # the loss that it adds has no weight
+        switches = TRAINING if key in TRAINING else {"aux_loss_alpha": LOSS_WEIGHTS["aux_loss_alpha"]}
+        adds_loss = key in ("output_router_logits", "aux_loss_alpha")
+        if key in switches and value not in switches[key] and (adds_loss or not losses_alone):
+            found.append(f"{name} = {shown(value)}")
+    return found
+
+
+def with_training_keys(written: dict[str, Any], training: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """A config.json's keys, with those that concern training alone as they were read."""
+    for name, value in training:
+        outer, dot, key = name.rpartition(".")
+        if not dot or outer == "text_config":
+            written = {**written, key: value}
+        elif isinstance(written.get(outer), dict):
+            written = {**written, outer: {**written[outer], key: value}}
+    return written
 
 
 def _value(raw: Mapping[str, Any], name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from einsum_transformer.components.rope import ROPE_TYPES, RopeConfig
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.models.config import FARTHEST, FULL, SLIDING, Keys, ModelConfig, shown
+from einsum_transformer.models.config import FARTHEST, FULL, LAYER_TYPES, SLIDING, Keys, ModelConfig, shown
 from einsum_transformer.notes import note
 
 
@@ -102,7 +102,7 @@ class Family:
 def unsaid(family: Family, config: ModelConfig) -> str:
     """The first field that the family's config.json cannot say, or ""."""
     said = family.read_config(Keys(family.write_config(config), "config.json"))
-    aside = {"defaulted", "ignored", "unapplied", "attention_block"}
+    aside = {"defaulted", "ignored", "training", "attention_block"}
     names = [each.name for each in fields(ModelConfig) if each.name not in aside]
     return next((name for name in names if getattr(said, name) != getattr(config, name)), "")
 
@@ -253,9 +253,21 @@ def write_rope_type(rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def read_layer_types(keys: Keys, default: Callable[[int], list[str]]) -> tuple[str, ...]:
-    """`layer_types`, or what `default` says for the number of layers."""
+    """`layer_types`, or what `default` says for the number of layers; an error unless every layer has a kind
+    that is supported."""
+    layers = keys.get("num_hidden_layers", int)
     found = keys.get("layer_types", list, None)
-    return tuple(default(keys.get("num_hidden_layers", int)) if found is None else found)
+    if found is None:
+        return tuple(default(layers))
+    if wrong := [kind for kind in found if kind not in LAYER_TYPES]:
+        raise ConfigError(
+            f"layer_types has {shown(wrong[0])}, which is not supported; supported: {', '.join(LAYER_TYPES)}"
+        )
+    if len(found) != layers:
+        raise ConfigError(
+            f"config keys disagree: layer_types has {len(found)} entries, num_hidden_layers is {layers}"
+        )
+    return tuple(found)
 
 
 def refuse(keys: Keys, name: str, kind: type | tuple[type, ...], *allowed: Any) -> None:

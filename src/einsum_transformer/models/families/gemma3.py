@@ -49,7 +49,6 @@ def _read(keys: Keys) -> ModelConfig:
         act="hidden_activation",
         block="sandwich_norm",
         qk_norm="head",
-        attn_logit_softcapping=keys.get("attn_logit_softcapping", float, None),
         final_logit_softcapping=keys.get("final_logit_softcapping", float, None),
         attention_scale=read_scale(keys),
         rope=rope,
@@ -84,8 +83,11 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     context = keys.get("context_length", int)
     rope = gguf.read_rope(keys, 1, context)
     windows = gguf.read_windows(keys, 6)
+    attention = keys.get("rope.scaling.attn_factor", float, 1.0)
     local = RopeConfig(
-        rope_theta=keys.get("rope.freq_base_swa", float, 1e4), original_max_position_embeddings=context
+        rope_theta=keys.get("rope.freq_base_swa", float, 1e4),
+        original_max_position_embeddings=context,
+        attention_factor=None if attention == 1 else attention,
     )
     return read_gguf_common(
         keys,
@@ -93,7 +95,6 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
         "gemma3_text",
         block="sandwich_norm",
         qk_norm="head",
-        attn_logit_softcapping=keys.get("attn_logit_softcapping", float, 0.0) or None,
         final_logit_softcapping=keys.get("final_logit_softcapping", float, 0.0) or None,
         attention_scale=gguf_scale(keys, 62),
         rope=replace(rope, partial_rotary_factor=1.0, rope_theta=keys.get("rope.freq_base", float, 1e6)),

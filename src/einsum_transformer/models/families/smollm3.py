@@ -44,7 +44,7 @@ def _read(keys: Keys) -> ModelConfig:
         _DEFAULTS,
         rope_layers=tuple(map(bool, turned[:layers])),
         sliding_window=window if SLIDING in kinds else None,
-        layer_types=kinds if SLIDING in kinds else (),
+        layer_types=kinds if SLIDING in kinds and window is not None else (),
         attention_bias=keys.get("attention_bias", bool, False),
         mlp_bias=keys.get("mlp_bias", bool, False),
     )
