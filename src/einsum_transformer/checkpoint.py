@@ -419,9 +419,7 @@ def _from_gguf(file: GGUFFile, options: _Options) -> Model:
     config = options.cut(full)
     _, places = _checked_places(full, file)
     # Before the weights: what building it takes is free again when they come.
-    tokenizer = (
-        Tokenizer.from_gguf(file.metadata, file.path) if "tokenizer.ggml.model" in file.metadata else None
-    )
+    tokenizer = Tokenizer.in_gguf(file.metadata, file.path)
     decoder = _leaves(file, config, places, options)
     settings = sampling_settings(file.metadata, str(file.path))
     return Model(config, decoder, tokenizer, settings, str(file.path))

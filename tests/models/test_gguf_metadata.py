@@ -247,6 +247,25 @@ def test_sampling_settings_are_those_of_a_generation_config(
     ]
 
 
+@pytest.mark.parametrize("kind", ["none", "no_vocab", "bert", "rwkv", "plamo2"])
+def test_a_tokenizer_of_another_kind_leaves_token_ids(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """llama.cpp runs a file without a vocabulary too."""
+    golden = load_golden("llama_gqa")
+    keys: dict[str, Any] = {"tokenizer.ggml.model": kind}
+    if kind not in ("none", "no_vocab"):
+        keys["tokenizer.ggml.tokens"] = [f"t{i}" for i in range(97)]
+    model = et.load(write(tmp_path / "m.gguf", "llama_gqa", keys))
+    np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
+    noted = [record.getMessage() for record in caplog.records]
+    assert [f"tokenizer.ggml.model {kind!r} is not supported" in text for text in noted] == [True] * (
+        kind not in ("none", "no_vocab")
+    )
+    with pytest.raises(et.InputError, match="has no tokenizer; give token ids"):
+        et.generate(model, "text")
+
+
 def test_every_general_key_is_known() -> None:
     """Those of the group Sampling are read; all others describe the file, or say what kind of file it is."""
     general = [key.removeprefix("general.") for key in keys_of(gguf.constants.Keys.General)]

@@ -140,8 +140,8 @@ def _tried(make: Callable[[], Any], problems: list[str]) -> Any:
 
 def _look_beside(path: Path, tensors: TensorSource | None, problems: list[str]) -> None:
     """Whether the tokenizer and the settings of generation can be read, where there are some."""
-    if isinstance(tensors, GGUFFile) and "tokenizer.ggml.model" in tensors.metadata:
-        _tried(lambda: Tokenizer.from_gguf(tensors.metadata, path), problems)
+    if isinstance(tensors, GGUFFile):
+        _tried(lambda: Tokenizer.in_gguf(tensors.metadata, path), problems)
     if path.is_dir():
         _tried(lambda: Tokenizer.in_folder(path), problems)
     if (path / "generation_config.json").exists():

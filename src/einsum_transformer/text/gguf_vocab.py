@@ -118,6 +118,21 @@ class Metadata:
         return np.flatnonzero(np.isin(self.types, types)).tolist()
 
 
+def has_gguf_tokenizer(values: Mapping[str, Any], source: str) -> bool:
+    """Whether GGUF metadata holds a tokenizer that can be built; a note names one of another kind."""
+    model = values.get("tokenizer.ggml.model")
+    if model in (None, "none", "no_vocab"):
+        return False
+    if isinstance(model, str) and model in _BUILDERS:
+        return True
+    known = ", ".join(_BUILDERS)
+    note(
+        f"{source}: tokenizer.ggml.model {model!r:.60} is not supported (known: {known}), so the model takes "
+        "token ids and no text"
+    )
+    return False
+
+
 def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
     """Build the tokenizer that GGUF metadata describes; raises InputError that names `source` and the key."""
     model = values.get("tokenizer.ggml.model")

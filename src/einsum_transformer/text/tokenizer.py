@@ -11,7 +11,7 @@ from einsum_transformer.text.added_tokens import NAMES
 from einsum_transformer.text.chat_options import check_options, choose_template, note_unused
 from einsum_transformer.text.chat_template import render_chat_spans
 from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_folder
-from einsum_transformer.text.gguf_vocab import read_gguf_vocab
+from einsum_transformer.text.gguf_vocab import has_gguf_tokenizer, read_gguf_vocab
 from einsum_transformer.text.native import checked
 from einsum_transformer.text.streaming import StreamDecoder, clean_up, stream_decoder
 
@@ -83,6 +83,11 @@ class Tokenizer:
     def in_folder(cls, folder: Path) -> "Tokenizer | None":
         """The same for a folder that may have no tokenizer; a note names one to be converted."""
         return cls.from_folder(folder) if has_tokenizer(folder) else None
+
+    @classmethod
+    def in_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer | None":
+        """`from_gguf` for a file that may have no tokenizer; a note names one that is not supported."""
+        return cls.from_gguf(metadata, source) if has_gguf_tokenizer(metadata, str(source)) else None
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
