@@ -123,7 +123,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        checked("the texts give no tokenizer", lambda: backend.train_from_iterator(texts, trainer))
         named = {"eos_token": "<|endoftext|>"}
         return cls(backend, "trained on the data", None, 0, None, None, {}, frozenset({0}), {}, named)
 
@@ -168,20 +168,22 @@ class Tokenizer:
         """Ids of a prompt or a document: those of `encode`, without the BOS and EOS that the text itself has.
 
         A text that was rendered before, `<s>...</s>`, would else begin with two BOS. end: the text is
-        complete, so EOS follows it if the tokenizer has one.
+        complete, so EOS follows it if the tokenizer has one and the text does not end in it. White space
+        before the text's own BOS or after its own EOS, as the line end of ChatML, stays and does not count.
         """
         plain = self.encode(text, add_special_tokens=False)
+        core = plain if text == text.strip() else self.encode(text.strip(), add_special_tokens=False)
         before, after = self._marks(text)
         own = 0  # how many tokens of the text itself begin it as BOS does
-        if before and plain[: len(before)] == before:
+        if before and core[: len(before)] == before:
             before, own = [], len(before)
-        elif self.bos_id in before and plain[:1] == [self.bos_id]:
+        elif self.bos_id in before and core[:1] == [self.bos_id]:
             before, own = before[: before.index(self.bos_id)], 1
-        if after and plain[own:][-len(after) :] == after:
+        if after and core[own:][-len(after) :] == after:
             after = []
         ids = [*before, *plain, *after]
         opening = len(before) + own if self.bos_id == self.eos_id else 0
-        closed = ids[opening:][-1:] == [self.eos_id]
+        closed = [*before, *core, *after][opening:][-1:] == [self.eos_id]
         return ids if not end or self.eos_id is None or closed else [*ids, self.eos_id]
 
     def _marks(self, text: str) -> tuple[list[int], list[int]]:
@@ -207,8 +209,10 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for ids that arrive one by one, as in generation."""
-        skipped = _special_ids(self.backend) if skip_special_tokens else frozenset()
-        return stream_decoder(self.backend, skipped, self.clean_up)
+        # `tokenizers` compares the token that an id spells, which a normalizer may have changed.
+        added = self.backend.get_added_tokens_decoder().values() if skip_special_tokens else ()
+        skipped = frozenset(token.content for token in added if token.special)
+        return stream_decoder(self.backend, skipped, self.clean_up, self.source)
 
     def render_chat(
         self,
