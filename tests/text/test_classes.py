@@ -86,6 +86,23 @@ def test_a_class_of_bpe_leaves_another_vocabulary_as_the_file_has_it(
     assert "not the BPE of LlamaTokenizer, so the file is used as it is" in caplog.text
 
 
+def test_a_saved_tokenizer_stays_the_same_beside_a_model_whose_class_is_fixed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = Tokenizer.train(["hello 2024 hello 2024"] * 3, 280)
+    trained.save(tmp_path, "qwen2")
+    assert "reads the vocabulary of any qwen2 model as a Qwen2Tokenizer" in caplog.text
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.encode("hello 2024") == trained.encode("hello 2024")
+    assert (again.bos_id, again.eos_id, again.pad_id) == (None, 0, None)
+    caplog.clear()
+    case = next(case for case in GOLDEN["cases"] if case["model_type"] == "qwen2")
+    for kind in ("qwen2", "llama"):
+        Tokenizer.from_folder(write(tmp_path, case)).save(tmp_path / kind, kind)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -57,6 +57,16 @@ def parts_of(text: str, path: str) -> tuple["Tokenizer", dict[str, Any], list[tu
     return shell, vocab, [(left, right) for left, right in pairs]
 
 
+def builds_another(kind: str, text: str, path: str) -> bool:
+    """Whether the class would make of a tokenizer.json a tokenizer that reads or writes text differently."""
+    parts = parts_of(text, path)
+    if parts is None:
+        return True
+    shell, vocab, merges = parts
+    built, own = (json.loads(one.to_str()) for one in (build_class(kind, vocab, merges, {}, path), shell))
+    return any(built[part] != own[part] for part in ("normalizer", "pre_tokenizer", "decoder"))
+
+
 def finish_class(
     kind: str,
     backend: "Tokenizer",

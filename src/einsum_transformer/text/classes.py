@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 BACKEND = "TokenizersBackend"
+# Written beside a tokenizer.json that is complete, so that no class builds the tokenizer anew. transformers
+# does not know the key.
+COMPLETE = "einsum_transformer_complete"
 _END = "<|endoftext|>"
 _GPT2 = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -91,6 +94,8 @@ def class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: 
     config, model: tokenizer_config.json and config.json. byte_level: tokenizer.json holds a "ByteLevel",
     which LlamaTokenizer could not build.
     """
+    if config.get(COMPLETE) is True:
+        return BACKEND
     stated = stated_class(config, model)
     model_type = model.get("model_type")
     registered = CLASS_OF_MODEL.get(model_type) if isinstance(model_type, str) else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from einsum_transformer.notes import note
 from einsum_transformer.text.added_tokens import is_typed
+from einsum_transformer.text.classes import COMPLETE
 
 OBEYED = frozenset(
     {
@@ -19,7 +20,7 @@ OBEYED = frozenset(
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
         # For a class that builds its tokenizer from the vocabulary (classes.py); for another one
         # tokenizer.json says these itself (see CHECKED).
-        *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy"),
+        *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy", COMPLETE),
     }
 )
 

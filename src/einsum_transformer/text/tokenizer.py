@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
 from einsum_transformer.text.added_tokens import NAMES
 from einsum_transformer.text.chat_options import check_options, choose_template, note_unused
 from einsum_transformer.text.chat_template import render_chat_spans
+from einsum_transformer.text.class_build import builds_another
+from einsum_transformer.text.classes import BACKEND, COMPLETE, class_name
 from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_folder
 from einsum_transformer.text.gguf_vocab import read_gguf_vocab
 from einsum_transformer.text.native import checked
@@ -283,12 +286,20 @@ class Tokenizer:
         text = self.render_chat(messages, add_generation_prompt, tools, **options)
         return self.encode(text, add_special_tokens=False)
 
-    def save(self, folder: Path) -> None:
-        """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer."""
+    def save(self, folder: Path, model_type: str | None = None) -> None:
+        """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer.
+
+        model_type: that of the config.json there. AutoTokenizer builds the tokenizer of some (qwen2) from the
+        vocabulary alone; a note says so where that makes another one. Raises InputError if the tokenizer
+        cannot be saved.
+        """
         if self.refusal is not None:
             raise InputError(f"{self.source}: the tokenizer cannot be saved: {self.refusal}")
+        stated = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        kind = class_name(stated, {"model_type": model_type}, byte_level=False)
         config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            **stated,
+            **({COMPLETE: True} if kind != BACKEND else {}),
             **self.edges,
             "clean_up_tokenization_spaces": self.clean_up,
             **({CLEAN_UP_BPE: True} if self.clean_up else {}),
@@ -305,6 +316,11 @@ class Tokenizer:
             "tokenizer.json": checked(f"{self.source}: cannot be saved", self.backend.to_str),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
+        if kind != BACKEND and builds_another(kind, files["tokenizer.json"], self.source):
+            note(
+                f"{folder}: transformers reads the vocabulary of any {model_type} model as a {kind}, which "
+                f"cuts texts into other tokens than this tokenizer; give transformers the ids"
+            )
         if self.chat_template is not None and not named:
             files["chat_template.jinja"] = self.chat_template
         folder.mkdir(parents=True, exist_ok=True)
