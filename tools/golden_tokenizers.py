@@ -1,4 +1,4 @@
-"""Make tests/golden/text_folders.json: what transformers' AutoTokenizer makes of a tokenizer's folder.
+"""Make text_folders.json and text_classes.json of tests/golden: what AutoTokenizer makes of a folder.
 
 Run it where transformers==5.24.0 and gguf are installed; it uses no network.
 
@@ -20,6 +20,7 @@ import gguf
 import tokenizers
 import transformers
 from transformers import tokenization_utils_base, tokenization_utils_tokenizers
+from transformers.models.auto import tokenization_auto
 from transformers.models.cohere import tokenization_cohere
 from transformers.models.gemma import tokenization_gemma
 from transformers.models.gpt2 import tokenization_gpt2
@@ -98,6 +99,34 @@ def cases(size: int) -> dict[str, dict[str, Any]]:
         "extra_dict": {config: {"extra_special_tokens": {"image_token": "<image>", "tool": "<tool>"}}},
         "extra_and_additional": {
             config: {"extra_special_tokens": ["<image>"], "additional_special_tokens": ["<tool>"]}
+        },
+        "extra_dict_and_additional": {
+            config: {
+                "extra_special_tokens": {"image_token": "<image>"},
+                "additional_special_tokens": ["<tool>"],
+            }
+        },
+        "model_specific": {config: {"model_specific_special_tokens": {"image_token": "<image>"}}},
+        "model_specific_and_own": {
+            config: {"model_specific_special_tokens": {"image_token": "<image>"}, "tool_token": "<tool>"}
+        },
+        "model_specific_and_map": {
+            config: {"model_specific_special_tokens": {"image_token": "<image>"}},
+            mapping: {"extra_special_tokens": {"tool_token": "<tool>"}},
+        },
+        "added_tokens_additional_in_map": {
+            more: {"<tool>": size, "<image>": size + 1},
+            mapping: {"additional_special_tokens": ["<tool>"], "pad_token": "<image>"},
+        },
+        "added_tokens_typed": {
+            more: {"<tool>": size, "<image>": size + 1},
+            config: {"additional_special_tokens": [typed("<tool>")], "pad_token": typed("<image>")},
+        },
+        "additional_typed_not_special": {
+            config: {"additional_special_tokens": [typed("<tool>", special=False), typed("<image>")]}
+        },
+        "twice_with_other_flags": {
+            config: {"bos_token": "<tool>", "pad_token": typed("<tool>", lstrip=True, single_word=True)}
         },
         "own_names": {
             config: {"image_token": "<image>", "boi_token": typed("<tool>"), "eos_token": "<|endoftext|>"}
@@ -218,6 +247,14 @@ def cases(size: int) -> dict[str, dict[str, Any]]:
         "legacy_gpt2_added": {"layout": "gpt2", more: {"<tool>": size}, mapping: {"eos_token": "<tool>"}},
         "legacy_neox": {"layout": "gpt_neox", config: {"pad_token": None}},
         "legacy_qwen2": {"layout": "qwen3", config: both | {"tokenizer_class": "Qwen2Tokenizer"}},
+        "legacy_qwen2_not_special": {
+            "layout": "qwen2_moe",
+            config: {
+                "added_tokens_decoder": {str(size): token("<tool>", special=False, lstrip=True)},
+                "additional_special_tokens": ["<tool>"],
+            },
+        },
+        "legacy_qwen2_other_class": {"layout": "qwen2", config: {"tokenizer_class": "GPT2Tokenizer"}},
         "legacy_roberta": {
             "layout": "roberta",
             config: {"tokenizer_class": "RobertaTokenizer", "mask_token": typed("<mask>", lstrip=True)},
@@ -244,9 +281,9 @@ def write(folder: Path, made: dict[str, Any], case: dict[str, Any]) -> None:
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
-def result(folder: Path) -> dict[str, Any]:
+def result(folder: Path, strings: list[str] = STRINGS) -> dict[str, Any]:
     reference = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = [reference.encode(text) for text in STRINGS]
+    ids = [reference.encode(text) for text in strings]
     named = reference.special_tokens_map
     return {
         "class": type(reference).__name__,
@@ -255,6 +292,142 @@ def result(folder: Path) -> dict[str, Any]:
         "kept": [reference.decode(row, skip_special_tokens=False) for row in ids],
         "named": {name: [text, reference.convert_tokens_to_ids(text)] for name, text in named.items()},
         "size": len(reference),
+    }
+
+
+SPACE = "\u2581"
+CLASS_STRINGS = [
+    "hello <s>user</s>\nIt's 2024.",
+    " <tool>word <tool> é<|endoftext|> x",
+    "",
+    "Cafe\u0301 12345",
+]
+
+
+def spelled(kind: str) -> dict[str, Any]:
+    """A SentencePiece-like BPE: `prepend` is the form of Llama 2's file, `metaspace` the later one."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [SPACE, *"helowrdusIt'20.4", "he", "ll", "hell", "hello", SPACE + "hello", "us", "er", "user"]
+    pieces += [SPACE + "user", "wo", "rd", "word", SPACE + "word"]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), (SPACE, "hello"), ("u", "s"), ("e", "r")]
+    merges += [("us", "er"), (SPACE, "user"), ("w", "o"), ("r", "d"), ("wo", "rd"), (SPACE, "word")]
+    vocab = {text: i for i, text in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *bytes_, *pieces]))}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made = tokenizers.normalizers
+    if kind == "prepend":
+        backend.normalizer = made.Sequence([made.Prepend(SPACE), made.Replace(" ", SPACE)])
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    steps = tokenizers.decoders
+    backend.decoder = steps.Sequence(
+        [steps.Replace(SPACE, " "), steps.ByteFallback(), steps.Fuse(), steps.Strip(" ", 1, 0)]
+    )
+    begins = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    backend.post_processor = begins
+    return json.loads(backend.to_str())
+
+
+def class_cases() -> list[dict[str, Any]]:
+    """(base, config.json's model_type, tokenizer_config.json) of folders that have a tokenizer.json."""
+    byte_level = [
+        ("gpt2", {"model_max_length": 1024}),
+        ("gpt2", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
+        ("gpt2", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ("phi", {"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": True}),
+        ("codegen", {}),
+        ("gpt_neox", {"tokenizer_class": "GPTNeoXTokenizer", "add_bos_token": True}),
+        ("mpt", {}),
+        ("qwen2", {}),
+        ("qwen2", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ("qwen2", {"tokenizer_class": "GPT2Tokenizer"}),
+        ("qwen3", {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<tool>"}),
+        ("qwen3_5", {"tokenizer_class": "Qwen2Tokenizer"}),
+        ("llama", {"tokenizer_class": "LlamaTokenizerFast"}),
+        ("llama", {"tokenizer_class": "GPT2Tokenizer", "pad_token": None, "bos_token": None}),
+        ("llama", {"tokenizer_class": "NoSuchTokenizer"}),
+        ("cohere", {"additional_special_tokens": ["<tool>"]}),
+        ("olmo2", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
+        ("no_such_model", {"tokenizer_class": "GPTNeoXTokenizerFast"}),
+        ("roberta", {"tokenizer_class": "RobertaTokenizerFast"}),
+    ]
+    spaced: list[tuple[str, dict[str, Any]]] = [
+        ("llama", {"tokenizer_class": name} | more)
+        for name in ("LlamaTokenizer", "LlamaTokenizerFast")
+        for more in (
+            {},
+            {"legacy": True},
+            {"legacy": False},
+            {"legacy": None, "add_prefix_space": None},
+            {"add_prefix_space": False, "add_bos_token": False},
+            {"additional_special_tokens": [typed("<tool>", normalized=True)]},
+        )
+    ]
+    spaced += [
+        ("llama", {}),
+        ("llama", {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": True}),
+        ("llama", {"tokenizer_class": "CodeLlamaTokenizer"}),
+        ("mistral", {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
+        ("phi3", {"tokenizer_class": "LlamaTokenizer"}),
+        ("mixtral", {}),
+        ("gemma", {}),
+        ("gemma2", {"tokenizer_class": "GemmaTokenizerFast", "bos_token": "<s>", "mask_token": None}),
+        ("gemma3_text", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        (
+            "mistral",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "additional_special_tokens": [typed("<tool>", normalized=True)],
+            },
+        ),
+    ]
+    bases = {"byte_level": byte_level, "prepend": spaced, "metaspace": spaced}
+    return [
+        {"base": base, "model_type": model, "config": settings}
+        for base, rows in bases.items()
+        for model, settings in rows
+    ]
+
+
+def classes(byte_level: dict[str, Any]) -> dict[str, Any]:
+    """The class of a folder: its special tokens, its ids and its text; and transformers' tables."""
+    bases = {
+        "byte_level": byte_level,
+        "prepend": spelled("prepend"),
+        "metaspace": spelled("metaspace"),
+    }
+    answers = class_cases()
+    for case in answers:
+        with tempfile.TemporaryDirectory() as name:
+            files = {"tokenizer.json": bases[case["base"]], "tokenizer_config.json": case["config"]}
+            files["config.json"] = {"model_type": case["model_type"]}
+            for file, content in files.items():
+                (Path(name) / file).write_text(json.dumps(content), encoding="utf-8")
+            case["expected"] = result(Path(name), CLASS_STRINGS)
+    models = {
+        model: str(name).removesuffix("Fast")
+        for model, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items()
+    }
+    defaults = {}
+    for name in ("GPT2", "CodeGen", "GPTNeoX", "Qwen2", "Roberta", "Cohere", "Gemma", "Llama", "CodeLlama"):
+        kind = getattr(transformers, f"{name}Tokenizer")
+        taken = inspect.signature(kind.__init__).parameters.values()
+        defaults[f"{name}Tokenizer"] = {
+            one.name: one.default
+            for one in taken
+            if one.name.endswith("_token") and isinstance(one.default, str)
+        }
+    misstated = sorted(tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)
+    return {
+        "transformers": transformers.__version__,
+        "bases": bases,
+        "strings": CLASS_STRINGS,
+        "cases": answers,
+        "class_of_model": models,
+        "misstated": misstated,
+        "defaults": defaults,
     }
 
 
@@ -414,9 +587,11 @@ def main() -> None:
         "template_keywords": template_keywords(),
         "gguf_keys": gguf_keys(),
     }
-    path = GOLDEN / "text_folders.json"
-    path.write_text(json.dumps(document, ensure_ascii=True, separators=(",", ":")) + "\n", encoding="ascii")
-    print(path, path.stat().st_size)
+    for name, content in {"folders": document, "classes": classes(made)}.items():
+        path = GOLDEN / f"text_{name}.json"
+        text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
+        path.write_text(text + "\n", encoding="ascii")
+        print(path, path.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -457,6 +457,10 @@ def test_template_flags(command: str, etx: Etx, tmp_path: Path, speller: Path) -
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: not valid JSON"),
         (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: expected a JSON object"),
         (["--chat-template-kwargs", '{"messages": []}'], "messages is no variable of a template"),
+        (
+            ["--chat-template-kwargs", '{"continue_final_message": true}'],
+            "continue_final_message is no variable of a template",
+        ),
         (["--chat-template-kwargs", '{"enable_thinking": true}', "--no-thinking"], "contradict each other"),
         (["--tools", "nowhere.json"], "--tools nowhere.json: cannot be read"),
     ],

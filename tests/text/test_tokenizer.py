@@ -353,6 +353,34 @@ def test_a_text_that_has_its_marks_gets_no_second_ones(
     assert (tokenizer.encode_once(text), tokenizer.encode_once(text, end=True)) == (ids, ended)
 
 
+@pytest.mark.parametrize(
+    ("single", "config", "text", "ids", "ended"),
+    [
+        ("<s> $A", BOTH, "<s>hi</s>\n", [0, 3, 1, 5], [0, 3, 1, 5]),
+        ("<s> $A", BOTH, " <s>hi</s> \n", [4, 0, 3, 1, 4, 5], [4, 0, 3, 1, 4, 5]),
+        ("<s> $A", BOTH, "\nhi\n", [0, 5, 3, 5], [0, 5, 3, 5, 1]),
+        ("<s> $A", BOTH, "\n", [0, 5], [0, 5, 1]),
+        ("<s> $A </s>", BOTH, "<s>hi</s>\n", [0, 3, 1, 5], [0, 3, 1, 5]),
+        ("<s> $A </s>", BOTH, "hi\n", [0, 3, 5, 1], [0, 3, 5, 1]),
+        ("<s> $A", SAME, " <s>\n", [4, 0, 5], [4, 0, 5, 0]),
+        ("<s> $A", SAME, "hi<s>\n", [0, 3, 0, 5], [0, 3, 0, 5]),
+    ],
+)
+def test_white_space_around_the_marks_of_a_text_does_not_count(
+    single: str, config: dict[str, str], text: str, ids: list[int], ended: list[int], tmp_path: Path
+) -> None:
+    backend = tokenizers.Tokenizer(
+        WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "hi": 3, " ": 4, "\n": 5}, "<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\s"), "isolated")
+    backend.add_special_tokens(["<s>", "</s>"])
+    special = [(mark, i) for i, mark in enumerate(("<s>", "</s>")) if mark in single]
+    backend.post_processor = processors.TemplateProcessing(single, None, special)
+    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, files))
+    assert (tokenizer.encode_once(text), tokenizer.encode_once(text, end=True)) == (ids, ended)
+
+
 def test_whether_a_text_contains_a_special_token() -> None:
     tokenizer = byte_level()
     assert tokenizer.contains_special("Stop here<|im_end|>!")

@@ -10,7 +10,9 @@ from typing import Any
 from einsum_transformer.errors import InputError
 
 _MAX_BYTES = 1 << 22
-_RESERVED = frozenset({"messages", "tools", "chat_template", "add_generation_prompt"})
+_RESERVED = frozenset(
+    {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"}
+)
 
 
 def chat_options(

@@ -163,7 +163,7 @@ class Model:
         dtype = dtype or str(next(iter(parameters.values())).dtype)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
-            self.tokenizer.save(folder)
+            self.tokenizer.save(folder, self.config.model_type)
         if self.generation_config is not None:
             _write_json(folder / "generation_config.json", dict(self.generation_config))
         write_safetensors_folder(folder, parameters, max_shard_bytes)

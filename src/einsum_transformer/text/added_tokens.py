@@ -5,7 +5,8 @@ added_tokens.json are not read; without it both are, and special_tokens_map.json
 tokenizer_config.json. Flags in these files go before those in tokenizer.json.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
@@ -17,48 +18,64 @@ if TYPE_CHECKING:
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_TOKEN_ID = 1 << 24
-_CONFIG, _MAP, _LEGACY = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_CONFIG, _LEGACY = "tokenizer_config.json", "added_tokens.json"
+_EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
+_MODEL_SPECIFIC = "model_specific_special_tokens"
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+
+
+@dataclass(frozen=True, slots=True)
+class Specials:
+    """Special tokens with a name, `bos_token` and also `image_token`, and those without one."""
+
+    named: "dict[str, str | AddedToken]"
+    extra: "list[str | AddedToken]"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFiles:
+    """What lists tokens in a folder.
+
+    config, token_map, legacy: tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+    listed: "added_tokens" of tokenizer.json.
+    """
+
+    config: Mapping[str, Any]
+    token_map: Mapping[str, Any]
+    legacy: Mapping[str, Any]
+    listed: Any = ()
 
 
 def add_tokens(
     backend: "Tokenizer",
-    config: Mapping[str, Any],
-    token_map: Mapping[str, Any],
-    legacy: Mapping[str, Any],
+    files: TokenFiles,
     defaults: Mapping[str, str],
     folder: str,
-) -> dict[str, str]:
-    """Add what the three files list to `backend`; returns the named special tokens {name: content}.
+    default_extra: Sequence[str] = (),
+) -> Specials:
+    """Add what the files list to `backend`; returns the special tokens.
 
-    config, token_map, legacy: tokenizer_config.json, special_tokens_map.json and added_tokens.json.
-    defaults: named tokens of the tokenizer's class. Raises InputError for a malformed entry and for a new
-    token that would get another id than the file states.
+    defaults, default_extra: special tokens of the tokenizer's class. Raises InputError for a malformed entry
+    and for a new token that would get another id than the file states.
     """
-    if config.get("added_tokens_decoder") is None:
-        config = _with_map(config, token_map)
-    named, extra = _named_and_extra(config, defaults, folder)
-    if config.get("added_tokens_decoder") is not None:
-        stated = _stated(config["added_tokens_decoder"], folder)
+    found = _special_values(files, folder)
+    if files.config.get("added_tokens_decoder") is not None:
+        stated = _stated(files.config["added_tokens_decoder"], folder)
     else:
-        special = {token.content for token in (*named.values(), *extra)}
-        stated = _legacy(legacy, special, folder)
-        present = backend.get_added_tokens_decoder()
-        stated = [
-            (i, token) for i, token in stated if i not in present or present[i].content != token.content
-        ]
-    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    by_content = {token.content: token for _, token in stated}
-    wanted = [token for _, token in stated]
-    # A named token takes its flags from the list of added tokens, or from tokenizer.json.
-    flags = known | by_content
-    wanted += [flags.get(token.content, token) for token in named.values()]
-    wanted += [token for token in extra if token.content not in known]
-    before = {token.content: backend.token_to_id(token.content) for token in wanted}
-    names = {token.content for token in named.values()}
-    _register(backend, wanted, names, folder)
-    _check_ids(backend, stated, before, folder)
-    return {name: token.content for name, token in named.items()}
+        by_id = _legacy(files.legacy, found.written, folder) | _listed(files.listed, folder)
+        stated = sorted(by_id.items())
+    flags = {token.content: token for _, token in stated}
+    named: dict[str, str | AddedToken] = {}
+    for name, value in (dict(defaults) | found.named).items():
+        if value is not None:
+            token = _special(value, f"{folder}: {name}")
+            named[name] = flags.get(str(token), token) if name in NAMES and name in found.named else token
+    listed = default_extra if found.extra is None else found.extra
+    extra = [_special(value, f"{folder}: {_EXTRA}[{i}]") for i, value in enumerate(listed)]
+    order = (*NAMES, *(name for name in named if name not in NAMES))
+    specials = Specials({name: named[name] for name in order if name in named}, extra)
+    _register(backend, stated, specials, folder)
+    return specials
 
 
 def check_stated_ids(backend: "Tokenizer", entries: Any, path: str) -> None:
@@ -74,33 +91,97 @@ def check_stated_ids(backend: "Tokenizer", entries: Any, path: str) -> None:
             )
 
 
-def _with_map(config: Mapping[str, Any], token_map: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json with the entries of special_tokens_map.json, which go first."""
-    extra, additional = "extra_special_tokens", "additional_special_tokens"
-    merged = dict(config) | {key: value for key, value in token_map.items() if value is not None}
-    own = config.get(extra) or config.get(additional)
-    more = token_map.get(extra)
-    if isinstance(own, list) and isinstance(more, list):
-        merged[extra] = [*own, *(token for token in more if token not in own)]
-    elif own:
-        merged[extra] = own
-    return merged
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """Special tokens as the files write them; None in `named`: the file says that there is none.
+
+    extra: None if no file has a list of them. written: contents that make a token of added_tokens.json
+    special; transformers compares them before it reads the typed form of tokenizer_config.json.
+    """
+
+    named: dict[str, Any]
+    extra: list[Any] | None
+    written: set[str]
 
 
-def _register(backend: "Tokenizer", wanted: Iterable["AddedToken"], names: set[str], folder: str) -> None:
+def _special_values(files: TokenFiles, folder: str) -> _Values:
+    """Collect named and unnamed special tokens in the order of transformers' `_from_pretrained`."""
+    values = dict(files.config)
+    if _ADDITIONAL in values and not values.get(_EXTRA):
+        values[_EXTRA] = values.pop(_ADDITIONAL)
+    own: dict[str, Any] = {
+        key: values.pop(key) for key in [*values] if _is_own(key) and isinstance(values[key], str)
+    }
+    if isinstance(values.get(_EXTRA), Mapping):
+        own |= values.pop(_EXTRA)
+    # Such tokens take the place of the object that lists them.
+    explicit = own or _object(values.get(_MODEL_SPECIFIC), f"{folder}: {_MODEL_SPECIFIC}")
+    token_map: Mapping[str, Any] = {}
+    if files.config.get("added_tokens_decoder") is None:
+        token_map = files.token_map
+        for key, value in token_map.items():
+            if key == _EXTRA and isinstance(value, list):
+                old = list(values.get(_EXTRA) or [])
+                value = [*old, *(token for token in value if token not in old)]
+            values[key] = value
+        if isinstance(values.get(_EXTRA), Mapping):
+            explicit = {**explicit, **values.pop(_EXTRA)}
+    first = values.get(_EXTRA)
+    extra = first if _EXTRA in values else values.get(_ADDITIONAL)
+    for key, value in ((_EXTRA, first), (_ADDITIONAL, extra)):
+        if value is not None and not isinstance(value, list):
+            raise InputError(f"{folder}: {key}: expected a list or an object of tokens")
+    from_map = {key for key, value in token_map.items() if _is_token(value)}
+    typed = {
+        key: value
+        for key, value in values.items()
+        if _is_own(key) and (key in from_map or isinstance(value, str) or is_typed(value))
+    }
+    named = {name: values[name] for name in NAMES if name in values} | typed | explicit
+    names = [value["content"] for name, value in values.items() if name in NAMES and name in from_map]
+    strings = [values[name] for name in NAMES if isinstance(values.get(name), str)]
+    return _Values(named, extra, {*names, *strings, *(text for text in first or [] if isinstance(text, str))})
+
+
+def is_typed(value: Any) -> bool:
+    """Whether a value is an object that transformers reads as a token with flags."""
+    return _is_token(value) and value.get("__type") == "AddedToken"
+
+
+def _is_own(key: str) -> bool:
+    """Whether a key names a special token of the model's own, such as `image_token`."""
+    return key.endswith("_token") and key not in NAMES
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object of names and tokens")
+    return value or {}
+
+
+def _register(
+    backend: "Tokenizer", stated: list[tuple[int, "AddedToken"]], specials: Specials, folder: str
+) -> None:
+    """Add the stated tokens, and those special ones that are in neither list."""
     from tokenizers import AddedToken
 
-    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    new: dict[str, AddedToken] = {}
+    present = backend.get_added_tokens_decoder().values()
+    tokens: list[str | AddedToken] = [token for _, token in stated]
+    known = {token.content for token in present} | {str(token) for token in tokens}
+    for token in (*specials.named.values(), *specials.extra):
+        # A string and a token with flags are different values, as in transformers: the later one decides.
+        if str(token) not in known and token not in tokens:
+            tokens.append(token)
+    wanted = [AddedToken(token, special=True) if isinstance(token, str) else token for token in tokens]
+    before = {token.content: backend.token_to_id(token.content) for token in wanted}
+    special = {str(token) for token in specials.named.values()}
+    special |= {token.content for token in present if token.special}
     for token in wanted:
-        old = known.get(token.content)
-        if token.content in new:
-            continue
         # A token that was special stays special when text is decoded, whatever a later file says.
-        token.special = token.special or token.content in names or (old is not None and old.special)
-        if old is None or _flags(old) != _flags(token):
-            new[token.content] = token
-    checked(f"{folder}: added tokens", lambda: backend.add_tokens(list(new.values())))
+        token.special = token.special or token.content in special
+        special |= {token.content} if token.special else set()
+    checked(f"{folder}: added tokens", lambda: backend.add_tokens(wanted))
+    _check_ids(backend, stated, before, folder)
 
 
 def _check_ids(
@@ -124,32 +205,6 @@ def _check_ids(
         )
 
 
-def _named_and_extra(
-    config: Mapping[str, Any], defaults: Mapping[str, str], folder: str
-) -> tuple[dict[str, "AddedToken"], list["AddedToken"]]:
-    """Named special tokens in transformers' order, and those without a name."""
-    values = {name: text for name, text in defaults.items() if name not in config}
-    values |= {name: config[name] for name in NAMES if config.get(name) is not None}
-    own = {
-        key: value
-        for key, value in config.items()
-        if key.endswith("_token") and key not in NAMES and (isinstance(value, str) or _is_token(value))
-    }
-    # Strings first: transformers reads the typed form of such a token at a later step.
-    typed = [key for key, value in own.items() if not isinstance(value, str)]
-    own = {key: own[key] for key in (*typed, *(key for key in own if key not in typed))}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if isinstance(extra, Mapping):
-        own |= extra
-        extra = []
-    if not isinstance(extra, list):
-        raise InputError(f"{folder}: extra_special_tokens: expected a list or an object of tokens")
-    named = {name: values[name] for name in NAMES if name in values} | own
-    tokens = {name: _token(value, f"{folder}: {name}") for name, value in named.items()}
-    others = [_token(value, f"{folder}: extra_special_tokens[{i}]") for i, value in enumerate(extra)]
-    return tokens, others
-
-
 def _is_token(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("content"), str)
 
@@ -170,6 +225,12 @@ def _token(value: Any, where: str, special: bool | None = True) -> "AddedToken":
     return AddedToken(value["content"], **flags)
 
 
+def _special(value: Any, where: str) -> "str | AddedToken":
+    """A special token, which its own flag can make an ordinary one; a string stays a string."""
+    stated = isinstance(value, Mapping) and ("special" in value or "__type" in value)
+    return value if isinstance(value, str) else _token(value, where, special=None if stated else True)
+
+
 def _stated(value: Any, folder: str) -> list[tuple[int, "AddedToken"]]:
     """(id, token) of `added_tokens_decoder`, in the order of ids."""
     where = f"{folder}/{_CONFIG}: added_tokens_decoder"
@@ -185,26 +246,34 @@ def _stated(value: Any, folder: str) -> list[tuple[int, "AddedToken"]]:
     return sorted(pairs, key=lambda pair: pair[0])
 
 
-def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> list[tuple[int, "AddedToken"]]:
-    """(id, token) of added_tokens.json, {content: id}, in the order of ids."""
+def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> dict[int, "AddedToken"]:
+    """Tokens of added_tokens.json, {content: id}, by their ids."""
     from tokenizers import AddedToken
 
     where = f"{folder}/{_LEGACY}"
-    pairs = []
+    tokens = {}
     for content, number in value.items():
         if not isinstance(number, int) or isinstance(number, bool):
             raise InputError(f"{where}: {content!r}: expected a token id, got {number!r}")
         is_special = content in special
         token = AddedToken(content, normalized=not is_special, special=is_special)
-        pairs.append((_bounded(number, where, content), token))
-    return sorted(pairs, key=lambda pair: pair[0])
+        tokens[_bounded(number, where, content)] = token
+    return tokens
+
+
+def _listed(entries: Any, folder: str) -> dict[int, "AddedToken"]:
+    """Tokens of tokenizer.json by their ids."""
+    where = f"{folder}/tokenizer.json: added_tokens"
+    tokens = {}
+    for entry in entries if isinstance(entries, list) else []:
+        number = entry.get("id") if isinstance(entry, Mapping) else None
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise InputError(f"{where}: expected objects with an id and a content")
+        tokens[_bounded(number, where, number)] = _token(entry, where, special=None)
+    return tokens
 
 
 def _bounded(number: int, where: str, key: Any) -> int:
     if not 0 <= number < MAX_TOKEN_ID:
         raise InputError(f"{where}: {key!r}: a token id is a number from 0 to {MAX_TOKEN_ID - 1}")
     return number
-
-
-def _flags(token: "AddedToken") -> tuple[Any, ...]:
-    return (token.lstrip, token.rstrip, token.normalized, token.single_word, token.special)

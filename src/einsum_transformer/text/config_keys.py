@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from einsum_transformer.notes import note
+from einsum_transformer.text.added_tokens import is_typed
+from einsum_transformer.text.classes import COMPLETE
 
 OBEYED = frozenset(
     {
@@ -16,8 +18,9 @@ OBEYED = frozenset(
         *("model_specific_special_tokens", "chat_template", "split_special_tokens"),
         "clean_up_tokenization_spaces",
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
-        # For a folder with vocab.json and merges.txt; tokenizer.json says these itself (see CHECKED).
-        *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space"),
+        # For a class that builds its tokenizer from the vocabulary (classes.py); for another one
+        # tokenizer.json says these itself (see CHECKED).
+        *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy", COMPLETE),
     }
 )
 
@@ -65,7 +68,7 @@ NEUTRAL = frozenset(
 # How the vocabulary was converted: tokenizer.json holds the result.
 CONVERTED = frozenset(
     {
-        *("legacy", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "normalization"),
+        *("do_lower_case", "strip_accents", "tokenize_chinese_chars", "normalization"),
         *(
             "remove_space",
             "keep_accents",
@@ -149,4 +152,4 @@ def _set(values: Mapping[str, Any]) -> Iterable[str]:
 
 def _is_named_token(key: str, value: Any) -> bool:
     """A model's own special token, such as `image_token`."""
-    return key.endswith("_token") and isinstance(value, str | Mapping)
+    return key.endswith("_token") and (isinstance(value, str) or is_typed(value))

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
-from einsum_transformer.text.added_tokens import add_tokens, check_stated_ids
+from einsum_transformer.text.added_tokens import TokenFiles, add_tokens, check_stated_ids
+from einsum_transformer.text.class_build import build_class, finish_class, parts_of
+from einsum_transformer.text.classes import BACKEND, DEFAULT_EXTRA, DEFAULTS, NO_PAD, class_name
 from einsum_transformer.text.config_keys import note_config_keys
 from einsum_transformer.text.gguf_vocab import check_charsmap
 from einsum_transformer.text.native import checked
-from einsum_transformer.text.vocab_merges import build_from_merges, class_of, finish_class
+from einsum_transformer.text.vocab_merges import class_of, read_merges
 
 if TYPE_CHECKING:
     import tokenizers
@@ -72,31 +74,72 @@ def has_tokenizer(folder: Path) -> bool:
 def read_folder(folder: Path) -> FolderTokenizer:
     """Read a tokenizer's files; raises InputError that names the file that is wrong."""
     config = _read_json(folder, "tokenizer_config.json")
-    token_map = _read_json(folder, "special_tokens_map.json")
-    legacy = _read_json(folder, "added_tokens.json")
-    defaults: dict[str, str] = {}
-    kind = None
+    model = _read_json(folder, "config.json")
+    started = _start(folder, config, model)
+    note_config_keys(config, str(folder / "tokenizer_config.json"))
+    token_map, legacy = (
+        _read_json(folder, name) for name in ("special_tokens_map.json", "added_tokens.json")
+    )
+    files = TokenFiles(config, token_map, legacy, started.listed)
+    kind, backend = started.kind, started.backend
+    specials = add_tokens(backend, files, started.defaults, str(folder), DEFAULT_EXTRA.get(kind, ()))
+    named = {name: str(token) for name, token in specials.named.items()}
+    if kind != BACKEND:
+        where = f"{folder}: post-processor of {kind}"
+        checked(where, lambda: finish_class(kind, backend, config, specials, started.shell))
+    if started.has_file:
+        _note_differences(kind, backend, config, named, folder)
+    backend.encode_special_tokens = config.get("split_special_tokens") is True
+    return FolderTokenizer(backend, named, _templates(folder, config), _cleans_up(backend, config))
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A native tokenizer without the added tokens of the files beside it.
+
+    shell: tokenizer.json without a vocabulary, where the class builds the tokenizer anew. listed: that
+    file's added tokens. defaults: named special tokens of the class.
+    """
+
+    kind: str
+    backend: "tokenizers.Tokenizer"
+    defaults: Mapping[str, str]
+    has_file: bool
+    shell: "tokenizers.Tokenizer | None" = None
+    listed: Any = ()
+
+
+def _start(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> _Started:
     if (text := _read(folder, "tokenizer.json")) is not None:
-        backend, defaults = _read_backend(text, folder / "tokenizer.json")
-    elif _has_merges(folder):
-        kind = class_of(config, _read_json(folder, "config.json"), str(folder))
-        vocab = _read_json(folder, "vocab.json")
-        merges = _read(folder, "merges.txt") or ""
-        backend, defaults = build_from_merges(kind, vocab, merges, config, str(folder))
-    else:
+        return _start_from_file(text, folder / "tokenizer.json", config, model)
+    if not _has_merges(folder):
         found = _other_form(folder)
         raise InputError(
             f"{folder}: no tokenizer.json, which is needed to read and write text"
             f"{'' if found is None else f'; {found}'}"
         )
-    note_config_keys(config, str(folder / "tokenizer_config.json"))
-    named = add_tokens(backend, config, token_map, legacy, defaults, str(folder))
-    if kind is None:
-        _note_differences(backend, config, named, folder)
-    else:
-        finish_class(kind, backend, config, named)
-    backend.encode_special_tokens = config.get("split_special_tokens") is True
-    return FolderTokenizer(backend, named, _templates(folder, config), _cleans_up(backend, config))
+    kind = class_of(config, model, str(folder))
+    merges = read_merges(_read(folder, "merges.txt") or "", f"{folder}/merges.txt")
+    backend = build_class(kind, _read_json(folder, "vocab.json"), merges, config, f"{folder}/vocab.json")
+    return _Started(kind, backend, DEFAULTS[kind], has_file=False)
+
+
+def _start_from_file(text: str, path: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> _Started:
+    _check_normalizer(text, path)
+    kind = class_name(config, model, '"ByteLevel"' in text)
+    parts = None if kind == BACKEND else parts_of(text, str(path))
+    if kind != BACKEND and parts is None:
+        note(f"{path}: its vocabulary is not the BPE of {kind}, so the file is used as it is")
+    listed = _added_tokens(text)
+    if parts is None:
+        backend, padding = _read_backend(text, path)
+        check_stated_ids(backend, listed, str(path))
+        defaults = DEFAULTS.get(kind, {})
+        return _Started(BACKEND, backend, padding | defaults, has_file=True, listed=listed)
+    shell, vocab, merges = parts
+    backend = build_class(kind, vocab, merges, config, str(path))
+    defaults = DEFAULTS[kind] if kind in NO_PAD else _padding(shell) | DEFAULTS[kind]
+    return _Started(kind, backend, defaults, True, shell, listed)
 
 
 def _has_merges(folder: Path) -> bool:
@@ -118,13 +161,16 @@ def _read_backend(text: str, path: Path) -> tuple["tokenizers.Tokenizer", dict[s
     """The native tokenizer without padding and truncation, and the pad token that its padding names."""
     from tokenizers import Tokenizer
 
-    _check_normalizer(text, path)
     backend = checked(f"{path}: not a usable tokenizer", lambda: Tokenizer.from_str(text))
-    check_stated_ids(backend, _added_tokens(text), str(path))
-    padding = backend.padding
+    padding = _padding(backend)
     backend.no_truncation()
     backend.no_padding()
-    return backend, {} if padding is None else {"pad_token": padding["pad_token"]}
+    return backend, padding
+
+
+def _padding(backend: "tokenizers.Tokenizer") -> dict[str, str]:
+    padding = backend.padding
+    return {} if padding is None else {"pad_token": padding["pad_token"]}
 
 
 def _added_tokens(text: str) -> Any:
@@ -151,7 +197,11 @@ def _check_normalizer(text: str, path: Path) -> None:
 
 
 def _note_differences(
-    backend: "tokenizers.Tokenizer", config: Mapping[str, Any], named: Mapping[str, str], folder: Path
+    kind: str,
+    backend: "tokenizers.Tokenizer",
+    config: Mapping[str, Any],
+    named: Mapping[str, str],
+    folder: Path,
 ) -> None:
     """Name the keys that contradict tokenizer.json, which transformers 5 takes."""
     ids = checked(f"{folder}: cannot encode a text", lambda: backend.encode("").ids)
@@ -162,7 +212,7 @@ def _note_differences(
             differing.append(f"{key}: {str(config[key]).lower()}")
     state = _byte_level_state(backend)
     prefix = config.get("add_prefix_space")
-    if state is not None and isinstance(prefix, bool) and state != prefix:
+    if kind == BACKEND and state is not None and isinstance(prefix, bool) and state != prefix:
         differing.append(f"add_prefix_space: {str(prefix).lower()}")
     if differing:
         path = folder / "tokenizer_config.json"

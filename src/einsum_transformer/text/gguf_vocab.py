@@ -174,9 +174,8 @@ def _finish(
     named = {token_id for name in names if (token_id := data.id(name)) is not None}
     special = {*data.of_type(CONTROL, UNKNOWN), *ends, *named}
     added = [*sorted(special), *(index for index in data.of_type(USER_DEFINED) if index not in special)]
-    backend.add_tokens(
-        [AddedToken(data.tokens[index], special=index in special, normalized=False) for index in added]
-    )
+    tokens = [AddedToken(data.tokens[index], special=index in special, normalized=False) for index in added]
+    checked(f"{data.source}: tokenizer.ggml.token_type", lambda: backend.add_tokens(tokens))
     add_bos = data.get("add_bos_token", bool, add_bos and bos is not None)
     add_eos = data.get("add_eos_token", bool, add_eos and eos is not None)
     given = {name: number for name, number in ids.items() if number is not None}

@@ -32,9 +32,7 @@ _GPT4O = (
     rf"|\p{{N}}{{1,3}}|{_CASED_SYMBOLS}|{_SPACES}"
 )
 QWEN2 = rf"(?i:{_ENGLISH})|{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}"
-_QWEN35 = (
-    rf"(?i:{_ENGLISH})|{_BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
-)
+QWEN35 = rf"(?i:{_ENGLISH})|{_BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _DEEPSEEK3 = (
     rf"{_ASCII_SYMBOLS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
@@ -64,7 +62,7 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2", "kormo", "solar-open"): (
         QWEN2,
     ),
-    ("qwen35",): (_QWEN35,),
+    ("qwen35",): (QWEN35,),
     ("seed-coder",): (rf"(?i:{_ENGLISH})|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",),
     ("tekken",): (_TEKKEN,),
     ("gpt-4o", "llama4", "kanana2", "minimax-m2"): (_GPT4O,),

@@ -4,6 +4,8 @@ import codecs
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from einsum_transformer.text.native import checked
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -21,34 +23,37 @@ class StreamDecoder(ABC):
 
 
 def stream_decoder(
-    backend: "tokenizers.Tokenizer", skipped: frozenset[int], cleaned: bool = False
+    backend: "tokenizers.Tokenizer",
+    skipped: frozenset[str],
+    cleaned: bool = False,
+    source: str = "tokenizer",
 ) -> StreamDecoder:
-    """Make the decoder that suits a tokenizer's own one; ids in `skipped` give no text.
+    """Make the decoder that suits a tokenizer's own one; tokens in `skipped` give no text.
 
-    cleaned: spaces before punctuation are removed, see `clean_up`.
+    cleaned: spaces before punctuation are removed, see `clean_up`. source: begins an InputError.
     """
     from tokenizers.decoders import ByteLevel
 
     if cleaned:
-        return CleanStream(stream_decoder(backend, skipped))
+        return CleanStream(stream_decoder(backend, skipped, source=source))
     decoder = backend.decoder
     if isinstance(decoder, ByteLevel):
         return ByteLevelStream(backend, skipped)
     reads_bytes = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
-    return WindowStream(backend, skipped, reads_bytes)
+    return WindowStream(backend, skipped, reads_bytes, source)
 
 
 class ByteLevelStream(StreamDecoder):
     """Byte-level BPE: tokens spell bytes, and the bytes of all tokens are UTF-8 (GPT-2's encoder.py)."""
 
-    def __init__(self, backend: "tokenizers.Tokenizer", skipped: frozenset[int]) -> None:
+    def __init__(self, backend: "tokenizers.Tokenizer", skipped: frozenset[str]) -> None:
         self._backend, self._skipped = backend, skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._bytes = {character: byte for byte, character in enumerate(byte_alphabet())}
 
     def put(self, token_id: int) -> str:
-        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
-        if token is None:
+        token = self._backend.id_to_token(token_id)
+        if token is None or token in self._skipped:
             return ""
         try:
             piece = bytes(self._bytes[character] for character in token)
@@ -69,14 +74,17 @@ class WindowStream(StreamDecoder):
     held back until a run of byte tokens or an unfinished character ends.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", skipped: frozenset[int], reads_bytes: bool) -> None:
+    def __init__(
+        self, backend: "tokenizers.Tokenizer", skipped: frozenset[str], reads_bytes: bool, source: str
+    ) -> None:
         self._backend, self._skipped, self._reads_bytes = backend, skipped, reads_bytes
+        self._source = source
         self._last: list[int] = []
         self._held: list[int] = []
 
     def put(self, token_id: int) -> str:
-        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
-        if token is None:
+        token = self._backend.id_to_token(token_id)
+        if token is None or token in self._skipped:
             return ""
         self._held.append(token_id)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
@@ -95,7 +103,10 @@ class WindowStream(StreamDecoder):
         return self._decode(self._last + self._held).removeprefix(self._decode(self._last))
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=False)
+        return checked(
+            f"{self._source}: cannot decode the ids",
+            lambda: self._backend.decode(ids, skip_special_tokens=False),
+        )
 
 
 def byte_alphabet() -> list[str]:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.notes import note
 from einsum_transformer.text.added_tokens import NAMES
 from einsum_transformer.text.chat_options import check_options, choose_template, note_unused
 from einsum_transformer.text.chat_template import render_chat_spans
+from einsum_transformer.text.class_build import builds_another
+from einsum_transformer.text.classes import BACKEND, COMPLETE, class_name
 from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_folder
 from einsum_transformer.text.gguf_vocab import has_gguf_tokenizer, read_gguf_vocab
 from einsum_transformer.text.native import checked
@@ -128,7 +131,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        checked("the texts give no tokenizer", lambda: backend.train_from_iterator(texts, trainer))
         named = {"eos_token": "<|endoftext|>"}
         return cls(backend, "trained on the data", None, 0, None, None, {}, frozenset({0}), {}, named)
 
@@ -173,20 +176,22 @@ class Tokenizer:
         """Ids of a prompt or a document: those of `encode`, without the BOS and EOS that the text itself has.
 
         A text that was rendered before, `<s>...</s>`, would else begin with two BOS. end: the text is
-        complete, so EOS follows it if the tokenizer has one.
+        complete, so EOS follows it if the tokenizer has one and the text does not end in it. White space
+        before the text's own BOS or after its own EOS, as the line end of ChatML, stays and does not count.
         """
         plain = self.encode(text, add_special_tokens=False)
+        core = plain if text == text.strip() else self.encode(text.strip(), add_special_tokens=False)
         before, after = self._marks(text)
         own = 0  # how many tokens of the text itself begin it as BOS does
-        if before and plain[: len(before)] == before:
+        if before and core[: len(before)] == before:
             before, own = [], len(before)
-        elif self.bos_id in before and plain[:1] == [self.bos_id]:
+        elif self.bos_id in before and core[:1] == [self.bos_id]:
             before, own = before[: before.index(self.bos_id)], 1
-        if after and plain[own:][-len(after) :] == after:
+        if after and core[own:][-len(after) :] == after:
             after = []
         ids = [*before, *plain, *after]
         opening = len(before) + own if self.bos_id == self.eos_id else 0
-        closed = ids[opening:][-1:] == [self.eos_id]
+        closed = [*before, *core, *after][opening:][-1:] == [self.eos_id]
         return ids if not end or self.eos_id is None or closed else [*ids, self.eos_id]
 
     def _marks(self, text: str) -> tuple[list[int], list[int]]:
@@ -212,8 +217,10 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for ids that arrive one by one, as in generation."""
-        skipped = _special_ids(self.backend) if skip_special_tokens else frozenset()
-        return stream_decoder(self.backend, skipped, self.clean_up)
+        # `tokenizers` compares the token that an id spells, which a normalizer may have changed.
+        added = self.backend.get_added_tokens_decoder().values() if skip_special_tokens else ()
+        skipped = frozenset(token.content for token in added if token.special)
+        return stream_decoder(self.backend, skipped, self.clean_up, self.source)
 
     def render_chat(
         self,
@@ -284,12 +291,20 @@ class Tokenizer:
         text = self.render_chat(messages, add_generation_prompt, tools, **options)
         return self.encode(text, add_special_tokens=False)
 
-    def save(self, folder: Path) -> None:
-        """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer."""
+    def save(self, folder: Path, model_type: str | None = None) -> None:
+        """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer.
+
+        model_type: that of the config.json there. AutoTokenizer builds the tokenizer of some (qwen2) from the
+        vocabulary alone; a note says so where that makes another one. Raises InputError if the tokenizer
+        cannot be saved.
+        """
         if self.refusal is not None:
             raise InputError(f"{self.source}: the tokenizer cannot be saved: {self.refusal}")
+        stated = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        kind = class_name(stated, {"model_type": model_type}, byte_level=False)
         config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            **stated,
+            **({COMPLETE: True} if kind != BACKEND else {}),
             **self.edges,
             "clean_up_tokenization_spaces": self.clean_up,
             **({CLEAN_UP_BPE: True} if self.clean_up else {}),
@@ -306,6 +321,11 @@ class Tokenizer:
             "tokenizer.json": checked(f"{self.source}: cannot be saved", self.backend.to_str),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
+        if kind != BACKEND and builds_another(kind, files["tokenizer.json"], self.source):
+            note(
+                f"{folder}: transformers reads the vocabulary of any {model_type} model as a {kind}, which "
+                f"cuts texts into other tokens than this tokenizer; give transformers the ids"
+            )
         if self.chat_template is not None and not named:
             files["chat_template.jinja"] = self.chat_template
         folder.mkdir(parents=True, exist_ok=True)

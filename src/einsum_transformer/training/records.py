@@ -150,7 +150,8 @@ class _Reader:
     def _begun(self, text: str) -> list[int]:
         """The ids of a text that is not over: without the EOS that some tokenizers add."""
         ids, eos = self.tokenizer.encode_once(text), self.tokenizer.eos_id
-        return ids[:-1] if eos is not None and self.tokenizer.encode("")[-1:] == [eos] else ids
+        added = eos is not None and self.tokenizer.encode("")[-1:] == ids[-1:] == [eos]
+        return ids[:-1] if added else ids
 
     def _chat_completion(self, raw: dict[str, Any], place: str) -> Example:
         prompt = keys.with_system(raw, keys.plain_messages(raw["prompt"], "prompt"))
