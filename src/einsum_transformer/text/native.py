@@ -1,5 +1,6 @@
 """Calls into `tokenizers`, which is native code: its errors and its panics become one-line InputErrors."""
 
+import atexit
 import os
 import sys
 import tempfile
@@ -40,6 +41,7 @@ class _Captured:
 
     def __init__(self) -> None:
         self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the process)
+        atexit.register(self.file.close)
 
     def clear(self) -> None:
         self.file.seek(0)
