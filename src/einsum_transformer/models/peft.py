@@ -51,6 +51,7 @@ PREFIX = "base_model.model."
 _TENSOR = re.compile(
     r"(?P<module>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?"
 )
+_COPY = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<kind>weight|bias)")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -204,7 +205,7 @@ def _halves(path: Path, model: Model) -> Iterable[_Half]:
             place = places.get(match["module"]) if match else None
             # Only an embedding's have names of their own; peft knows no other.
             if match is None or bool(match["embedding"]) != (place == EMBEDDING):
-                _check_copy(file, name, places.get(re.sub(r"(\.base_layer)?\.weight$", "", plain), ""), model)
+                _check_copy(file, name, places, model)
                 continue
             depth = match["inner"].count(".base_layer")
             if place is None or (depth and place in matrices):
@@ -267,16 +268,22 @@ def _misshapen(what: str, pair: Pair, expected: tuple[tuple[int, ...], tuple[int
     )
 
 
-def _check_copy(file: SafetensorsFile, name: str, path: str, model: Model) -> None:
-    """PEFT writes the whole embedding beside an adapter on it; it must be the one the model has."""
-    if path not in (EMBEDDING, HEAD):
+def _check_copy(file: SafetensorsFile, name: str, places: dict[str, str], model: Model) -> None:
+    """PEFT writes the whole embedding, or head with its bias, beside an adapter on it; they must be the ones
+    the model has."""
+    match = _COPY.fullmatch(name.removeprefix(PREFIX))
+    path = places.get(match["module"], "") if match else ""
+    if match is None or path not in (EMBEDDING, HEAD):
         raise FormatError(
             f"{file.path}: tensor {quoted(name)} is no part of a LoRA adapter that is supported"
         )
-    parameters = model.named_parameters()
-    weight = parameters.get(
-        model.family.checkpoint_name(path), parameters[model.family.checkpoint_name(EMBEDDING)]
-    )
+    parameters, own = model.named_parameters(), model.family.checkpoint_name(path)
+    if match["kind"] == "bias":
+        weight = parameters.get(f"{own.removesuffix('weight')}bias")
+    else:
+        weight = parameters.get(own, parameters[model.family.checkpoint_name(EMBEDDING)])
+    if weight is None:
+        raise FormatError(f"{file.path}: tensor {quoted(name)} is a bias, which the base model does not have")
     shape = file.info(name).shape
     if shape != weight.shape:
         raise FormatError(
