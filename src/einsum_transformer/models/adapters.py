@@ -56,7 +56,7 @@ def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
     def draw(path: str, planned: Planned, place: Weight) -> Pair:
         return _start(path, planned.rank, place.stored[1], seed), np.zeros((place.stored[0], planned.rank))
 
-    return put_on(model, config, plan(model, config), draw)
+    return put_on(model, config, plan(model, config.for_training()), draw)
 
 
 def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:

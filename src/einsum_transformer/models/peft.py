@@ -30,6 +30,7 @@ from einsum_transformer.models.adapters import (
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
 from einsum_transformer.models.peft_config import CONFIG, note_base, read_config, refuse_pointer
+from einsum_transformer.models.peft_names import PREFIX, names_in
 from einsum_transformer.models.peft_written import config_dict
 from einsum_transformer.models.stacked import Pair, Stack, stacks_of
 
@@ -47,7 +48,6 @@ __all__ = [
 Array = np.ndarray
 
 TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _TENSOR = re.compile(
     r"(?P<module>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?"
 )
@@ -86,7 +86,7 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
     _check_folder(folder)
     try:
         if mlx_adapter.is_mlx(folder):
-            config, pairs = mlx_adapter.read(folder, places_of(model))
+            config, pairs = mlx_adapter.read(folder, places_of(model), model.family.ignored_tensors)
             planned = {path: Planned(*config.rank_and_scaling(path)) for path in pairs}
         else:
             config = read_config(folder)
@@ -128,9 +128,9 @@ def places_of(model: Model) -> dict[str, str]:
     family, found = model.family, {}
     matrices = matrices_of(model)
     experts = {path.rpartition(".")[0] for path in stacks_of(matrices)} if family.stacked_experts else set()
-    for prefix in dict.fromkeys((family.prefix, *family.other_prefixes, "")):
+    for prefix in family.prefixes:
         other = replace(family, prefix=prefix)
-        outer = prefix.removesuffix("model.")
+        outer = re.sub(r"(^|\.)model\.$", r"\1", prefix)
         for path in (*matrices, *sorted(experts)):
             for name in (other.checkpoint_name(path).removesuffix(".weight"), other.module_name(path)):
                 found.setdefault(name, path)
@@ -199,7 +199,7 @@ def _halves(path: Path, model: Model) -> Iterable[_Half]:
     places, file = places_of(model), SafetensorsFile(path)
     matrices = matrices_of(model)
     try:
-        for name in file.names():
+        for name in names_in(file, model.family.ignored_tensors):
             plain = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(plain)
             place = places.get(match["module"]) if match else None
