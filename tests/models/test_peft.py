@@ -16,7 +16,14 @@ from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.models.adapter_text import with_own_text
 from einsum_transformer.models.adapters import Merged, merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.peft import config_dict, is_adapter, read_config, with_adapter, write_adapter
+from einsum_transformer.models.peft import (
+    adapter_digest,
+    config_dict,
+    is_adapter,
+    read_config,
+    with_adapter,
+    write_adapter,
+)
 from einsum_transformer.models.peft_config import NEUTRAL, NOTED, OBEYED, REFUSED
 from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import load_golden, peft_fields, write_adapter_folder, write_folder
@@ -694,3 +701,45 @@ def test_load_takes_the_adapters_tokenizer(tmp_path: Path) -> None:
     model = et.load(tmp_path / "base", adapter=tmp_path / "adapter")
     assert model.tokenizer is not None
     assert model.tokenizer.chat_template == "T"
+
+
+BAD = "{% if %}"
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("chat_template.jinja", "%s"),
+        ("tokenizer_config.json", '{"chat_template": "%s"}'),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": "%s"}]}'),
+        ("chat_template.json", '{"chat_template": "%s"}'),
+    ],
+)
+def test_chat_templates_in_any_file_of_the_folder(
+    file: str, text: str, tokenizer: bool, tmp_path: Path
+) -> None:
+    """With or without a tokenizer beside them; the error for a wrong one names its file."""
+    model = with_adapter(tiny_model(vocab_size=300), write_adapter_folder(tmp_path, CONFIG, q_tensors()))
+    model = replace(model, tokenizer=tokenizer_of("a b", None if tokenizer else "T"))
+    if tokenizer:
+        tokenizer_of("a b", None).save(tmp_path)
+    path = tmp_path / file
+    path.write_text(text % "U", encoding="utf-8")
+    found = with_own_text(model, tmp_path).tokenizer
+    assert found is not None
+    assert found.chat_template == "U"
+    wrong: list[bytes] = [(text % BAD).encode(), b"\xff"]
+    if file.endswith(".json"):
+        wrong += [b"{", b"[]", b'{"chat_template": 3}']
+    for content in wrong:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            with_own_text(model, tmp_path)
+
+
+def test_an_empty_path_is_named() -> None:
+    """It is not the folder at hand."""
+    for function in (lambda: with_adapter(tiny_model(), ""), lambda: adapter_digest("")):
+        with pytest.raises(InputError, match=r"the path of the adapter \(--adapter-path\) is empty"):
+            function()

@@ -60,9 +60,9 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def adapter_digest(folder: Path) -> str:
+def adapter_digest(folder: str | Path) -> str:
     """The sha256 of an adapter: of its tensors and of what scales them."""
-    _check_folder(folder)
+    folder = _checked_folder(folder)
     names = (TENSORS, CONFIG)
     if mlx_adapter.is_mlx(folder):
         names = (mlx_adapter.TENSORS, CONFIG)
@@ -82,8 +82,7 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
 
     Errors: InputError for a config of another method, an adapter of another base model, damaged files.
     """
-    folder = Path(folder)
-    _check_folder(folder)
+    folder = _checked_folder(folder)
     try:
         if mlx_adapter.is_mlx(folder):
             config, pairs = mlx_adapter.read(folder, places_of(model), model.family.ignored_tensors)
@@ -101,8 +100,11 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
         raise error if str(folder) in str(error) else InputError(f"{folder}: {error}") from None
 
 
-def _check_folder(folder: Path) -> None:
-    """An error that says what is there where no adapter's folder is."""
+def _checked_folder(folder: str | Path) -> Path:
+    """The folder of an adapter. Errors: InputError says what is there instead."""
+    if not str(folder):
+        raise InputError("the path of the adapter (--adapter-path) is empty: name its folder")
+    folder = Path(folder)
     if not folder.exists():
         hint = ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not str(folder).startswith("."):
@@ -118,6 +120,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"{folder}: holds no {CONFIG}{whole}; a folder written by PEFT or by `etx train` is expected"
         )
+    return folder
 
 
 def places_of(model: Model) -> dict[str, str]:
