@@ -85,6 +85,8 @@ ADAPTERS = (
     "mistral",
     "bfloat16",
 )
+HEAD_ADAPTERS = ("heads gpt_neox", "heads phi", "heads gemma2", "heads gpt2", "heads mpt")
+"""Adapters on the embedding and the head, in the same layout as those on experts."""
 EXPERT_ADAPTERS = (
     "mixtral all-linear",
     "mixtral parameters",
@@ -190,7 +192,7 @@ def load_expert_adapter(name: str) -> GoldenAdapter:
         dtype="float32",
         config=json.loads(str(arrays["config"])),
         tensors=unpacked("adapter"),
-        copies=[],
+        copies=json.loads(str(arrays.get("copies", "[]"))),
         logits=arrays["logits"],
         loss=float(arrays.get("loss", 0)),
         gradients=unpacked("grad"),
@@ -201,6 +203,11 @@ def peft_fields() -> list[str]:
     """The fields of LoraConfig in peft 0.21.2."""
     with np.load(FOLDER / "lora_mixtral.npz") as file:
         return json.loads(str(file["fields"]))
+
+
+def module_names() -> dict[str, list[str]]:
+    """Golden model -> the modules that peft can adapt: see tools/list_module_names.py."""
+    return json.loads((FOLDER / "module_names.json").read_text(encoding="utf-8"))["models"]
 
 
 def write_adapter_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:

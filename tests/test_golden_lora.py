@@ -9,26 +9,39 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.models.adapters import merged, with_lora
+from einsum_transformer.errors import InputError
+from einsum_transformer.models.adapters import matrices_of, merged, with_lora
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.peft import with_adapter, write_adapter
+from einsum_transformer.models.peft import places_of, read_config, with_adapter, write_adapter
+from einsum_transformer.models.peft_names import stack_name
+from einsum_transformer.models.stacked import stacks_of
 from golden_files import (
     ADAPTERS,
     EXPERT_ADAPTERS,
+    HEAD_ADAPTERS,
     OLD_ADAPTERS,
     Golden,
     GoldenAdapter,
     load_adapter,
     load_expert_adapter,
     load_golden,
+    module_names,
     write_adapter_folder,
     write_folder,
 )
 from test_golden_models import LOSS, assert_gradient, assert_logits
 
 PREFIX = "base_model.model."
-EMBEDDING = "model.embed_tokens.weight"
+SAVED_AS = {
+    "lm_head.weight": (
+        "lm_head.weight",
+        "embed_out.weight",
+        "model.embed_tokens.weight",
+        "transformer.wte.weight",
+    )
+}
+"""What a module of transformers is called in checkpoints, the first that is there."""
 RECOMPUTED = ("llama_gqa", "llama_mha_tied", "llama_bias", "llama_rope_dynamic", "mistral_window")
 
 
@@ -42,6 +55,12 @@ class Bench:
     folder: Path
 
 
+def copied(golden: Golden, name: str) -> np.ndarray:
+    """The weight of the base that peft has written beside an adapter under this name."""
+    plain = name.removeprefix(PREFIX).replace(".base_layer", "")
+    return golden.weights[next(one for one in SAVED_AS.get(plain, (plain,)) if one in golden.weights)]
+
+
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The adapter of that name, in a folder that holds what peft wrote."""
@@ -50,15 +69,13 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     adapter = load(request.param)
     golden = load_golden(adapter.base)
     base = write_folder(tmp_path / "base", golden.config, golden.weights)
-    copies = dict.fromkeys(adapter.copies, golden.weights[EMBEDDING])
-    if adapter.copies and "lm_head.weight" in golden.weights:
-        copies |= {name: golden.weights["lm_head.weight"] for name in adapter.copies if "lm_head" in name}
+    copies = {name: copied(golden, name) for name in adapter.copies}
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[adapter.dtype]
     tensors = {name: array.astype(kind) for name, array in (adapter.tensors | copies).items()}
     return Bench(adapter, golden, base, write_adapter_folder(tmp_path / "adapter", adapter.config, tensors))
 
 
-every_adapter = pytest.mark.parametrize("bench", [*ADAPTERS, *EXPERT_ADAPTERS], indirect=True)
+every_adapter = pytest.mark.parametrize("bench", [*ADAPTERS, *EXPERT_ADAPTERS, *HEAD_ADAPTERS], indirect=True)
 
 
 @every_adapter
@@ -147,6 +164,70 @@ def test_adapters_on_each_expert(bench: Bench, tmp_path: Path) -> None:
     write_adapter(model, tmp_path)
     again = et.load(bench.base, adapter=tmp_path)
     np.testing.assert_array_equal(again.logits(bench.golden.tokens), model.logits(bench.golden.tokens))
+
+
+POSITIONS = {"transformer.wpe"}
+"""Embeddings of positions, which have no adapter here."""
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_modules_have_the_names_of_transformers(name: str, tmp_path: Path) -> None:
+    """Every matrix of a model of each family, and no other; those of checkpoints are understood too."""
+    golden = load_golden(name)
+    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    matrices, family = matrices_of(model), model.family
+    stacks = stacks_of(matrices) if family.stacked_experts else {}
+    alone = matrices.keys() - {path for stack in stacks.values() for path in stack.paths}
+    names = {family.module_name(path) for path in alone} | {stack_name(family, stack) for stack in stacks}
+    assert names == set(module_names()[name]) - POSITIONS
+    places = places_of(model)
+    assert all(places[model.module(path)] == places[family.module_name(path)] == path for path in alone)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_out"])
+def test_the_head_of_gpt_neox_has_two_names(target: str, tmp_path: Path) -> None:
+    """transformers 4 called the module embed_out, as checkpoints do; both are targets and both are read."""
+    golden = load_golden("gpt_neox_parallel")
+    base = write_folder(tmp_path / "base", golden.config, golden.weights)
+    model = with_lora(et.load(base), LoRAConfig(2, 3.0, (target,), rank_pattern={"embed_out": 3}))
+    for array in model.adapter_parameters().values():
+        array[...] = 0.25
+    write_adapter(model, tmp_path / "now")
+    assert read_config(tmp_path / "now").target_modules == ("lm_head",)
+    tensors = {f"{PREFIX}{name}": array for name, array in model.adapter_parameters().items()}
+    assert {name: array.shape for name, array in tensors.items()} == {
+        f"{PREFIX}lm_head.lora_A.weight": (3, 32),
+        f"{PREFIX}lm_head.lora_B.weight": (71, 3),
+    }
+    old = {name.replace("lm_head", "embed_out"): array for name, array in tensors.items()}
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3.0, "target_modules": ["embed_out"]}
+    write_adapter_folder(tmp_path / "then", config, old)
+    for folder in ("now", "then"):
+        again = et.load(base, adapter=tmp_path / folder)
+        np.testing.assert_array_equal(again.logits(golden.tokens), model.logits(golden.tokens))
+
+
+def test_a_copy_of_the_heads_bias_must_be_the_models(tmp_path: Path) -> None:
+    """As peft writes it for phi; a base without a bias has no use for one."""
+    adapter = load_expert_adapter("heads phi")
+    name = f"{PREFIX}lm_head.base_layer.bias"
+    assert name in adapter.copies
+    golden = load_golden(adapter.base)
+    model = et.load(write_folder(tmp_path / "base", golden.config, golden.weights))
+    bias = golden.weights["lm_head.bias"]
+    for changed, words in (
+        (bias + 1, "differs from the base model's"),
+        (bias[1:], "the vocabulary was resized"),
+    ):
+        write_adapter_folder(tmp_path / "a", adapter.config, adapter.tensors | {name: changed})
+        with pytest.raises(InputError, match=words):
+            with_adapter(model, tmp_path / "a")
+    other = load_golden("llama_gqa")
+    unbiased = et.load(write_folder(tmp_path / "other", other.config, other.weights))
+    head = load_adapter("lm_head")
+    write_adapter_folder(tmp_path / "b", head.config, head.tensors | {name: bias})
+    with pytest.raises(InputError, match="is a bias, which the base model does not have"):
+        with_adapter(unbiased, tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)

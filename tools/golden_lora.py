@@ -77,6 +77,15 @@ EXPERT_ADAPTERS: dict[str, Adapter] = {
     "deepseek_v2 all-linear": Adapter("deepseek_v2_direct", on("all-linear")),
 }
 """Adapters on stacked experts."""
+HEAD_ADAPTERS: dict[str, Adapter] = {
+    "heads gpt_neox": Adapter("gpt_neox_parallel", on(["lm_head", "embed_in"])),
+    "heads phi": Adapter("phi_half", on(["lm_head", "embed_tokens", "dense"])),
+    "heads gemma2": Adapter("gemma2_caps", on(["lm_head", "embed_tokens"])),
+    "heads gpt2": Adapter("gpt2_plain", on(["lm_head", "wte", "c_attn"])),
+    "heads mpt": Adapter("mpt_alibi", on(["lm_head", "wte", "Wqkv"])),
+}
+"""Adapters on the embedding and the output head, which peft writes whole beside them."""
+PACKED = EXPERT_ADAPTERS | HEAD_ADAPTERS
 OLD_ADAPTERS: dict[str, tuple[Adapter, dict[str, str]]] = {
     "mixtral old": (Adapter("mixtral_mqa", on(["w1", "w2", "w3", "gate"])), {".mlp.": ".block_sparse_moe."}),
     "qwen3_moe old": (Adapter("qwen3_moe_normalized", on(["gate_proj", "up_proj", "down_proj"])), {}),
@@ -104,7 +113,7 @@ def write(model: Any, adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]
 
 def make_adapter(name: str) -> dict[str, np.ndarray]:
     """The arrays of one adapter: what peft writes, and what torch computes with what peft reads from it."""
-    adapter = (ADAPTERS | EXPERT_ADAPTERS)[name]
+    adapter = (ADAPTERS | PACKED)[name]
     case = CASES[adapter.base]
     _, seed, tokens, targets = build_golden(adapter.base)
     base: Any = build(case, seed, {})
@@ -184,10 +193,10 @@ def make_old_adapter(name: str) -> dict[str, np.ndarray]:
 
 
 def make_expert_adapters(family: str) -> dict[str, np.ndarray]:
-    """The arrays of a family's adapters on experts, each under `name/`, and LoraConfig's fields."""
+    """The arrays of the packed adapters whose names begin so, each under `name/`, and LoraConfig's fields."""
     warnings.filterwarnings("ignore", module="peft")
     fields = json.dumps([field.name for field in dataclasses.fields(LoraConfig)])
-    made = {name: make_adapter(name) for name in EXPERT_ADAPTERS if name.startswith(family)}
+    made = {name: make_adapter(name) for name in PACKED if name.startswith(family)}
     made |= {name: make_old_adapter(name) for name in OLD_ADAPTERS if name.startswith(family)}
     found = {f"{name}/{key}": array for name, arrays in made.items() for key, array in packed(arrays).items()}
     return found | {"fields": np.array(fields)}

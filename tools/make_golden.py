@@ -26,6 +26,7 @@ OTHERS = {
     "parts": make_parts,
     "optimizers": make_steps,
     "lora": make_adapters,
+    "lora_heads": partial(make_expert_adapters, "heads"),
     **{f"lora_{name}": partial(make_expert_adapters, name) for name in MIXTURES},
     **{f"reference_{name}": partial(make_reference, name) for name in REFERENCES},
 }

@@ -16,7 +16,14 @@ from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.models.adapter_text import with_own_text
 from einsum_transformer.models.adapters import Merged, merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.peft import config_dict, is_adapter, read_config, with_adapter, write_adapter
+from einsum_transformer.models.peft import (
+    adapter_digest,
+    config_dict,
+    is_adapter,
+    read_config,
+    with_adapter,
+    write_adapter,
+)
 from einsum_transformer.models.peft_config import NEUTRAL, NOTED, OBEYED, REFUSED
 from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import load_golden, peft_fields, write_adapter_folder, write_folder
@@ -177,7 +184,8 @@ def test_b_of_zeros_gives_the_base_bit_for_bit(targets: Any, tied: bool, tmp_pat
         ({"r": "8"}, "r"),
         ({"r": True}, "r"),
         ({"r": 1 << 40}, "rank r is"),
-        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "lora_alpha is inf"),
         ({"lora_alpha": 10**400}, "lora_alpha"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"use_rslora": 1}, "use_rslora"),
@@ -455,7 +463,10 @@ def test_adapters_of_a_model_without_a_head(prefix: str, tmp_path: Path) -> None
     np.testing.assert_array_equal(again.logits(TOKENS), plain.logits(TOKENS))
 
 
-@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model.", ""])
+PREFIXES = ["model.", "model.language_model.", "language_model.model.", "language_model.", ""]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_adapters_of_multimodal_models(prefix: str, tmp_path: Path) -> None:
     """On the text model: names begin in all the ways in which the base's tensors may."""
     golden = load_golden("gemma3_text")
@@ -471,6 +482,80 @@ def test_adapters_of_multimodal_models(prefix: str, tmp_path: Path) -> None:
     }
     again = et.load(base, adapter=write_adapter_folder(tmp_path / "b", config, tensors))
     np.testing.assert_array_equal(again.logits(golden.tokens), model.logits(golden.tokens))
+
+
+VISION = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("outer", ["model.", ""])
+def test_matrices_on_the_vision_part_are_left_aside(
+    outer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one note, by whichever program they were written; an adapter with no others is none for text."""
+    golden = load_golden("gemma3_text")
+    base = write_folder(tmp_path / "base", golden.config, golden.weights)
+    model = random_pairs(with_lora(et.load(base), LoRAConfig(2, 40.0, ("q_proj",))))
+    text = {name.removesuffix(".weight"): array for name, array in model.adapter_parameters().items()}
+    a, b = np.ones((2, 9), np.float32), np.ones((7, 2), np.float32)
+    other = {f"{outer}{VISION}.lora_A": a, f"{outer}multi_modal_projector.linear.lora_B": b}
+    caplog.clear()
+    peft = {f"{PREFIX}{name}.weight": array for name, array in (text | other).items()}
+    write_adapter_folder(tmp_path / "peft", CONFIG | {"lora_alpha": 40}, peft)
+    mlx = {
+        name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): np.ascontiguousarray(array.T)
+        for name, array in (text | other).items()
+    }
+    mlx_folder(tmp_path / "mlx", MLX, mlx)
+    for folder in ("peft", "mlx"):
+        caplog.clear()
+        again = with_adapter(et.load(base), tmp_path / folder)
+        np.testing.assert_array_equal(again.logits(golden.tokens), model.logits(golden.tokens))
+        (said,) = (record.message for record in caplog.records)
+        assert "2 tensors, such as" in said
+        assert said.endswith("are on parts of the model that are not run here, and ignored")
+    write_adapter_folder(
+        tmp_path / "none", CONFIG, {f"{PREFIX}{name}.weight": w for name, w in other.items()}
+    )
+    assert "holds no LoRA matrices" in refusal(tmp_path / "none", et.load(base))
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "base_layer.weight"])
+def test_empty_tensors_are_those_of_zero_3(part: str, tmp_path: Path) -> None:
+    """DeepSpeed leaves tensors of shape [0] where the weights were not gathered."""
+    tensors = q_tensors() | {f"{Q}.{part}": np.zeros(0, np.float32)}
+    message = refusal(write_adapter_folder(tmp_path / "peft", CONFIG, tensors))
+    assert "1 tensors, such as" in message
+    assert "saved by DeepSpeed ZeRO-3 without gathering the weights; save the adapter with" in message
+
+
+@pytest.mark.parametrize("alpha", [0, -3.0])
+@pytest.mark.parametrize("changes", ["lora_alpha", "alpha_pattern", "mlx"])
+def test_scalings_of_zero_and_below_are_read(alpha: float, changes: str, tmp_path: Path) -> None:
+    """peft and mlx-lm take any number; W + scaling B A by arithmetic. A new adapter does not begin so."""
+    tensors, scaling = q_tensors(), alpha / 2
+    if changes == "mlx":
+        config = MLX | {"lora_parameters": {"rank": 2, "scale": scaling, "dropout": 0.0}}
+        module = Q.removeprefix(PREFIX)
+        pair = {
+            f"{module}.lora_a": tensors[f"{Q}.lora_A.weight"].T,
+            f"{module}.lora_b": tensors[f"{Q}.lora_B.weight"].T,
+        }
+        mlx_folder(tmp_path / "a", config, pair)
+    else:
+        own = {"lora_alpha": alpha} if changes == "lora_alpha" else {"alpha_pattern": {"q_proj": alpha}}
+        write_adapter_folder(tmp_path / "a", CONFIG | own, tensors)
+    base = tiny_model()
+    model = with_adapter(base, tmp_path / "a")
+    name = f"{Q.removeprefix(PREFIX)}.weight"
+    delta = tensors[f"{Q}.lora_B.weight"] @ tensors[f"{Q}.lora_A.weight"]
+    expected = base.named_parameters()[name] + scaling * delta
+    np.testing.assert_allclose(merged(model)[0].named_parameters()[name], expected, rtol=0, atol=1e-6)
+    write_adapter(model, tmp_path / "b")
+    again = with_adapter(tiny_model(), tmp_path / "b")
+    np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
+    assert model.lora is not None
+    with pytest.raises(InputError, match="a number above 0 is expected"):
+        with_lora(base, LoRAConfig(lora_alpha=alpha))
 
 
 def mlx_folder(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
@@ -504,6 +589,19 @@ def test_adapters_of_mlx_lm(tmp_path: Path) -> None:
     write_adapter(model, tmp_path / "peft")
     again = with_adapter(tiny_model(), tmp_path / "peft")
     np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
+
+
+def test_adapters_of_old_versions_of_mlx_lm(tmp_path: Path) -> None:
+    """They have lora_layers for num_layers, and no fine_tune_type; the tensors are as today's."""
+    new = with_adapter(tiny_model(), mlx_folder(tmp_path / "new", MLX, mlx_tensors()))
+    config = {"lora_layers": 1, "use_dora": False, "lora_parameters": MLX["lora_parameters"]}
+    old = with_adapter(tiny_model(), mlx_folder(tmp_path / "old", config, mlx_tensors()))
+    np.testing.assert_array_equal(old.logits(TOKENS), new.logits(TOKENS))
+    for without in ({"lora_layers": 16, "rank": 2}, {"num_layers": 16}):
+        mlx_folder(tmp_path / "none", without, mlx_tensors())
+        assert "has no lora_parameters: an adapter of an old version of mlx-lm" in refusal(tmp_path / "none")
+    mlx_folder(tmp_path / "dora", config | {"use_dora": True}, mlx_tensors())
+    assert "use_dora = True: only mlx-lm's lora is supported" in refusal(tmp_path / "dora")
 
 
 def test_an_embedding_of_mlx_lm(tmp_path: Path) -> None:
@@ -603,3 +701,45 @@ def test_load_takes_the_adapters_tokenizer(tmp_path: Path) -> None:
     model = et.load(tmp_path / "base", adapter=tmp_path / "adapter")
     assert model.tokenizer is not None
     assert model.tokenizer.chat_template == "T"
+
+
+BAD = "{% if %}"
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("chat_template.jinja", "%s"),
+        ("tokenizer_config.json", '{"chat_template": "%s"}'),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": "%s"}]}'),
+        ("chat_template.json", '{"chat_template": "%s"}'),
+    ],
+)
+def test_chat_templates_in_any_file_of_the_folder(
+    file: str, text: str, tokenizer: bool, tmp_path: Path
+) -> None:
+    """With or without a tokenizer beside them; the error for a wrong one names its file."""
+    model = with_adapter(tiny_model(vocab_size=300), write_adapter_folder(tmp_path, CONFIG, q_tensors()))
+    model = replace(model, tokenizer=tokenizer_of("a b", None if tokenizer else "T"))
+    if tokenizer:
+        tokenizer_of("a b", None).save(tmp_path)
+    path = tmp_path / file
+    path.write_text(text % "U", encoding="utf-8")
+    found = with_own_text(model, tmp_path).tokenizer
+    assert found is not None
+    assert found.chat_template == "U"
+    wrong: list[bytes] = [(text % BAD).encode(), b"\xff"]
+    if file.endswith(".json"):
+        wrong += [b"{", b"[]", b'{"chat_template": 3}']
+    for content in wrong:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            with_own_text(model, tmp_path)
+
+
+def test_an_empty_path_is_named() -> None:
+    """It is not the folder at hand."""
+    for function in (lambda: with_adapter(tiny_model(), ""), lambda: adapter_digest("")):
+        with pytest.raises(InputError, match=r"the path of the adapter \(--adapter-path\) is empty"):
+            function()

@@ -57,7 +57,7 @@ def merge(
     folder, target = Path(name), Path(output)
     if target.exists() and folder.exists() and target.samefile(folder):
         raise InputError(f"--output {output}: is the model itself; choose another folder")
-    held, own = read_merged(folder), adapter_digest(Path(adapter_path))
+    held, own = read_merged(folder), adapter_digest(adapter_path)
     if unmerge and own not in held:
         raise InputError(f"{name}: {adapter_path} was not merged into it, so it cannot be taken out")
     if not unmerge and own in held:

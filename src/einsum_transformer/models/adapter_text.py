@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from einsum_transformer.errors import FormatError
+from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
+from einsum_transformer.text.chat_template import template_variables
+from einsum_transformer.text.folder import templates_in
 from einsum_transformer.text.tokenizer import Tokenizer
-
-TEMPLATE = "chat_template.jinja"
-_LARGEST_TEMPLATE = 1 << 24
 
 
 def with_own_text(model: Model, folder: str | Path) -> Model:
@@ -21,15 +21,16 @@ def with_own_text(model: Model, folder: str | Path) -> Model:
     not used.
     """
     folder, base = Path(folder), model.tokenizer
-    own = Tokenizer.in_folder(folder)
+    own, templates = Tokenizer.in_folder(folder), _own_templates(folder)
     if own is None:
-        return _with_template(model, folder)
+        return _with_templates(model, folder, templates)
     if own.vocab_size > model.config.vocab_size:
         note(
             f"{folder}: its tokenizer has {own.vocab_size:,} tokens, the model {model.config.vocab_size:,}: "
             "it is not used"
         )
         return model
+    own = replace(own, chat_templates=templates)
     if base is not None:
         same = own.backend.get_vocab() == base.backend.get_vocab()
         if same and not own.chat_templates:
@@ -42,17 +43,22 @@ def with_own_text(model: Model, folder: str | Path) -> Model:
     return replace(model, tokenizer=own)
 
 
-def _with_template(model: Model, folder: Path) -> Model:
-    path, base = folder / TEMPLATE, model.tokenizer
-    if base is None or not path.is_file():
+def _with_templates(model: Model, folder: Path, own: Mapping[str, str]) -> Model:
+    base = model.tokenizer
+    if base is None or not own:
         return model
-    if path.stat().st_size > _LARGEST_TEMPLATE:
-        raise FormatError(f"{path}: larger than {_LARGEST_TEMPLATE >> 20} MiB, no template is")
-    try:
-        template = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise FormatError(f"{path}: is not UTF-8 text") from None
-    templates = {**base.chat_templates, "default": template}
+    templates = {**base.chat_templates, **own}
     if base.chat_templates and templates != base.chat_templates:
         note(f"{folder}: its chat template is used, which is not the base model's")
     return replace(model, tokenizer=replace(base, chat_templates=templates))
+
+
+def _own_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of the folder. Errors: InputError names the file of one that is wrong."""
+    found = templates_in(folder)
+    for template, path in found.values():
+        try:
+            template_variables(template)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    return {name: template for name, (template, _) in found.items()}

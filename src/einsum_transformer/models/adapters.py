@@ -56,7 +56,7 @@ def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
     def draw(path: str, planned: Planned, place: Weight) -> Pair:
         return _start(path, planned.rank, place.stored[1], seed), np.zeros((place.stored[0], planned.rank))
 
-    return put_on(model, config, plan(model, config), draw)
+    return put_on(model, config, plan(model, config.for_training()), draw)
 
 
 def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:
@@ -115,7 +115,7 @@ def matrices_of(model: Model) -> dict[str, Weight]:
 
 def no_matrix(model: Model, names: list[str]) -> InputError:
     """What to raise where targets are not in a model."""
-    held = sorted({model.module(path).split(".")[-1] for path in matrices_of(model)})
+    held = sorted({model.family.module_name(path).split(".")[-1] for path in matrices_of(model)})
     return InputError(
         f"{model.source}: LoRA target_modules {', '.join(map(repr, names[:3]))} name no matrix of this "
         f"model; it has {', '.join(held)}"

@@ -45,8 +45,8 @@ class LoRAConfig:
             if type(rank) is not int or not 1 <= rank <= 1 << 16:
                 raise InputError(f"LoRA rank r is {rank!r}: a whole number from 1 on is expected")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not (math.isfinite(alpha) and alpha > 0):
-                raise InputError(f"lora_alpha is {alpha!r}: a number above 0 is expected")
+            if not math.isfinite(alpha):
+                raise InputError(f"lora_alpha is {alpha!r}: a finite number is expected")
         for patterns in (self.rank_pattern, self.alpha_pattern):
             if len(patterns) > _MOST_PATTERNS:
                 raise InputError(f"LoRA: {len(patterns):,} patterns, at most {_MOST_PATTERNS:,} are expected")
@@ -54,6 +54,14 @@ class LoRAConfig:
                 _compiled(_end_of_name(pattern))
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout is {self.lora_dropout}: at least 0 and less than 1 is expected")
+
+    def for_training(self) -> LoRAConfig:
+        """These settings, if a new adapter can begin with them. An adapter that is read may have any scaling,
+        as in PEFT and in mlx-lm; with one of 0 nothing would be learnt."""
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if alpha <= 0:
+                raise InputError(f"lora_alpha is {alpha!r}: a number above 0 is expected")
+        return self
 
     def rank_and_alpha(self, *names: str) -> tuple[int, float]:
         """The rank and alpha of the adapter on what has these names."""

@@ -18,37 +18,49 @@ from einsum_transformer.formats.safetensors import SafetensorsFile
 from einsum_transformer.models.config import Keys, shown
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft_config import CONFIG, read_raw, refuse_pointer
-from einsum_transformer.models.peft_names import EMBEDDING
+from einsum_transformer.models.peft_names import EMBEDDING, names_in
 from einsum_transformer.models.stacked import Pair
 
 TENSORS = "adapters.safetensors"
+_KEYS = frozenset({"fine_tune_type", "lora_parameters", "num_layers", "lora_layers"})
+"""Keys that only mlx-lm writes; the last is what old versions called num_layers."""
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[ab])")
 
 
 def is_mlx(folder: Path) -> bool:
     """Whether an adapter's folder is one of mlx-lm."""
     raw = read_raw(folder / CONFIG)
-    return "peft_type" not in raw and ("fine_tune_type" in raw or "lora_parameters" in raw)
+    return "peft_type" not in raw and (not _KEYS.isdisjoint(raw))
 
 
-def read(folder: Path, places: Mapping[str, str]) -> tuple[LoRAConfig, dict[str, Pair]]:
-    """The settings, and path -> A (r, in) and B (out, r). places: module name -> path of its matrix."""
+def read(
+    folder: Path, places: Mapping[str, str], ignored: str = "(?!)"
+) -> tuple[LoRAConfig, dict[str, Pair]]:
+    """The settings, and path -> A (r, in) and B (out, r). places: module name -> path of its matrix; ignored:
+    the pattern of tensors on other parts of a model."""
     path = folder / CONFIG
     raw = read_raw(path)
     if (kind := raw.get("fine_tune_type", "lora")) != "lora":
         raise ConfigError(f"{path}: fine_tune_type is {shown(kind)}: only mlx-lm's lora is supported")
+    if raw.get("use_dora"):
+        raise ConfigError(f"{path}: use_dora = {shown(raw['use_dora'])}: only mlx-lm's lora is supported")
+    if "lora_parameters" not in raw:
+        raise ConfigError(
+            f"{path}: has no lora_parameters: an adapter of an old version of mlx-lm; add "
+            '"lora_parameters": {"rank": ..., "scale": ...} with the numbers that it was trained with'
+        )
     keys = Keys(Keys(raw, str(path)).get("lora_parameters", dict), f"{path}: lora_parameters")
     if keys.raw.get("alpha") is not None:
         raise ConfigError(
             f"{path}: lora_parameters.alpha: adapters of old versions of mlx-lm are not supported"
         )
     rank, scale = keys.get("rank", int), keys.get("scale", float)
-    pairs = _pairs(folder, places)
+    pairs = _pairs(folder, places, ignored)
     targets = tuple(dict.fromkeys(place.rpartition(".")[2] for place in pairs))
     return LoRAConfig(rank, scale * rank, targets, keys.get("dropout", float, 0.0)), pairs
 
 
-def _pairs(folder: Path, places: Mapping[str, str]) -> dict[str, Pair]:
+def _pairs(folder: Path, places: Mapping[str, str], ignored: str) -> dict[str, Pair]:
     path = folder / TENSORS
     if not path.is_file():
         raise InputError(f"{folder}: holds no {TENSORS}, where mlx-lm has the adapter")
@@ -56,7 +68,7 @@ def _pairs(folder: Path, places: Mapping[str, str]) -> dict[str, Pair]:
     halves: dict[str, dict[str, np.ndarray]] = {}
     file = SafetensorsFile(path)
     try:
-        for name in file.names():
+        for name in names_in(file, ignored):
             match = _TENSOR.fullmatch(name)
             if match is None or file.info(name).dtype not in ("F64", "F32", "F16", "BF16"):
                 raise FormatError(f"{path}: tensor {quoted(name)} is no part of an adapter that is supported")

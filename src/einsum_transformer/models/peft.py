@@ -30,6 +30,7 @@ from einsum_transformer.models.adapters import (
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
 from einsum_transformer.models.peft_config import CONFIG, note_base, read_config, refuse_pointer
+from einsum_transformer.models.peft_names import PREFIX, names_in
 from einsum_transformer.models.peft_written import config_dict
 from einsum_transformer.models.stacked import Pair, Stack, stacks_of
 
@@ -47,10 +48,10 @@ __all__ = [
 Array = np.ndarray
 
 TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _TENSOR = re.compile(
     r"(?P<module>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?"
 )
+_COPY = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<kind>weight|bias)")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -59,9 +60,9 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def adapter_digest(folder: Path) -> str:
+def adapter_digest(folder: str | Path) -> str:
     """The sha256 of an adapter: of its tensors and of what scales them."""
-    _check_folder(folder)
+    folder = _checked_folder(folder)
     names = (TENSORS, CONFIG)
     if mlx_adapter.is_mlx(folder):
         names = (mlx_adapter.TENSORS, CONFIG)
@@ -81,11 +82,10 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
 
     Errors: InputError for a config of another method, an adapter of another base model, damaged files.
     """
-    folder = Path(folder)
-    _check_folder(folder)
+    folder = _checked_folder(folder)
     try:
         if mlx_adapter.is_mlx(folder):
-            config, pairs = mlx_adapter.read(folder, places_of(model))
+            config, pairs = mlx_adapter.read(folder, places_of(model), model.family.ignored_tensors)
             planned = {path: Planned(*config.rank_and_scaling(path)) for path in pairs}
         else:
             config = read_config(folder)
@@ -100,8 +100,11 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
         raise error if str(folder) in str(error) else InputError(f"{folder}: {error}") from None
 
 
-def _check_folder(folder: Path) -> None:
-    """An error that says what is there where no adapter's folder is."""
+def _checked_folder(folder: str | Path) -> Path:
+    """The folder of an adapter. Errors: InputError says what is there instead."""
+    if not str(folder):
+        raise InputError("the path of the adapter (--adapter-path) is empty: name its folder")
+    folder = Path(folder)
     if not folder.exists():
         hint = ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not str(folder).startswith("."):
@@ -117,6 +120,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"{folder}: holds no {CONFIG}{whole}; a folder written by PEFT or by `etx train` is expected"
         )
+    return folder
 
 
 def places_of(model: Model) -> dict[str, str]:
@@ -127,9 +131,9 @@ def places_of(model: Model) -> dict[str, str]:
     family, found = model.family, {}
     matrices = matrices_of(model)
     experts = {path.rpartition(".")[0] for path in stacks_of(matrices)} if family.stacked_experts else set()
-    for prefix in dict.fromkeys((family.prefix, *family.other_prefixes, "")):
+    for prefix in family.prefixes:
         other = replace(family, prefix=prefix)
-        outer = prefix.removesuffix("model.")
+        outer = re.sub(r"(^|\.)model\.$", r"\1", prefix)
         for path in (*matrices, *sorted(experts)):
             for name in (other.checkpoint_name(path).removesuffix(".weight"), other.module_name(path)):
                 found.setdefault(name, path)
@@ -198,13 +202,13 @@ def _halves(path: Path, model: Model) -> Iterable[_Half]:
     places, file = places_of(model), SafetensorsFile(path)
     matrices = matrices_of(model)
     try:
-        for name in file.names():
+        for name in names_in(file, model.family.ignored_tensors):
             plain = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(plain)
             place = places.get(match["module"]) if match else None
             # Only an embedding's have names of their own; peft knows no other.
             if match is None or bool(match["embedding"]) != (place == EMBEDDING):
-                _check_copy(file, name, places.get(re.sub(r"(\.base_layer)?\.weight$", "", plain), ""), model)
+                _check_copy(file, name, places, model)
                 continue
             depth = match["inner"].count(".base_layer")
             if place is None or (depth and place in matrices):
@@ -267,16 +271,22 @@ def _misshapen(what: str, pair: Pair, expected: tuple[tuple[int, ...], tuple[int
     )
 
 
-def _check_copy(file: SafetensorsFile, name: str, path: str, model: Model) -> None:
-    """PEFT writes the whole embedding beside an adapter on it; it must be the one the model has."""
-    if path not in (EMBEDDING, HEAD):
+def _check_copy(file: SafetensorsFile, name: str, places: dict[str, str], model: Model) -> None:
+    """PEFT writes the whole embedding, or head with its bias, beside an adapter on it; they must be the ones
+    the model has."""
+    match = _COPY.fullmatch(name.removeprefix(PREFIX))
+    path = places.get(match["module"], "") if match else ""
+    if match is None or path not in (EMBEDDING, HEAD):
         raise FormatError(
             f"{file.path}: tensor {quoted(name)} is no part of a LoRA adapter that is supported"
         )
-    parameters = model.named_parameters()
-    weight = parameters.get(
-        model.family.checkpoint_name(path), parameters[model.family.checkpoint_name(EMBEDDING)]
-    )
+    parameters, own = model.named_parameters(), model.family.checkpoint_name(path)
+    if match["kind"] == "bias":
+        weight = parameters.get(f"{own.removesuffix('weight')}bias")
+    else:
+        weight = parameters.get(own, parameters[model.family.checkpoint_name(EMBEDDING)])
+    if weight is None:
+        raise FormatError(f"{file.path}: tensor {quoted(name)} is a bias, which the base model does not have")
     shape = file.info(name).shape
     if shape != weight.shape:
         raise FormatError(

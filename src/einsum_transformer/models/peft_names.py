@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from einsum_transformer.errors import FormatError
+from einsum_transformer.formats.mapped import quoted
+from einsum_transformer.formats.safetensors import SafetensorsFile
 from einsum_transformer.models.stacked import EXPERT, stacks_of
+from einsum_transformer.notes import note
 
 if TYPE_CHECKING:
     from einsum_transformer.leaves.lora import LoRA
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
+PREFIX = "base_model.model."
+"""What every name in a file of PEFT begins with."""
 EMBEDDING, POSITIONS, HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
 
 
@@ -62,3 +69,26 @@ def wrapper_names(family: Family, stacks: set[str]) -> dict[str, str]:
         inner = name != "down_proj" and f"{place}.down_proj" in stacks
         found[stack] = family.module_name(place) + ".base_layer" * inner
     return found
+
+
+def names_in(file: SafetensorsFile, ignored: str) -> list[str]:
+    """The tensors of an adapter's file that concern the text model; one note counts those of other parts.
+
+    ignored: the pattern of the tensors that a checkpoint may have beside the text model. Errors: FormatError
+    for tensors without a number in them.
+    """
+    names = list(file.names())
+    aside = [name for name in names if re.fullmatch(ignored, name.removeprefix(PREFIX))]
+    if aside:
+        note(
+            f"{file.path}: {len(aside)} tensors, such as {quoted(aside[0])}, are on parts of the model that "
+            "are not run here, and ignored"
+        )
+    kept = [name for name in names if name not in set(aside)] if aside else names
+    if empty := [name for name in kept if 0 in file.info(name).shape]:
+        raise FormatError(
+            f"{file.path}: {len(empty)} tensors, such as {quoted(empty[0])}, are empty: saved by DeepSpeed "
+            "ZeRO-3 without gathering the weights; save the adapter with "
+            "stage3_gather_16bit_weights_on_model_save, or make it from the output of zero_to_fp32.py"
+        )
+    return kept

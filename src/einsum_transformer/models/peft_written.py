@@ -94,7 +94,10 @@ def _short(model: Model, config: LoRAConfig, modules: list[str]) -> list[str]:
     A regular expression and "all-linear" mean the same there, but depend on what else a model has; and an
     adapter that was read may be on fewer modules than its short names say (layers_to_transform).
     """
-    matrices = [model.module(path) for path, weight in model.weights.items() if len(weight.stored) > 1]
+    family, leaves = model.family, model.adapters
+    matrices = [
+        adapter_module(family, leaves, path) for path, place in model.weights.items() if len(place.stored) > 1
+    ]
     short = not isinstance(config.target_modules, str)
     if short and [module for module in matrices if config.targets(module)] == modules:
         return list(config.target_modules)

@@ -94,9 +94,9 @@ class RunConfig:
     @property
     def lora(self) -> LoRAConfig | None:
         """The adapters that a training puts on the model, None without use_lora."""
-        return (
-            LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_target_modules) if self.use_lora else None
-        )
+        if not self.use_lora:
+            return None
+        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_target_modules).for_training()
 
     @property
     def kv_heads(self) -> int:

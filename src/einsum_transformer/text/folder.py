@@ -274,10 +274,25 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         )
     files |= {path.name.removesuffix(".jinja"): _read(path.parent, path.name) for path in more}
     found = {name: text for name, text in files.items() if text is not None}
-    return found or _config_templates(config.get("chat_template"), folder)
+    return found or _config_templates(config.get("chat_template"), folder / "tokenizer_config.json")
 
 
-def _config_templates(value: Any, folder: Path) -> dict[str, str]:
+def templates_in(folder: Path) -> dict[str, tuple[str, Path]]:
+    """Name -> chat template and its file, of a folder that may hold no tokenizer: as `read_folder` finds
+    them, or else that of chat_template.json, where processors of transformers 4 have it."""
+    held = folder / "tokenizer_config.json"
+    found = _templates(folder, _read_json(folder, held.name))
+    if not found:
+        held = folder / "chat_template.json"
+        found = _config_templates(_read_json(folder, held.name).get("chat_template"), held)
+    more = (folder / "additional_chat_templates").glob("*.jinja")
+    alone = {path.name.removesuffix(".jinja"): path for path in more}
+    if (folder / "chat_template.jinja").is_file():
+        alone["default"] = folder / "chat_template.jinja"
+    return {name: (text, alone.get(name, held)) for name, text in found.items()}
+
+
+def _config_templates(value: Any, path: Path) -> dict[str, str]:
     if value is None:
         return {}
     if isinstance(value, str):
@@ -286,6 +301,4 @@ def _config_templates(value: Any, folder: Path) -> dict[str, str]:
         value = {item.get("name"): item.get("template") for item in value}
     if isinstance(value, dict) and all(isinstance(x, str) for pair in value.items() for x in pair):
         return value
-    raise InputError(
-        f"{folder / 'tokenizer_config.json'}: chat_template: expected a string or named templates"
-    )
+    raise InputError(f"{path}: chat_template: expected a string or named templates")

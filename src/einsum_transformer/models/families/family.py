@@ -73,14 +73,17 @@ class Family:
         """Whether a checkpoint holds this matrix as [in, out]."""
         return path.rpartition(".")[2] in self.transposed
 
-    def found_in(self, tensors: Iterable[str]) -> Family:
-        """This family with the prefix that the tensors of a checkpoint have.
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What names begin with in any file of these models, the usual first. A base model (AutoModel) is
+        saved without the first part of the prefix."""
+        whole = (self.prefix, *self.other_prefixes)
+        return tuple(dict.fromkeys((*whole, *(prefix.partition(".")[2] for prefix in whole))))
 
-        A base model (AutoModel) is saved without the first part of the prefix.
-        """
+    def found_in(self, tensors: Iterable[str]) -> Family:
+        """This family with the prefix that the tensors of a checkpoint have."""
         held = set(tensors)
-        prefixes = (self.prefix, *self.other_prefixes)
-        for prefix in (*prefixes, *(prefix.partition(".")[2] for prefix in prefixes)):
+        for prefix in self.prefixes:
             family = replace(self, prefix=prefix)
             if family.checkpoint_name("embed_tokens.weight") in held:
                 return family

@@ -75,5 +75,6 @@ FAMILY = Family(
         "down_proj": "dense_4h_to_h",
         "norm": "final_layer_norm",
     },
+    module_names={"embed_out": "lm_head"},
     ignored_tensors=r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
 )
