@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -63,12 +64,12 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
-        def list_repo_files(*_: Any, **__: Any) -> list[str]:
+        def model_info(*_: Any, **__: Any) -> SimpleNamespace:
             if not online:
-                raise OSError("no network\nat all")
-            return files
+                raise RuntimeError("no network\nat all")  # the HTTP client's own, no OSError
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
 
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
         return fetched
 
     return make

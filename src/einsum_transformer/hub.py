@@ -24,6 +24,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # of PEFT, of mlx-lm
 _MOST_LISTED = 8
+_TIMEOUT = 20.0  # seconds
 
 
 def default_model(offline: bool = False) -> Path:
@@ -99,11 +100,11 @@ def _cached(name: str, revision: str | None) -> Path | None:
 def _fetched(name: str, file: str | None, revision: str | None, repository: str, cached: Path | None) -> Path:
     """The folder or GGUF file, after what is not cached has been fetched; the hub's list of files decides
     what is meant, so that the answer is the same whatever the cache holds."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    held = _files_of(name, revision)
     try:
-        held = HfApi().list_repo_files(name, revision=revision)
         if file is None and _is_folder(held):
             folder = Path(
                 snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT)
@@ -121,7 +122,23 @@ def _fetched(name: str, file: str | None, revision: str | None, repository: str,
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise _Unreachable((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
+        raise _Unreachable(_first_line(error)) from None
+
+
+def _files_of(name: str, revision: str | None) -> list[str]:
+    """The names of all files of a repository, from the hub."""
+    from huggingface_hub import HfApi
+
+    try:
+        # Not list_repo_files, which tries again for half a minute where there is no network.
+        found = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT).siblings or []
+    except Exception as error:  # also those of whichever HTTP client huggingface_hub uses
+        raise _Unreachable(_first_line(error)) from None
+    return [each.rfilename for each in found]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_folder(held: list[str]) -> bool:
