@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
 import einsum_transformer as et
@@ -389,6 +390,7 @@ def test_a_config_beside_a_gguf_model_does_not_hide_it(tmp_path: Path) -> None:
         ({"general.type": "mmproj"}, "of kind 'mmproj', not a model: a projector"),
         ({"general.type": "imatrix"}, "of kind 'imatrix', not a model: an importance matrix"),
         ({"general.architecture": "clip"}, "of kind 'mmproj'"),
+        ({"adapter.type": "lora"}, "of kind 'adapter', not a model: name the base model"),
         ({"llama.block_count": 1 << 31}, "llama.block_count is 2147483648, but the file has only"),
     ],
 )
@@ -398,6 +400,37 @@ def test_gguf_files_that_are_no_models(keys: dict[str, Any], message: str, tmp_p
     assert message in refusal(path)
     with pytest.raises(et.InputError, match=re.escape(message)):
         checkpoint.read_config(path)
+
+
+@pytest.mark.parametrize("kind", ["Model", "finetune", "LLM", 3])
+def test_any_other_type_of_a_whole_gguf_model_is_taken_for_a_model(kind: Any, tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    keys = {"general.type": kind}
+    path = write_model_gguf(tmp_path / "x.gguf", golden.config, golden.weights, **keys)
+    np.testing.assert_allclose(et.load(path).logits(golden.tokens), golden.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sd3", "wan", "t5encoder", "bert", "mamba"])
+@pytest.mark.parametrize("kind", [None, "model", "diffusion"])
+def test_gguf_files_of_other_programs_are_named(architecture: str, kind: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    writer = GGUFWriter(path, architecture)
+    if kind is not None:
+        writer.add_string("general.type", kind)
+    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", np.zeros((4, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = "of kind 'diffusion'" if kind == "diffusion" else f"architecture '{architecture}' is not supp"
+    assert expected in refusal(path)
+
+
+def test_a_lora_beside_a_gguf_model_is_not_counted(tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    for name, keys in (("a-lora.gguf", {"adapter.type": "lora"}), ("m.gguf", {})):
+        write_model_gguf(tmp_path / name, golden.config, golden.weights, **keys)
+    assert et.load(tmp_path).source.endswith("m.gguf")
 
 
 @pytest.mark.parametrize("linked", ["model.safetensors", "model.gguf"])

@@ -10,6 +10,7 @@ from einsum_transformer.formats.sniff import kind_of, kind_of_bytes
 PICKLES = frozenset({".pt", ".pth", ".ckpt", ".pkl"})
 _HEAD = 4096
 _MOST_LISTED = 8
+_MOST_POINTER = 1024  # bytes; the Git LFS specification
 _PICKLE = (
     "pickle checkpoints are refused, because unpickling runs code from the file; convert it to safetensors "
     "first (transformers: save_pretrained(..., safe_serialization=True))"
@@ -41,6 +42,28 @@ def named(kind: str, head: bytes = b"") -> str:
     if kind == "zip" and b".npy" in head:
         return "an archive of NumPy arrays: convert it to safetensors first"
     return _KINDS.get(kind, "")
+
+
+def not_text(data: bytes, wanted: str = "text") -> str:
+    """What bytes are that were given as text, in words with the way out; "" if they may be text.
+
+    A Git LFS pointer is text itself; every other kind shows by bytes that no text has, so that a text may
+    begin with the letters of any format.
+    """
+    kind, head = kind_of_bytes(data[:_HEAD], len(data)), data[:_HEAD]
+    if kind == "Git LFS pointer":
+        return named(kind) if len(data) < _MOST_POINTER else ""
+    if kind in ("text", "JSON", "empty") or not (b"\x00" in data or _undecodable(data)):
+        return ""
+    return named(kind, head).replace(", not a model", f", not {wanted}")
+
+
+def _undecodable(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def instead(data: bytes, size: int, expected: str) -> str:
