@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -53,14 +54,22 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
             if not online:
                 raise OSError("no network\nat all")
             patterns = {key: options.get(key) for key in ("allow_patterns", "ignore_patterns")}
-            for name in filter_repo_objects(files, **patterns):
+            wanted = list(filter_repo_objects(files, **patterns))
+            assert wanted, "nothing is fetched, which huggingface_hub warns of"
+            for name in wanted:
                 if not (folder / name).exists():
                     fetched.append(name)
                 put(name)
             return str(folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)
+
+        def model_info(*_: Any, **__: Any) -> SimpleNamespace:
+            if not online:
+                raise RuntimeError("no network\nat all")  # the HTTP client's own, no OSError
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
         return fetched
 
     return make
@@ -131,7 +140,7 @@ class TestGGUF:
             "several GGUF models: name one, as o/n:Q4_K_M or o/n:FILE, of m-Q4_K_M.gguf, m-Q8_0.gguf"
             in message
         )
-        assert fetched == ["config.json"]
+        assert fetched == []
 
     @pytest.mark.parametrize("tag", ["Q8_0", "q8_0", "m-Q8_0.gguf"])
     def test_one_is_named_by_quantization_or_file(self, remote: Remote, tag: str) -> None:
@@ -145,6 +154,41 @@ class TestGGUF:
         remote(GGUFS)
         assert "o/n:Q2_K: has no GGUF model 'Q2_K': name one" in refusal("o/n:Q2_K")
         assert "missing: Q2_K" in refusal_of_cached(remote, "o/n:Q2_K")
+
+    @pytest.mark.parametrize("tag", ["Q8_0", "m-Q8_0.gguf", "F16", SPLIT[1]])
+    def test_another_than_the_cached_one_is_fetched(self, remote: Remote, tag: str) -> None:
+        fetched = remote(GGUFS + SPLIT, cached=["m-Q4_K_M.gguf"])
+        wanted = SPLIT if "F16" in tag else ["m-Q8_0.gguf"]
+        assert f"o/n:{tag}: not in the cache (missing: {tag}; it has m-Q4_K_M.gguf)" in refusal(
+            f"o/n:{tag}", offline=True
+        )
+        assert hub.download(f"o/n:{tag}").name == wanted[0]
+        assert fetched == wanted
+
+    def test_what_the_cache_holds_does_not_decide_which_is_meant(
+        self, remote: Remote, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fetched = remote(GGUFS, cached=["m-Q4_K_M.gguf"])
+        assert "several GGUF models" in refusal("o/n")
+        assert "several GGUF models" in refusal("o/n:m")
+        assert "has no GGUF model 'Q2_K'" in refusal("o/n:Q2_K")
+        assert "m-Q8_0.gguf" in refusal("o/n:Q2_K")
+        assert not caplog.records
+        assert hub.download("o/n", None, offline=True).name == "m-Q4_K_M.gguf"
+        assert "the only GGUF model in the cache" in caplog.text
+        assert fetched == []
+        fetched = remote([*GGUFS, *SINGLE], cached=[])
+        assert hub.download("o/n").is_dir()
+        assert sorted(fetched) == sorted(SINGLE)
+
+    @pytest.mark.parametrize("tag", ["", ":Q4_K_M", ":m-Q4_K_M.gguf"])
+    def test_without_network_the_cached_one_is_used(self, remote: Remote, tag: str) -> None:
+        remote(GGUFS, cached=["m-Q4_K_M.gguf"], online=False)
+        assert hub.download(f"o/n{tag}").name == "m-Q4_K_M.gguf"
+
+    def test_a_part_that_the_repository_lacks_is_named(self, remote: Remote) -> None:
+        assert remote(SPLIT[:1]) == []
+        assert refusal("o/n") == f"o/n: the repository lacks {SPLIT[1]}"
 
     @pytest.mark.parametrize("name", ["o/n", "o/n:F16", f"o/n:{SPLIT[1]}"])
     def test_all_parts_of_a_split_one(self, remote: Remote, name: str) -> None:
@@ -174,8 +218,32 @@ def test_a_repository_of_pickles_is_refused(remote: Remote) -> None:
     assert "no safetensors weights and no GGUF model; it has pytorch_model.bin, a pickle" in refusal("o/n")
 
 
-def test_an_adapter_can_be_pulled(remote: Remote) -> None:
-    fetched = remote(["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("files", "name", "words"),
+    [
+        (SINGLE[1:], "o/n", "o/n: the repository has model.safetensors, but no config.json"),
+        (SHARDED[1:], "o/n", f"o/n: the repository has {INDEX}, but no config.json"),
+        (SINGLE, "o/n:Q4", "no GGUF models, but safetensors weights: name it as o/n"),
+        (["config.json", "x.safetensors"], "o/n", "such as x.safetensors, but neither model.safetensors nor"),
+        (
+            ["config.json", SHARDS[0]],
+            "o/n",
+            f"such as {SHARDS[0]}, but neither model.safetensors nor {INDEX}",
+        ),
+        (["adapter_config.json", "adapter_model.bin"], "o/n", "it has adapter_model.bin, a pickle"),
+    ],
+)
+def test_what_a_repository_has_instead_is_named(
+    remote: Remote, files: list[str], name: str, words: str
+) -> None:
+    fetched = remote(files)
+    assert words in refusal(name)
+    assert fetched == []
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapters.safetensors"])
+def test_an_adapter_can_be_pulled(remote: Remote, weights: str) -> None:
+    fetched = remote(["adapter_config.json", weights])
     hub.download("o/n")
     assert len(fetched) == 2
 

@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
 import einsum_transformer as et
@@ -353,6 +354,44 @@ def test_a_git_lfs_pointer_in_the_place_of_a_file(name: str, tmp_path: Path) -> 
     assert "run `git lfs pull`" in message
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+        *("model.safetensors", "chat_template.jinja"),
+    ],
+)
+def test_a_link_that_leads_nowhere_in_the_place_of_a_file(name: str, tmp_path: Path) -> None:
+    folder, _ = write_tiny(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("gone")
+    assert f"{name}: a link that leads nowhere" in refusal(folder)
+    assert "a link that leads nowhere" in refusal(folder / name)
+
+
+def test_a_shard_or_part_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    write_model_gguf(tmp_path / "m.gguf", golden.config, golden.weights, tensors_each=9)
+    part = max(tmp_path.iterdir())
+    part.unlink()
+    part.symlink_to("gone")
+    assert f"{part}: a link that leads nowhere" in refusal(min(tmp_path.iterdir()))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_config(folder / "config.json", golden.config)
+    write_safetensors_folder(folder, golden.weights, 20_000)
+    shard = max(folder.glob("*.safetensors"))
+    shard.unlink()
+    shard.symlink_to("gone")
+    assert f"{shard}: a link that leads nowhere" in refusal(folder)
+
+
+def test_a_gguf_file_named_json_is_a_gguf_file(tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    path = write_model_gguf(tmp_path / "x.json", golden.config, golden.weights)
+    np.testing.assert_allclose(et.load(path).logits(golden.tokens), golden.logits, atol=1e-4)
+
+
 def test_contents_decide_what_a_source_is(tmp_path: Path) -> None:
     """A config and a GGUF file without their suffixes, and a GGUF file alone in a folder."""
     golden = load_golden("llama_gqa")
@@ -389,6 +428,7 @@ def test_a_config_beside_a_gguf_model_does_not_hide_it(tmp_path: Path) -> None:
         ({"general.type": "mmproj"}, "of kind 'mmproj', not a model: a projector"),
         ({"general.type": "imatrix"}, "of kind 'imatrix', not a model: an importance matrix"),
         ({"general.architecture": "clip"}, "of kind 'mmproj'"),
+        ({"adapter.type": "lora"}, "of kind 'adapter', not a model: name the base model"),
         ({"llama.block_count": 1 << 31}, "llama.block_count is 2147483648, but the file has only"),
     ],
 )
@@ -398,6 +438,37 @@ def test_gguf_files_that_are_no_models(keys: dict[str, Any], message: str, tmp_p
     assert message in refusal(path)
     with pytest.raises(et.InputError, match=re.escape(message)):
         checkpoint.read_config(path)
+
+
+@pytest.mark.parametrize("kind", ["Model", "finetune", "LLM", 3])
+def test_any_other_type_of_a_whole_gguf_model_is_taken_for_a_model(kind: Any, tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    keys = {"general.type": kind}
+    path = write_model_gguf(tmp_path / "x.gguf", golden.config, golden.weights, **keys)
+    np.testing.assert_allclose(et.load(path).logits(golden.tokens), golden.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sd3", "wan", "t5encoder", "bert", "mamba"])
+@pytest.mark.parametrize("kind", [None, "model", "diffusion"])
+def test_gguf_files_of_other_programs_are_named(architecture: str, kind: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    writer = GGUFWriter(path, architecture)
+    if kind is not None:
+        writer.add_string("general.type", kind)
+    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", np.zeros((4, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = "of kind 'diffusion'" if kind == "diffusion" else f"architecture '{architecture}' is not supp"
+    assert expected in refusal(path)
+
+
+def test_a_lora_beside_a_gguf_model_is_not_counted(tmp_path: Path) -> None:
+    golden = load_golden("llama_gqa")
+    for name, keys in (("a-lora.gguf", {"adapter.type": "lora"}), ("m.gguf", {})):
+        write_model_gguf(tmp_path / name, golden.config, golden.weights, **keys)
+    assert et.load(tmp_path).source.endswith("m.gguf")
 
 
 @pytest.mark.parametrize("linked", ["model.safetensors", "model.gguf"])
@@ -544,7 +615,15 @@ def test_models_that_are_no_decoders_are_named(keys: dict[str, Any], kind: str, 
     ("keys", "message"),
     [
         ({"peft_type": "LORA", "base_model_name_or_path": "o/base"}, "an adapter of 'o/base', not a model"),
-        ({"fine_tune_type": "lora", "model": "o/base"}, "an adapter of 'o/base' of mlx-lm, not a model"),
+        (
+            {"fine_tune_type": "lora", "model": "o/base"},
+            "an adapter of 'o/base' of mlx-lm, not a model: name the base",
+        ),
+        (
+            {"lora_parameters": {}},
+            "an adapter of mlx-lm, not a model: name the base model and give the adapter",
+        ),
+        ({"fine_tune_type": "full", "model": "o/base"}, "merge it with `mlx_lm.fuse`"),
         ({"weight_map": {}}, "an index of shards, not a config"),
         ({"dim": 64, "n_layers": 2}, "params.json of Meta's or Mistral's own format"),
         ({"_class_name": "UNet", "sample_size": 64}, "part of a diffusers pipeline"),

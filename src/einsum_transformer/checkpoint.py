@@ -17,12 +17,13 @@ from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.folder import open_tensors, single_gguf
 from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.sniff import is_json
-from einsum_transformer.formats.unsupported import check_kind, folder_refused, kind_of_folder
+from einsum_transformer.formats.unsupported import folder_refused, kind_of_folder
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import read_all, rooms
 from einsum_transformer.models.adapter_text import with_own_text
-from einsum_transformer.models.checks import places_of, problems
+from einsum_transformer.models.checks import check_beside, places_of, problems
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.families import family_of
@@ -119,6 +120,8 @@ def resolve(
             return single_gguf(path, allow_links) or path
         if path.exists():
             return path
+        if leads_nowhere(path):
+            raise InputError(f"{path}: {LEADS_NOWHERE}")
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
@@ -337,19 +340,12 @@ def _from_folder(folder: Path, options: _Options) -> Model:
         note(f"{folder / 'adapter_config.json'}: not used: {found}")
     tensors = open_tensors(folder, options.allow_links)
     _, places = _checked_places(full, tensors)
-    tokenizer = _tokenizer_in(folder)
+    check_beside(folder)
+    tokenizer = Tokenizer.in_folder(folder)
     decoder = _leaves(tensors, config, places, options)
     generation = folder / "generation_config.json"
     settings = read_json(generation) if generation.exists() else None
     return Model(config, decoder, tokenizer, settings, str(folder))
-
-
-def _tokenizer_in(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, None where it has none."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        check_kind(path, "JSON", "text")
-    return Tokenizer.in_folder(folder)
 
 
 def _folder_config(folder: Path) -> ModelConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import INDEX, SINGLE, read_index
 from einsum_transformer.formats.split import first_parts, part_names
+from einsum_transformer.notes import note
 
 DEFAULT_MODEL = "smollm2-135m"
 _DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -20,7 +21,10 @@ _REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _NOT = ["consolidated*", "original/*", "*/*.json", "*/*.safetensors"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # of PEFT, of mlx-lm
 _MOST_LISTED = 8
+_TIMEOUT = 20.0  # seconds
 
 
 def default_model(offline: bool = False) -> Path:
@@ -49,32 +53,32 @@ def download(repository: str, revision: str | None = None, offline: bool = False
     is missing is fetched (with progress on stderr).
 
     repository: owner/name, or owner/name:FILE for one of its GGUF models, by its file name or by its
-    quantization as in llama.cpp (owner/name:Q4_K_M). HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE are
-    respected.
+    quantization as in llama.cpp (owner/name:Q4_K_M). Unless a whole file name is given, the hub's list of
+    files decides which GGUF model is meant; without network the cached files do. HF_HOME, HF_HUB_CACHE,
+    HF_TOKEN and HF_HUB_OFFLINE are respected.
     """
     split = _REPOSITORY.fullmatch(repository)
     if split is None:
         raise InputError(
             f"{repository!r}: no such file or folder, and a hub repository is written owner/name"
         )
+    name, file = split["name"], split["file"]
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    cached = _cached(split["name"], revision)
-    missing = ["all of it"] if cached is None else _missing(cached, split["file"], repository)
-    if cached is not None and not missing and (offline or _described(cached)):
-        return _named(cached, split["file"], repository)
+    cached = _cached(name, revision)
+    missing = ["all of it"] if cached is None else _missing(cached, file)
+    if cached is not None and not missing and (offline or _settled(cached, file)):
+        return _from_cache(cached, file, repository)
     if offline:
-        found = f"{', '.join(missing[:_MOST_LISTED])}{' ...' * (len(missing) > _MOST_LISTED)}"
-        what = "not in the cache" if cached is None else f"not wholly in the cache (missing: {found})"
-        raise InputError(f"{repository}: {what}, and --offline (or HF_HUB_OFFLINE) forbids to fetch it")
+        raise InputError(
+            f"{repository}: {_not_cached(cached, file, missing)}, and --offline (or HF_HUB_OFFLINE) forbids "
+            "to fetch it"
+        )
     try:
-        folder = _fetched(split["name"], split["file"], revision, repository)
+        return _fetched(name, file, revision, repository, cached)
     except _Unreachable as error:
         if cached is not None and not missing:
-            return _named(cached, split["file"], repository)  # only the tokenizer was asked for again
+            return _from_cache(cached, file, repository)
         raise InputError(f"{repository}: cannot be fetched from the hub: {error}") from None
-    if missing := _missing(folder, split["file"], repository):
-        raise InputError(f"{repository}: the repository lacks {', '.join(missing[:_MOST_LISTED])}")
-    return _named(folder, split["file"], repository)
 
 
 class _Unreachable(Exception):
@@ -93,92 +97,177 @@ def _cached(name: str, revision: str | None) -> Path | None:
     return Path(found) if any(Path(found).iterdir()) else None
 
 
-def _fetched(name: str, file: str | None, revision: str | None, repository: str) -> Path:
-    """The folder after everything that is needed has been fetched."""
-    from huggingface_hub import HfApi, snapshot_download
+def _fetched(name: str, file: str | None, revision: str | None, repository: str, cached: Path | None) -> Path:
+    """The folder or GGUF file, after what is not cached has been fetched; the hub's list of files decides
+    what is meant, so that the answer is the same whatever the cache holds."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    held = _files_of(name, revision)
     try:
-        if file is None:
+        if file is None and _is_folder(held):
             folder = Path(
                 snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT)
             )
-            if not _missing(folder, None, repository) or (folder / INDEX).exists():
-                return folder
-        held = HfApi().list_repo_files(name, revision=revision)
+            _refuse_lacking(repository, _missing(folder, None))
+            return folder
         wanted = _chosen([Path(each) for each in held if each.lower().endswith(".gguf")], file, repository)
         if wanted is None:
-            raise _nothing_to_load(repository, held)
-        patterns = [wanted.with_name(part).as_posix() for part in part_names(wanted.name)]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            raise _nothing_to_load(repository, file, held)
+        parts = _parts(wanted)
+        _refuse_lacking(repository, [part for part in parts if part not in held])
+        if cached is not None and all((cached / part).is_file() for part in parts):
+            return cached / wanted
+        return Path(snapshot_download(name, revision=revision, allow_patterns=parts)) / wanted
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise _Unreachable((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
+        raise _Unreachable(_first_line(error)) from None
 
 
-def _missing(folder: Path, file: str | None, repository: str) -> list[str]:
+def _files_of(name: str, revision: str | None) -> list[str]:
+    """The names of all files of a repository, from the hub."""
+    from huggingface_hub import HfApi
+
+    try:
+        # Not list_repo_files, which tries again for half a minute where there is no network.
+        found = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT).siblings or []
+    except Exception as error:  # also those of whichever HTTP client huggingface_hub uses
+        raise _Unreachable(_first_line(error)) from None
+    return [each.rfilename for each in found]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_folder(held: list[str]) -> bool:
+    """Whether a repository of these files has a model as safetensors, or an adapter."""
+    if "config.json" in held and (SINGLE in held or INDEX in held):
+        return True
+    return _ADAPTER in held and any(name in held for name in _ADAPTER_WEIGHTS)
+
+
+def _refuse_lacking(repository: str, names: list[str]) -> None:
+    if names:
+        raise InputError(f"{repository}: the repository lacks {_listed(names)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_LISTED]) + " ..." * (len(names) > _MOST_LISTED)
+
+
+def _parts(model: Path) -> list[str]:
+    """The names in a repository of all files of a GGUF model."""
+    return [model.with_name(part).as_posix() for part in part_names(model.name)]
+
+
+def _missing(folder: Path, file: str | None) -> list[str]:
     """Names of files that a model needs and a folder lacks, as far as the folder says what it needs."""
     if file is None and any((folder / name).is_file() for name in (SINGLE, INDEX)):
         needed = ["config.json"]
         if not (folder / SINGLE).is_file():
             needed += sorted(set(read_index(folder).values()))
-    elif file is None and (folder / "adapter_config.json").is_file():
-        needed = ["adapter_model.safetensors"]
+    elif file is None and (folder / _ADAPTER).is_file():
+        found = [name for name in _ADAPTER_WEIGHTS if (folder / name).is_file()]
+        needed = found or [_ADAPTER_WEIGHTS[0]]
     else:
-        chosen = _chosen(_ggufs(folder), file, repository)
-        if chosen is None:
+        found = _matching(_ggufs(folder), file)
+        if not found:
             return [file or SINGLE]
-        needed = [chosen.with_name(part).as_posix() for part in part_names(chosen.name)]
+        needed = _parts(found[0]) if len(found) == 1 else []  # of several none is known to be wanted
     return [name for name in needed if not (folder / name).is_file()]
 
 
-def _described(folder: Path) -> bool:
-    """Whether a folder of safetensors has a tokenizer; other programs may have fetched the weights alone."""
+def _settled(folder: Path, file: str | None) -> bool:
+    """Whether a cached folder, which lacks nothing, shows without the hub that it is what is wanted.
+
+    Of GGUF models only the whole name of a file does: the hub may have others that a part of a name fits.
+    Other programs may have fetched safetensors weights without the tokenizer.
+    """
+    if file is not None:
+        return any(file in part_names(path.name) for path in _ggufs(folder))
+    if _has_only_gguf(folder):
+        return False
     return not (folder / "config.json").is_file() or any((folder / name).is_file() for name in _TOKENIZERS)
 
 
-def _named(folder: Path, file: str | None, repository: str) -> Path:
+def _not_cached(cached: Path | None, file: str | None, missing: list[str]) -> str:
+    """What the cache lacks, in words."""
+    if cached is None:
+        return "not in the cache"
+    if missing != [file]:
+        return f"not wholly in the cache (missing: {_listed(missing)})"
+    held = [path.name for path in _matching(_ggufs(cached), None)]
+    others = f"; it has {_listed(held)}" if held else ""
+    return f"not in the cache (missing: {file}{others})"
+
+
+def _from_cache(folder: Path, file: str | None, repository: str) -> Path:
     """The folder, or the GGUF file that was asked for or is all that the folder has."""
     if file is None and not _has_only_gguf(folder):
         return folder
     chosen = _chosen(_ggufs(folder), file, repository)
-    return folder if chosen is None else folder / chosen
+    if chosen is None:
+        return folder
+    if file is None:
+        note(
+            f"{repository}: {chosen.name} is used, the only GGUF model in the cache; the hub may have others"
+        )
+    return folder / chosen
 
 
 def _has_only_gguf(folder: Path) -> bool:
-    names = (SINGLE, INDEX, "adapter_config.json")
-    return not any((folder / name).is_file() for name in names)
+    return not any((folder / name).is_file() for name in (SINGLE, INDEX, _ADAPTER))
 
 
 def _ggufs(folder: Path) -> list[Path]:
     return [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() == ".gguf"]
 
 
-def _chosen(paths: list[Path], file: str | None, repository: str) -> Path | None:
-    """The GGUF model that is meant, its first part if it is split; None if there is none.
+def _matching(paths: list[Path], file: str | None) -> list[Path]:
+    """The GGUF models that are meant by `file`, of a split one its first part; all of them for None.
 
     file: its name, or a part of its name between dots and dashes, such as Q4_K_M.
     """
     models = first_parts(path for path in paths if not re.search(r"mmproj|imatrix", path.name, re.IGNORECASE))
-    if file is not None:
-        tag = re.compile(rf"(^|[./-]){re.escape(file)}([./-]|$)", re.IGNORECASE)
-        exact = [path for path in models if file in part_names(path.name)]
-        found = exact or [path for path in models if tag.search(path.as_posix())]
-    else:
-        found = models
+    if file is None:
+        return models
+    tag = re.compile(rf"(^|[./-]){re.escape(file)}([./-]|$)", re.IGNORECASE)
+    exact = [path for path in models if file in part_names(path.name)]
+    return exact or [path for path in models if tag.search(path.as_posix())]
+
+
+def _chosen(paths: list[Path], file: str | None, repository: str) -> Path | None:
+    """The one GGUF model that is meant by `file`, None if there are no models; InputError for several."""
+    models, found = _matching(paths, None), _matching(paths, file)
     if len(found) == 1:
         return found[0]
-    if not found and not models:
+    if not models:
         return None
-    what = f"has no GGUF model {file!r}" if file is not None and not found else "has several GGUF models"
+    what = "has several GGUF models" if found else f"has no GGUF model {file!r}"
     listed = ", ".join(path.name for path in (found or models)[:_MOST_LISTED])
     more = f" and {len(found or models) - _MOST_LISTED} more" if len(found or models) > _MOST_LISTED else ""
     name = repository.partition(":")[0]
     raise InputError(f"{repository}: {what}: name one, as {name}:Q4_K_M or {name}:FILE, of {listed}{more}")
 
 
-def _nothing_to_load(repository: str, held: list[str]) -> InputError:
+def _nothing_to_load(repository: str, file: str | None, held: list[str]) -> InputError:
+    """The error for a repository without the weights that are wanted: what it has instead."""
+    if file is not None and _is_folder(held):
+        name = repository.partition(":")[0]
+        return InputError(
+            f"{repository}: the repository has no GGUF models, but safetensors weights: name it as {name}"
+        )
+    if weights := [name for name in (SINGLE, INDEX) if name in held]:
+        return InputError(
+            f"{repository}: the repository has {weights[0]}, but no config.json, which it needs"
+        )
+    if stray := sorted(name for name in held if name.endswith(".safetensors")):
+        return InputError(
+            f"{repository}: the repository has safetensors files such as {stray[0]}, but neither {SINGLE} "
+            f"nor {INDEX}, and no GGUF model"
+        )
     pickles = [name for name in held if name.endswith((".bin", ".pt", ".pth"))]
     kinds = f"; it has {pickles[0]}, a pickle, which is not read" if pickles else ""
     return InputError(f"{repository}: the repository has no safetensors weights and no GGUF model{kinds}")

@@ -96,6 +96,45 @@ def test_files_beside_the_weights(
     assert problem in found["problems"][0]
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+)
+def test_pointers_beside_the_weights_are_named_as_load_names_them(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = load_golden("mistral_window")
+    folder = write_folder(tmp_path, golden.config, golden.weights)
+    (folder / name).write_text(LFS)
+    problems = refused_by_both(folder, capsys)
+    assert problems == [
+        f"{folder / name}: a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "config"),
+    [
+        ("adapter_model.safetensors", {"peft_type": "LORA", "base_model_name_or_path": "o/b"}),
+        ("adapter_model.bin", {"peft_type": "LORA"}),
+        ("adapters.safetensors", {"fine_tune_type": "lora", "model": "o/b"}),
+        ("adapters.safetensors", None),
+    ],
+)
+def test_an_adapter_is_one_problem(
+    weights: str, config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / weights).write_bytes(b"x")
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    problems = refused_by_both(tmp_path, capsys)
+    assert len(problems) == 1
+    assert "an adapter" in problems[0]
+    assert "--adapter-path" in problems[0]
+
+
 def test_a_tensor_that_no_weight_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     golden = load_golden("mistral_window")
     weights = golden.weights | {"foo.baz": np.zeros(0, np.float32)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from einsum_transformer.cli.app import main
 from einsum_transformer.cli.options import parse_size
 from einsum_transformer.errors import InputError
-from tiny_models import hf_config, tiny_model
+from tiny_models import hf_config, make_tokenizer, tiny_model
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 FAST = str(Path(__file__).parents[2] / "configs" / "fast_lora.json")
 RUN = {
     "arch": "llama",
@@ -43,6 +45,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+    for name in ("lfs.txt", "lfs.npz", "lfs.safetensors"):
+        (folder / name).write_text(LFS)
+    (folder / "x.gz").write_bytes(gzip.compress(b"hello"))
+    (folder / "tiny.pdf").write_bytes(b"%PDF-1.7\n\xe2\xe3")
+    (folder / "small.gguf").write_bytes(b"GGUF\x03" + bytes(19))
+    np.savez(folder / "x.npz", logits=np.zeros((1, 3, 101)))
+    tiny_model().save(folder / "chat")
+    make_tokenizer(folder / "chat", ["a", "b"])
+    (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
     (folder / "empty").mkdir()
     tiny_model().save(folder / "settings")
@@ -91,6 +102,24 @@ MISTAKES = {
     "run tiny.json -p @": "--prompt: the prompt is empty",
     "run tiny.json --prompt-file prompt.txt": "--prompt-file: the prompt is empty",
     "run tiny.json --prompt-file latin1.txt": "latin1.txt: not UTF-8 text (byte 3)",
+    "run tiny.json --prompt-file lfs.txt": "lfs.txt: a Git LFS pointer, not the file itself: run `git lfs",
+    "run tiny.json --prompt-file x.gz": "x.gz: a file compressed with gzip: unpack it first",
+    "run tiny.json --prompt-file good.npy": "good.npy: a NumPy array, not text",
+    "run tiny.json --prompt-file tiny.pdf": "tiny.pdf: a PDF file, not text",
+    "run tiny.json --prompt-file small.gguf": "small.gguf: a GGUF file: name it itself as the model",
+    "run chat -p a --chat --tools lfs.txt": "--tools lfs.txt: a Git LFS pointer",
+    "run chat -p a --chat --tools x.gz": "--tools x.gz: a file compressed with gzip",
+    "run chat -p a --chat --chat-template lfs.txt": "--chat-template lfs.txt: a Git LFS pointer",
+    "run chat -p a --chat --chat-template x.gz": "--chat-template x.gz: a file compressed with gzip",
+    "run tiny.json --tokens lfs.txt": "lfs.txt: not a .npy file of numbers: a Git LFS pointer",
+    "run tiny.json --tokens x.gz": "x.gz: not a .npy file of numbers: a file compressed with gzip",
+    "run tiny.json --tokens x.npz": "x.npz: not a .npy file of numbers: a .npz archive",
+    "run tiny.json --tokens tiny.json": "tiny.json: not a .npy file of numbers: a JSON file",
+    "parity tiny.json --reference lfs.txt": "or a folder that holds one, is expected: a Git LFS pointer",
+    "parity tiny.json --reference lfs.npz": "is expected: a Git LFS pointer",
+    "parity tiny.json --reference lfs.safetensors": "it is a Git LFS pointer",
+    "parity tiny.json --reference x.gz": "is expected: a file compressed with gzip: unpack it first",
+    "parity tiny.json --reference x.npz --tokens lfs.txt": "lfs.txt: not a .npy file",
     "run tiny.json --prompt-file nowhere.txt": "nowhere.txt: cannot be read",
     "run tiny.json -p a --tokens good.npy": "--prompt and --tokens both give the prompt",
     "run tiny.json --tokens good.npy --chat": "--chat needs a prompt of text",

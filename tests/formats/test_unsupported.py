@@ -107,6 +107,10 @@ FOLDERS = {
     "model.bin shared_vocabulary.json": "a CTranslate2 model",
     "model-00001-of-00002.safetensors": "no model.safetensors.index.json",
     "pytorch.safetensors": "holds pytorch.safetensors, not model.safetensors: rename it",
+    "adapter_model.safetensors": "an adapter, not a model: name the base model and give the adapter as",
+    "adapters.safetensors 0000100_adapters.safetensors": "an adapter, not a model",
+    "model.safetensors.gz": "model.safetensors.gz: a file compressed with gz: unpack it first",
+    "config.json m.gguf.zst": "m.gguf.zst: a file compressed with zst",
     "a/config.json b/config.json c/notes": "name one of a, b",
     "snapshots/0123/config.json refs/main": "name one of snapshots/0123",
     "notes.txt": "neither model.safetensors nor",
@@ -123,6 +127,13 @@ def test_a_folder_without_weights_is_called_by_what_it_holds(tmp_path: Path, nam
         open_tensors(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
     assert FOLDERS[names] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "m.gguf"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("gone")
+    with pytest.raises(FormatError, match=rf"{name}: a link that leads nowhere"):
+        open_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json"])

@@ -190,32 +190,47 @@ def test_lists_of_equal_values_by_layer(tmp_path: Path) -> None:
         et.load(path)
 
 
-def test_a_tensor_for_each_expert(tmp_path: Path) -> None:
-    """Mixtral's files from before experts were stacked."""
-    golden = load_golden("mixtral_window")
-    stacked = write(tmp_path / "stacked.gguf", "mixtral_window", {f"{ARCH}{WINDOW}": 7})
+def write_experts_apart(path: Path, stacked: Path, without: str = "") -> Path:
+    """The file with a tensor for each expert, as Mixtral's were before experts were stacked."""
     reader = gguf.GGUFReader(stacked)
-    writer = gguf.GGUFWriter(tmp_path / "alone.gguf", "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     for field in reader.fields.values():
         if not field.name.startswith(("GGUF.", "general.architecture")):
             kind = field.types[0]
             writer.add_key_value(field.name, field.contents(), kind, *field.types[1:2])
     for tensor in reader.tensors:
         shape = tuple(tensor.shape[::-1].tolist())
-        values = np.asarray(tensor.data).reshape(shape)
+        tensors = {tensor.name: np.asarray(tensor.data).reshape(shape)}
         if "_exps" in tensor.name:
-            for i, expert in enumerate(values):
-                writer.add_tensor(tensor.name.replace("_exps", "").replace(".weight", f".{i}.weight"), expert)
-        else:
-            writer.add_tensor(tensor.name, values)
+            plain = tensor.name.replace("_exps", "")
+            experts = enumerate(tensors[tensor.name])
+            tensors = {plain.replace(".weight", f".{i}.weight"): expert for i, expert in experts}
+        for name, values in tensors.items():
+            if name != without:
+                writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def test_a_tensor_for_each_expert(tmp_path: Path) -> None:
+    golden = load_golden("mixtral_window")
+    stacked = write(tmp_path / "stacked.gguf", "mixtral_window", {f"{ARCH}{WINDOW}": 7})
+    path = write_experts_apart(tmp_path / "alone.gguf", stacked)
     for budget in (None, 5000):
-        alone = et.load(tmp_path / "alone.gguf", weight_budget=budget)
+        alone = et.load(path, weight_budget=budget)
         expected = et.load(stacked, weight_budget=budget).logits(golden.tokens)
         np.testing.assert_array_equal(alone.logits(golden.tokens), expected)
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.0.weight", "blk.0.ffn_down.2.weight"])
+def test_an_expert_that_is_missing_is_named_by_its_own_tensor(name: str, tmp_path: Path) -> None:
+    stacked = write(tmp_path / "stacked.gguf", "mixtral_window", {f"{ARCH}{WINDOW}": 7})
+    path = write_experts_apart(tmp_path / "alone.gguf", stacked, without=name)
+    with pytest.raises(et.FormatError, match=rf"missing from the file: {re.escape(name)}$"):
+        et.load(path)
 
 
 def test_olmo3_is_not_olmo2(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ SAID = {
     "negative": ({"hidden_size": -32}, "hidden_size.*-32"),
     "zero": ({"num_attention_heads": 0}, "num_attention_heads.*0"),
     "huge": ({"vocab_size": 10**30}, "vocab_size"),
+    "many heads": ({"num_attention_heads": 1 << 24}, "num_attention_heads.*16777216.*65536"),
+    "many keys": ({"num_key_value_heads": 1 << 24, "head_dim": 2}, "num_key_value_heads.*16777216"),
     "text": ({"vocab_size": "61"}, "vocab_size.*'61'"),
     "bool": ({"num_hidden_layers": True}, "num_hidden_layers.*True"),
     "float": ({"num_hidden_layers": 2.0}, "num_hidden_layers.*2.0"),

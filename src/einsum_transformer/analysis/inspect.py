@@ -22,6 +22,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.places import Place
 from einsum_transformer.models.run_config import read_json
+from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.text.tokenizer import Tokenizer
 
 
@@ -89,6 +90,8 @@ def inspect(
     """
     problems: list[str] = []
     config = _tried(read_config, problems)
+    # Of an adapter alone the config's problem says it all.
+    weights = weights and not (path.is_dir() and not (path / "config.json").exists() and adapter_in(path))
     tensors = _tried(lambda: open_tensors(path, allow_links), problems) if weights else None
     missing: tuple[str, ...] = ()
     infos: list[TensorInfo] = []
@@ -143,6 +146,10 @@ def _look_beside(path: Path, tensors: TensorSource | None, problems: list[str]) 
     if isinstance(tensors, GGUFFile):
         _tried(lambda: Tokenizer.in_gguf(tensors.metadata, path), problems)
     if path.is_dir():
+        count = len(problems)
+        _tried(lambda: checks.check_beside(path), problems)
+        if len(problems) > count:
+            return
         _tried(lambda: Tokenizer.in_folder(path), problems)
     if (path / "generation_config.json").exists():
         _tried(lambda: read_json(path / "generation_config.json"), problems)

@@ -21,6 +21,8 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.npz import NpzFile
 from einsum_transformer.formats.safetensors import SafetensorsFile
+from einsum_transformer.formats.sniff import kind_of
+from einsum_transformer.formats.unsupported import named
 from einsum_transformer.leaves.watched import watched
 from einsum_transformer.models.model import Model
 
@@ -82,11 +84,16 @@ def open_reference(path: Path) -> TensorSource:
         if len(files) != 1:
             raise InputError(f"{path}: holds {len(files)} .npz and .safetensors files; name the one to read")
         path = files[0]
-    if path.suffix == ".npz":
-        return NpzFile(path)
-    if path.suffix == ".safetensors":
+    kind = kind_of(path) if path.is_file() else ""
+    if path.suffix == ".safetensors" or kind == "safetensors":
         return SafetensorsFile(path)
-    raise InputError(f"{path}: a .npz or .safetensors file, or a folder that holds one, is expected")
+    if kind == "zip" and path.suffix == ".npz":
+        return NpzFile(path)
+    words = "" if kind in ("text", "JSON") else named(kind).replace(", not a model", "")
+    if path.suffix == ".npz" and not words:
+        return NpzFile(path)  # which says what is wrong
+    wanted = "a .npz or .safetensors file, or a folder that holds one, is expected"
+    raise InputError(f"{path}: {wanted}{words and f': {words}'}")
 
 
 def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, tokens: Any = None) -> Parity:

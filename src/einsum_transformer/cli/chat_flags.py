@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from einsum_transformer.cli.prompts import decoded
 from einsum_transformer.errors import InputError
 
 _MAX_BYTES = 1 << 22
@@ -81,8 +82,7 @@ def _read(path: Path, flag: str) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{flag} {path}: more than {_MAX_BYTES} bytes")
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag} {path}: not UTF-8 text (byte {error.start})") from None
+    return decoded(data, f"{flag} {path}").replace("\r\n", "\n").replace("\r", "\n")

@@ -185,7 +185,8 @@ def source_of(
         raise InputError(f"MODEL, --model and --config all name the model: give one of {', '.join(given)}")
     source = given[0] if given else DEFAULT_MODEL
     path = Path(source)
-    raw = read_json(path) if (path.suffix == ".json" and not path.is_dir()) or is_json(path) else {}
+    absent = path.suffix == ".json" and not path.exists()  # reading it says so
+    raw = read_json(path) if absent or is_json(path) else {}
     if raw and "model_type" not in raw:
         return override(parse_run_config(raw, source), assignments or [])
     if assignments:

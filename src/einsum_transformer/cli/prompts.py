@@ -31,6 +31,13 @@ def read_tokens(path: Path) -> Any:
     """The token ids (b, t) in a .npy file; read through a map, so that its header cannot ask for memory."""
     import numpy as np
 
+    from einsum_transformer.formats.sniff import kind_of
+    from einsum_transformer.formats.unsupported import named
+
+    if (kind := kind_of(path)) not in ("npy", "binary"):
+        words = "a .npz archive: save its array of ids with np.save" if kind == "zip" else named(kind)
+        words = words.replace(", not a model", "").replace(", not weights", "")
+        raise InputError(f"{path}: not a .npy file of numbers: {words}")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
@@ -52,7 +59,12 @@ def read_text(path: Path) -> str:
 
 
 def decoded(data: bytes, source: str) -> str:
-    """UTF-8 text, without the byte order mark that some editors begin a file with."""
+    """UTF-8 text, without the byte order mark that some editors begin a file with; InputError that names the
+    kind of anything else."""
+    from einsum_transformer.formats.unsupported import not_text
+
+    if words := not_text(data):
+        raise InputError(f"{source}: {words}")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

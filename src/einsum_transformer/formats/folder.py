@@ -12,7 +12,7 @@ import numpy as np
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import Names, TensorInfo, TensorSource
 from einsum_transformer.formats.gguf import GGUFFile
-from einsum_transformer.formats.links import inside
+from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
 from einsum_transformer.formats.mapped import quoted, refuse_unknown
 from einsum_transformer.formats.safetensors import (
     Entry,
@@ -110,6 +110,8 @@ class SafetensorsFolder:
         self._open: dict[str, SafetensorsFile] = {}
         self._refused: dict[str, str] = {}  # a shard that cannot be used is read once
         self._index = self.path / INDEX
+        if leads_nowhere(self.path / SINGLE):
+            raise FormatError(f"{self.path / SINGLE}: {LEADS_NOWHERE}")
         if (self.path / SINGLE).is_file():  # where both are, it is the whole one
             single = SafetensorsFile(inside(self.path, SINGLE, allow_links))
             self._open[SINGLE] = single
@@ -117,7 +119,9 @@ class SafetensorsFolder:
         elif self._index.is_file():
             self._shard_of = read_index(self.path, allow_links)
             for shard in sorted(set(self._shard_of.values())):
-                if not inside(self.path, shard, allow_links).is_file():
+                if not (path := inside(self.path, shard, allow_links)).is_file():
+                    if leads_nowhere(path):
+                        raise FormatError(f"{path}: {LEADS_NOWHERE}")
                     raise FormatError(
                         f"{self.path / shard}: this shard is missing, although {self._index} lists it"
                     )

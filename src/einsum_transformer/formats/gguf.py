@@ -81,6 +81,9 @@ _NUMBERS = {
 }
 # general.architecture of files that are no models and may not say so in general.type
 _NO_MODELS = {"clip": "mmproj", "mmproj": "mmproj", "controlvector": "control vector", "imatrix": "imatrix"}
+# general.type of the same, as the gguf package and older converters write it
+_OTHER_KINDS = frozenset({"adapter", "lora", "mmproj", "imatrix", "control vector", "controlvector", "vocab"})
+_EMBEDDING = "token_embd.weight"
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MIN_VALUE = {code: np.dtype(dtype).itemsize for code, dtype in _NUMBERS.items()} | {_STRING: 8, _ARRAY: 12}
 
@@ -107,11 +110,13 @@ class GGUFFile(MappedFile):
     @property
     def purpose(self) -> str:
         """What a file is that holds no model ("adapter", "imatrix", "mmproj", ...), "" for a model."""
-        kind = self.metadata.get("general.type", "model")
-        architecture = self.metadata.get("general.architecture")
-        if kind == "model":
-            kind = _NO_MODELS.get(architecture, "model") if isinstance(architecture, str) else "model"
-        return "" if kind == "model" else str(kind)[:40]
+        kind, architecture = _stated_kind(self.metadata), self.metadata.get("general.architecture")
+        if kind in _OTHER_KINDS:
+            return kind
+        if isinstance(architecture, str) and architecture in _NO_MODELS:
+            return _NO_MODELS[architecture]
+        # Like llama.cpp, take any other word for a model if the file has the tensors of one.
+        return "" if kind == "model" or _EMBEDDING in self.names() else kind[:40]
 
     def read(self, name: str) -> np.ndarray:
         info = self.info(name)
@@ -140,6 +145,13 @@ class GGUFFile(MappedFile):
                 "which cannot be dequantized; convert the file to another type"
             ) from None
         return out
+
+
+def _stated_kind(metadata: dict[str, Any]) -> str:
+    """What the metadata says the file is, in lower case; LoRA files of older converters have adapter.type
+    alone."""
+    stated = metadata.get("general.type", "adapter" if "adapter.type" in metadata else "model")
+    return str(stated).strip().lower()
 
 
 class _Header:
@@ -248,9 +260,9 @@ class _Header:
         return strings
 
     def _alignment(self) -> int:
-        part, kind = self.metadata.get("split.no"), self.metadata.get("general.type", "model")
+        part, kind = self.metadata.get("split.no"), _stated_kind(self.metadata)
         # Later parts of a split model need not say it, and importance matrices do not.
-        needed = kind == "model" and (type(part) is not int or part < 1)
+        needed = kind not in _OTHER_KINDS and (type(part) is not int or part < 1)
         if not isinstance(self.metadata.get("general.architecture", None if needed else ""), str):
             raise FormatError(f"{self.path}: general.architecture must be present and a string")
         alignment = self.metadata.get("general.alignment", 32)

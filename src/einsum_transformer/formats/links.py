@@ -4,6 +4,16 @@ from pathlib import Path
 
 from einsum_transformer.errors import FormatError
 
+LEADS_NOWHERE = "a link that leads nowhere: the file that it names is gone; fetch it again"
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to a file that does not exist."""
+    try:
+        return path.is_symlink() and not path.exists()
+    except (OSError, RuntimeError):  # links in a circle
+        return True
+
 
 def inside(folder: Path, name: str, allow_links: bool = False) -> Path:
     """The path of a member of `folder`, unless it is a link that leads out of it and links are not allowed.
@@ -15,7 +25,7 @@ def inside(folder: Path, name: str, allow_links: bool = False) -> Path:
     try:
         home, real = folder.resolve(), path.resolve()
     except (OSError, RuntimeError):  # links in a circle
-        raise FormatError(f"{path}: a link that leads nowhere") from None
+        raise FormatError(f"{path}: {LEADS_NOWHERE}") from None
     allowed = allow_links or real.is_relative_to(home)
     if home.parent.name == "snapshots":
         repo = home.parent.parent

@@ -54,9 +54,12 @@ def kind_of(path: Path) -> str:
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file is meant as JSON: by its suffix, or by its contents if it has another one."""
+    """Whether a file is meant as JSON: by its contents, or by its suffix unless it holds tensors."""
     try:
-        return path.is_file() and (path.suffix.lower() == ".json" or kind_of(path) == "JSON")
+        if not path.is_file():
+            return False
+        kind = kind_of(path)
+        return kind == "JSON" or (path.suffix.lower() == ".json" and kind not in ("GGUF", "safetensors"))
     except (OSError, ValueError):  # no name of a file, or one that cannot be read
         return False
 

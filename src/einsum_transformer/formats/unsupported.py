@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from einsum_transformer.errors import FormatError
+from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.sniff import kind_of, kind_of_bytes
 
 PICKLES = frozenset({".pt", ".pth", ".ckpt", ".pkl"})
 _HEAD = 4096
 _MOST_LISTED = 8
+_MOST_POINTER = 1024  # bytes; the Git LFS specification
 _PICKLE = (
     "pickle checkpoints are refused, because unpickling runs code from the file; convert it to safetensors "
     "first (transformers: save_pretrained(..., safe_serialization=True))"
@@ -41,6 +43,28 @@ def named(kind: str, head: bytes = b"") -> str:
     if kind == "zip" and b".npy" in head:
         return "an archive of NumPy arrays: convert it to safetensors first"
     return _KINDS.get(kind, "")
+
+
+def not_text(data: bytes, wanted: str = "text") -> str:
+    """What bytes are that were given as text, in words with the way out; "" if they may be text.
+
+    A Git LFS pointer is text itself; every other kind shows by bytes that no text has, so that a text may
+    begin with the letters of any format.
+    """
+    kind, head = kind_of_bytes(data[:_HEAD], len(data)), data[:_HEAD]
+    if kind == "Git LFS pointer":
+        return named(kind) if len(data) < _MOST_POINTER else ""
+    if kind in ("text", "JSON", "empty") or not (b"\x00" in data or _undecodable(data)):
+        return ""
+    return named(kind, head).replace(", not a model", f", not {wanted}")
+
+
+def _undecodable(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def instead(data: bytes, size: int, expected: str) -> str:
@@ -97,6 +121,8 @@ def kind_of_folder(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if not names:
         return ""
+    if links := [name for name in names if re.fullmatch(_WANTED, name) and leads_nowhere(folder / name)]:
+        return f"{links[0]}: {LEADS_NOWHERE}"
     if pickles := [name for name in names if re.fullmatch(r"pytorch_model[.-].*", name)]:
         return f"{pickles[0]}: {_PICKLE}"  # before the others: repositories hold several formats
     for is_it, words in _FOLDERS.items():
@@ -105,12 +131,15 @@ def kind_of_folder(folder: Path) -> str:
     pickles = [name for name in names if is_pickle(folder / name) or name.endswith(".bin")]
     if pickles:
         return f"{pickles[0]}: {_PICKLE}"
+    if packed := [name for name in names if re.fullmatch(rf"({_WANTED})\.(gz|bz2|xz|zst|zip|7z)", name)]:
+        return f"{packed[0]}: {_UNPACK.format(packed[0].rpartition('.')[2])}"
     for look in (_stray_weights, _models_inside):
         if words := look(folder, names):
             return words
     return ""
 
 
+_WANTED = r".*\.safetensors(\.index\.json)?|.*\.gguf|config\.json"
 _MISTRAL = "Mistral's own format (consolidated weights, params.json)"
 _FOLDERS: Mapping[str, str] = {
     r"model_index\.json": "a diffusers pipeline, not a language model",
@@ -135,6 +164,8 @@ _FOLDERS: Mapping[str, str] = {
     r".*\.onnx(\.data|_data)?": "an ONNX model: use the original model",
     r".*\.(mlmodelc|mlpackage)": "a Core ML model: use the original model",
     r"(source_|shared_)?vocabulary\.(json|txt)": "a CTranslate2 model: use the original model",
+    r"adapter_model\.(safetensors|bin)|adapters\.safetensors": "an adapter, not a model: name the base model "
+    "and give the adapter as --adapter-path",
     r"modules\.json|config_sentence_transformers\.json": "a sentence-transformers model, which gives "
     "embeddings and no text",
 }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.mapped import quoted
+from einsum_transformer.formats.unsupported import check_kind
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.families import FAMILIES, gguf
@@ -18,6 +21,10 @@ from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.places import Place, folder_place, gguf_place
 
 _FEW_EXPERTS = 256
+_BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
 _INTEGERS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"})
 _QUANTIZED = re.compile(
     r".*(\.(qweight|qzeros|scales|biases|g_idx|weight_packed|weight_scale(_inv|_2)?|input_scale|SCB|W_q)"
@@ -99,6 +106,16 @@ def problems(
         *_wrong_shapes(held, stored),
         *(_other_head(tensors, spare, places["embed_tokens.weight"]) if spare in found else ()),
     ]
+
+
+def check_beside(folder: Path) -> None:
+    """Refuse files of the tokenizer or of generation that are links to nothing or no text at all."""
+    for name in _BESIDE:
+        path = folder / name
+        if leads_nowhere(path):
+            raise FormatError(f"{path}: {LEADS_NOWHERE}")
+        if path.is_file():
+            check_kind(path, "JSON", "text", *(("empty",) if name.endswith((".txt", ".jinja")) else ()))
 
 
 def missing_of(places: Mapping[str, Place], tensors: TensorSource) -> tuple[str, ...]:

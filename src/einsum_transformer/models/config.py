@@ -19,6 +19,7 @@ BLOCKS = ("pre_norm", "sandwich_norm", "post_norm", "parallel", "parallel_two_no
 norm before both, or one before each."""
 _MOST_LAYERS = 1 << 12
 FARTHEST = 1 << 62
+_MOST = {"num_hidden_layers": _MOST_LAYERS, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16}
 _LARGEST = 1 << 24
 """No size of a real model comes near this; a config beyond it is a mistake or an attack."""
 
@@ -160,7 +161,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            _check_count(name, getattr(self, name), _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST)
+            _check_count(name, getattr(self, name), _MOST.get(name, _LARGEST))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config keys disagree: num_attention_heads {self.num_attention_heads} is no multiple of "

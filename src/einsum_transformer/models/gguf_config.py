@@ -21,16 +21,19 @@ def gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
     """The family and the config that a file's metadata and the names of its tensors describe."""
     architecture = file.metadata["general.architecture"]
     source = str(file.path)
+    read = gguf_reader(
+        architecture, source
+    )  # before any tensor is asked for: other programs name them otherwise
     prefix = f"{architecture}."
     metadata = {
         key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.ggml.merges")
     }
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if "vocab_size" not in own and "tokenizer.ggml.tokens" not in metadata:
-        own["vocab_size"] = file.info("token_embd.weight").shape[0]
+        own["vocab_size"] = next(iter(file.info("token_embd.weight").shape), 0)
     try:
         keys = Keys(one_for_all_layers(own, source), source)
-        config = gguf_reader(architecture, source)(keys, metadata)
+        config = read(keys, metadata)
         family = FAMILIES[config.model_type]
         check_unread(keys, architecture, config)
         held = set(file.names())

@@ -19,6 +19,8 @@ Shape = tuple[int, ...]
 
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj")
 
+_FIRST_EXPERTS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -59,7 +61,7 @@ def gguf_place(weight: Weight, family: Family, config: ModelConfig, tensors: Ten
         name = family.gguf_name(f"{expert['experts']}.{expert['part']}_proj")
         # Files from before experts were stacked have a tensor for each: blk.0.ffn_gate.7.weight
         alone = name.replace("_exps.weight", f".{expert['index']}.weight")
-        if alone in tensors.names():
+        if alone in tensors.names() or (name not in tensors.names() and _apart(name, tensors)):
             return Place(Stored(alone, weight.stored), {alone: weight.stored})
         shape = (config.moe.num_experts, *weight.stored)
         return _stacked(weight, name, int(expert["index"]) * weight.stored[0], shape)
@@ -74,6 +76,13 @@ def gguf_place(weight: Weight, family: Family, config: ModelConfig, tensors: Ten
     if weight.path.endswith("norm.weight"):
         stored = replace(stored, minus=family.gguf_norm_offset)
     return Place(stored, {name: shape})
+
+
+def _apart(name: str, tensors: TensorSource) -> bool:
+    """Whether the first experts of a layer have tensors of their own; `name`: the stack of one matrix."""
+    parts = [re.sub(r"(gate|up|down)_exps", each, name) for each in ("gate", "up", "down")]
+    firsts = (part.replace(".weight", f".{i}.weight") for part in parts for i in range(_FIRST_EXPERTS))
+    return any(each in tensors.names() for each in firsts)
 
 
 def _order(path: str, family: Family, config: ModelConfig) -> Callable[[Array], Array] | None:

@@ -115,10 +115,11 @@ def adapter(raw: Mapping[str, Any]) -> str:
     mlx = "peft_type" not in raw and ("fine_tune_type" in raw or "lora_parameters" in raw)
     base = raw.get("model" if mlx else "base_model_name_or_path")
     of = f" of {base!r:.120}" if isinstance(base, str) and base else ""
-    if mlx:
-        return f"an adapter{of} of mlx-lm, not a model: merge it with `mlx_lm.fuse` and name the result"
+    by = " of mlx-lm" if mlx else ""
+    if mlx and raw.get("fine_tune_type", "lora") != "lora":
+        return f"an adapter{of}{by}, not a model: merge it with `mlx_lm.fuse` and name the result"
     name = base if of else "BASE"
-    return f"an adapter{of}, not a model: name the base model and give the adapter as --adapter-path" + (
+    return f"an adapter{of}{by}, not a model: name the base model and give the adapter as --adapter-path" + (
         f" (in Python load({name!r:.120}, adapter=...))"
     )
 
