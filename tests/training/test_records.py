@@ -333,3 +333,28 @@ def test_a_completion_follows_its_prompt_without_a_space(tmp_path: Path) -> None
     assert tokenizer.decode(example.tokens.tolist()) == "2+2=4"
     assert (example.tokens == tokenizer.eos_id).nonzero()[0].tolist() == [len(example.tokens) - 1]
     assert tokenizer.decode(example.tokens[example.trained].tolist()) == "4"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a", "train": False}, "'train' is false"),
+        ({"text": "a", "training": 0}, "'training' is 0"),
+        ({"messages": [{"role": "user", "content": "a"}], "loss": False}, "'loss' is false"),
+        ({"prompt": "a", "completion": "b", "loss": 0}, "'loss' is 0"),
+        ({"prompt": "a", "completion": "b", "label": 0}, "'label': unpaired"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "'label': unpaired"),
+        ({"messages": [{"role": "user", "content": "a"}], "label": 0}, "'label': unpaired"),
+        ({"text": "a", "label": False}, "'label': unpaired"),
+    ],
+)
+def test_a_record_that_is_switched_off_is_refused(record: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        keys.form_of(record)
+
+
+def test_a_record_that_is_switched_on_is_learnt() -> None:
+    record = {"text": "a", "train": True, "loss": 0.25, "label": 0}
+    form, used = keys.form_of(record)
+    assert form == "text"
+    assert keys.unused(record, used) == ["loss", "label"]

@@ -59,10 +59,19 @@ def batches_of(
     rows, validation = _divided(model, examples, text, size, length, seed)
     if len(rows) < size:
         note(
-            f"{text.data}: gives {len(rows)} rows of {length} tokens, so a batch has {len(rows)}, not {size}"
+            f"{text.data}: gives {count_of(len(rows), 'row')} of {length} tokens, so a batch has "
+            f"{len(rows)}, not {size}"
         )
+        if len(rows) < accumulation <= size:
+            note(f"--grad-accumulation-steps {accumulation}: it is computed in {count_of(len(rows), 'part')}")
+            accumulation = len(rows)
     model.checked(rows.tokens)
     return model, TextBatches(rows, min(size, len(rows)), seed, accumulation, fixed), validation
+
+
+def count_of(number: int, name: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _check_no_data(text: Text) -> None:

@@ -78,6 +78,8 @@ REFUSED = {
 """Keys that change what a record means, in any form."""
 WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
 """Of a record: only 1 means something here."""
+SWITCHES = ("train", "training", "loss")
+"""Of a record: true changes nothing, false would leave it out. `loss` may be a number that was measured."""
 OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("chosen", "rejected"), "preference data; keep the chosen answer as completion or in messages"),
     (("preferred_output", "non_preferred_output"), "preference data; keep the preferred answer, in messages"),
@@ -201,7 +203,17 @@ def _check_meaning(present: Mapping[str, Any], form: str) -> None:
             raise InputError(
                 f"{key!r} is {_shown(present[key])}: a record counts once; leave it out or repeat it"
             )
-    if form in ("completion", "chat completion") and isinstance(present.get("label"), bool):
+    for key in SWITCHES:
+        value = present.get(key, 1)
+        measured = key == "loss" and isinstance(value, float) and value
+        if value != 1 and not measured:
+            raise InputError(
+                f"{key!r} is {_shown(value)}: a record is learnt if it is there; leave it out of the file"
+            )
+    label = present.get("label")
+    # A number beside a text is the class that it belongs to, and a note names it.
+    preference = (0, 1) if form in ("completion", "chat completion") else (0,) if form != "text" else ()
+    if label is False or label in preference:
         raise InputError("'label': unpaired preference data; keep the records with true, without the key")
     for key in CONTEXT:
         if key not in used and present.get(key) not in (None, [], "", {}, "[]", "{}"):
@@ -213,7 +225,11 @@ def _check_meaning(present: Mapping[str, Any], form: str) -> None:
 def unused(raw: Mapping[str, Any], used: Sequence[str]) -> list[str]:
     """The keys of a record that a note names."""
     known = {*used, *NEUTRAL, *WEIGHTS}
-    return [key for key, value in raw.items() if key not in known and value not in (None, "", [], {})]
+    return [
+        key
+        for key, value in raw.items()
+        if key not in known and value not in (None, "", [], {}) and not (key in SWITCHES and value == 1)
+    ]
 
 
 def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:

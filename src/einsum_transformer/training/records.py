@@ -190,6 +190,11 @@ class _Reader:
 
     def _rendered(self, raw: Mapping[str, Any], messages: list[dict[str, Any]]) -> Conversation:
         check_messages(messages)
+        if not self.tokenizer.chat_templates:
+            raise InputError(
+                f"{self.tokenizer.source} has no chat template, which messages need; put its "
+                'chat_template.jinja into the model\'s folder, or write {"prompt": ..., "completion": ...}'
+            )
         tools, variables = keys.tools_of(raw), keys.variables_of(raw)
         sources = " ".join(self.tokenizer.chat_templates.values())
         if sources:
