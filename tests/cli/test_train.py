@@ -412,3 +412,14 @@ def test_parts_of_a_small_batch(text: list[str], capsys: pytest.CaptureFixture[s
     told = capsys.readouterr().err
     assert re.search(r"gives ([1-3]) rows? of 30 tokens, so a batch has \1, not 4", told)
     assert re.search("steps 4: it is computed in [1-3] part", told)
+
+
+def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert etx("--config", config, "--plot", "loss.txt") == 2
+    assert "--plot loss.txt: a PNG image is written" in capsys.readouterr().err
+    assert not Path("loss.txt").exists()
+
+
+def test_an_eps_of_zero_is_noted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    etx("--config", config, "--optimizer", "adamw", "--eps", "0", "--steps", "1")
+    assert "note: --eps 0: a weight with gradients of 0" in capsys.readouterr().err

@@ -209,6 +209,10 @@ def train(
         raise InputError(f"--long {long!r}: choose split or refuse")
     if plot is not None:
         check_plot(plot)
+        if Path(plot).suffix.lower() != ".png":
+            raise InputError(
+                f"--plot {plot}: a PNG image is written, so a name that ends in .png is expected"
+            )
     silent = quiet or json
     loaded, _ = options.open_model(
         source,
@@ -299,8 +303,8 @@ def _compute(
 
     if isinstance(batches, TextBatches) and workers > len(batches.rows):
         raise InputError(
-            f"{count_of(len(batches.rows), 'row')} cannot be divided over {workers} Ray workers (--ray-workers), "
-            "and the data gives no more: use fewer workers, more data, or shorter rows (--seq-len)"
+            f"{count_of(len(batches.rows), 'row')} cannot be divided over {workers} Ray workers, and "
+            "the data gives no more: use fewer workers, more data, or shorter rows (--seq-len)"
         )
     # Before Ray starts, which takes its time.
     check_rows(batches.batch_size // batches.accumulation, workers)
@@ -338,6 +342,8 @@ def _optimizer(
         return SGD(momentum, nesterov, weight_decay or 0.0, matrices_only)
     if momentum or nesterov:
         raise InputError("--momentum and --nesterov belong to sgd; adamw has moments of its own")
+    if given.get("eps") == 0:
+        note("--eps 0: a weight with gradients of 0 alone becomes nan; 1e-8 is usual")
     if weight_decay is not None:
         given["weight_decay"] = weight_decay
     return AdamW(decay_matrices_only=matrices_only, **given)

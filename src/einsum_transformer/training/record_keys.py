@@ -95,6 +95,11 @@ OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("query", "response"), "write prompt for query and completion for response"),
     (("prompt", "response"), "write completion for response"),
     (("input", "output"), "write prompt for input and completion for output"),
+    (("conversation",), "write messages for conversation"),
+    (("dialogue",), "write messages for dialogue"),
+    (("dialog",), "write messages for dialog"),
+    (("turns",), "write messages for turns"),
+    (("chat",), "write messages for chat"),
     (("role", "content"), 'a message; a record is {"messages": [...]}'),
     (("prompt",), "a prompt without a completion has nothing to learn"),
 )
@@ -106,7 +111,10 @@ MESSAGE_REFUSED = {
     "train_detail": "parts of a message cannot be chosen here; use train for the whole",
     "loss_scale": "a message counts wholly or not at all; use train",
     "images": "pictures cannot be learnt here",
+    "function_call": "the older form of tool_calls; write tool_calls",
 }
+MESSAGE_NEUTRAL = frozenset({"role", "content", "tool_call_id"})
+"""Keys of a message that no note names: answers of tools stand in the order of the calls."""
 _SHAREGPT = {
     "human": "user",
     "user": "user",
@@ -114,7 +122,11 @@ _SHAREGPT = {
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "observation": "tool",
 }
+"""Of ShareGPT, FastChat and LLaMA-Factory, in any case."""
 _ARGUMENTS = frozenset(
     {
         "template",
@@ -165,7 +177,7 @@ def form_of(raw: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         for names, what in OTHER_FORMS:
             if all(name in present for name in names):
                 raise InputError(
-                    f"expected text, prompt and completion, or messages; it has {_named(raw)}: {what}"
+                    f"expected text, prompt and completion, or messages; it has {', '.join(raw)}: {what}"
                 )
         raise InputError(f"expected text, prompt and completion, or messages; it has {_named(raw)}")
     _check_meaning(present, form)
@@ -271,12 +283,14 @@ def _renamed(message: dict[str, Any], where: str) -> dict[str, Any]:
     if "from" not in message:
         return message
     role = message["from"]
-    if not isinstance(role, str) or role not in _SHAREGPT:
+    if role == "function_call":
+        raise InputError(f"{where}: function_call: write a message of role assistant with tool_calls")
+    if not isinstance(role, str) or role.lower() not in _SHAREGPT:
         raise InputError(f"{where}: 'from' is {_shown(role)}; known are {', '.join(_SHAREGPT)}")
     if "role" in message or ("value" in message and "content" in message):
         raise InputError(f"{where}: has both from and value, and role and content")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {"role": _SHAREGPT[role], "content": message.get("value")} | rest
+    return {"role": _SHAREGPT[role.lower()], "content": message.get("value")} | rest
 
 
 def tools_of(raw: Mapping[str, Any]) -> list[Any] | None:
@@ -345,7 +359,7 @@ def message_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
         key: None
         for message in messages
         for key, value in message.items()
-        if key not in ("role", "content") and value not in (None, "", [], {})
+        if key not in MESSAGE_NEUTRAL and value not in (None, "", [], {})
     }
     return list(found)
 

@@ -57,7 +57,10 @@ def examples_of(data: Data, tokenizer: Tokenizer, mask_prompt: bool = False) -> 
     """The examples of a file that was read; see `read_examples`."""
     if data.records is None:
         if mask_prompt:
-            raise InputError(f"{data.path}: a plain text has no prompt to mask; that needs JSONL records")
+            why = f"{data.doubt}, and " * bool(data.doubt)
+            raise InputError(
+                f"{data.path}: {why}a plain text has no prompt to mask; that needs JSONL records"
+            )
         return [_whole(tokenizer.encode_once(data.text, end=True), str(data.path))]
     reader = _Reader(tokenizer, mask_prompt)
     found = [reader.example(record) for record in data.records]
