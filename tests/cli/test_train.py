@@ -423,3 +423,11 @@ def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_an_eps_of_zero_is_noted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     etx("--config", config, "--optimizer", "adamw", "--eps", "0", "--steps", "1")
     assert "note: --eps 0: a weight with gradients of 0" in capsys.readouterr().err
+
+
+def test_a_large_file_is_announced(
+    text: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("einsum_transformer.cli.training_data._LARGE", 10)
+    assert etx(*text, "--steps", "1") == 0
+    assert "a.txt: encoding 0.0 million characters" in capsys.readouterr().err

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from einsum_transformer.training.files import Data
 
 _SHARE = 0.05
+_LARGE = 1_000_000  # characters, which take about two seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ def batches_of(
     if text.share is not None and not 0 <= text.share < 1:
         raise InputError(f"--valid-share {text.share}: a number from 0 to less than 1 is expected")
     data = read_data(text.data, has_form)
+    if len(data.text) > _LARGE:
+        # Said before and not meanwhile: the tokenizer encodes a text in one call, which holds all threads.
+        note(f"{text.data}: encoding {len(data.text) / 1e6:.1f} million characters, which takes a while")
     model = _with_tokenizer(model, data, text.resumed)
     assert model.tokenizer is not None
     examples = examples_of(data, model.tokenizer, text.mask_prompt)
