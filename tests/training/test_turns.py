@@ -372,3 +372,21 @@ def test_conversations_that_show_no_answer_are_left_out(
     examples = read(tmp_path, tokenizer, {"messages": CHAT}, {"prompt": "a", "completion": "b"})
     assert len(examples) == 1
     assert "1 of 2 records are left out" in caplog.text
+
+
+def test_a_template_that_refuses_a_part_of_a_conversation(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% if loop.last and m.role == 'tool' %}"
+        "{{ raise_exception('an answer must follow') }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    messages = [*CHAT[:2], {"role": "tool", "content": "2"}, CHAT[3]]
+    [example] = read(tmp_path, with_template(BYTES, template), {"messages": messages})
+    assert learnt(example, BYTES) == "no</s>\n"
+
+
+def test_messages_without_a_chat_template_say_what_to_do(tmp_path: Path) -> None:
+    tokenizer = dataclasses.replace(BYTES, chat_templates={})
+    with pytest.raises(InputError, match=r"has no chat template, .*chat_template\.jinja") as caught:
+        read(tmp_path, tokenizer, {"messages": CHAT})
+    assert "--chat-template" not in str(caught.value)

@@ -75,7 +75,10 @@ class Conversation:
 
         EOS at the very end is left out if the template writes it after the last message only.
         """
-        text = self.render(messages, prompt)[0] if messages else ""
+        try:
+            text = self.render(messages, prompt)[0] if messages else ""
+        except InputError:
+            raise Rewritten from None  # a template may refuse a part of what it renders as a whole
         if self.text.startswith(text):
             return text
         shorter = text.removesuffix(self.eos)
@@ -121,11 +124,15 @@ class Conversation:
         """
         if not number:
             return 0
-        asked = self.render(self.messages[:number], True)[0]
+        try:
+            asked = self.render(self.messages[:number], True)[0]
+            plain = self.render(self.messages[:number], False)[0]
+        except InputError:
+            return self._words(number)[0][0]
         if self.text.startswith(asked):
             return len(asked)
         (words, _), _ = self._words(number)
-        header = asked.removeprefix(self.render(self.messages[:number], False)[0])
+        header = asked.removeprefix(plain)
         if header == asked or not header:
             return words
         try:
