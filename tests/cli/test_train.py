@@ -365,3 +365,69 @@ def test_one_line_for_a_mistake_with_data(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora", "--lora-alpha", "0"], "lora_alpha is 0"),
+        (["--lora-alpha", "0"], "flags of LoRA were given without --lora"),
+        (["--lora-dropout", "0"], "flags of LoRA were given without --lora"),
+        (["--lora-targets", ""], "flags of LoRA were given without --lora"),
+        (["--lora", "--lora-targets", ""], "--lora-targets '': names"),
+        (["--merge", "-o", "new"], "--merge: there is no adapter to merge"),
+    ],
+)
+def test_a_zero_is_no_missing_flag(
+    flags: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert etx("--config", config, "--steps", "1", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
+def test_resumed_without_its_adapters(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert etx(*text, "--lora", "--steps", "1", "--quiet") == 0
+    assert etx(*text, "--steps", "2", "--resume", "--quiet") == 2
+    told = capsys.readouterr().err
+    assert "lora is of rank 8 there and None here" in told
+    assert "--adapter-path out/step-00000001 and another output folder (-o), without --resume and" in told
+    assert "{" not in told
+    assert "frozen" not in told
+
+
+def test_resumed_with_new_adapters(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert etx(*text, "--steps", "1", "--quiet") == 0
+    assert etx(*text, "--lora", "--steps", "2", "--resume", "--quiet") == 2
+    told = capsys.readouterr().err
+    assert "lora is None there and of rank 8 here; to begin" in told
+    assert "give out/step-00000001 as the model and another output folder" in told
+    assert "{" not in told
+
+
+def test_parts_of_a_small_batch(text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("short.txt").write_text("to be or not to be " * 4, encoding="utf-8")
+    flags = ["--data", "short.txt", "--valid-share", "0", "--grad-accumulation-steps", "4"]
+    assert etx(*text, *flags, "--steps", "1", "--seq-len", "30", "-b", "4") == 0
+    told = capsys.readouterr().err
+    assert re.search(r"gives ([1-3]) rows? of 30 tokens, so a batch has \1, not 4", told)
+    assert re.search("steps 4: it is computed in [1-3] part", told)
+
+
+def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert etx("--config", config, "--plot", "loss.txt") == 2
+    assert "--plot loss.txt: a PNG image is written" in capsys.readouterr().err
+    assert not Path("loss.txt").exists()
+
+
+def test_an_eps_of_zero_is_noted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    etx("--config", config, "--optimizer", "adamw", "--eps", "0", "--steps", "1")
+    assert "note: --eps 0: a weight with gradients of 0" in capsys.readouterr().err
+
+
+def test_a_large_file_is_announced(
+    text: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("einsum_transformer.cli.training_data._LARGE", 10)
+    assert etx(*text, "--steps", "1") == 0
+    assert "a.txt: encoding 0.0 million characters" in capsys.readouterr().err

@@ -333,3 +333,103 @@ def test_a_completion_follows_its_prompt_without_a_space(tmp_path: Path) -> None
     assert tokenizer.decode(example.tokens.tolist()) == "2+2=4"
     assert (example.tokens == tokenizer.eos_id).nonzero()[0].tolist() == [len(example.tokens) - 1]
     assert tokenizer.decode(example.tokens[example.trained].tolist()) == "4"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a", "train": False}, "'train' is false"),
+        ({"text": "a", "training": 0}, "'training' is 0"),
+        ({"messages": [{"role": "user", "content": "a"}], "loss": False}, "'loss' is false"),
+        ({"prompt": "a", "completion": "b", "loss": 0}, "'loss' is 0"),
+        ({"prompt": "a", "completion": "b", "label": 0}, "'label': unpaired"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "'label': unpaired"),
+        ({"messages": [{"role": "user", "content": "a"}], "label": 0}, "'label': unpaired"),
+        ({"text": "a", "label": False}, "'label': unpaired"),
+    ],
+)
+def test_a_record_that_is_switched_off_is_refused(record: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        keys.form_of(record)
+
+
+def test_a_record_that_is_switched_on_is_learnt() -> None:
+    record = {"text": "a", "train": True, "loss": 0.25, "label": 0}
+    form, used = keys.form_of(record)
+    assert form == "text"
+    assert keys.unused(record, used) == ["loss", "label"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"\n', "line 2"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\nTrailing line\n', "line 2"),
+        ('["one", "two"]', "begins like JSON"),
+        ('[{"prompt": "a", "completion": "b"}, ]', "begins like JSON"),
+        ('{prompt: "a", completion: "b"}', "begins like JSON"),
+        ("{'prompt': 'a', 'completion': 'b'}\n", "Python dict"),
+        ("[{'prompt': 'a', 'completion': 'b'}]\n", "Python dict"),
+        ('// header\n{"prompt": "a", "completion": "b"}\n', "line 2 is a JSON record"),
+        ('# header\n\n{"text": "a"}\n', "line 3 is a JSON record"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_what_looks_like_records_is_no_text_without_a_word(
+    content: str,
+    message: str,
+    name: str,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    read_examples(tmp_path / name, tokenizer)
+    [record] = caplog.records
+    assert message in record.message
+    assert "is learnt as a plain text" in record.message
+    with pytest.raises(InputError, match=f"{message}.*no prompt to mask"):
+        read_examples(tmp_path / name, tokenizer, mask_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{\\rtf1\\ansi to be}", "an RTF document"),
+        ("to be or not to be".encode("utf-16-le"), "UTF-16LE text without a byte order mark"),
+        ("to be or not to be".encode("utf-16-be"), "UTF-16BE text without a byte order mark"),
+    ],
+)
+def test_texts_in_other_forms_are_refused(
+    content: bytes, message: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_examples(tmp_path / "a.txt", tokenizer)
+
+
+def test_byte_order_marks_within_a_file_are_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [codecs.BOM_UTF8 + json.dumps({"text": each}).encode() for each in ("be", "not")]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    examples = read_examples(tmp_path / "a.jsonl", tokenizer)
+    assert [text(example, tokenizer) for example in examples] == [f"be{END}", f"not{END}"]
+
+
+def test_messages_of_other_dialects(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = [CHAT[0], {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}]
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"messages": calls}, "function_call.*write tool_calls"),
+        ({"conversation": CHAT}, "write messages for conversation"),
+        ({"dialogue": CHAT}, "write messages for dialogue"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "role assistant with tool_calls"),
+    )
+    for record, message in refused:
+        with pytest.raises(InputError, match=message):
+            read(tmp_path, tokenizer, record)
+    said = [("Human", "a"), ("chatgpt", "b"), ("observation", "c"), ("bing", "d")]
+    [example] = read(tmp_path, tokenizer, {"conversations": [{"from": a, "value": b} for a, b in said]})
+    assert text(example, tokenizer) == f"<user>a{END}<assistant>b{END}<tool>c{END}<assistant>d{END}"
+    read(tmp_path, tokenizer, {"messages": [*CHAT, {"role": "tool", "content": "2", "tool_call_id": "x"}]})
+    assert not caplog.records

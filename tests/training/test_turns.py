@@ -15,9 +15,11 @@ import pytest
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.training.data import Example, read_examples
+from einsum_transformer.training.turns import Conversation
 from text.text_golden import byte_level, from_golden, golden
 
 TEMPLATES = {name: text for name, text in golden("chat")["templates"].items() if name != "features"}
+PLAIN = [name for name, text in TEMPLATES.items() if "endgeneration" not in text]
 BYTES = byte_level()
 TOKENIZERS = (BYTES, byte_level("llama-bpe"), from_golden("sentencepiece"), from_golden("unigram"))
 WORDS = ["be", " to be ", "or\nnot", "user", "<|im_end|>", "", "the question, that is", "\n\nwhy", "ä ☃", "é"]
@@ -63,7 +65,7 @@ def drawn(rng: np.random.Generator, system: bool, turns: int) -> list[dict[str, 
     return [{"role": "system", "content": "be"}, *pairs] if system else pairs
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", PLAIN)
 def test_masks_are_those_of_all_prefixes(template: str, tmp_path: Path) -> None:
     """Where the ids of the whole begin with those of the prefixes, which merges over their ends prevent."""
     rng, compared = np.random.default_rng(5), 0
@@ -103,19 +105,86 @@ def test_turns_of_tools_and_reasoning_are_those_of_all_prefixes(tmp_path: Path) 
     np.testing.assert_array_equal(example.trained, expected[1])
 
 
+# As in the templates of Qwen 2.5 (answers of tools share a turn), Llama 3.1 and SmolLM2.
+CALLS = "{% for c in m.tool_calls or [] %}\n<call>{{ c.function|tojson }}</call>{% endfor %}"
+FRAMES = {
+    "shared": (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% if loop.first or messages[loop.index0 - 1].role"
+        " != 'tool' %}<s>user{% endif %}\n<r>{{ m.content }}</r>{% if loop.last or messages[loop.index0 + 1]"
+        ".role != 'tool' %}</s>\n{% endif %}{% else %}<s>{{ m.role }}\n{{ m.content }}"
+        + CALLS
+        + "</s>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    ),
+    "trimmed": (
+        "{{ '<bos>' }}{% for m in messages %}[{{ m.role }}]\n\n{{ (m.content or '')|trim }}" + CALLS + "[end]"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
+    ),
+    "plain": (
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}<s>system\nbe</s>\n{% endif %}"
+        "<s>{{ m.role }}\n{{ m.content }}" + CALLS + "</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    ),
+}
+
+
+def calling(rng: np.random.Generator, count: int, kind: str) -> list[dict[str, Any]]:
+    """A conversation of about so many messages, in which the arguments of tools are all different."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "plan it"}]
+    for i in range(count // 2):
+        arguments = {
+            "string": {"city": f"c{i}"},
+            "integer": {"n": int(rng.integers(9**9)), "x": round(float(rng.random()), 6)},
+            "nested": {"a": {f"k{i}": [i] * (i % 4), "b": bool(i % 2)}, "z": None},
+            "key": {f"k{i}": i, "type": f"t{i}"},
+        }[kind]
+        call = {"type": "function", "function": {"name": "get", "arguments": arguments}}
+        messages.append({"role": "assistant", "content": " " * (i % 3), "tool_calls": [call]})
+        messages += [{"role": "tool", "content": f"{i} degrees"}] * (1 + i % 5 // 4)
+    return [*messages, {"role": "assistant", "content": "done"}]
+
+
+@pytest.mark.parametrize("kind", ["string", "integer", "nested", "key"])
+@pytest.mark.parametrize("template", FRAMES)
+def test_masks_of_calls_that_differ_are_those_of_all_prefixes(
+    template: str, kind: str, tmp_path: Path
+) -> None:
+    tokenizer = with_template(BYTES, FRAMES[template])
+    for count in (4, 9, 40):
+        messages = calling(np.random.default_rng(count), count, kind)
+        expected = {
+            i: (
+                len(tokenizer.render_chat(messages[:i], True)),
+                len(tokenizer.render_chat(messages[: i + 1], False)),
+            )
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        }
+        assert Conversation.of(tokenizer, messages, None, {}).turns() == expected
+
+
+def seconds(messages: list[dict[str, Any]], tokenizer: Tokenizer, tmp_path: Path) -> float:
+    begin = time.process_time()
+    read(tmp_path, tokenizer, {"messages": messages})
+    return time.process_time() - begin
+
+
 @pytest.mark.parametrize("template", ["smollm2", "phi3", "qwen3"])
 def test_a_long_conversation_takes_a_linear_time(template: str, tmp_path: Path) -> None:
     tokenizer = with_template(BYTES, TEMPLATES[template])
     pair = [{"role": "user", "content": "to be or not to be"}, {"role": "assistant", "content": "that is it"}]
-
-    def seconds(messages: list[dict[str, Any]]) -> float:
-        begin = time.process_time()
-        read(tmp_path, tokenizer, {"messages": messages})
-        return time.process_time() - begin
-
-    seconds(pair * 50)
-    short, long = (min(seconds(pair * n) for _ in range(3)) for n in (50, 200))
+    seconds(pair * 50, tokenizer, tmp_path)
+    short, long = (min(seconds(pair * n, tokenizer, tmp_path) for _ in range(3)) for n in (50, 200))
     assert long <= 8 * short  # 4 if it were exactly linear; with all prefixes about 16
+
+
+@pytest.mark.parametrize("kind", ["integer", "key"])
+def test_calls_that_differ_take_a_linear_time(kind: str, tmp_path: Path) -> None:
+    tokenizer, rng = with_template(BYTES, FRAMES["shared"]), np.random.default_rng(0)
+    chats = [calling(rng, n, kind) for n in (50, 200)]
+    seconds(chats[0], tokenizer, tmp_path)
+    short, long = (min(seconds(chat, tokenizer, tmp_path) for _ in range(2)) for chat in chats)
+    assert long <= 8 * short
 
 
 # Earlier answers lose what the last has, as with Qwen3 and DeepSeek-R1.
@@ -174,3 +243,150 @@ def test_eos_at_the_end_of_the_conversation_alone(tmp_path: Path) -> None:
     [example] = read(tmp_path, tokenizer, {"messages": CHAT})
     eos = tokenizer.token(tokenizer.eos_id or 0)
     assert learnt(example, tokenizer) == f"yes<|end|>\nno<|end|>\n{eos}"
+
+
+TURN = "<s>{{ m.role }}\n"
+ASKED = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+BLOCKS = {
+    "several": "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' %}{% if m.reasoning_content %}"
+    "{% generation %}<think>{{ m.reasoning_content }}</think>{% endgeneration %}\n{% endif %}{% generation %}"
+    "{{ m.content }}</s>{% endgeneration %}\n{% else %}{{ m.content }}</s>\n{% endif %}{% endfor %}" + ASKED,
+    "fewer": "{% for m in messages %}{% if m.role != 'assistant' %}" + TURN + "{{ m.content }}</s>\n"
+    "{% elif loop.first or messages[loop.index0 - 1].role != 'assistant' %}<s>assistant\n{% generation %}"
+    "{{ m.content }}{% if not loop.last and messages[loop.index0 + 1].role == 'assistant' %}\n"
+    "{{ messages[loop.index0 + 1].content }}{% endif %}</s>{% endgeneration %}\n{% endif %}{% endfor %}"
+    + ASKED,
+    "without end": "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' %}{%- generation -%}"
+    "{{ m.content }}{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}</s>{% endfor %}" + ASKED,
+    "last only": "{% for m in messages %}"
+    + TURN
+    + "{% if m.role == 'assistant' and loop.last %}{% generation %}"
+    "{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}" + ASKED,
+}
+LONGER = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes", "reasoning_content": "hm"},
+    {"role": "user", "content": "so"},
+    {"role": "assistant", "content": "no"},
+    {"role": "assistant", "content": "and"},
+    {"role": "user", "content": "bye"},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "count", "expected"),
+    [
+        # transformers 5.24, return_assistant_tokens_mask, with a tokenizer of single characters
+        ("several", 6, "<think>hm</think>yes</s>no</s>and</s>"),
+        ("several", 4, "<think>hm</think>yes</s>no</s>"),
+        ("fewer", 6, "yes</s>noand</s>"),
+        ("fewer", 4, "yes</s>no</s>"),
+        ("without end", 6, "yesnoand"),
+        ("without end", 4, "yesno"),
+        ("last only", 4, "no</s>"),
+        ("last only", 5, "and</s>"),
+    ],
+)
+def test_generation_blocks_are_what_is_learnt(
+    template: str, count: int, expected: str, tmp_path: Path
+) -> None:
+    tokenizer = with_template(BYTES, BLOCKS[template])
+    [example] = read(tmp_path, tokenizer, {"messages": LONGER[:count]})
+    assert learnt(example, tokenizer) == expected
+
+
+def test_a_weight_of_zero_switches_off_the_blocks_of_its_message(tmp_path: Path) -> None:
+    off = [LONGER[0], LONGER[1] | {"weight": 0}, *LONGER[2:]]
+    for template, expected in (("several", "no</s>and</s>"), ("without end", "noand")):
+        tokenizer = with_template(BYTES, BLOCKS[template])
+        [example] = read(tmp_path, tokenizer, {"messages": off})
+        assert learnt(example, tokenizer) == expected
+
+
+def test_a_conversation_without_a_block_is_left_out_where_the_template_has_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = with_template(BYTES, BLOCKS["last only"])
+    examples = read(tmp_path, tokenizer, {"messages": LONGER[:5]}, {"messages": LONGER})
+    assert len(examples) == 1
+    assert "1 of 2 records are left out" in caplog.text
+    with pytest.raises(InputError, match="without --mask-prompt"):
+        read(tmp_path, tokenizer, {"messages": LONGER})
+
+
+def test_an_answer_that_begins_as_the_generation_prompt_goes_on(tmp_path: Path) -> None:
+    """As with QwQ: the prompt opens <think>, and the answer begins with the same character."""
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<tool>{{ c.function.name }}</tool>{% endfor %}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = with_template(BYTES, template)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    for answer, expected in (
+        (CHAT[1] | {"content": "<b>x"}, "<b>x</s>\n"),
+        (CHAT[1] | {"content": "<think hard"}, "<think hard</s>\n"),
+        (call, "<tool>f</tool></s>\n"),
+    ):
+        [example] = read(tmp_path, tokenizer, {"messages": [CHAT[0], answer]})
+        assert learnt(example, tokenizer) == expected
+        halves = {"prompt": CHAT[:1], "completion": [answer]}
+        [example] = read(tmp_path, tokenizer, halves)
+        assert learnt(example, tokenizer) == expected
+
+
+def test_the_answer_before_a_last_question_where_the_template_rewrites_turns(tmp_path: Path) -> None:
+    """As with Qwen3, where an answer has <think></think> as long as no question follows."""
+    tokenizer = with_template(BYTES, REWRITING.replace("BEGIN", "").replace("END", ""))
+    [example] = read(tmp_path, tokenizer, {"messages": CHAT[:3]})
+    assert learnt(example, tokenizer) == "yes</s>"
+
+
+def test_the_last_answer_where_the_first_lines_depend_on_the_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a system prompt before the last question, or a date in a preamble: no prefix is in the whole."""
+    template = "{{ messages|length }}\n" + REWRITING.replace("BEGIN", "").replace("END", "")
+    tokenizer = with_template(BYTES, template)
+    [example] = read(tmp_path, tokenizer, {"messages": CHAT})
+    assert learnt(example, tokenizer) == "<think></think>no</s>"
+    [example] = read(tmp_path, tokenizer, {"messages": [*CHAT[:3], CHAT[3] | {"weight": 0}]})
+    assert learnt(example, tokenizer) == "yes</s>"
+    off = {"messages": [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"train": False}]}
+    with pytest.raises(InputError, match="switches off every message"):
+        read(tmp_path, tokenizer, off)
+
+
+def test_conversations_that_show_no_answer_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content|length }}{{ messages|length }}{% endfor %}"
+        "{{ add_generation_prompt }}"
+    )
+    tokenizer = with_template(BYTES, template)
+    with pytest.raises(
+        InputError, match=r"a\.jsonl: the chat template does not show .*without --mask-prompt"
+    ):
+        read(tmp_path, tokenizer, {"messages": CHAT})
+    examples = read(tmp_path, tokenizer, {"messages": CHAT}, {"prompt": "a", "completion": "b"})
+    assert len(examples) == 1
+    assert "1 of 2 records are left out" in caplog.text
+
+
+def test_a_template_that_refuses_a_part_of_a_conversation(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% if loop.last and m.role == 'tool' %}"
+        "{{ raise_exception('an answer must follow') }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    messages = [*CHAT[:2], {"role": "tool", "content": "2"}, CHAT[3]]
+    [example] = read(tmp_path, with_template(BYTES, template), {"messages": messages})
+    assert learnt(example, BYTES) == "no</s>\n"
+
+
+def test_messages_without_a_chat_template_say_what_to_do(tmp_path: Path) -> None:
+    tokenizer = dataclasses.replace(BYTES, chat_templates={})
+    with pytest.raises(InputError, match=r"has no chat template, .*chat_template\.jinja") as caught:
+        read(tmp_path, tokenizer, {"messages": CHAT})
+    assert "--chat-template" not in str(caught.value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from einsum_transformer.cli import options
+from einsum_transformer.cli.training_data import count_of
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 
@@ -101,7 +102,9 @@ def train(
     ] = False,
     lora_rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default 8.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(metavar="X", help="Default 16.")] = None,
-    lora_dropout: Annotated[float, typer.Option(metavar="P", help="Of the adapters' inputs.")] = 0.0,
+    lora_dropout: Annotated[
+        float | None, typer.Option(metavar="P", help="Of the adapters' inputs; default 0.")
+    ] = None,
     lora_targets: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help="q_proj,v_proj (default), all-linear, or a regular expression."),
@@ -206,6 +209,10 @@ def train(
         raise InputError(f"--long {long!r}: choose split or refuse")
     if plot is not None:
         check_plot(plot)
+        if Path(plot).suffix.lower() != ".png":
+            raise InputError(
+                f"--plot {plot}: a PNG image is written, so a name that ends in .png is expected"
+            )
     silent = quiet or json
     loaded, _ = options.open_model(
         source,
@@ -232,6 +239,8 @@ def train(
     compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer, batches)
     adapters = _Adapters(lora, lora_rank, lora_alpha, lora_dropout, lora_targets, rslora)
     adapted = _with_adapters(loaded, keys, adapters, seed or 0)
+    if merge and adapted.lora is None:
+        raise InputError("--merge: there is no adapter to merge; train one with --lora or --adapter-path")
     folder = Path(output or _new_folder(loaded.source))
     with Journal(folder, resume) as journal, ExitStack() as stack:
         trainer = Trainer(adapted, batches, settings, compute)
@@ -258,7 +267,7 @@ class _Adapters:
     wanted: bool
     rank: int | None
     alpha: float | None
-    dropout: float
+    dropout: float | None
     targets: str | None
     rslora: bool
 
@@ -290,7 +299,13 @@ def _compute(
                 raise InputError(f"{flag} needs --ray-workers, their number")
         return Local
     from einsum_transformer.cluster.data_parallel import check_rows, data_parallel
+    from einsum_transformer.training.data import TextBatches
 
+    if isinstance(batches, TextBatches) and workers > len(batches.rows):
+        raise InputError(
+            f"{count_of(len(batches.rows), 'row')} cannot be divided over {workers} Ray workers, and "
+            "the data gives no more: use fewer workers, more data, or shorter rows (--seq-len)"
+        )
     # Before Ray starts, which takes its time.
     check_rows(batches.batch_size // batches.accumulation, workers)
     return data_parallel(workers, address, threads, timeout, shard)
@@ -327,6 +342,8 @@ def _optimizer(
         return SGD(momentum, nesterov, weight_decay or 0.0, matrices_only)
     if momentum or nesterov:
         raise InputError("--momentum and --nesterov belong to sgd; adamw has moments of its own")
+    if given.get("eps") == 0:
+        note("--eps 0: a weight with gradients of 0 alone becomes nan; 1e-8 is usual")
     if weight_decay is not None:
         given["weight_decay"] = weight_decay
     return AdamW(decay_matrices_only=matrices_only, **given)
@@ -337,7 +354,8 @@ def _with_adapters(model: Model, keys: RunConfig | None, flags: _Adapters, seed:
     from einsum_transformer.models.adapters import with_lora
     from einsum_transformer.models.lora_config import ALL_LINEAR, LoRAConfig
 
-    given = flags.wanted or flags.rank or flags.alpha or flags.targets or flags.dropout or flags.rslora
+    values = (flags.rank, flags.alpha, flags.targets, flags.dropout)
+    given = flags.wanted or flags.rslora or any(value is not None for value in values)
     if model.lora is not None:
         if given:
             raise InputError("--adapter-path says what the adapter is; --lora and its flags begin a new one")
@@ -353,6 +371,10 @@ def _with_adapters(model: Model, keys: RunConfig | None, flags: _Adapters, seed:
             part.strip().replace("_", "").replace(".", "").isalnum() for part in flags.targets.split(",")
         )
         names = tuple(part.strip() for part in flags.targets.split(","))
+        if not all(names):
+            raise InputError(f"--lora-targets {flags.targets!r}: names with commas between them are expected")
         targets = names if plain and flags.targets != ALL_LINEAR else flags.targets
-    config = LoRAConfig(flags.rank or rank, flags.alpha or alpha, targets, flags.dropout, flags.rslora)
+    rank = rank if flags.rank is None else flags.rank
+    alpha = alpha if flags.alpha is None else flags.alpha
+    config = LoRAConfig(rank, alpha, targets, flags.dropout or 0.0, flags.rslora)
     return with_lora(model, config, seed)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from einsum_transformer.training.files import Data
 
 _SHARE = 0.05
+_LARGE = 1_000_000  # characters, which take about two seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ def batches_of(
     if text.share is not None and not 0 <= text.share < 1:
         raise InputError(f"--valid-share {text.share}: a number from 0 to less than 1 is expected")
     data = read_data(text.data, has_form)
+    if len(data.text) > _LARGE:
+        # Said before and not meanwhile: the tokenizer encodes a text in one call, which holds all threads.
+        note(f"{text.data}: encoding {len(data.text) / 1e6:.1f} million characters, which takes a while")
     model = _with_tokenizer(model, data, text.resumed)
     assert model.tokenizer is not None
     examples = examples_of(data, model.tokenizer, text.mask_prompt)
@@ -59,10 +63,19 @@ def batches_of(
     rows, validation = _divided(model, examples, text, size, length, seed)
     if len(rows) < size:
         note(
-            f"{text.data}: gives {len(rows)} rows of {length} tokens, so a batch has {len(rows)}, not {size}"
+            f"{text.data}: gives {count_of(len(rows), 'row')} of {length} tokens, so a batch has "
+            f"{len(rows)}, not {size}"
         )
+        if len(rows) < accumulation <= size:
+            note(f"--grad-accumulation-steps {accumulation}: it is computed in {count_of(len(rows), 'part')}")
+            accumulation = len(rows)
     model.checked(rows.tokens)
     return model, TextBatches(rows, min(size, len(rows)), seed, accumulation, fixed), validation
+
+
+def count_of(number: int, name: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _check_no_data(text: Text) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from einsum_transformer.formats.sniff import COMPRESSED, kind_of_bytes
 from einsum_transformer.notes import note
 
 _HEAD = 4096
+_COMMENTS = 50  # lines in which a record is looked for
+_LIKE_JSON = re.compile(r"""\s*[\[{][\s\[{]*(["']|\w+\s*:\s*["'\[{\d])""")
+_SPACE = " \t\r\ufeff"
 _LARGEST = 1 << 31  # bytes: their tokens alone take several times as much memory
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _MARKUP = (".html", ".htm", ".xml", ".xhtml", ".svg")
@@ -52,6 +56,8 @@ class Data:
     path: Path
     text: str
     records: list[Record] | None
+    doubt: str = ""
+    """Why it is read as a text, where it looks like JSON records."""
 
 
 def read_data(path: str | Path, known: Callable[[dict[str, Any]], bool], part: str = "train") -> Data:
@@ -75,8 +81,16 @@ def read_data(path: str | Path, known: Callable[[dict[str, Any]], bool], part: s
         raise InputError(f"{path}: holds no {'lines' if path.suffix.lower() in _LINES else 'text'}")
     if path.suffix.lower() in (".json", *_LINES):
         return Data(path, text, list(_records(path, text)))
+    if text.lstrip()[:5].lower() == "{\\rtf":
+        raise InputError(f"{path}: an RTF document; save it as plain text first")
     if text.lstrip()[:1] in ("{", "["):
-        return Data(path, text, _sniffed(path, text, known))
+        records, doubt = _sniffed(path, text, known)
+    else:
+        records, doubt = None, _record_inside(text, known)
+    if doubt:
+        note(f"{path}: {doubt}; it is learnt as a plain text")
+    if records is not None or doubt:
+        return Data(path, text, records, doubt)
     if path.suffix.lower() not in _MARKUP and text.lstrip()[:14].lower().startswith(
         ("<!doctype html", "<html")
     ):
@@ -115,6 +129,11 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
     for mark, name in _UNICODE:
         if head.startswith(mark):
             raise InputError(f"{path}: {name} text; save it as UTF-8 (iconv -f {name} -t UTF-8)")
+    for name, letters, zeros in (("UTF-16LE", head[::2], head[1::2]), ("UTF-16BE", head[1::2], head[::2])):
+        if b"\x00" not in letters and zeros.count(0) > 0.7 * len(letters) and len(head) >= 8:
+            raise InputError(
+                f"{path}: {name} text without a byte order mark; save it as UTF-8 (iconv -f {name} -t UTF-8)"
+            )
     kind = kind_of_bytes(head, size)
     if kind in ("JSON", "text") or (kind == "binary" and b"\x00" not in head):
         return  # what is not UTF-8 is said with its place
@@ -136,22 +155,38 @@ def _decoded(raw: bytes, path: str) -> str:
         raise InputError(f"{path}: line {line}: byte {error.start + skipped} is not UTF-8 text") from None
 
 
-def _sniffed(path: Path, text: str, known: Callable[[dict[str, Any]], bool]) -> list[Record] | None:
-    """The records of a file with a name that does not promise any; None if it is a text that begins so."""
+def _sniffed(
+    path: Path, text: str, known: Callable[[dict[str, Any]], bool]
+) -> tuple[list[Record] | None, str]:
+    """The records of a file with a name that does not promise any, or None and why it is taken as a text."""
     try:
         records = list(_records(path, text))
-    except InputError:
-        return None
+    except InputError as error:
+        if re.match(r"[\[{\s]*'\w+'\s*:", text):
+            return None, "begins like a Python dict, not like JSON (json.dumps writes that)"
+        if not _LIKE_JSON.match(text):
+            return None, ""
+        found = str(error).removeprefix(f"{path}: ")
+        return None, f"begins like JSON, but is not: {found}"
     if not known(records[0].values):
-        note(f"{path}: holds JSON without a form to learn from, and is learnt as a plain text")
-        return None
+        return None, "holds JSON without a form to learn from"
     note(f"{path}: read as JSON records; name it .jsonl")
-    return records
+    return records, ""
+
+
+def _record_inside(text: str, known: Callable[[dict[str, Any]], bool]) -> str:
+    """Which of the first lines is a JSON record after all, such as that after a comment."""
+    for n, line in enumerate(text[:_HEAD].split("\n")[:_COMMENTS], 1):
+        part = line.strip(_SPACE)
+        if part.startswith("{") and _is_json(part) and known(json.loads(part)):
+            return f"line {n} is a JSON record, but the first line is not"
+    return ""
 
 
 def _records(path: Path, text: str) -> Iterator[Record]:
     """The JSON objects of a text."""
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    # A file that was put together from others may have their byte order marks.
+    lines = [(n, line.lstrip("\ufeff")) for n, line in enumerate(text.split("\n"), 1) if line.strip(_SPACE)]
     if not text.lstrip().startswith("[") and _is_json(lines[0][1]):
         for n, line in lines:
             yield Record(parse_json(path, f"line {n}", line.encode()), f"{path}: line {n}")

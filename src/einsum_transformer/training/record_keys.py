@@ -78,6 +78,8 @@ REFUSED = {
 """Keys that change what a record means, in any form."""
 WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
 """Of a record: only 1 means something here."""
+SWITCHES = ("train", "training", "loss")
+"""Of a record: true changes nothing, false would leave it out. `loss` may be a number that was measured."""
 OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("chosen", "rejected"), "preference data; keep the chosen answer as completion or in messages"),
     (("preferred_output", "non_preferred_output"), "preference data; keep the preferred answer, in messages"),
@@ -93,6 +95,11 @@ OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("query", "response"), "write prompt for query and completion for response"),
     (("prompt", "response"), "write completion for response"),
     (("input", "output"), "write prompt for input and completion for output"),
+    (("conversation",), "write messages for conversation"),
+    (("dialogue",), "write messages for dialogue"),
+    (("dialog",), "write messages for dialog"),
+    (("turns",), "write messages for turns"),
+    (("chat",), "write messages for chat"),
     (("role", "content"), 'a message; a record is {"messages": [...]}'),
     (("prompt",), "a prompt without a completion has nothing to learn"),
 )
@@ -104,7 +111,10 @@ MESSAGE_REFUSED = {
     "train_detail": "parts of a message cannot be chosen here; use train for the whole",
     "loss_scale": "a message counts wholly or not at all; use train",
     "images": "pictures cannot be learnt here",
+    "function_call": "the older form of tool_calls; write tool_calls",
 }
+MESSAGE_NEUTRAL = frozenset({"role", "content", "tool_call_id"})
+"""Keys of a message that no note names: answers of tools stand in the order of the calls."""
 _SHAREGPT = {
     "human": "user",
     "user": "user",
@@ -112,7 +122,11 @@ _SHAREGPT = {
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "observation": "tool",
 }
+"""Of ShareGPT, FastChat and LLaMA-Factory, in any case."""
 _ARGUMENTS = frozenset(
     {
         "template",
@@ -163,7 +177,7 @@ def form_of(raw: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         for names, what in OTHER_FORMS:
             if all(name in present for name in names):
                 raise InputError(
-                    f"expected text, prompt and completion, or messages; it has {_named(raw)}: {what}"
+                    f"expected text, prompt and completion, or messages; it has {', '.join(raw)}: {what}"
                 )
         raise InputError(f"expected text, prompt and completion, or messages; it has {_named(raw)}")
     _check_meaning(present, form)
@@ -201,7 +215,17 @@ def _check_meaning(present: Mapping[str, Any], form: str) -> None:
             raise InputError(
                 f"{key!r} is {_shown(present[key])}: a record counts once; leave it out or repeat it"
             )
-    if form in ("completion", "chat completion") and isinstance(present.get("label"), bool):
+    for key in SWITCHES:
+        value = present.get(key, 1)
+        measured = key == "loss" and isinstance(value, float) and value
+        if value != 1 and not measured:
+            raise InputError(
+                f"{key!r} is {_shown(value)}: a record is learnt if it is there; leave it out of the file"
+            )
+    label = present.get("label")
+    # A number beside a text is the class that it belongs to, and a note names it.
+    preference = (0, 1) if form in ("completion", "chat completion") else (0,) if form != "text" else ()
+    if label is False or label in preference:
         raise InputError("'label': unpaired preference data; keep the records with true, without the key")
     for key in CONTEXT:
         if key not in used and present.get(key) not in (None, [], "", {}, "[]", "{}"):
@@ -213,7 +237,11 @@ def _check_meaning(present: Mapping[str, Any], form: str) -> None:
 def unused(raw: Mapping[str, Any], used: Sequence[str]) -> list[str]:
     """The keys of a record that a note names."""
     known = {*used, *NEUTRAL, *WEIGHTS}
-    return [key for key, value in raw.items() if key not in known and value not in (None, "", [], {})]
+    return [
+        key
+        for key, value in raw.items()
+        if key not in known and value not in (None, "", [], {}) and not (key in SWITCHES and value == 1)
+    ]
 
 
 def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:
@@ -255,12 +283,14 @@ def _renamed(message: dict[str, Any], where: str) -> dict[str, Any]:
     if "from" not in message:
         return message
     role = message["from"]
-    if not isinstance(role, str) or role not in _SHAREGPT:
+    if role == "function_call":
+        raise InputError(f"{where}: function_call: write a message of role assistant with tool_calls")
+    if not isinstance(role, str) or role.lower() not in _SHAREGPT:
         raise InputError(f"{where}: 'from' is {_shown(role)}; known are {', '.join(_SHAREGPT)}")
     if "role" in message or ("value" in message and "content" in message):
         raise InputError(f"{where}: has both from and value, and role and content")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {"role": _SHAREGPT[role], "content": message.get("value")} | rest
+    return {"role": _SHAREGPT[role.lower()], "content": message.get("value")} | rest
 
 
 def tools_of(raw: Mapping[str, Any]) -> list[Any] | None:
@@ -329,7 +359,7 @@ def message_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
         key: None
         for message in messages
         for key, value in message.items()
-        if key not in ("role", "content") and value not in (None, "", [], {})
+        if key not in MESSAGE_NEUTRAL and value not in (None, "", [], {})
     }
     return list(found)
 

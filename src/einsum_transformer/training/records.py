@@ -19,6 +19,7 @@ from einsum_transformer.training.files import Data, Record, read_data
 from einsum_transformer.training.turns import Conversation, Rewritten, Span, held, offsets
 
 Array = np.ndarray
+_TRIED = 8  # answers of a conversation, from the last on
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,15 @@ def examples_of(data: Data, tokenizer: Tokenizer, mask_prompt: bool = False) -> 
     """The examples of a file that was read; see `read_examples`."""
     if data.records is None:
         if mask_prompt:
-            raise InputError(f"{data.path}: a plain text has no prompt to mask; that needs JSONL records")
+            why = f"{data.doubt}, and " * bool(data.doubt)
+            raise InputError(
+                f"{data.path}: {why}a plain text has no prompt to mask; that needs JSONL records"
+            )
         return [_whole(tokenizer.encode_once(data.text, end=True), str(data.path))]
     reader = _Reader(tokenizer, mask_prompt)
-    examples = [reader.example(record) for record in data.records]
-    reader.tell(data.path)
+    found = [reader.example(record) for record in data.records]
+    examples = [example for example in found if example is not None]
+    reader.tell(data.path, len(found))
     return examples
 
 
@@ -95,24 +100,40 @@ class _Reader:
     """Keys and template variables that change nothing, and in how many records they are."""
     last_only: int = 0
     """Conversations of which only the last answer is learnt."""
+    untold: int = 0
+    """Conversations in which the answers cannot be told apart."""
 
-    def example(self, record: Record) -> Example:
+    def example(self, record: Record) -> Example | None:
+        """The example; None for a conversation in which the answers cannot be told apart."""
         try:
             return self._example(record.values, record.place)
         except InputError as error:
             raise (
                 error if str(error).startswith(record.place) else InputError(f"{record.place}: {error}")
             ) from None
+        except Rewritten:
+            self.untold += 1
+            return None
 
-    def tell(self, path: Path) -> None:
-        """The notes of the file."""
+    def tell(self, path: Path, count: int) -> None:
+        """The notes of a file of so many records; raises InputError if none can be learnt."""
+        why = "the chat template does not show which words are the assistant's"
+        if self.untold == count:
+            raise InputError(
+                f"{path}: {why}, so the prompt cannot be masked; learn whole conversations (without "
+                '--mask-prompt), write {"prompt": ..., "completion": ...}, or use a template with '
+                "{% generation %} blocks"
+            )
+        if self.untold:
+            note(f"{path}: {self.untold} of {count} records are left out: in them {why}")
         if self.unused:
             named = ", ".join(f"{name} ({count})" for name, count in self.unused.most_common(12))
             more = f" and {len(self.unused) - 12} more" if len(self.unused) > 12 else ""
             note(f"{path}: keys that change nothing here, and in how many records: {named}{more}")
         if self.last_only:
+            which = "conversations" if self.last_only > 1 else "conversation"
             note(
-                f"{path}: the chat template writes earlier turns anew, so of {self.last_only} conversations "
+                f"{path}: the chat template writes earlier turns anew, so of {self.last_only} {which} "
                 "only the last answer is learnt"
             )
 
@@ -157,15 +178,15 @@ class _Reader:
         prompt = keys.with_system(raw, keys.plain_messages(raw["prompt"], "prompt"))
         completion = keys.plain_messages(raw["completion"], "completion")
         chat = self._rendered(raw, [*prompt, *completion])
+        if not self.mask_prompt:
+            return self._plain(chat, place)
         try:
-            first = chat.start(prompt) if self.mask_prompt else 0
+            learnt = [(chat.start(len(prompt)), len(chat.text))]
         except Rewritten:
-            raise InputError(
-                "the chat template writes the prompt anew, so that it cannot be told apart"
-            ) from None
+            chosen = [None if i >= len(prompt) else False for i in range(len(chat.messages))]
+            learnt = self._learnt(chat, chosen)[0]
         example = self._plain(chat, place)
-        if first:
-            example.trained[:] = held(offsets(self.tokenizer, chat.text), [(first, len(chat.text))])
+        example.trained[:] = held(offsets(self.tokenizer, chat.text), learnt)
         return example
 
     def _plain(self, chat: Conversation, place: str) -> Example:
@@ -173,6 +194,11 @@ class _Reader:
 
     def _rendered(self, raw: Mapping[str, Any], messages: list[dict[str, Any]]) -> Conversation:
         check_messages(messages)
+        if not self.tokenizer.chat_templates:
+            raise InputError(
+                f"{self.tokenizer.source} has no chat template, which messages need; put its "
+                'chat_template.jinja into the model\'s folder, or write {"prompt": ..., "completion": ...}'
+            )
         tools, variables = keys.tools_of(raw), keys.variables_of(raw)
         sources = " ".join(self.tokenizer.chat_templates.values())
         if sources:
@@ -191,50 +217,75 @@ class _Reader:
             raise InputError(
                 "no message is the assistant's, so with the prompt masked nothing is left to learn"
             )
-        learnt, masked = self._spans(chat, chosen)
+        learnt, masked = self._learnt(chat, chosen) if self.mask_prompt else ([], _switched_off(chat, chosen))
         example, places = self._plain(chat, place), offsets(self.tokenizer, chat.text)
         if self.mask_prompt:
             example.trained[:] = held(places, learnt)
         example.trained[held(places, masked)] = False
         if not example.trained.any():
-            raise InputError("nothing is left to learn: no message is chosen by weight or train")
+            raise InputError(_nothing_left(chosen))
         return example
 
-    def _spans(self, chat: Conversation, chosen: list[bool | None]) -> tuple[list[Span], list[Span]]:
-        """Characters that are learnt where the rest is masked, and those that never are."""
-        answers = set(chat.answers)
-        others = [i for i, choice in enumerate(chosen) if choice is self.mask_prompt and i not in answers]
-        spans = self._turns(chat, chosen) | self._others(chat, others)
-        learnt = [span for i, span in spans.items() if chosen[i] is not False]
-        return learnt, [span for i, span in spans.items() if chosen[i] is False]
+    def _learnt(self, chat: Conversation, chosen: Sequence[bool | None]) -> tuple[list[Span], list[Span]]:
+        """Characters that are learnt where the prompt is masked, and those that never are.
 
-    def _others(self, chat: Conversation, numbers: Sequence[int]) -> dict[int, Span]:
-        try:
-            spans = chat.whole_messages() if numbers else {}
-        except Rewritten:
-            raise InputError(
-                f"messages[{numbers[0]}]: the chat template writes earlier messages anew, so that this one "
-                "cannot be told apart"
-            ) from None
-        return {i: spans[i] for i in numbers}
-
-    def _turns(self, chat: Conversation, chosen: list[bool | None]) -> dict[int, Span]:
-        answers = chat.answers
-        if not answers or (not self.mask_prompt and not any(chosen[i] is False for i in answers)):
-            return {}
-        try:
-            return chat.turns()
-        except Rewritten:
-            pass
-        if len(chat.blocks) == len(answers):
-            return dict(zip(answers, chat.blocks))
-        try:
-            if not self.mask_prompt:
+        Raises Rewritten if nothing can be told apart.
+        """
+        on = [i for i in chat.answers if chosen[i] is not False]
+        off = [i for i in chat.answers if chosen[i] is False]
+        others = [i for i, choice in enumerate(chosen) if choice and i not in on]
+        more = chat.message_spans(others)
+        if not on:
+            return more, []
+        if chat.has_blocks:
+            if not chat.blocks and not more:
                 raise Rewritten
-            last = chat.last_turn()
+            owned = chat.owned_blocks() if off else {}
+            return chat.blocks + more, [span for i in off for span in owned[i]]
+        try:
+            turns = chat.turns()
         except Rewritten:
-            raise InputError(
-                "the chat template writes earlier turns anew, so the prompt cannot be told apart"
-            ) from None
-        self.last_only += len(answers) > 1
-        return last
+            return more + self._last(chat, on, bool(more)), []
+        return more + [turns[i] for i in on], [turns[i] for i in off]
+
+    def _last(self, chat: Conversation, numbers: Sequence[int], more: bool) -> list[Span]:
+        """The last of these answers that can be told apart; raises Rewritten if none can, and there is no
+        more to learn."""
+        for i in list(reversed(numbers))[:_TRIED]:
+            try:
+                found = [chat.turn(i)]
+            except Rewritten:
+                continue
+            self.last_only += len(numbers) > 1
+            return found
+        if not more:
+            raise Rewritten
+        self.last_only += 1
+        return []
+
+
+def _switched_off(chat: Conversation, chosen: Sequence[bool | None]) -> list[Span]:
+    """Characters of the messages that weight or train switches off, where the whole is learnt."""
+    off = [i for i, choice in enumerate(chosen) if choice is False]
+    answers = [i for i in off if i in chat.answers]
+    try:
+        found = chat.message_spans([i for i in off if i not in answers])
+        if not answers:
+            return found
+        try:
+            turns = chat.turns()
+            return found + [turns[i] for i in answers]
+        except Rewritten:
+            owned = chat.owned_blocks() if chat.has_blocks else {i: [chat.turn(i)] for i in answers}
+        return found + [span for i in answers for span in owned[i]]
+    except Rewritten:
+        raise InputError(
+            f"messages[{off[0]}]: the chat template writes earlier messages anew, so that it cannot be left "
+            "out; leave the record out, or remove its weight or train"
+        ) from None
+
+
+def _nothing_left(chosen: Sequence[bool | None]) -> str:
+    if False in chosen:
+        return "nothing is left to learn: weight, train or loss switches off every message that would be"
+    return "nothing is left to learn: the chat template writes nothing for the messages that would be"

@@ -39,6 +39,11 @@ _NAME = re.compile(r"step-\d{8}")
 _LEFTOVER = re.compile(r"\.(step-\d{8}|run\.json|metrics\.jsonl)\.[0-9a-f]{12}\.tmp")
 _LARGEST_JSON = 16 << 20
 _CHUNK = 1 << 22
+_SUMS = {
+    "data.sha256": "the data have other contents or other tokens",
+    "frozen": "the frozen weights, which are not trained, are others",
+}
+"""Check sums of a description, and what it means that they differ."""
 
 
 def save(trainer: Trainer, root: str | Path, keep: int | None = None) -> Path:
@@ -94,12 +99,13 @@ def restore(trainer: Trainer, folder: str | Path) -> list[str]:
     folder = Path(folder)
     verify(folder)
     state = _read_json(folder / STATE)
-    differing = _differences(state.get("training"), description(trainer))
+    differing = _of_training(state.get("training"), description(trainer))
     if differing:
-        begin = f"give {folder} as the model" if trainer.model.lora is None else f"--adapter-path {folder}"
+        adapter = (folder / peft.TENSORS).is_file()
+        begin = f"--adapter-path {folder}" if adapter else f"give {folder} as the model"
         raise InputError(
             f"{folder}: is of another training: {'; '.join(differing)}; to begin a new one with its weights, "
-            f"{begin} and another output folder (-o), without --resume"
+            f"{begin} and another output folder (-o), without --resume{' and without --lora' * adapter}"
         )
     counts = {key: state.get(key) for key in ("steps_done", "bad_steps", "bad_in_a_row")}
     for key, count in counts.items():
@@ -275,6 +281,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return parse_json(path, path.name, path.read_bytes())
 
 
+def _of_training(there: Any, here: dict[str, Any]) -> list[str]:
+    """Where two descriptions of trainings differ. What is trained follows from whether there are adapters."""
+    if not isinstance(there, dict):
+        return ["it has no description"]
+    if (there.get("lora") is None) == (here["lora"] is None):
+        return _differences(there, here)
+    hidden = ("lora", "frozen", "trained")
+    old, new = ({key: value for key, value in each.items() if key not in hidden} for each in (there, here))
+    first, second = (
+        each["lora"] and f"of rank {each['lora'].get('r')}" for each in ({"lora": None} | there, here)
+    )
+    return [f"lora is {first} there and {second} here", *_differences(old, new)]
+
+
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:
     """Where two JSON values differ, by name: `seed is 1 there and 2 here`."""
     if isinstance(there, dict) and isinstance(here, dict):
@@ -287,6 +307,8 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
         return found if len(found) < 5 else [*found[:4], f"and {len(found) - 4} more"]
     if there == here:
         return []
-    if name == "data.sha256":
-        return ["the data have other contents or other tokens"]
+    if name in _SUMS:
+        return [_SUMS[name]]
+    if isinstance(there, dict | list) or isinstance(here, dict | list):
+        return [f"{name} differs"]
     return [f"{name} is {there!r} there and {here!r} here"]
