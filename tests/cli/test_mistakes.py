@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text, encoding="utf-8")
     for name in ("lfs.txt", "lfs.npz", "lfs.safetensors"):
         (folder / name).write_text(LFS)
-    (folder / "x.gz").write_bytes(gzip.compress(b"hello"))
+    (folder / "x.gz").write_bytes(gzip.compress(b"hello", mtime=0))
     (folder / "tiny.pdf").write_bytes(b"%PDF-1.7\n\xe2\xe3")
     (folder / "small.gguf").write_bytes(b"GGUF\x03" + bytes(19))
     np.savez(folder / "x.npz", logits=np.zeros((1, 3, 101)))

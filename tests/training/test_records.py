@@ -278,7 +278,7 @@ def npy() -> bytes:
     [
         ("a.csv", b"a,b\n1,2\n", "comma-separated values; convert it to JSONL"),
         ("a.tsv", b"a\tb\n", "tab-separated values"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}'), r"a compressed file \(gzip\); unpack it first"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), r"a compressed file \(gzip\); unpack it first"),
         ("a.zip", b"PK\x03\x04" + bytes(40), "a compressed file"),
         ("a.parquet", b"PAR1" + bytes(40), "a Parquet file; convert it to JSONL"),
         ("a.arrow", b"ARROW1\x00\x00" + bytes(40), "an Arrow file"),
