@@ -87,7 +87,7 @@ NEUTRAL = frozenset(
         "is_decoder",
         "tie_encoder_decoder",
         "cross_attention_hidden_size",
-        # How random weights are drawn, which a checkpoint has not.
+        # How random weights are drawn; a checkpoint has its own.
         "initializer_range",
         "init_std",
         "initializer_factor",

@@ -29,7 +29,7 @@ DESCRIPTIVE = frozenset(
         "expert_used_count",
     }
 )
-"""Keys that change nothing here, whatever their value: descriptions, and settings of what a model has not got
+"""Keys that change nothing here, whatever their value: descriptions, and settings of absent parts of a model
 (the epsilon of the other kind of norm, the length of an absent scaling, the choice among absent experts)."""
 
 SIZES = frozenset(
