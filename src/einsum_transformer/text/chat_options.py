@@ -57,8 +57,8 @@ def choose_template(templates: Mapping[str, str], wanted: str | None, tools: boo
         return templates["tool_use"]
     if "default" not in templates:
         raise InputError(
-            f"{source}: no chat template is the default one; choose one of {_names(templates)} with "
-            f"chat_template (--chat-template)"
+            f"{source}: no chat template is the default one: choose one of {_names(templates)} with "
+            "encode_chat(messages, chat_template=NAME) or --chat-template NAME"
         )
     return templates["default"]
 

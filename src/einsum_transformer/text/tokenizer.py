@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _SMALLEST_VOCABULARY = 257
+_END_CHARS = 4096  # of a long text that are encoded to see its first and last tokens
 # Control tokens that end a turn or a document, whatever the checkpoint's end-of-sequence token is.
 _TURN_ENDS = (
     "<|eot_id|>",
@@ -159,6 +160,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; `add_special_tokens` puts BOS and EOS around it if the checkpoint asks for them."""
+        return self._encoded(text, add_special_tokens).ids
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> "tokenizers.Encoding":
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -169,7 +173,7 @@ class Tokenizer:
             raise InputError(f"{self.source}: {self.refusal}")
         return checked(
             f"{self.source}: cannot encode the text",
-            lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).ids,
+            lambda: self.backend.encode(text, add_special_tokens=add_special_tokens),
         )
 
     def encode_once(self, text: str, end: bool = False) -> list[int]:
@@ -179,9 +183,8 @@ class Tokenizer:
         complete, so EOS follows it if the tokenizer has one and the text does not end in it. White space
         before the text's own BOS or after its own EOS, as the line end of ChatML, stays and does not count.
         """
-        plain = self.encode(text, add_special_tokens=False)
-        core = plain if text == text.strip() else self.encode(text.strip(), add_special_tokens=False)
-        before, after = self._marks(text)
+        before, plain, after = self._marked(text)
+        core = plain if text == text.strip() else self._ends_of(text.strip())
         own = 0  # how many tokens of the text itself begin it as BOS does
         if before and core[: len(before)] == before:
             before, own = [], len(before)
@@ -194,13 +197,18 @@ class Tokenizer:
         closed = [*before, *core, *after][opening:][-1:] == [self.eos_id]
         return ids if not end or self.eos_id is None or closed else [*ids, self.eos_id]
 
-    def _marks(self, text: str) -> tuple[list[int], list[int]]:
-        """What the post-processor puts before and after the ids of a text."""
-        found = checked(f"{self.source}: cannot encode the text", lambda: self.backend.encode(text))
+    def _marked(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """What the post-processor puts before the ids of a text, these ids, and what it puts after them."""
+        found = self._encoded(text, True)
         added = found.special_tokens_mask  # of the tokens that the text itself holds, none
         first = next((i for i, mark in enumerate(added) if not mark), len(added))
-        last = next((i for i, mark in enumerate(reversed(added)) if not mark), 0)
-        return found.ids[:first], found.ids[len(added) - last :]
+        last = len(added) - next((i for i, mark in enumerate(reversed(added)) if not mark), 0)
+        return found.ids[:first], found.ids[first:last], found.ids[last:]
+
+    def _ends_of(self, text: str) -> list[int]:
+        """Ids whose first and last are those of a text; of a long one, both ends are encoded alone."""
+        parts = (text,) if len(text) <= 2 * _END_CHARS else (text[:_END_CHARS], text[-_END_CHARS:])
+        return [i for part in parts for i in self.encode(part, add_special_tokens=False)]
 
     def contains_special(self, text: str) -> bool:
         """Whether the content of a special token occurs in `text`, which decoding may leave out."""
