@@ -107,9 +107,7 @@ def test_a_template_is_chosen_by_name_or_given() -> None:
 
 def test_named_templates_without_a_default_are_listed() -> None:
     tokenizer = with_templates(rag="{{ 2 }}", short="{{ 3 }}")
-    with pytest.raises(
-        InputError, match=r"choose one of 'rag', 'short' with chat_template \(--chat-template\)"
-    ):
+    with pytest.raises(InputError, match=r"choose one of 'rag', 'short' with .*chat_template=NAME"):
         tokenizer.encode_chat(HI)
     assert tokenizer.render_chat(HI, chat_template="short") == "3"
 
