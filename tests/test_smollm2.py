@@ -52,6 +52,7 @@ def test_chat(model: et.Model) -> None:
     assert greedy(model, [case["ids"]], len(case["tokens"])) == [case["tokens"]]
 
 
+@pytest.mark.timeout(400)  # beside another job its products wait for each other
 def test_saved_folder_gives_the_same_tokens(model: et.Model, tmp_path: Path) -> None:
     model.save(tmp_path)
     again = et.load(tmp_path)
