@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.report import columns, some
+from einsum_transformer.analysis.report import columns
 from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorSource
@@ -25,6 +25,7 @@ from einsum_transformer.formats.sniff import kind_of
 from einsum_transformer.formats.unsupported import named
 from einsum_transformer.leaves.watched import watched
 from einsum_transformer.models.model import Model
+from einsum_transformer.notes import some
 
 Array = np.ndarray
 

@@ -280,12 +280,6 @@ def quantity(amount: float, unit: str = "") -> str:
     return f"{amount:.{digits}f} {prefix}{unit}".rstrip()
 
 
-def some(names: Sequence[str], most: int) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
     """Rows of cells as lines of text, columns as wide as their longest cell; right: those that end together.
 

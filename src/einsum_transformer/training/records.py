@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.notes import note
+from einsum_transformer.notes import note, some
 from einsum_transformer.text.chat_template import check_messages
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.training import record_keys as keys
@@ -127,9 +127,8 @@ class _Reader:
         if self.untold:
             note(f"{path}: {self.untold} of {count} records are left out: in them {why}")
         if self.unused:
-            named = ", ".join(f"{name} ({count})" for name, count in self.unused.most_common(12))
-            more = f" and {len(self.unused) - 12} more" if len(self.unused) > 12 else ""
-            note(f"{path}: keys that change nothing here, and in how many records: {named}{more}")
+            named = some([f"{name} ({number})" for name, number in self.unused.most_common()], 12)
+            note(f"{path}: keys that change nothing here, and in how many records: {named}")
         if self.last_only:
             which = "conversations" if self.last_only > 1 else "conversation"
             note(

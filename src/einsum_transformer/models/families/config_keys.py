@@ -11,7 +11,7 @@ from typing import Any
 
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig, shown
-from einsum_transformer.notes import note
+from einsum_transformer.notes import note, some
 
 NEUTRAL = frozenset(
     {
@@ -167,8 +167,7 @@ def check_unread(keys: Keys) -> tuple[tuple[str, Any], ...]:
         else:
             unknown.append(name if len(name) <= 60 else f"{name[:57]}...")
     if unknown:
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        note(f"{keys.source}: keys that are not used: {', '.join(unknown[:8])}{more}")
+        note(f"{keys.source}: keys that are not used: {some(unknown, 8)}")
     return tuple(training)
 
 

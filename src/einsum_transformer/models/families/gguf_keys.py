@@ -12,7 +12,7 @@ from typing import Any
 
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig, shown
-from einsum_transformer.notes import note
+from einsum_transformer.notes import note, some
 
 OFF: tuple[Any, ...] = (0, False, "")
 ONE: tuple[Any, ...] = (0, 1)
@@ -184,8 +184,7 @@ def check_unread(keys: Keys, architecture: str, config: ModelConfig) -> None:
                 f"not supported for {config.model_type}"
             )
     if unknown:
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        note(f"{keys.source}: metadata that is not used: {', '.join(unknown[:8])}{more}")
+        note(f"{keys.source}: metadata that is not used: {some(unknown, 8)}")
 
 
 def _is_without_effect(name: str, config: ModelConfig) -> bool:
