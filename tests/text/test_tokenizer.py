@@ -385,15 +385,6 @@ def test_white_space_around_the_marks_of_a_text_does_not_count(
     assert (tokenizer.encode_once(text), tokenizer.encode_once(text, end=True)) == (ids, ended or ids)
 
 
-def test_whether_a_text_contains_a_special_token() -> None:
-    tokenizer = byte_level()
-    assert tokenizer.contains_special("Stop here<|im_end|>!")
-    assert tokenizer.contains_special("<|begin|>")
-    assert not tokenizer.contains_special("<|im_end|")
-    assert not tokenizer.contains_special("<think>")  # an added token that decoding keeps
-    assert not tokenizer.contains_special("")
-
-
 def test_one_line_and_no_more_is_written_about_a_panic(capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = from_golden("unigram", precompiled_charsmap=[4, 0, 0, 0, 1, 2, 3, 4, 5])
     with pytest.raises(InputError, match="index out of bounds"):

@@ -210,11 +210,6 @@ class Tokenizer:
         parts = (text,) if len(text) <= 2 * _END_CHARS else (text[:_END_CHARS], text[-_END_CHARS:])
         return [i for part in parts for i in self.encode(part, add_special_tokens=False)]
 
-    def contains_special(self, text: str) -> bool:
-        """Whether the content of a special token occurs in `text`, which decoding may leave out."""
-        added = self.backend.get_added_tokens_decoder().values()
-        return any(token.special and token.content in text for token in added if token.content)
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token (a padded embedding has some) give no text."""
         text = checked(
