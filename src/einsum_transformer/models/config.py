@@ -17,9 +17,11 @@ FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 BLOCKS = ("pre_norm", "sandwich_norm", "post_norm", "parallel", "parallel_two_norms")
 """Norms before attention and feed-forward; before and after; after; attention beside feed-forward, with one
 norm before both, or one before each."""
-_MOST_LAYERS = 1 << 12
+LARGEST_CONFIG = 16 << 20
+"""Bytes of a config's JSON file."""
+MOST_LAYERS = 1 << 12
 FARTHEST = 1 << 62
-_MOST = {"num_hidden_layers": _MOST_LAYERS, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16}
+_MOST = {"num_hidden_layers": MOST_LAYERS, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16}
 _LARGEST = 1 << 24
 """No size of a real model comes near this; a config beyond it is a mistake or an attack."""
 

@@ -8,12 +8,11 @@ from typing import Any
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats.safetensors import parse_json
 from einsum_transformer.formats.sniff import kind_of
-from einsum_transformer.models.config import Keys, shown
+from einsum_transformer.models.config import LARGEST_CONFIG, Keys, shown
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.notes import note
 
 CONFIG = "adapter_config.json"
-LARGEST_CONFIG = 16 << 20
 
 OBEYED = frozenset(
     {

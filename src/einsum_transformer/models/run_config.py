@@ -11,12 +11,18 @@ from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.formats.safetensors import parse_json
-from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, nearest, shown
+from einsum_transformer.models.config import (
+    FARTHEST,
+    LARGEST_CONFIG,
+    Keys,
+    ModelConfig,
+    MoEConfig,
+    nearest,
+    shown,
+)
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.unsupported import check_layers, other_json
-
-_LARGEST_FILE = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +190,8 @@ _COUNTS = (
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of reasonable size."""
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise InputError(f"{path}: larger than {_LARGEST_FILE >> 20} MiB, no config is")
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise InputError(f"{path}: larger than {LARGEST_CONFIG >> 20} MiB, no config is")
         return parse_json(path, "config", path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None

@@ -8,9 +8,8 @@ from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.formats.safetensors import parse_json
+from einsum_transformer.models.config import LARGEST_CONFIG, MOST_LAYERS
 
-_LARGEST = 16 << 20
-_MOST_LAYERS = 1 << 12
 _MOST_EXPERTS = 1 << 16
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -130,7 +129,7 @@ def adapter_in(folder: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        raw = parse_json(path, "config", path.read_bytes()) if path.stat().st_size <= _LARGEST else {}
+        raw = parse_json(path, "config", path.read_bytes()) if path.stat().st_size <= LARGEST_CONFIG else {}
     except (InputError, OSError):
         raw = {}
     return adapter(raw)
@@ -142,9 +141,9 @@ def check_layers(raw: Mapping[str, Any], source: str) -> None:
     for keys in (raw, text if isinstance(text, dict) else {}):
         for name in _LAYERS:
             value = keys.get(name)
-            if isinstance(value, (int, float)) and value > _MOST_LAYERS:
+            if isinstance(value, (int, float)) and value > MOST_LAYERS:
                 raise ConfigError(
-                    f"{source}: {name} is {value!r:.40}, at most {_MOST_LAYERS} layers are expected"
+                    f"{source}: {name} is {value!r:.40}, at most {MOST_LAYERS} layers are expected"
                 )
 
 
