@@ -185,8 +185,8 @@ class Row:
         self.budget = settings.budget(start)
         self.ends = frozenset() if settings.ignore_eos else end_tokens(model, settings.eos_token_id)
         ends = sorted(end for end in self.ends if 0 <= end < model.config.vocab_size)
-        # The last token needs no room in the context.
         self.repairs = sampling.remove_invalid_values
+        # The last token needs no room in the context.
         self.sampling = sampling.sampler(self.history, ends, min(start + self.budget, limit + 1))
         self.deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         seed = settings.seed
