@@ -65,7 +65,7 @@ def examples_of(data: Data, tokenizer: Tokenizer, mask_prompt: bool = False) -> 
     reader = _Reader(tokenizer, mask_prompt)
     found = [reader.example(record) for record in data.records]
     examples = [example for example in found if example is not None]
-    reader.tell(data.path, len(found))
+    reader.write_notes(data.path, len(found))
     return examples
 
 
@@ -100,11 +100,11 @@ class _Reader:
     """Keys and template variables that change nothing, and in how many records they are."""
     last_only: int = 0
     """Conversations of which only the last answer is learnt."""
-    untold: int = 0
-    """Conversations in which the answers cannot be told apart."""
+    not_located: int = 0
+    """Conversations in which the answers cannot be located."""
 
     def example(self, record: Record) -> Example | None:
-        """The example; None for a conversation in which the answers cannot be told apart."""
+        """The example; None for a conversation in which the answers cannot be located."""
         try:
             return self._example(record.values, record.place)
         except InputError as error:
@@ -112,20 +112,20 @@ class _Reader:
                 error if str(error).startswith(record.place) else InputError(f"{record.place}: {error}")
             ) from None
         except Rewritten:
-            self.untold += 1
+            self.not_located += 1
             return None
 
-    def tell(self, path: Path, count: int) -> None:
+    def write_notes(self, path: Path, count: int) -> None:
         """The notes of a file of so many records; raises InputError if none can be learnt."""
         why = "the chat template does not show which words are the assistant's"
-        if self.untold == count:
+        if self.not_located == count:
             raise InputError(
                 f"{path}: {why}, so the prompt cannot be masked; learn whole conversations (without "
                 '--mask-prompt), write {"prompt": ..., "completion": ...}, or use a template with '
                 "{% generation %} blocks"
             )
-        if self.untold:
-            note(f"{path}: {self.untold} of {count} records are left out: in them {why}")
+        if self.not_located:
+            note(f"{path}: {self.not_located} of {count} records are left out: in them {why}")
         if self.unused:
             named = some([f"{name} ({number})" for name, number in self.unused.most_common()], 12)
             note(f"{path}: keys that change nothing here, and in how many records: {named}")
@@ -228,7 +228,7 @@ class _Reader:
     def _learnt(self, chat: Conversation, chosen: Sequence[bool | None]) -> tuple[list[Span], list[Span]]:
         """Characters that are learnt where the prompt is masked, and those that never are.
 
-        Raises Rewritten if nothing can be told apart.
+        Raises Rewritten if no answer can be located.
         """
         on = [i for i in chat.answers if chosen[i] is not False]
         off = [i for i in chat.answers if chosen[i] is False]
@@ -248,7 +248,7 @@ class _Reader:
         return more + [turns[i] for i in on], [turns[i] for i in off]
 
     def _last(self, chat: Conversation, numbers: Sequence[int], more: bool) -> list[Span]:
-        """The last of these answers that can be told apart; raises Rewritten if none can, and there is no
+        """The last of these answers that can be located; raises Rewritten if none can, and there is no
         more to learn."""
         for i in list(reversed(numbers))[:_TRIED]:
             try:

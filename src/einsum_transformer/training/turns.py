@@ -107,7 +107,7 @@ class Conversation:
 
     def turn(self, number: int) -> Span:
         """The words of one message, with what ends its turn, where earlier turns may be rewritten; raises
-        Rewritten if they cannot be told apart."""
+        Rewritten if they cannot be located."""
         begin = self.start(number)
         if number + 1 == len(self.messages):
             return begin, len(self.text)
@@ -168,7 +168,7 @@ class Conversation:
 
     def message_spans(self, numbers: Sequence[int]) -> list[Span]:
         """Messages with what the template writes around them, or only after them where it rewrites earlier
-        ones; raises Rewritten if they cannot be told apart."""
+        ones; raises Rewritten if they cannot be located."""
         try:
             spans = self.whole_messages() if numbers else {}
         except Rewritten:
