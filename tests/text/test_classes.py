@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from text_golden import golden
+from text_golden import golden, streamed, write_files
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text import classes
@@ -23,14 +23,7 @@ def write(folder: Path, case: dict[str, Any], **changes: Any) -> Path:
         "tokenizer_config.json": case["config"],
         "config.json": {"model_type": case["model_type"]},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    return folder
-
-
-def streamed(tokenizer: Tokenizer, ids: list[int], skip: bool) -> str:
-    decoder = tokenizer.stream(skip)
-    return "".join([*(decoder.put(i) for i in ids), decoder.end()])
+    return write_files(folder, files)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from text_golden import byte_level, byte_level_metadata, from_golden, golden
+from text_golden import byte_level, byte_level_metadata, from_golden, golden, write_files
 from tokenizers import processors
 from tokenizers.models import WordLevel
 
@@ -25,17 +25,10 @@ CONVERSATION = [
 ]
 
 
-def write(folder: Path, files: dict[str, Any]) -> Path:
-    for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What transformers saved: see tools/make_golden_text.py."""
-    return write(tmp_path, golden("tiny")["folder"]["files"])
+    return write_files(tmp_path, golden("tiny")["folder"]["files"])
 
 
 def configure(folder: Path, **changes: Any) -> Tokenizer:
@@ -74,13 +67,13 @@ def test_special_tokens_in_their_forms(folder: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("<|im_end|>hello")) == "lo"
     assert tokenizer.encode("hel", add_special_tokens=False) == [tokenizer.pad_id]
     (folder / "tokenizer_config.json").unlink()
-    write(
+    write_files(
         folder, {"special_tokens_map.json": {"eos_token": "<|im_end|>", "unk_token": {"content": "<think>"}}}
     )
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.token(tokenizer.eos_id or 0) == "<|im_end|>"
     assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
-    write(folder, {"tokenizer_config.json": {"eos_token": "<|begin|>", "unk_token": None}})
+    write_files(folder, {"tokenizer_config.json": {"eos_token": "<|begin|>", "unk_token": None}})
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.token(tokenizer.eos_id or 0) == "<|im_end|>"  # special_tokens_map.json goes first
     assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
@@ -113,7 +106,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
         "pad_type_id": 0,
         "pad_token": "!",
     }
-    write(folder, {"tokenizer.json": saved})
+    write_files(folder, {"tokenizer.json": saved})
     assert Tokenizer.from_folder(folder).encode("the lazy dog") == expected
 
 
@@ -140,9 +133,9 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
 )
 def test_bad_folders_are_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     if files.keys() & {"tokenizer_config.json", "special_tokens_map.json"}:
-        write(tmp_path, {"tokenizer.json": golden("tiny")["folder"]["files"]["tokenizer.json"]})
+        write_files(tmp_path, {"tokenizer.json": golden("tiny")["folder"]["files"]["tokenizer.json"]})
     with pytest.raises(InputError, match=message) as error:
-        Tokenizer.from_folder(write(tmp_path, files))
+        Tokenizer.from_folder(write_files(tmp_path, files))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -152,7 +145,7 @@ def test_a_character_map_that_lies_about_its_length_is_refused(key: str, folder:
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     saved = json.loads(text) | {"normalizer": "HERE"}
     nested = '{"type": "Sequence", "normalizers": [{"type": "Precompiled", "KEY": "/////////w=="}]}'
-    write(folder, {"tokenizer.json": json.dumps(saved).replace('"HERE"', nested.replace("KEY", key))})
+    write_files(folder, {"tokenizer.json": json.dumps(saved).replace('"HERE"', nested.replace("KEY", key))})
     with pytest.raises(InputError, match=r"charsmap: 7 bytes cannot hold the 4294967295 bytes"):
         Tokenizer.from_folder(folder)
 
@@ -220,7 +213,7 @@ def test_a_post_processor_of_its_own_survives_saving(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(WordLevel({"[A]": 0, "[B]": 1, "x": 2, "<unk>": 3}, "<unk>"))
     backend.post_processor = processors.TemplateProcessing("[A] [B] $A", None, [("[A]", 0), ("[B]", 1)])
     backend.add_special_tokens(["[A]", "[B]"])
-    write(tmp_path, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": {"bos_token": "[A]"}})
+    write_files(tmp_path, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": {"bos_token": "[A]"}})
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode("x") == [0, 1, 2]
     assert tokenizer.adds_bos
@@ -297,7 +290,7 @@ def marked(folder: Path, single: str, special: dict[str, int], **config: Any) ->
     backend.add_special_tokens(["<s>", "</s>", "[A]"])
     backend.post_processor = processors.TemplateProcessing(single, None, list(special.items()))
     return Tokenizer.from_folder(
-        write(folder, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
+        write_files(folder, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
     )
 
 
@@ -381,7 +374,7 @@ def test_white_space_around_the_marks_of_a_text_does_not_count(
     special = [(mark, i) for i, mark in enumerate(("<s>", "</s>")) if mark in single]
     backend.post_processor = processors.TemplateProcessing(single, None, special)
     files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
-    tokenizer = Tokenizer.from_folder(write(tmp_path, files))
+    tokenizer = Tokenizer.from_folder(write_files(tmp_path, files))
     assert (tokenizer.encode_once(text), tokenizer.encode_once(text, end=True)) == (ids, ended or ids)
 
 

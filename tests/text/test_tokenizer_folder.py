@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from text_golden import golden
+from text_golden import golden, streamed, write_files
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text import chat_options, config_keys
@@ -28,14 +28,7 @@ def write(folder: Path, case: dict[str, Any]) -> Path:
         changed = {"added_tokens": [*BASE["added_tokens"], *case.get("added", [])]}
         changed |= {"post_processor": case["post_processor"]} if "post_processor" in case else {}
         files["tokenizer.json"] = BASE | changed
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    return folder
-
-
-def streamed(tokenizer: Tokenizer, ids: list[int], skip: bool) -> str:
-    decoder = tokenizer.stream(skip)
-    return "".join([*(decoder.put(i) for i in ids), decoder.end()])
+    return write_files(folder, files)
 
 
 @pytest.mark.parametrize("name", FOLDERS["cases"])
@@ -202,9 +195,7 @@ def test_a_vocabulary_in_another_form_is_named(
 )
 def test_unusable_vocab_and_merges_are_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     write(tmp_path, {"layout": "gpt2"})
-    for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    write_files(tmp_path, files)
     with pytest.raises(InputError, match=message):
         Tokenizer.from_folder(tmp_path)
 
