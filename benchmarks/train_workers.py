@@ -139,7 +139,7 @@ def prepare(folder: str, models: dict[str, dict[str, Any]], batch_size: int, seq
         write_adapter(lora, adapter)
         flops = {}
         for kind, model in (("full", plain), ("lora", lora)):
-            with Recorder(events_wanted=True) as recorder:
+            with Recorder(events=True) as recorder:
                 model.decoder.loss_and_gradient(tokens, tokens)
             flops[kind] = sum(event.flops for event in recorder.events)
         facts = {"vocabulary": plain.config.vocab_size, "flops": flops}

@@ -208,7 +208,7 @@ def prepare(model_name: str, folder: str, lengths: list[int]) -> dict[str, Any]:
     flops = {}
     for length in lengths:
         tokens = np.array([random_tokens(length, model.config.vocab_size)])
-        with Recorder(events_wanted=True) as recorder:
+        with Recorder(events=True) as recorder:
             prefill(model, tokens, model.cache(length))
         flops[str(length)] = sum(event.flops for event in recorder.events)
     parameters = model.named_parameters()

@@ -180,14 +180,16 @@ def check_import_side_effects(path: str, source: str) -> Iterator[str]:
 
 
 def equations(tree: ast.AST) -> Iterator[tuple[int, ast.expr]]:
-    """(line, first argument) of every call of einsum and weight_grad."""
+    """(line, equation) of every call of einsum and weight_grad."""
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func).split(".")[-1] in ("einsum", "weight_grad")
-            and node.args
-        ):
-            yield node.lineno, node.args[0]
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).split(".")[-1]
+            if name in _EQUATION_AT and len(node.args) > _EQUATION_AT[name]:
+                yield node.lineno, node.args[_EQUATION_AT[name]]
+
+
+_EQUATION_AT = {"einsum": 0, "weight_grad": 1}
+"""Function -> which argument is its equation."""
 
 
 def check_legend(path: str, source: str) -> Iterator[str]:
@@ -303,11 +305,11 @@ PLANTED = [
     (check_import_side_effects, COMPONENT, "for name in THREADS:\n    os.environ[name] = '1'"),
     (check_import_side_effects, COMPONENT, "try:\n    import mkl\nexcept ImportError: pass"),
     (check_legend, COMPONENT, "einsum('ij,jk->ik', a, b)"),
-    (check_legend, COMPONENT, "weight_grad('btD,btf->fD', dy, x, w)"),
+    (check_legend, COMPONENT, "weight_grad(w, 'btD,btf->fD', dy, x)"),
     (check_legend, COMPONENT, "einsum(text, a, b)"),
     (check_backward_equations, COMPONENT,
      "def forward():\n    einsum('btd,fd->btf', x, w)\ndef backward():\n    einsum('btf,btd->df', dy, x)"),
-    (check_backward_equations, COMPONENT, "def _mix_backward():\n    weight_grad('btv,btd->vd', dy, x, w)"),
+    (check_backward_equations, COMPONENT, "def _mix_backward():\n    weight_grad(w, 'btv,btd->vd', dy, x)"),
 ]  # fmt: skip
 FINE = [
     (check_ranks, COMPONENT, "from einsum_transformer.components.rope import Rotation\nimport numpy"),
@@ -322,7 +324,7 @@ FINE = [
     (check_legend, COMPONENT, "einsum('btd,fd->btf', x, w)"),
     (check_backward_equations, COMPONENT,
      "def forward():\n    einsum('btd,fd->btf', x, w)\n"
-     "def backward():\n    weight_grad('btf,btd->fd', dy, x, w)\n    einsum('btf,fd->btd', dy, w)\n"
+     "def backward():\n    weight_grad(w, 'btf,btd->fd', dy, x)\n    einsum('btf,fd->btd', dy, w)\n"
      "    einsum('btd->d', x)"),
 ]  # fmt: skip
 

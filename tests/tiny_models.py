@@ -10,8 +10,8 @@ import numpy as np
 
 import einsum_transformer as et
 from einsum_transformer.components.rope import inverse_frequencies
+from einsum_transformer.models.builder import WeightSpec, build
 from einsum_transformer.models.config import Keys, ModelConfig
-from einsum_transformer.models.decoder import Weight, build
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.families.family import read_rope
 from einsum_transformer.text.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ def tiny_model(dtype: str = "float32", seed: int = 0, **changes: Any) -> et.Mode
     config = family.read_config(Keys(raw, "tiny"))
     weights = random_weights(raw, seed)
 
-    def leaf(weight: Weight) -> Array:
+    def leaf(weight: WeightSpec) -> Array:
         return weights[family.checkpoint_name(weight.path)].astype(dtype).reshape(weight.shape)
 
     return et.Model(config, build(config, leaf))

@@ -23,9 +23,10 @@ from einsum_transformer.formats.unsupported import folder_refused, kind_of_folde
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import read_all, rooms
 from einsum_transformer.models.adapter_text import with_own_text
+from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.checks import check_beside, places_of, problems
 from einsum_transformer.models.config import Keys, ModelConfig
-from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
+from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.families.config_keys import check_unread as check_keys
 from einsum_transformer.models.families.family import Family, without_impossible_ids
@@ -311,7 +312,7 @@ def _random(config: ModelConfig, options: _Options, source: str) -> Model:
     arrays = rooms([weight.stored for weight in weights], options.dtype)
     places = {weight.path: array for weight, array in zip(weights, arrays)}
 
-    def leaf(weight: Weight) -> Array:
+    def leaf(weight: WeightSpec) -> Array:
         if weight.path.endswith("norm.weight"):
             return np.full(weight.shape, 1 - config.norm_offset, options.dtype)
         if weight.path.endswith("bias"):
@@ -401,7 +402,7 @@ def _leaves(
     loaded = {weight.path: array.reshape(weight.shape) for weight, array in zip(held, arrays)}
     room = Budget(budget or 0)
 
-    def leaf(weight: Weight) -> Any:
+    def leaf(weight: WeightSpec) -> Any:
         array = loaded.get(weight.path)
         if array is not None:
             return array

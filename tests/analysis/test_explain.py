@@ -15,9 +15,10 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.analysis.explain import _distinct, _layer_names
 from einsum_transformer.engine import Recorder, ShapeArray, blas
-from einsum_transformer.models.adapters import trainable, with_lora
-from einsum_transformer.models.decoder import build, weights_of
+from einsum_transformer.models.adapters import with_lora
+from einsum_transformer.models.builder import build, weights_of
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.parameters import trainable
 from einsum_transformer.models.run_config import override, parse_run_config, read_json
 from golden_files import MODELS, load_golden, write_folder
 from tiny_models import config_of, tiny_model
@@ -89,7 +90,7 @@ def test_the_dry_run_is_the_run(changes: dict[str, Any], backward: bool) -> None
     """Every equation of a real pass, as often, with the same FLOPs and bytes."""
     model = tiny_model(**changes)
     tokens = np.arange(24).reshape(2, 12)
-    with Recorder(events_wanted=True) as recorder:
+    with Recorder(events=True) as recorder:
         logits, saved = model.decoder.forward(tokens, keep=backward)
         if backward:
             model.decoder.backward(logits, saved)
@@ -129,7 +130,7 @@ def test_adapters_cost_what_a_recorder_counts(name: str, tmp_path: Path) -> None
     model = et.load(write_folder(tmp_path, golden.config, golden.weights))
     model = with_lora(model, LoRAConfig(3, 4.0, ADAPTED[name]))
     tokens = golden.tokens
-    with Recorder(events_wanted=True) as recorder:
+    with Recorder(events=True) as recorder:
         logits, saved = model.decoder.forward(tokens, keep=True)
         forward = sum(event.flops for event in recorder.events)
         model.decoder.backward(logits, saved)

@@ -13,9 +13,10 @@ from einsum_transformer.analysis.gradcheck import by_component, gradcheck
 from einsum_transformer.cli.app import main
 from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import trainable, with_lora
-from einsum_transformer.models.decoder import Block
+from einsum_transformer.models.adapters import with_lora
+from einsum_transformer.models.blocks import Block
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.parameters import trainable
 from tiny_models import tiny_model
 
 RNG = np.random.default_rng(0)
@@ -55,11 +56,11 @@ def test_adapters_are_filled_and_emptied_again() -> None:
 
 
 def test_a_residual_through_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Block, dy: Any, saved: Any, rotation: Any) -> Any:
-        saved_norm, saved_attn, saved_post, saved_mlp = saved
+    def wrong(self: Block, dy: Any, saved: Any, context: Any) -> Any:
+        saved_norm, saved_attn, saved_post, saved_mlp, *_ = saved
         dnormed, dmlp = self.mlp.backward(dy, saved_mlp)
         dx, dpost = self.post_attention_layernorm.backward(dnormed + dy, saved_post)
-        dnormed, dattn = self.self_attn.backward(dx, saved_attn, rotation)
+        dnormed, dattn = self.self_attn.backward(dx, saved_attn, context)
         dinput, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
         return dinput + dx, Block(dnorm, dattn, dpost, dmlp)
 

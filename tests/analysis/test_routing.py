@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.analysis.routing import LayerRouting, routing
+from einsum_transformer.analysis.routing import LayerRouting, RoutingReader
 from einsum_transformer.cli.app import main
 from einsum_transformer.engine import Recorder, einsum
 from golden_files import load_golden, write_folder
@@ -17,9 +17,10 @@ def test_counts_are_those_of_the_router(tmp_path: Path) -> None:
     """Over two passes, of the first layer, whose router sees what the pass before it gives."""
     golden = load_golden("mixtral_window")
     model = et.load(write_folder(tmp_path, golden.config, golden.weights))
-    with Recorder(counts_wanted=True, values_wanted=True) as recorder:
+    reader = RoutingReader()
+    with Recorder(values="*").on_value(reader, *reader.NAMES) as recorder:
         model.logits(golden.tokens)
-    first = routing(recorder.counts)[0]
+    first = reader.layers()[0]
     block = model.decoder.layers[0]
     x = recorder.values["embed_tokens"] + recorder.values["layers.0.self_attn"]
     normed = block.post_attention_layernorm.forward(x)[0]
@@ -31,7 +32,7 @@ def test_counts_are_those_of_the_router(tmp_path: Path) -> None:
         mean = w[chosen == e].mean() if expected[e] else 0
         assert first.mean_weight[e] == pytest.approx(mean, rel=1e-5)
     assert first.entropy == pytest.approx(-(p * np.log2(p)).sum(-1).mean(), rel=1e-5)
-    assert [each.layer for each in routing(recorder.counts)] == [0, 1, 2]
+    assert [each.layer for each in reader.layers()] == [0, 1, 2]
 
 
 def test_numbers_of_a_layer() -> None:
@@ -44,9 +45,10 @@ def test_numbers_of_a_layer() -> None:
 def test_nothing_is_counted_without_a_recorder_or_experts(tmp_path: Path) -> None:
     golden = load_golden("llama_gqa")
     model = et.load(write_folder(tmp_path, golden.config, golden.weights))
-    with Recorder(counts_wanted=True) as recorder:
+    reader = RoutingReader()
+    with Recorder().on_value(reader, *reader.NAMES):
         model.logits(golden.tokens)
-    assert routing(recorder.counts) == []
+    assert reader.layers() == []
 
 
 def test_in_the_output_of_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.cli.app import main
-from einsum_transformer.models.adapters import trainable, with_lora
+from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.parameters import trainable
 from einsum_transformer.models.peft import write_adapter
 from golden_files import load_expert_adapter, load_golden, write_adapter_folder, write_folder
 from tiny_models import write_tiny

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from einsum_transformer.components.attention import Attention
+from einsum_transformer.components.context import Context
 from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import blas, einsum
@@ -35,7 +36,7 @@ def tokens(b: int, t: int, dtype: str = "float64") -> Array:
 def run(attention: Attention, x: Array, pads: Array | None = None) -> Array:
     queries = np.arange(x.shape[1])
     places = np.broadcast_to(queries, x.shape[:2]) if pads is None else np.maximum(queries - pads[:, None], 0)
-    return attention.forward(x, turn(places, str(x.dtype)), queries, pads)[0]
+    return attention.forward(x, Context(queries, turn(places, str(x.dtype)), pads))[0]
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 29, 30, 31, 1000])
@@ -94,11 +95,11 @@ def test_a_row_that_sees_no_key(pads: list[int], window: int | None, dtype: str)
     x, padding = tokens(2, 6, dtype), np.array(pads)
     attention, queries = weights(dtype, window=window, query_block=2), np.arange(6)
     rope = turn(np.maximum(queries - padding[:, None], 0), dtype)
-    y, saved = attention.forward(x, rope, queries, padding)
+    y, saved = attention.forward(x, Context(queries, rope, padding))
     hidden = queries < padding[:, None]
     assert np.isfinite(y).all()
     assert not y[hidden].any()
-    dx, gradient = attention.backward(np.ones_like(y), saved, rope)
+    dx, gradient = attention.backward(np.ones_like(y), saved, Context(queries, rope, padding))
     assert not dx[hidden].any()
     for array in (dx, gradient.q_proj, gradient.k_proj, gradient.v_proj, gradient.o_proj):
         assert np.isfinite(array).all()
@@ -124,8 +125,8 @@ def test_scores_of_any_size() -> None:
     """Scores near 1e4 in float32: the softmax picks one key and stays finite."""
     x, attention = tokens(1, 6, "float32"), weights("float32")
     huge = replace(attention, q_proj=attention.q_proj * 1e2, k_proj=attention.k_proj * 1e2)
-    y, saved = huge.forward(x, turn(np.arange(6)[None], "float32"), np.arange(6))
-    dx, _ = huge.backward(np.ones_like(y), saved, turn(np.arange(6)[None], "float32"))
+    y, saved = huge.forward(x, Context(np.arange(6), turn(np.arange(6)[None], "float32")))
+    dx, _ = huge.backward(np.ones_like(y), saved, Context(np.arange(6), turn(np.arange(6)[None], "float32")))
     assert np.isfinite(y).all()
     assert np.isfinite(dx).all()
     np.testing.assert_allclose(y, run(weights_in_float64(huge), x.astype(np.float64)), atol=1e-2)
@@ -147,10 +148,10 @@ def test_a_constant_on_all_scores_changes_nothing(spread: float, shift: float) -
     plain = replace(base, q_bias=q_bias, k_bias=np.zeros(shapes[1]), v_bias=np.zeros(shapes[2]))
     shifted = narrow(replace(plain, k_bias=k_bias))
     still, queries = turn(np.zeros((1, 9)), "float32"), np.arange(9)
-    y, saved = shifted.forward(x, still, queries)
-    dx, gradient = shifted.backward(dy, saved, still)
-    wide, saved = plain.forward(x.astype(np.float64), turn(np.zeros((1, 9))), queries)
-    exact_dx, exact = plain.backward(dy.astype(np.float64), saved, turn(np.zeros((1, 9))))
+    y, saved = shifted.forward(x, Context(queries, still))
+    dx, gradient = shifted.backward(dy, saved, Context(queries, still))
+    wide, saved = plain.forward(x.astype(np.float64), Context(queries, turn(np.zeros((1, 9)))))
+    exact_dx, exact = plain.backward(dy.astype(np.float64), saved, Context(queries, turn(np.zeros((1, 9)))))
     # float32 scores near `shift` are themselves only this exact.
     tolerance = 1e-5 + 4 * np.spacing(np.float32(abs(shift)))
     for name, got, expected in (("y", y, wide), ("dx", dx, exact_dx), ("dv", gradient.v_proj, exact.v_proj)):

@@ -11,6 +11,7 @@ import pytest
 
 from components.gradient import assert_gradient, assert_weight_gradients
 from einsum_transformer.components.attention import Attention
+from einsum_transformer.components.context import Context
 from einsum_transformer.components.embedding import Embedding
 from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.components.head import Head
@@ -51,11 +52,11 @@ def attention(heads: tuple[int, int], biased: bool, window: int | None, query_bl
 def assert_attention(weights: Attention, x: Array, pads: Array | None) -> None:
     queries = np.arange(x.shape[1])
     rope = turn(np.maximum(queries - (0 if pads is None else pads[:, None]), np.zeros((len(x), 1), int)))
-    y, saved = weights.forward(x, rope, queries, pads)
+    y, saved = weights.forward(x, Context(queries, rope, pads))
     dy = normal(*y.shape, seed=9)
-    dx, gradient = weights.backward(dy, saved, rope)
-    assert_gradient("x", lambda p: weights.forward(p, rope, queries, pads)[0], x, dx, dy)
-    assert_weight_gradients(lambda w: w.forward(x, rope, queries, pads)[0], weights, gradient, dy)
+    dx, gradient = weights.backward(dy, saved, Context(queries, rope, pads))
+    assert_gradient("x", lambda p: weights.forward(p, Context(queries, rope, pads))[0], x, dx, dy)
+    assert_weight_gradients(lambda w: w.forward(x, Context(queries, rope, pads))[0], weights, gradient, dy)
 
 
 def test_embedding_adds_up_tokens_that_repeat() -> None:
@@ -193,12 +194,12 @@ def test_a_backward_pass_changes_no_argument() -> None:
     saved_mlp, saved_norm, saved_attention = (
         weights.forward(x)[1],
         norm.forward(x)[1],
-        attends.forward(x, rope, queries)[1],
+        attends.forward(x, Context(queries, rope))[1],
     )
     for backward in (
         lambda: weights.backward(dy, saved_mlp)[0],
         lambda: norm.backward(dy, saved_norm)[0],
-        lambda: attends.backward(dy, saved_attention, rope)[0],
+        lambda: attends.backward(dy, saved_attention, Context(queries, rope))[0],
     ):
         np.testing.assert_array_equal(backward(), backward())
     np.testing.assert_array_equal(dy, kept)

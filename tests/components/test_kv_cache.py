@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from einsum_transformer.components.attention import Attention
-from einsum_transformer.components.kv_cache import KVCache, LayerCache
+from einsum_transformer.components.context import Context
+from einsum_transformer.components.kv_cache import KVCache, layer_cache
 from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 
@@ -62,12 +63,12 @@ def test_every_query_sees_its_window_and_nothing_else(
         counts[..., 0], np.clip(np.arange(total) + 1 - paddings[:, None], 0, window or total)
     )
     expected = visible / np.maximum(counts, 1)
-    cache = LayerCache(window, capacity)
+    cache = layer_cache(window, capacity)
     for count in chunks:
         queries = np.arange(start, start + count)
         x = np.broadcast_to(np.eye(size)[queries], (len(paddings), count, size))
         y, _ = attention.forward(
-            x, turn(size, len(paddings), count), queries, None if pads is None else paddings, cache
+            x, Context(queries, turn(size, len(paddings), count), None if pads is None else paddings, cache)
         )
         np.testing.assert_allclose(y[..., :total], expected[:, queries], rtol=0, atol=1e-12)
         start += count
@@ -86,7 +87,7 @@ def test_a_whole_pass_without_a_cache_sees_the_same(
     size, paddings = t + t % 2, np.zeros(1, int) if pads is None else np.minimum(pads, t)
     x = np.broadcast_to(np.eye(size)[:t], (len(paddings), t, size))
     y, _ = seen(size, window, block).forward(
-        x, turn(size, len(x), t), np.arange(t), None if pads is None else paddings
+        x, Context(np.arange(t), turn(size, len(x), t), None if pads is None else paddings)
     )
     query, key = np.ogrid[:t, :size]
     visible = (key <= query) & (key > query - (window or t)) & (key >= paddings[:, None, None])
@@ -97,7 +98,7 @@ def test_a_whole_pass_without_a_cache_sees_the_same(
 def test_growth_is_geometric(dtype: type) -> None:
     """3,000 tokens one by one move the memory a dozen times at most, and hold no more than twice what they
     need."""
-    cache, sizes = LayerCache(), []
+    cache, sizes = layer_cache(None), []
     for position in range(3000):
         keys, values = marked(position, 1)
         cache.append(keys.astype(dtype), values.astype(dtype))
@@ -109,7 +110,7 @@ def test_growth_is_geometric(dtype: type) -> None:
 
 @pytest.mark.parametrize("step", [1, 7])
 def test_a_ring_is_never_longer_than_its_window(step: int) -> None:
-    cache = LayerCache(window=20)
+    cache = layer_cache(window=20)
     for start in range(0, 210, step):
         cache.append(*marked(start, step))
         assert cache.nbytes <= 2 * B * K * H * 20 * 8
@@ -117,7 +118,7 @@ def test_a_ring_is_never_longer_than_its_window(step: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_capacity_is_taken_at_once(window: int | None) -> None:
-    cache, sizes = LayerCache(window, capacity=700), set()
+    cache, sizes = layer_cache(window, capacity=700), set()
     for start in range(0, 700, 10):
         cache.append(*marked(start, 10))
         sizes.add(cache.nbytes)
@@ -126,7 +127,7 @@ def test_a_capacity_is_taken_at_once(window: int | None) -> None:
 
 def test_what_was_returned_is_not_overwritten_by_a_longer_cache() -> None:
     """Keys of a first append stay as they were while later ones go behind them."""
-    cache = LayerCache()
+    cache = layer_cache(None)
     keys, _, _ = cache.append(*marked(0, 5))
     before = keys.copy()
     for start in range(5, 1000):
@@ -144,7 +145,7 @@ def test_what_was_returned_is_not_overwritten_by_a_longer_cache() -> None:
 def test_truncate_forgets(first: int, back: int, again: int, window: int | None) -> None:
     """Tokens appended afterwards stand where the forgotten ones stood."""
     length = max(0, first - back)
-    cache = LayerCache(window)
+    cache = layer_cache(window)
     cache.append(*marked(500, first))
     cache.truncate(length)
     assert cache.length == length
@@ -159,7 +160,7 @@ def test_truncate_forgets(first: int, back: int, again: int, window: int | None)
 
 @pytest.mark.parametrize("length", [-1, 6])
 def test_truncate_to_an_impossible_length(length: int) -> None:
-    cache = LayerCache()
+    cache = layer_cache(None)
     cache.append(*marked(0, 5))
     with pytest.raises(ValueError, match="5 tokens"):
         cache.truncate(length)
@@ -168,7 +169,7 @@ def test_truncate_to_an_impossible_length(length: int) -> None:
 
 def test_truncate_of_a_ring() -> None:
     """A full ring that has not wrapped can go back; one that has wrapped refuses, whatever the length."""
-    cache = LayerCache(window=5)
+    cache = layer_cache(window=5)
     cache.append(*marked(0, 5))
     cache.truncate(3)
     cache.append(*marked(3, 2))
@@ -183,7 +184,7 @@ def test_truncate_of_a_ring() -> None:
 def test_truncate_to_the_present_length_changes_nothing() -> None:
     """Also in a ring that has wrapped: nothing is to be forgotten."""
     for window in (None, 5):
-        cache = LayerCache(window)
+        cache = layer_cache(window)
         cache.append(*marked(0, 8))
         cache.truncate(8)
         keys, _, index = cache.append(*marked(8, 1))

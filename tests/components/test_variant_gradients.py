@@ -12,12 +12,14 @@ import pytest
 
 from components.gradient import assert_gradient, assert_weight_gradients
 from einsum_transformer.components.attention import Attention, FusedAttention
+from einsum_transformer.components.context import Context
 from einsum_transformer.components.embedding import Embedding
 from einsum_transformer.components.gated_mlp import FusedGatedMLP, GatedMLP
 from einsum_transformer.components.head import Head
 from einsum_transformer.components.latent_attention import DirectQuery, LatentAttention, LatentQuery
 from einsum_transformer.components.layernorm import LayerNorm
-from einsum_transformer.components.mixing import Mixing, alibi_slopes
+from einsum_transformer.components.masks import alibi_slopes
+from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.mlp import MLP
 from einsum_transformer.components.moe import MoE, Routing
 from einsum_transformer.components.qk_norm import HeadNorm, WholeNorm
@@ -52,11 +54,11 @@ def assert_attention(weights: Any, pads: Array | None = None, turned: int = H, *
     queries, x = np.arange(T), normal(B, T, D, seed=20)
     places = np.maximum(queries - (0 if pads is None else pads[:, None]), np.zeros((B, 1), int))
     turn = None if weights.rope is None else rotation(RopeConfig(**rope), turned, places, WIDE)
-    y, saved = weights.forward(x, turn, queries, pads)
+    y, saved = weights.forward(x, Context(queries, turn, pads))
     dy = normal(*y.shape, seed=21)
-    dx, gradient = weights.backward(dy, saved, turn)
-    assert_gradient("x", lambda p: weights.forward(p, turn, queries, pads)[0], x, dx, dy)
-    assert_weight_gradients(lambda w: w.forward(x, turn, queries, pads)[0], weights, gradient, dy)
+    dx, gradient = weights.backward(dy, saved, Context(queries, turn, pads))
+    assert_gradient("x", lambda p: weights.forward(p, Context(queries, turn, pads))[0], x, dx, dy)
+    assert_weight_gradients(lambda w: w.forward(x, Context(queries, turn, pads))[0], weights, gradient, dy)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -143,7 +145,7 @@ def test_fused_attention_is_attention(by_head: bool) -> None:
     x, queries = normal(B, T, D), np.arange(T)
     turn = rotation(RopeConfig(), H, np.broadcast_to(queries, (B, T)), WIDE)
     np.testing.assert_allclose(
-        fused.forward(x, turn, queries)[0], apart.forward(x, turn, queries)[0], atol=1e-12
+        fused.forward(x, Context(queries, turn))[0], apart.forward(x, Context(queries, turn))[0], atol=1e-12
     )
 
 
@@ -176,7 +178,7 @@ def test_alibi_is_a_bias_by_distance() -> None:
     zero = attention(mixing=Mixing(alibi_bias_max=8.0), rope=None)
     zero = replace(zero, q_proj=0 * zero.q_proj, o_proj=np.eye(K * G * H).reshape(-1, K, G, H))
     x, queries = normal(1, T, D), np.arange(T)
-    mixed = zero.forward(x, None, queries)[0].reshape(T, K * G, H)
+    mixed = zero.forward(x, Context(queries))[0].reshape(T, K * G, H)
     v = np.einsum("td,khd->tkh", x[0], zero.v_proj)
     for head, slope in enumerate(alibi_slopes(K * G)):
         distance = np.where(queries[None] <= queries[:, None], queries[None] - queries[:, None], -np.inf)
@@ -192,10 +194,11 @@ def test_alibi_slopes() -> None:
     np.testing.assert_allclose(alibi_slopes(1), [2.0**-8])
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("biased", [False, True])
-def test_head(biased: bool, cap: float | None) -> None:
-    assert_component(Head(normal(V, D), normal(V, seed=1) if biased else None, cap))
+def test_head(biased: bool, cap: float | None, scale: float) -> None:
+    assert_component(Head(normal(V, D), normal(V, seed=1) if biased else None, scale, cap))
 
 
 def test_the_loss_may_overwrite_capped_logits() -> None:
@@ -367,13 +370,12 @@ def test_latent_attention_expanded_is_absorbed() -> None:
     expanded, absorbed = latent("expanded", False), latent("absorbed", False)
     x, queries = normal(B, T, D), np.arange(T)
     turn = rotation(RopeConfig(interleaved=True), 2, np.broadcast_to(queries, (B, T)), WIDE)
-    (y, saved), (other, other_saved) = (
-        each.forward(x, turn, queries, np.array([0, 2])) for each in (expanded, absorbed)
-    )
+    context = Context(queries, turn, np.array([0, 2]))
+    (y, saved), (other, other_saved) = (each.forward(x, context) for each in (expanded, absorbed))
     np.testing.assert_allclose(other, y, atol=1e-12)
     dy = normal(B, T, D, seed=1)
-    dx, gradient = expanded.backward(dy, saved, turn)
-    other_dx, other_gradient = absorbed.backward(dy, other_saved, turn)
+    dx, gradient = expanded.backward(dy, saved, context)
+    other_dx, other_gradient = absorbed.backward(dy, other_saved, context)
     np.testing.assert_allclose(other_dx, dx, atol=1e-11)
     for (name, array), (_, twin) in zip(named_leaves(gradient), named_leaves(other_gradient), strict=True):
         np.testing.assert_allclose(twin, array, atol=1e-11, err_msg=name)

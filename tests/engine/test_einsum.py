@@ -327,7 +327,7 @@ def test_gradients_equal_differences(equation):
     a, b = (rng.standard_normal(shape) for shape in shapes_of(equation))
     dc = rng.standard_normal(np.einsum(equation, a, b).shape)
     parsed = Equation.parse(equation)
-    da, db = einsum(str(parsed.gradient(0)), dc, b), weight_grad(str(parsed.gradient(1)), dc, a, b)
+    da, db = einsum(str(parsed.gradient(0)), dc, b), weight_grad(b, str(parsed.gradient(1)), dc, a)
     va, vb = rng.standard_normal(a.shape), rng.standard_normal(b.shape)
     # The contraction is bilinear, so the derivative along (va, vb) is exact without a step size.
     along = np.sum(dc * np.einsum(equation, va, b)) + np.sum(dc * np.einsum(equation, a, vb))
@@ -350,8 +350,8 @@ def test_the_gradient_of_what_an_ellipsis_broadcasts_is_summed(equation, first, 
     a, b = rng.standard_normal(first), rng.standard_normal(second)
     dc = rng.standard_normal(np.einsum(equation, a, b).shape)
     parsed = Equation.parse(equation)
-    da = weight_grad(str(parsed.gradient(0)), dc, b, a)
-    db = weight_grad(str(parsed.gradient(1)), dc, a, b)
+    da = weight_grad(a, str(parsed.gradient(0)), dc, b)
+    db = weight_grad(b, str(parsed.gradient(1)), dc, a)
     assert da.shape == a.shape
     assert db.shape == b.shape
     va, vb = rng.standard_normal(a.shape), rng.standard_normal(b.shape)
@@ -363,11 +363,11 @@ def test_a_weight_that_the_ellipsis_does_not_reach_is_refused():
     with pytest.raises(
         EquationError, match=r"the weight of shape \(7, 3\) has axes \[7\] that no operand has"
     ):
-        weight_grad("...f,f->...", np.ones((3, 4)), np.ones(4), np.ones((7, 3)))
+        weight_grad(np.ones((7, 3)), "...f,f->...", np.ones((3, 4)), np.ones(4))
 
 
 def test_a_recorder_is_shown_no_letters_of_the_ellipsis():
-    with Recorder(events_wanted=True) as recorder:
+    with Recorder(events=True) as recorder:
         einsum("i...j,j...->...i", np.ones((2, 1, 3, 4)).T.copy().T, np.ones((4, 5, 3)))
         einsum("...i,...i->...", ShapeArray((2, 3)), ShapeArray((2, 3)))
     for event in recorder.events:

@@ -53,12 +53,16 @@ def test_an_error_ends_the_recording() -> None:
 
 
 def test_one_at_a_time() -> None:
-    """The inner one is refused and the outer one goes on."""
-    with Recorder(events_wanted=True) as outer:
-        with pytest.raises(RuntimeError, match="active"), Recorder():
+    """An inner one takes the outer one's place; the same one twice is refused. Then the outer one goes on."""
+    with Recorder(events=True) as outer:
+        with Recorder(events=True) as inner, phase("inside"):
+            einsum("ij->j", np.ones((2, 3)))
+        with pytest.raises(RuntimeError, match="active"), outer:
             pass
         einsum("ij->ji", np.ones((2, 3)))
-    assert len(outer.events) == 1
+    assert [event.equation for event in outer.events] == ["ij->ji"]
+    assert [(event.equation, event.path) for event in inner.events] == [("ij->j", ("inside",))]
+    assert outer.spans == []
 
 
 def test_nothing_is_recorded_unless_asked() -> None:
@@ -83,7 +87,7 @@ def test_events(equation: str) -> None:
     if equation.startswith("..."):
         operands[1] = np.ones((9, 8), np.float32)
     expected = einsum(equation, *operands)
-    with Recorder(events_wanted=True) as recorder, phase("here", layer=2):
+    with Recorder(events=True) as recorder, phase("here", layer=2):
         np.testing.assert_array_equal(einsum(equation, *operands), expected)
     assert recorder.events
     assert {(event.path, event.layer) for event in recorder.events} == {(("here",), 2)}
@@ -104,7 +108,7 @@ def test_events(equation: str) -> None:
 def test_a_chain_reports_every_product() -> None:
     """Three operands are two products, whose FLOPs are reported like those of any other."""
     a, b, c = np.ones((4, 5)), np.ones((5, 6)), np.ones((6, 7))
-    with Recorder(events_wanted=True) as recorder:
+    with Recorder(events=True) as recorder:
         einsum("ij,jk,kl->il", a, b, c)
     assert len(recorder.events) == 2
     assert sum(event.flops for event in recorder.events) == min(2 * 4 * 6 * (5 + 7), 2 * 7 * 5 * (6 + 4))
@@ -112,7 +116,7 @@ def test_a_chain_reports_every_product() -> None:
 
 def test_taps_are_copies_under_their_place() -> None:
     value = np.zeros(3)
-    with Recorder(values_wanted=True) as recorder:
+    with Recorder(values="*") as recorder:
         with phase("layer", layer=4), phase("attention"):
             assert tap("pattern", value) is value
             tap("", value)
@@ -128,7 +132,7 @@ def test_taps_are_copies_under_their_place() -> None:
 def test_watching_changes_no_result() -> None:
     model = tiny_model()
     loss, gradients = model.loss_and_gradients(IDS, IDS)
-    with Recorder(events_wanted=True, values_wanted=True):
+    with Recorder(events=True, values="*"):
         watched_loss, watched = model.loss_and_gradients(IDS, IDS)
     assert watched_loss == loss
     for name, gradient in gradients.items():
@@ -140,7 +144,7 @@ def test_flops_of_a_forward_pass() -> None:
     it reads."""
     model = tiny_model()
     b, t, heads, h = *IDS.shape, 8, 6
-    with Recorder(events_wanted=True) as recorder:
+    with Recorder(events=True) as recorder:
         model.logits(IDS)
     matrices = sum(
         w.size for name, w in model.named_parameters().items() if w.ndim == 2 and "embed" not in name
@@ -165,7 +169,7 @@ def test_flops_of_a_forward_pass() -> None:
 def test_flops_of_the_backward_pass_are_twice_those_of_the_forward() -> None:
     """For the matrices: each has two gradients."""
     model = tiny_model()
-    with Recorder(events_wanted=True) as recorder:
+    with Recorder(events=True) as recorder:
         model.loss_and_gradients(IDS, IDS)
     flops = {}
     for name in ("forward", "backward"):
@@ -191,7 +195,7 @@ def test_threads_are_tallied(threads: int) -> None:
     before = blas.get_threads()
     try:
         blas.set_threads(threads)
-        with Recorder(events_wanted=True) as recorder, phase("around", layer=1):
+        with Recorder(events=True) as recorder, phase("around", layer=1):
             for_each(task, [(i,) for i in range(20)])
     finally:
         blas.set_threads(before)
@@ -211,7 +215,7 @@ def test_events_on_threads_know_their_phase(threads: int) -> None:
     before = blas.get_threads()
     try:
         blas.set_threads(threads)
-        with Recorder(events_wanted=True) as recorder, phase("attention"):
+        with Recorder(events=True) as recorder, phase("attention"):
             for_each(task, [(i,) for i in range(20)])
     finally:
         blas.set_threads(before)
@@ -234,7 +238,7 @@ def test_phases_nest_on_threads(threads: int) -> None:
     before = blas.get_threads()
     try:
         blas.set_threads(threads)
-        with Recorder(events_wanted=True) as recorder, phase("around"):
+        with Recorder(events=True) as recorder, phase("around"):
             for_each(task, [(i,) for i in range(8)])
     finally:
         blas.set_threads(before)

@@ -11,7 +11,7 @@ import pytest
 
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import EquationError, Recorder, ShapeArray, blas, einsum
-from einsum_transformer.models.decoder import build
+from einsum_transformer.models.builder import build
 from einsum_transformer.tree import named_leaves
 from tiny_models import config_of, tiny_model
 
@@ -115,7 +115,7 @@ def programs(run: Callable[[Any], Any], changes: dict[str, Any]) -> list[Counter
             tiny_model(**changes).decoder,
             build(config, lambda weight: ShapeArray(weight.shape)),
         ):
-            with Recorder(events_wanted=True) as recorder:
+            with Recorder(events=True) as recorder:
                 run(decoder)
             found.append(
                 Counter(

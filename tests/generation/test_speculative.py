@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.components.kv_cache import LayerCache
+from einsum_transformer.components.kv_cache import layer_cache
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation import speculative
 from einsum_transformer.generation.decode import stream
@@ -428,7 +428,7 @@ def test_mistakes() -> None:
 def test_a_cache_with_slack(window: int, slack: int) -> None:
     """Whatever is appended and taken back, the last keys are there, in order."""
     rng = np.random.default_rng([window, slack])
-    cache, text, longest = LayerCache(window, slack=slack), [], 0
+    cache, text, longest = layer_cache(window, slack=slack), [], 0
     for _ in range(200):
         new = rng.integers(1, 6)
         fresh = rng.standard_normal(new)

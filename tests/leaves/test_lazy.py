@@ -114,7 +114,7 @@ def test_it_is_a_leaf_of_the_shape_of_its_equation() -> None:
         einsum("btd,khd->btkh", x, leaf), einsum("btd,khd->btkh", x, values.reshape(2, 3, 4))
     )
     dy = np.random.default_rng(2).standard_normal((2, 5, 2, 3))
-    got = weight_grad("btkh,btd->khd", dy, x, leaf)
+    got = weight_grad(leaf, "btkh,btd->khd", dy, x)
     np.testing.assert_allclose(got, np.einsum("btkh,btd->khd", dy, x))
     assert len(source.reads) == 1  # the gradient does not need the weight
 

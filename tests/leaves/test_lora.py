@@ -13,13 +13,9 @@ import einsum_transformer as et
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
-from einsum_transformer.models.adapters import (
-    gradients_by_name,
-    masked,
-    trainable,
-    with_lora,
-)
+from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.parameters import drawn, gradients_by_name, trainable
 from einsum_transformer.tree import map_named, named_leaves
 from tiny_models import write_tiny
 
@@ -67,7 +63,7 @@ def test_gradients_are_those_of_differences(tiny: et.Model, target: str) -> None
     model = filled(with_lora(tiny, LoRAConfig(r=2, target_modules=named)))
     loss, gradient = model.decoder.loss_and_gradient(IDS, TARGETS)
     assert loss == pytest.approx(dense(model).loss_and_gradients(IDS, TARGETS)[0], rel=1e-12)
-    weights, gradients = trainable(model.decoder), gradients_by_name(gradient)
+    weights, gradients = trainable(model.decoder), gradients_by_name(model.decoder, gradient)
     assert list(weights) == list(gradients)
     rng = np.random.default_rng(5)
     for name, w in weights.items():
@@ -101,8 +97,9 @@ def test_other_gradients_are_not_changed_by_freezing(tiny: et.Model) -> None:
     kept = "layers.1.mlp.down_proj"
     partly = map_named(lambda path, w: w if path == kept else Frozen(w), tiny.decoder)
     _, some = partly.loss_and_gradient(IDS, TARGETS)
-    assert list(gradients_by_name(some)) == [kept]
-    np.testing.assert_array_equal(gradients_by_name(some)[kept], gradients_by_name(full)[kept])
+    found = gradients_by_name(partly, some)
+    assert list(found) == [kept]
+    np.testing.assert_array_equal(found[kept], gradients_by_name(tiny.decoder, full)[kept])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -111,13 +108,11 @@ def test_dropout_is_drawn_again_for_the_same_key(tiny: et.Model, recompute: bool
     zeroes; no key, none."""
     model = filled(with_lora(tiny, LoRAConfig(r=2, lora_dropout=0.5, target_modules="all-linear")))
     plain = model.decoder.loss_and_gradient(IDS, TARGETS)[0]
-    decoder = masked(model.decoder, (7, 0), 0)
+    decoder = drawn(model.decoder, (7, 0), 0)
     loss, gradient = decoder.loss_and_gradient(IDS, TARGETS, recompute=recompute)
     assert loss != plain
-    w, g = (
-        find(d)["layers.0.mlp.up_proj.lora_A"]
-        for find, d in ((trainable, decoder), (gradients_by_name, gradient))
-    )
+    name = "layers.0.mlp.up_proj.lora_A"
+    w, g = trainable(decoder)[name], gradients_by_name(decoder, gradient)[name]
     v, before = np.random.default_rng(3).standard_normal(w.shape), w.copy()
     w[...] = before + 1e-6 * v
     up = decoder.loss_and_gradient(IDS, TARGETS)[0]
@@ -125,7 +120,7 @@ def test_dropout_is_drawn_again_for_the_same_key(tiny: et.Model, recompute: bool
     down = decoder.loss_and_gradient(IDS, TARGETS)[0]
     w[...] = before
     assert float(np.sum(g * v)) == pytest.approx((up - down) / 2e-6, rel=1e-5)
-    other = masked(model.decoder, (7, 1), 0)
+    other = drawn(model.decoder, (7, 1), 0)
     assert other.loss_and_gradient(IDS, TARGETS)[0] not in (loss, plain)
     assert model.decoder.loss_and_gradient(IDS, TARGETS)[0] == plain
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from components.gradient import assert_gradient, assert_weight_gradients, replaced
-from einsum_transformer.models.decoder import Block
+from einsum_transformer.models.blocks import Block
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.tree import named_leaves
 from tiny_models import LLAMA3, tiny_model
@@ -104,13 +104,13 @@ def test_nothing_to_learn() -> None:
 
 
 def broken_block_backward(
-    block: Block, dy: Array, saved: tuple[Any, ...], rotation: Any
+    block: Block, dy: Array, saved: tuple[Any, ...], context: Any
 ) -> tuple[Array, Block]:
     """The known bug: the residual's gradient goes through the norm too."""
-    saved_norm, saved_attention, saved_post, saved_mlp = saved
+    saved_norm, saved_attention, saved_post, saved_mlp, *_ = saved
     dnormed, dmlp = block.mlp.backward(dy, saved_mlp)
     dx, dpost = block.post_attention_layernorm.backward(dnormed + dy, saved_post)
-    dnormed, dattention = block.self_attn.backward(dx, saved_attention, rotation)
+    dnormed, dattention = block.self_attn.backward(dx, saved_attention, context)
     dinput, dnorm = block.input_layernorm.backward(dnormed + dx, saved_norm)
     return dinput, Block(dnorm, dattention, dpost, dmlp)
 

@@ -126,7 +126,7 @@ def test_it_may_appear_later_than_the_prompt(tmp_path: Path) -> None:
     golden.weights["model.embed_tokens.weight"][later] = np.nan
     model = et.load(write_folder(tmp_path / "folder", golden.config, golden.weights))
     result = [Generation(prompt)]
-    with Recorder(counts_wanted=True) as recorder:
+    with Recorder() as recorder:
         error = error_of(lambda: list(stream(model, result, Sampling(), Settings(6, ignore_eos=True))))
     assert "nan appears first in model.embed_tokens: the weight model.embed_tokens.weight" in error
     assert recorder.spans

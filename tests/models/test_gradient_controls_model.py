@@ -33,7 +33,7 @@ def residual_through_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """dx = norm.backward(dnormed + dy) in the place of norm.backward(dnormed) + dy, in both halves."""
 
     def backward(block: Block, dy: Array, saved: tuple[Any, ...], rotation: Any) -> tuple[Array, Block]:
-        saved_norm, saved_attn, saved_post, saved_mlp = saved
+        saved_norm, saved_attn, saved_post, saved_mlp, *_ = saved
         dnormed, dmlp = block.mlp.backward(dy, saved_mlp)
         dx, dpost = block.post_attention_layernorm.backward(dnormed + dy, saved_post)
         dnormed, dattn = block.self_attn.backward(dx, saved_attn, rotation)

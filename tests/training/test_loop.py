@@ -12,8 +12,9 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.engine import Recorder, blas
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import trainable, with_lora
+from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.models.parameters import trainable
 from einsum_transformer.training.data import Batch, RandomTokens
 from einsum_transformer.training.loop import Settings, Trainer, TrainingFailed, _sliced, batch_gradients
 from einsum_transformer.training.optimizers import SGD, AdamW

@@ -11,7 +11,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import trainable
+from einsum_transformer.models.parameters import trainable
 from einsum_transformer.training import optimizers
 from einsum_transformer.training.optimizers import SGD, AdamW, global_norm, start
 from einsum_transformer.training.schedule import Schedule

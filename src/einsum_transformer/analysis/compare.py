@@ -10,8 +10,8 @@ from typing import Any
 
 from einsum_transformer.analysis.explain import Program, explain
 from einsum_transformer.analysis.report import columns, quantity
+from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
 

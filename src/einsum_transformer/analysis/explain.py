@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from math import prod
@@ -13,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.analysis.report import quantity
-from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, einsum, phase
+from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
 from einsum_transformer.errors import InputError
-from einsum_transformer.leaves.frozen import Frozen
-from einsum_transformer.leaves.lora import LoRA
-from einsum_transformer.models.adapters import Planned, plan, put_on, trainable
+from einsum_transformer.models.adapters import Planned, plan, put_on
+from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
-from einsum_transformer.models.model import Model
+from einsum_transformer.models.decoder import Decoder
+from einsum_transformer.models.model import EMBEDDING, HEAD, Model
+from einsum_transformer.models.parameters import trainable, with_arrays
 from einsum_transformer.models.run_config import RunConfig
-from einsum_transformer.tree import map_named, named_leaves, tree_map
+from einsum_transformer.tree import named_leaves, tree_map
 
 NOT_COUNTED = (
     "Look-ups and elementwise work (embedding, softmax, RoPE, activations, residuals) count no FLOPs."
@@ -138,11 +137,15 @@ def explain(
         raise InputError(f"tokens is {tokens}: {learned}")
     decoder = _without_numbers(model, config)
     blocks, members = _distinct(decoder)
-    with Recorder(events_wanted=True) as recorder, _one_thread():
+    # Tiles one after the other, so that their events come in program order.
+    with Recorder(spans=False, events=True) as recorder, blas.one_thread():
         _dry_run(replace(decoder, layers=blocks), batch, tokens, backward)
-    parameters = sum(prod(weight.stored) for weight in weights_of(config))
-    adapters = sum(prod(w.shape) for w in trainable(decoder).values()) if _adapted(decoder) else 0
-    steps = tuple(_steps(recorder.events, members))
+    weights = weights_of(config)
+    paths = {path for path, _ in named_leaves(decoder)}
+    adapters = sum(prod(w.shape) for name, w in trainable(decoder).items() if name not in paths)
+    matrices = {weight.path for weight in weights if len(weight.stored) > 1} | {EMBEDDING, HEAD}
+    steps = tuple(_steps(recorder.events, members, matrices))
+    parameters = sum(prod(weight.stored) for weight in weights)
     return Program(config, batch, tokens, backward, parameters, steps, adapters)
 
 
@@ -166,87 +169,32 @@ def _config(model: Any) -> ModelConfig:
 def _without_numbers(model: Model | ModelConfig | RunConfig, config: ModelConfig) -> Decoder:
     """The decoder with weights and adapters that have only shapes."""
     if isinstance(model, Model):
-        places = model.weights
-        return map_named(lambda path, leaf: _dry_leaf(leaf, places[path]), model.decoder)
+        return with_arrays(model.decoder, lambda _, weight: ShapeArray(tuple(weight.shape), _DTYPE))
     decoder = build(config, _stand_in)
     if not isinstance(model, RunConfig) or (lora := model.lora) is None:
         return decoder
     dry = without_weights(config, model.source)
-    adapted = put_on(dry, lora, plan(dry, lora), _dry_pair)
-    places = adapted.weights
-    return map_named(lambda path, leaf: _dry_leaf(leaf, places[path]), adapted.decoder)
+    return put_on(dry, lora, plan(dry, lora), _dry_pair).decoder
 
 
-def _adapted(decoder: Decoder) -> bool:
-    return any(isinstance(leaf, LoRA) for _, leaf in named_leaves(decoder))
-
-
-def _dry_leaf(leaf: Any, place: Weight) -> Any:
-    """What stands for a leaf, or for an array, in a dry run."""
-    if isinstance(leaf, Frozen):
-        return Frozen(_stand_in(place))
-    if not isinstance(leaf, LoRA):
-        return _stand_in(place)
-    a, b = (_DryWeight(f"{_role(place)}.lora_{part}", w.shape) for part, w in (("A", leaf.a), ("B", leaf.b)))
-    pair: tuple[Any, Any] = a, b
-    return _DryLoRA(leaf.name, _stand_in(place), *pair, *leaf.settings)
-
-
-def _dry_pair(path: str, planned: Planned, place: Weight) -> tuple[Any, Any]:
+def _dry_pair(path: str, planned: Planned, place: WeightSpec) -> tuple[Any, Any]:
     outputs, inputs = place.shape[: place.out_axes], place.shape[place.out_axes :]
     return ShapeArray((planned.rank, *inputs), _DTYPE), ShapeArray((*outputs, planned.rank), _DTYPE)
 
 
-class _DryWeight(Leaf):
-    """A weight that has only a shape. Its equations run in a phase of its name, so that events name it."""
-
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
-        self.name, self.shape, self.dtype = name, shape, _DTYPE
-
-    def array(self) -> Any:
-        return ShapeArray(self.shape, self.dtype)
-
-    def __getitem__(self, index: Any) -> Any:
-        return _DryWeight(self.name, self.array()[index].shape)
-
-    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Any:
-        with phase(_WeightName(self.name)):
-            return super().contract(equation, operands, position)
-
-    def weight_grad(self, equation: str, dy: Any, x: Any) -> Any:
-        with phase(_WeightName(f"d{self.name}")):
-            return einsum(equation, dy, x)
+def _stand_in(weight: WeightSpec) -> Any:
+    return ShapeArray(weight.shape, _DTYPE)
 
 
-class _DryLoRA(LoRA):
-    """An adapter on a weight that has only a shape."""
-
-    def weight_grad(self, equation: str, *operands: Any) -> Any:
-        with self._gradient():
-            return super().weight_grad(equation, *operands)
-
-    def add_rows(self, indices: Any, dy: Any) -> Any:
-        with self._gradient():
-            return super().add_rows(indices, dy)
-
-    def _gradient(self) -> Any:
-        return phase(_WeightName(f"d{self.name.removesuffix('.weight').rpartition('.')[2]}.lora"))
-
-
-class _WeightName(str):
-    """The name of a phase that stands for a weight."""
-
-    __slots__ = ()
-
-
-def _stand_in(weight: Weight) -> Any:
-    if len(weight.stored) == 1:
-        return ShapeArray(weight.shape, _DTYPE)  # norms and biases take part in sums rather than products
-    return _DryWeight(_role(weight), weight.shape)
-
-
-def _role(weight: Weight) -> str:
-    return weight.path.removesuffix(".weight").rpartition(".")[2]
+def _role(event: Event, matrices: Collection[str]) -> str:
+    """The matrix or adapter of an equation, `dq_proj` for its gradient; else the innermost phase."""
+    if event.weight is None:
+        return event.path[-1]
+    place, adapter, part = event.weight.partition(".lora_")
+    if place not in matrices:
+        return event.path[-1]
+    name = place.removesuffix(".weight").rpartition(".")[2]
+    return f"{'d' * event.gradient}{name}{adapter}{part}"
 
 
 def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
@@ -260,8 +208,9 @@ def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
     """What decides what a leaf computes."""
-    adapter = (leaf.rank, leaf.out_axes, leaf.base.shape) if isinstance(leaf, LoRA) else ()
-    return leaf.shape, str(leaf.dtype), type(leaf).__name__, adapter
+    parts = leaf.parts() if isinstance(leaf, Leaf) else {}
+    inside = tuple((name, type(part).__name__, part.shape) for name, part in parts.items())
+    return leaf.shape, str(leaf.dtype), type(leaf).__name__, inside
 
 
 def _dry_run(decoder: Decoder, batch: int, tokens: int, backward: bool) -> None:
@@ -272,49 +221,31 @@ def _dry_run(decoder: Decoder, batch: int, tokens: int, backward: bool) -> None:
             decoder.backward(logits, saved)  # dlogits has the shape of the logits
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tiles one after the other, so that their events come in program order."""
-    before = blas.get_threads()
-    blas.set_threads(1)
-    try:
-        yield
-    finally:
-        blas.set_threads(before)
-
-
-def _steps(events: list[Event], members: list[tuple[int, ...]]) -> Iterator[Step]:
+def _steps(events: list[Event], members: list[tuple[int, ...]], matrices: Collection[str]) -> Iterator[Step]:
     """Steps in program order: in one visit of a component, one equation in one role, however often called."""
     for (layer, _), visit in groupby(events, key=lambda event: (event.layer, event.path[:3])):
         alike: dict[Any, list[Event]] = {}
         for event in visit:
-            alike.setdefault((event.path, event.equation), []).append(event)
-        for (path, equation), calls in alike.items():
-            names = [name for name in path if isinstance(name, _WeightName)]
-            yield _step(
-                tuple(name for name in path if not isinstance(name, _WeightName)),
-                str(names[-1] if names else path[-1]),
-                equation,
-                calls,
-                () if layer is None else members[layer],
-            )
+            alike.setdefault((event.path, _role(event, matrices), event.equation), []).append(event)
+        for (path, role, equation), calls in alike.items():
+            yield _step(path, role, equation, calls, () if layer is None else members[layer])
 
 
 def _step(
     path: tuple[str, ...], role: str, equation: str, calls: list[Event], layers: tuple[int, ...]
 ) -> Step:
-    parsed, item = Equation.parse(equation), np.dtype(calls[0].dtype).itemsize
-    written = sum(item * prod(parsed.output_shape(call.sizes)) for call in calls)
     return Step(
         path=path,
         role=role,
         equation=equation,
-        sizes={letter: max(call.sizes[letter] for call in calls) for letter in parsed.letters},
+        sizes={
+            letter: max(call.sizes[letter] for call in calls) for letter in Equation.parse(equation).letters
+        },
         layers=layers,
         calls=len(calls),
         flops=sum(call.flops for call in calls),
-        bytes_read=sum(call.bytes for call in calls) - written,
-        bytes_written=written,
+        bytes_read=sum(call.bytes_read for call in calls),
+        bytes_written=sum(call.bytes_written for call in calls),
         lowering=max(calls, key=lambda call: call.flops).how,
     )
 

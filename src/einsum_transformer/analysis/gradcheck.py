@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import gradients_by_name, trainable
 from einsum_transformer.models.model import Model
+from einsum_transformer.models.parameters import gradients_by_name, trainable
 from einsum_transformer.numerics.softmax import cross_entropy
 
 Array = np.ndarray
@@ -96,7 +96,7 @@ def gradcheck(
         for name in empty:
             weights[name][...] = 0.05 * rng.standard_normal(weights[name].shape)
         loss, gradient = model.decoder.loss_and_gradient(tokens, targets, recompute=recompute)
-        gradients = gradients_by_name(gradient)
+        gradients = gradients_by_name(model.decoder, gradient)
 
         def check(name: str, what: str, directions: dict[str, Array]) -> Checked:
             analytic = sum(float(np.sum(gradients[key] * v)) for key, v in directions.items())

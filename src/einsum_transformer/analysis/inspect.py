@@ -18,8 +18,8 @@ from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.models import checks
+from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.places import Place
 from einsum_transformer.models.run_config import read_json
 from einsum_transformer.models.unsupported import adapter_in

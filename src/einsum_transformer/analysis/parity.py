@@ -115,7 +115,7 @@ def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, 
     # Of a model that was cut to its first layers, what comes after them is another model's.
     cut = named(f"layers.{model.config.num_hidden_layers}") in reference.names()
     found = _Comparing(reference, named, tolerance, (named("norm"), LOGITS) if cut else ())
-    with Recorder(values_wanted=True, values=found):
+    with Recorder(spans=False).on_value(found):
         seen.decoder.forward(tokens)
     if not found.steps:
         named = ", ".join(found.missing[:3])
@@ -136,8 +136,8 @@ def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, 
     )
 
 
-class _Comparing(dict):  # type: ignore[type-arg]
-    """Stands where a recorder keeps values: each is compared as it comes and not kept."""
+class _Comparing:
+    """Reads values: each is compared as it comes and not kept."""
 
     def __init__(
         self, reference: TensorSource, named: Callable[[str], str], tolerance: float, aside: tuple[str, ...]
@@ -148,7 +148,7 @@ class _Comparing(dict):  # type: ignore[type-arg]
         self.same_choice: float | None = None
         self.held = set(reference.names())
 
-    def __setitem__(self, place: str, ours: Array) -> None:
+    def __call__(self, place: str, ours: Array) -> None:
         name = self.named(place)
         if name in self.aside:
             return

@@ -17,6 +17,7 @@ import numpy as np
 
 from einsum_transformer.components.rope import inverse_frequencies
 from einsum_transformer.engine import blas
+from einsum_transformer.engine.phases import ATTENTION, COUNTED_AS, FEED_FORWARD, LAYER, PASS, STAGES
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.models.config import ModelConfig
 
@@ -24,46 +25,26 @@ Key = tuple[str, ...]
 
 OWN = "own"
 """What a phase did outside of the phases inside it."""
-_STAGES: tuple[Key, ...] = (("prefill",), ("decode",))
-_LAYER = ("layer",)
-_LOADS = ("layer", "weight load")
-_SKELETON: tuple[Key, ...] = (
-    ("embedding",),
-    _LAYER,
-    ("layer", "norm"),
-    _LOADS,
-    ("layer", "attention"),
-    ("layer", "attention", "load"),
-    ("layer", "attention", "qkv"),
-    ("layer", "attention", "rope"),
-    ("layer", "attention", "cache"),
-    ("layer", "attention", "scores"),
-    ("layer", "attention", "output"),
-    ("layer", "attention", OWN),
-    ("layer", "feed-forward"),
-    ("layer", "feed-forward", "load"),
-    ("layer", "feed-forward", OWN),
-    ("layer", OWN),
-    ("head",),
-    ("sampling",),
-    ("text",),
-    ("stage",),
-)
-"""The lines of the table in order; phases that it does not know are put after their siblings."""
+_SOMETIMES = frozenset({"router", "experts", "shared expert", "recomputed"})
+"""Phases that only some models or runs have."""
+_STAGES: set[Key] = {(stage,) for stage in STAGES}
+_LOADS = (*LAYER, "weight load")
 _LABELS: dict[Key, str] = {
-    _LAYER: "layers",
+    **PASS,
     _LOADS: "weight load (both below)",
-    ("layer", "attention", "qkv"): "QKV projection",
-    ("layer", "attention", "rope"): "RoPE",
-    ("layer", "attention", "cache"): "KV cache",
-    ("layer", "attention", "scores"): "scores + softmax",
-    ("layer", "attention", "output"): "output (mix + projection)",
-    ("layer", "attention", OWN): "tiles and Python",
-    ("layer", OWN): "residuals and Python",
-    ("head",): "output head",
+    (*ATTENTION, OWN): "tiles and Python",
+    (*LAYER, OWN): "residuals and Python",
     ("text",): "writing text",
     ("stage",): "between layers (Python)",
 }
+_ORDER: tuple[Key, ...] = (
+    *(line for path in PASS for line in ((_LOADS, path) if path == ATTENTION else (path,))),
+    *((*part, OWN) for part in (ATTENTION, FEED_FORWARD, LAYER)),
+    *(("sampling",), ("text",), ("stage",)),
+)
+"""The lines of the table in order; phases that it does not know are put after their siblings."""
+_ALWAYS = {line for line in _ORDER if line[-1] not in _SOMETIMES}
+"""Lines that are shown for every model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +155,7 @@ def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
             continue
         place = _place(key)
         lines = [place[:depth] for depth in range(1, len(place) + 1)]
-        if place[:1] == _LAYER and place[-1] == "load":
+        if place[:1] == LAYER and place[-1] == "load":
             lines.append(_LOADS)
         for line in lines:
             pending[line] += own
@@ -190,19 +171,19 @@ def _place(key: Key) -> Key:
         return ("text",)
     if key[-1] == "load":
         return (*key[: 2 if key[0] == "layer" else 1], "load")
-    if key[:3] == ("layer", "attention", "mix"):
-        return ("layer", "attention", "output")
-    place = key[:3] if key[:1] == _LAYER else key[:1]
+    if key[:3] in COUNTED_AS:
+        return COUNTED_AS[key[:3]]
+    place = key[:3] if key[:1] == LAYER else key[:1]
     return place if len(place) == 3 else (*place, OWN)
 
 
 def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
     """The stages, then the tree of lines; a line with nothing inside but its own seconds is one line."""
-    keys = {*samples, *_SKELETON} - set(_STAGES)
+    keys = {*samples, *_ALWAYS} - _STAGES
     alone = {key for key in keys if key[-1] == OWN and sum(other[:-1] == key[:-1] for other in keys) == 1}
     keys -= alone
-    for stage in _STAGES:
-        yield _row(stage[0], 0, False, samples.get(stage, []), seconds)
+    for stage in STAGES:
+        yield _row(stage, 0, False, samples.get((stage,), []), seconds)
     for key in sorted(keys, key=_order):
         children = any(other[:-1] == key and other != _LOADS for other in keys)
         label = _LABELS.get(key, "compute" if key[-1] == OWN else key[-1])
@@ -210,11 +191,11 @@ def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
 
 
 def _order(key: Key) -> list[Any]:
-    """Sorts as `_SKELETON` has it, level by level."""
+    """Sorts as `_ORDER` has it, level by level."""
     place = []
     for depth in range(1, len(key) + 1):
-        known = key[:depth] in _SKELETON
-        place.append((_SKELETON.index(key[:depth]) if known else len(_SKELETON), key[depth - 1]))
+        known = key[:depth] in _ORDER
+        place.append((_ORDER.index(key[:depth]) if known else len(_ORDER), key[depth - 1]))
     return place
 
 

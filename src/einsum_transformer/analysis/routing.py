@@ -1,9 +1,8 @@
-"""Where a mixture of experts sent its tokens, layer by layer: a reading of a recorder's counts."""
+"""Where a mixture of experts sent its tokens, layer by layer: a reading of its routers' values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,23 +45,41 @@ class LayerRouting:
         return asdict(self) | derived
 
 
-def routing(counts: Mapping[tuple[int | None, str], Array]) -> list[LayerRouting]:
-    """What the counts of a recorder (counts_wanted) say about the routers; nothing where there are none."""
-    found = []
-    for (layer, name), choices in sorted(counts.items(), key=lambda item: (item[0][0] or 0, item[0][1])):
-        if name != "choices" or layer is None:
-            continue
-        weights = counts[layer, "weights"] / np.maximum(choices, 1)
-        entropy, tokens = counts[layer, "entropy"]
-        found.append(
+class RoutingReader:
+    """Adds up what every router chose, as a reader of values: recorder.on_value(reader, *reader.NAMES)."""
+
+    NAMES = ("*.gate.chosen", "*.gate.weights", "*.gate.probabilities")
+
+    def __init__(self) -> None:
+        self._values: dict[str, Array] = {}
+        self._sums: dict[int, tuple[Array, Array, float, int]] = {}
+        """Layer -> choices and weights of each expert, the sum of entropies, tokens."""
+
+    def __call__(self, name: str, value: Array) -> None:
+        # A router's choice (b, t, top_k) comes first, then its weights, then the probabilities (b, t, e).
+        _, layer, *_, kind = name.split(".")
+        self._values[kind] = value
+        if kind != "probabilities":
+            return
+        chosen, w = self._values["chosen"].ravel(), self._values["weights"].ravel()
+        choices = np.bincount(chosen, minlength=value.shape[-1])
+        weights = np.bincount(chosen, w, minlength=value.shape[-1])
+        bits = -value * np.log2(np.maximum(value, np.finfo(value.dtype).tiny))
+        own = choices, weights, float(bits.sum()), value[..., 0].size
+        before = self._sums.get(int(layer), (0, 0, 0.0, 0))
+        self._sums[int(layer)] = tuple(old + new for old, new in zip(before, own))  # type: ignore[assignment]
+
+    def layers(self) -> list[LayerRouting]:
+        """What was read so far; nothing of a model without experts."""
+        return [
             LayerRouting(
                 layer,
                 tuple(int(count) for count in choices),
-                tuple(float(weight) for weight in weights),
-                float(entropy / max(tokens, 1)),
+                tuple(float(weight) for weight in weights / np.maximum(choices, 1)),
+                entropy / max(tokens, 1),
             )
-        )
-    return found
+            for layer, (choices, weights, entropy, tokens) in sorted(self._sums.items())
+        ]
 
 
 def render(layers: list[LayerRouting]) -> Any:

@@ -14,39 +14,33 @@ import numpy as np
 
 from einsum_transformer.analysis.report import peak_rss_bytes, quantity
 from einsum_transformer.engine import blas
+from einsum_transformer.engine.phases import (
+    ATTENTION,
+    COUNTED_AS,
+    FEED_FORWARD,
+    LAYER,
+    OPTIMIZER,
+    PASS,
+    TRAINING,
+)
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.safetensors import atomic_file
 
 Key = tuple[str, ...]
 
-STAGES = ("batch", "forward", "loss", "backward", "share", "workers", "sum", "clipping", "update")
-"""Forward, loss and backward where this process computes; share, workers and sum where a cluster does."""
-_LAYER, _ATTENTION = ("layer",), ("layer", "attention")
-# The lines of each table: label -> the phases that make it up, below the table's own.
-_TABLES: dict[str, dict[str, tuple[Key, ...]]] = {
-    "forward": {
-        "embedding": (("embedding",),),
-        "norms": ((*_LAYER, "norm"),),
-        "attention: QKV": ((*_ATTENTION, "qkv"),),
-        "attention: RoPE": ((*_ATTENTION, "rope"),),
-        "attention: scores": ((*_ATTENTION, "scores"), (*_ATTENTION, "mix")),
-        "attention: output": ((*_ATTENTION, "output"),),
-        "feed-forward": ((*_LAYER, "feed-forward"),),
-        "head": (("head",),),
-    },
-    "backward": {
-        "head": (("head",),),
-        "attention: output": ((*_ATTENTION, "output"),),
-        "attention: scores": ((*_ATTENTION, "scores"),),
-        "attention: RoPE": ((*_ATTENTION, "rope"),),
-        "attention: QKV": ((*_ATTENTION, "qkv"),),
-        "feed-forward": ((*_LAYER, "feed-forward"),),
-        "norms": ((*_LAYER, "norm"),),
-        "embedding": (("embedding",),),
-        "blocks run again": ((*_LAYER, "recomputed"),),
-    },
+_INSIDE = tuple((*ATTENTION, name) for name in ("qkv", "rope", "scores", "output"))
+_NORM, _EMBEDDING, _HEAD = (*LAYER, "norm"), ("embedding",), ("head",)
+_TABLES: dict[str, tuple[Key, ...]] = {
+    "forward": (_EMBEDDING, _NORM, *_INSIDE, FEED_FORWARD, _HEAD),
+    "backward": (_HEAD, *reversed(_INSIDE), FEED_FORWARD, _NORM, _EMBEDDING, (*LAYER, "recomputed")),
 }
+"""The lines of each table: phases below the table's own."""
+
+
+def _label(path: Key) -> str:
+    """The name of a line where the lines around it do not say what it is a part of."""
+    return f"{PASS[ATTENTION]}: {PASS[path]}" if path[:-1] == ATTENTION else PASS[path]
 
 
 class StepTimes:
@@ -65,7 +59,7 @@ class StepTimes:
         for path, seconds in found.items():
             self.by_path[path][self.steps] = seconds
         self.steps += 1
-        return {name: found[(name,)] for name in STAGES if (name,) in found}
+        return {name: found[(name,)] for name in TRAINING if (name,) in found}
 
     def of(self, *paths: Key) -> list[float]:
         """Seconds of some phases together, for every step."""
@@ -154,7 +148,7 @@ def training_report(
     step drew random tokens from it, which cannot be learnt.
     """
     whole = math.fsum(seconds)
-    stages = tuple(_stage(name, times.of((name,)), whole) for name in STAGES if (name,) in times.by_path)
+    stages = tuple(_stage(name, times.of((name,)), whole) for name in TRAINING if (name,) in times.by_path)
     finite = np.flatnonzero(np.isfinite(losses))
     slope = float(np.polyfit(finite, np.array(losses)[finite], 1)[0]) if len(finite) > 1 else 0.0
     step = _stage("step", list(seconds), whole)
@@ -188,24 +182,24 @@ def _stage(name: str, values: list[float], whole: float) -> Stage:
     return Stage(name, total / max(len(values), 1), p50, p99, total, total / whole if whole > 0 else 0.0)
 
 
-def _parts(times: StepTimes, table: str, lines: Mapping[str, tuple[Key, ...]]) -> tuple[Stage, ...]:
+def _parts(times: StepTimes, table: str, lines: Sequence[Key]) -> tuple[Stage, ...]:
     """The lines of a table that occurred, and what its stage did outside of them."""
     whole = times.of((table,))
     rest, total = np.array(whole), math.fsum(whole)
     found = []
-    for label, keys in lines.items():
-        paths = [(table, *key) for key in keys]
+    for line in lines:
+        counted = [path for path, other in COUNTED_AS.items() if other == line]
+        paths = [(table, *path) for path in (line, *counted)]
         if any(path in times.by_path for path in paths):
             values = times.of(*paths)
-            found.append(_stage(label, values, total))
+            found.append(_stage(_label(line), values, total))
             rest -= values
     return (*found, _stage("residuals, tiles, Python", rest.tolist(), total)) if found else ()
 
 
 def _optimizer_parts(times: StepTimes) -> tuple[Stage, ...]:
-    names = ("clipping", "update")
-    total = math.fsum(times.of(*((name,) for name in names)))
-    return tuple(_stage(name, times.of((name,)), total) for name in names)
+    total = math.fsum(times.of(*((name,) for name in OPTIMIZER)))
+    return tuple(_stage(name, times.of((name,)), total) for name in OPTIMIZER)
 
 
 def _advice(

@@ -18,6 +18,7 @@ from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
     from einsum_transformer.analysis.report import Report
+    from einsum_transformer.analysis.routing import RoutingReader
     from einsum_transformer.checkpoint import Model
     from einsum_transformer.engine import Recorder
     from einsum_transformer.generation.decode import Generation, Settings
@@ -251,7 +252,8 @@ class _Job:
 
         results = [Generation(row) for row in self.rows]
         live = len(results) == 1 and self.model.tokenizer is not None and not self.json
-        recorder = None if self.quiet and not self.json else Recorder(counts_wanted=True)
+        recorder = None if self.quiet and not self.json else Recorder()
+        routers = _read_routers(recorder)
         with recorder or nullcontext():
             started = time.perf_counter()
             try:
@@ -264,7 +266,7 @@ class _Job:
             seconds = time.perf_counter() - started
         if not live and not self.json:
             self._write_rows(results)
-        self._finish(results, recorder, started, seconds)
+        self._finish(results, recorder, routers, started, seconds)
 
     def _pieces(self, results: list[Generation]) -> Iterator[str]:
         from einsum_transformer.engine import phase
@@ -287,7 +289,9 @@ class _Job:
             raise InputError(f"the prompt has {len(self.rows[0])} tokens, the context is {limit}: shorten it")
         LengthNote(self.model.config).grown(len(self.rows[0]))
         cache = self.model.cache(len(self.rows[0]), horizon=len(self.rows[0]))
-        with Recorder(counts_wanted=True) as recorder:
+        recorder = Recorder()
+        routers = _read_routers(recorder)
+        with recorder:
             started = time.perf_counter()
             with phase("prefill"):
                 logits = prefill(self.model, np.array(self.rows), cache, self.settings.prefill_step_size)
@@ -296,7 +300,7 @@ class _Job:
         likeliest = [int(token) for token in np.argmax(logits, axis=-1)]
         if not self.json:
             self._write_likeliest(likeliest)
-        self._finish(results, recorder, started, seconds, likeliest_next=_one_or_all(likeliest))
+        self._finish(results, recorder, routers, started, seconds, likeliest_next=_one_or_all(likeliest))
 
     def _write_likeliest(self, tokens: list[int]) -> None:
         for row, token in enumerate(tokens):
@@ -318,6 +322,7 @@ class _Job:
         self,
         results: list[Generation],
         recorder: Recorder | None,
+        routers: RoutingReader,
         started: float,
         seconds: float,
         **more: Any,
@@ -340,9 +345,9 @@ class _Job:
                 max(result.kv_cache_bytes for result in results),
             ),
         )
-        routers = routing.routing(recorder.counts)
+        layers = routers.layers()
         if self.json:
-            more |= {"routing": [each.to_dict() for each in routers]} if routers else {}
+            more |= {"routing": [each.to_dict() for each in layers]} if layers else {}
             more |= {"speculation": results[0].speculation} if self.speculation else {}
             options.write(jsonlib.dumps(_json(self.model.source, results, found) | more) + "\n")
         elif not self.quiet:
@@ -351,9 +356,9 @@ class _Job:
             terminal.print(render(found))
             for line in speculation_lines(results[0].speculation):
                 terminal.print(line)
-            if routers:
+            if layers:
                 terminal.print()
-                terminal.print(routing.render(routers))
+                terminal.print(routing.render(layers))
 
 
 def _json(source: str, results: list[Generation], found: Report) -> dict[str, Any]:
@@ -377,3 +382,13 @@ def _json(source: str, results: list[Generation], found: Report) -> dict[str, An
 
 def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
+
+
+def _read_routers(recorder: Recorder | None) -> RoutingReader:
+    """What reads the choices of the model's routers, if somebody records."""
+    from einsum_transformer.analysis.routing import RoutingReader
+
+    reader = RoutingReader()
+    if recorder is not None:
+        recorder.on_value(reader, *RoutingReader.NAMES)
+    return reader

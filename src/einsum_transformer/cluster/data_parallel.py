@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.cluster.pool import Connection, Pool
-from einsum_transformer.cluster.worker import Moments, Part, Plan, Shapes, emptied, frozen_weights
+from einsum_transformer.cluster.worker import Moments, Part, Plan, Shapes, frozen_weights
 from einsum_transformer.engine import blas, phase
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import trainable
 from einsum_transformer.models.model import Model
+from einsum_transformer.models.parameters import shapes_of, trainable
 from einsum_transformer.training.data import Batch
 from einsum_transformer.training.loop import Local, Settings, numbered
 
@@ -78,9 +78,10 @@ class DataParallel:
         """Reference to the weights that the workers have, from a step's gradients to its update."""
         try:
             references = {
-                path: self.ray.put(np.asarray(w).reshape(places[path].stored)) for path, w in frozen.items()
+                name: self.ray.put(np.asarray(w).reshape(places[name.partition("/")[0]].stored))
+                for name, w in frozen.items()
             }
-            plan = Plan(emptied(model.decoder), references, settings, blas.current().name)
+            plan = Plan(shapes_of(model.decoder), references, settings, blas.current().name)
             self.pool = Pool(self.ray, plan, workers, threads, timeout)
             self._begin()
         except BaseException:

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.memory import keep_freed
-from einsum_transformer.leaves.frozen import Frozen
-from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.models.parameters import trainable, with_arrays
 from einsum_transformer.training.loop import Settings, batch_gradients
 from einsum_transformer.training.optimizers import start
-from einsum_transformer.tree import map_named
 
 Array = np.ndarray
 Arrays = Mapping[str, Array]
@@ -33,8 +30,8 @@ Part = tuple[int, Array, Array]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every worker is made of. decoder: one whose leaves are functions of (path, frozen, trained) that
-    give the leaf; frozen: path -> reference to the array."""
+    """What every worker is made of. decoder: one of only shapes (`shapes_of`); frozen: name -> reference to
+    the array."""
 
     decoder: Any
     frozen: dict[str, Any]
@@ -68,50 +65,17 @@ class Shapes:
         return {name: array.reshape(self.seen[name]) for name, array in arrays.items()}
 
 
-def emptied(decoder: Any) -> Any:
-    """The decoder of a `Plan`: every leaf's settings, none of its numbers."""
-
-    def leaf(_: str, weight: Any) -> Callable[..., Any]:
-        if isinstance(weight, LoRA):
-            return partial(
-                _lora,
-                name=weight.name,
-                shapes=(weight.shape, weight.a.shape, weight.b.shape),
-                settings=weight.settings,
-                owner=weight.owner,
-            )
-        return partial(_frozen if isinstance(weight, Frozen) else _trained, shape=tuple(weight.shape))
-
-    return map_named(leaf, decoder)
-
-
 def frozen_weights(decoder: Any) -> dict[str, Any]:
-    """Path -> array or leaf of everything that is not trained."""
-    found: dict[str, Any] = {}
+    """Name -> array or leaf of everything that is not trained, by the names of `with_arrays`."""
+    trained, found = trainable(decoder), {}
 
-    def leaf(path: str, weight: Any) -> Any:
-        if isinstance(weight, (Frozen, LoRA)):
-            found[path] = weight.weight if isinstance(weight, Frozen) else weight.base
+    def leaf(name: str, weight: Any) -> Any:
+        if name not in trained:
+            found[name] = weight
         return weight
 
-    map_named(leaf, decoder)
+    with_arrays(decoder, leaf)
     return found
-
-
-def _trained(path: str, frozen: Arrays, trained: Arrays, shape: tuple[int, ...]) -> Array:
-    return trained[path].reshape(shape)
-
-
-def _frozen(path: str, frozen: Arrays, trained: Arrays, shape: tuple[int, ...]) -> Frozen:
-    return Frozen(frozen[path].reshape(shape))
-
-
-def _lora(
-    path: str, frozen: Arrays, trained: Arrays, name: str, shapes: Any, settings: Any, owner: str
-) -> LoRA:
-    base, a, b = shapes
-    pair = trained[f"{owner or path}.lora_A"].reshape(a), trained[f"{path}.lora_B"].reshape(b)
-    return LoRA(name, frozen[path].reshape(base), *pair, *settings)
 
 
 class Worker:
@@ -142,7 +106,8 @@ class Worker:
         self, trained: Arrays, parts: list[Part], count: int, key: tuple[int, ...]
     ) -> tuple[float, dict[str, Array]]:
         """The loss of these rows, divided by `count`, and its gradient by every trained array."""
-        decoder = map_named(lambda path, leaf: leaf(path, self.frozen, trained), self.plan.decoder)
+        held = {**self.frozen, **trained}
+        decoder = with_arrays(self.plan.decoder, lambda name, shape: held[name].reshape(shape.shape))
         # What overflows is found and told where the sum of all workers is.
         with np.errstate(over="ignore", invalid="ignore"):
             loss, found = batch_gradients(decoder, parts, count, key, self.plan.settings)

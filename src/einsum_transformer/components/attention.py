@@ -1,21 +1,31 @@
-"""Attention: y = o(softmax(q(x) k(x)^T scale + mask) v(x)), queries and keys turned by RoPE."""
+"""Attention: y = o(softmax(q(x) k(x)^T scale + mask) v(x)), queries and keys rotated by RoPE."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from einsum_transformer.components.kv_cache import LayerCache
-from einsum_transformer.components.mixing import Mask, Mixing
+from einsum_transformer.components import mixing as core
+from einsum_transformer.components.context import Context
+from einsum_transformer.components.masks import Mask
+from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.qk_norm import QKNorm
-from einsum_transformer.components.rope import Rotation
 from einsum_transformer.engine import einsum, phase, tap, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-Saved = tuple[Array, Array, Any, Any]
+
+
+class Saved(NamedTuple):
+    """What the backward pass of Attention needs."""
+
+    x: Array
+    mixed: Array
+    mix: core.Saved
+    q_norm: Any
+    k_norm: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +44,11 @@ class Attention:
     k_norm: QKNorm | None = None
     mixing: Mixing = static(default=Mixing())
     rope: int | None = static(default=0)
-    """Which of the decoder's rotations turns this layer's queries and keys; None: positions are not told."""
+    """Which of the decoder's rotations this layer's queries and keys get; None: NoPE."""
 
-    def forward(
-        self,
-        x: Array,
-        rotation: Rotation | None,
-        queries: Array,
-        pads: Array | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Array, Saved]:
-        """x: (b, t, d); queries: (t,) the positions of x in the sequence, padding included; pads: (b,) or
-        None."""
-        saved_norms = None
+    def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
+        """x: (b, t, d) -> (b, t, d)"""
+        saved_q = saved_k = None
         with phase("qkv"):
             q = einsum("btd,kghd->btkgh", x, self.q_proj)
             k = einsum("btd,khd->btkh", x, self.k_proj)
@@ -58,48 +60,56 @@ class Attention:
             if self.q_norm is not None and self.k_norm is not None:
                 q, saved_q = self.q_norm.forward(q)
                 k, saved_k = self.k_norm.forward(k[:, :, :, None])
-                k, saved_norms = k[:, :, :, 0], (saved_q, saved_k)
-                tap("self_attn.q_norm", q)
-                tap("self_attn.k_norm", k)
-        mixed, saved_mix = attend(q, k, v, rotation, queries, pads, cache, self.mixing)
+                q, k = tap("q_norm", q), tap("k_norm", k[:, :, :, 0])
+        mixed, saved_mix = attend(q, k, v, context, self.mixing)
         with phase("output"):
             y = einsum("btkgh,dkgh->btd", mixed, self.o_proj)
             if self.o_bias is not None:
                 y += self.o_bias
-        return y, (x, mixed, saved_norms, saved_mix)
+        return y, Saved(x, mixed, saved_mix, saved_q, saved_k)
 
-    def backward(self, dy: Array, saved: Saved, rotation: Rotation | None) -> tuple[Array, Attention]:
-        x, mixed, saved_norms, saved_mix = saved
+    def backward(self, dy: Array, saved: Saved, context: Context) -> tuple[Array, Attention]:
+        x, mixed = saved.x, saved.mixed
         with phase("output"):
             # y = einsum("btkgh,dkgh->btd", mixed, o_proj) + o_bias
             dmixed = einsum("btd,dkgh->btkgh", dy, self.o_proj)
-            do_proj = weight_grad("btd,btkgh->dkgh", dy, mixed, self.o_proj)
-            do_bias = weight_grad("btd->d", dy, self.o_bias)
-        dq, dk, dv = attend_backward(dmixed, saved_mix, rotation, self.mixing)
+            do_proj = weight_grad(self.o_proj, "btd,btkgh->dkgh", dy, mixed)
+            do_bias = weight_grad(self.o_bias, "btd->d", dy)
+        dq, dk, dv = attend_backward(dmixed, saved.mix, context, self.mixing)
         dq_norm = dk_norm = None
         with phase("qkv"):
             if self.q_norm is not None and self.k_norm is not None:
-                dq, dq_norm = self.q_norm.backward(dq, saved_norms[0])
-                dk, dk_norm = self.k_norm.backward(dk[:, :, :, None], saved_norms[1])
+                dq, dq_norm = self.q_norm.backward(dq, saved.q_norm)
+                dk, dk_norm = self.k_norm.backward(dk[:, :, :, None], saved.k_norm)
                 dk = dk[:, :, :, 0]
             # q = einsum("btd,kghd->btkgh", x, q_proj) + q_bias, k and v = einsum("btd,khd->btkh", ...) + bias
             dx = einsum("btkgh,kghd->btd", dq, self.q_proj)
             dx += einsum("btkh,khd->btd", dk, self.k_proj)
             dx += einsum("btkh,khd->btd", dv, self.v_proj)
             return dx, Attention(
-                weight_grad("btkgh,btd->kghd", dq, x, self.q_proj),
-                weight_grad("btkh,btd->khd", dk, x, self.k_proj),
-                weight_grad("btkh,btd->khd", dv, x, self.v_proj),
-                do_proj,
-                weight_grad("btkgh->kgh", dq, self.q_bias),
-                weight_grad("btkh->kh", dk, self.k_bias),
-                weight_grad("btkh->kh", dv, self.v_bias),
-                do_bias,
-                dq_norm,
-                dk_norm,
-                self.mixing,
-                self.rope,
+                q_proj=weight_grad(self.q_proj, "btkgh,btd->kghd", dq, x),
+                k_proj=weight_grad(self.k_proj, "btkh,btd->khd", dk, x),
+                v_proj=weight_grad(self.v_proj, "btkh,btd->khd", dv, x),
+                o_proj=do_proj,
+                q_bias=weight_grad(self.q_bias, "btkgh->kgh", dq),
+                k_bias=weight_grad(self.k_bias, "btkh->kh", dk),
+                v_bias=weight_grad(self.v_bias, "btkh->kh", dv),
+                o_bias=do_bias,
+                q_norm=dq_norm,
+                k_norm=dk_norm,
+                mixing=self.mixing,
+                rope=self.rope,
             )
+
+
+class FusedSaved(NamedTuple):
+    """What the backward pass of FusedAttention needs."""
+
+    x: Array
+    mixed: Array
+    mix: core.Saved
+    inside: Array | None
+    """Where clipping changed nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +130,8 @@ class FusedAttention:
     mixing: Mixing = static(default=Mixing())
     rope: int | None = static(default=0)
 
-    def forward(
-        self,
-        x: Array,
-        rotation: Rotation | None,
-        queries: Array,
-        pads: Array | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Array, Saved]:
-        """As in Attention."""
+    def forward(self, x: Array, context: Context) -> tuple[Array, FusedSaved]:
+        """x: (b, t, d) -> (b, t, d)"""
         inside = None
         with phase("qkv"):
             qkv = einsum("btd,jd->btj", x, self.qkv_proj)
@@ -138,38 +141,38 @@ class FusedAttention:
                 inside = np.abs(qkv) <= self.clip
                 np.clip(qkv, -self.clip, self.clip, out=qkv)
             q, k, v = self._views(qkv)
-        mixed, saved_mix = attend(q, k, v, rotation, queries, pads, cache, self.mixing)
+        mixed, saved_mix = attend(q, k, v, context, self.mixing)
         with phase("output"):
             y = einsum("btkgh,dkgh->btd", mixed, self.o_proj)
             if self.o_bias is not None:
                 y += self.o_bias
-        return y, (x, mixed, inside, saved_mix)
+        return y, FusedSaved(x, mixed, saved_mix, inside)
 
-    def backward(self, dy: Array, saved: Saved, rotation: Rotation | None) -> tuple[Array, FusedAttention]:
-        x, mixed, inside, saved_mix = saved
+    def backward(self, dy: Array, saved: FusedSaved, context: Context) -> tuple[Array, FusedAttention]:
+        x, mixed = saved.x, saved.mixed
         with phase("output"):
             # y = einsum("btkgh,dkgh->btd", mixed, o_proj) + o_bias
             dmixed = einsum("btd,dkgh->btkgh", dy, self.o_proj)
-            do_proj = weight_grad("btd,btkgh->dkgh", dy, mixed, self.o_proj)
-            do_bias = weight_grad("btd->d", dy, self.o_bias)
-        parts = attend_backward(dmixed, saved_mix, rotation, self.mixing)
+            do_proj = weight_grad(self.o_proj, "btd,btkgh->dkgh", dy, mixed)
+            do_bias = weight_grad(self.o_bias, "btd->d", dy)
+        parts = attend_backward(dmixed, saved.mix, context, self.mixing)
         with phase("qkv"):
             dqkv = np.empty_like(dy, shape=(*dy.shape[:2], self.qkv_proj.shape[0]))
             for part, value in zip(self._views(dqkv), parts):
                 part[...] = value
-            if inside is not None:
+            if saved.inside is not None:
                 # qkv = clip(einsum("btd,jd->btj", x, qkv_proj) + qkv_bias)
-                dqkv *= inside
+                dqkv *= saved.inside
             dx = einsum("btj,jd->btd", dqkv, self.qkv_proj)
             return dx, FusedAttention(
-                weight_grad("btj,btd->jd", dqkv, x, self.qkv_proj),
-                do_proj,
-                weight_grad("btj->j", dqkv, self.qkv_bias),
-                do_bias,
-                self.by_head,
-                self.clip,
-                self.mixing,
-                self.rope,
+                qkv_proj=weight_grad(self.qkv_proj, "btj,btd->jd", dqkv, x),
+                o_proj=do_proj,
+                qkv_bias=weight_grad(self.qkv_bias, "btj->j", dqkv),
+                o_bias=do_bias,
+                by_head=self.by_head,
+                clip=self.clip,
+                mixing=self.mixing,
+                rope=self.rope,
             )
 
     def _views(self, qkv: Array) -> tuple[Array, Array, Array]:
@@ -185,35 +188,27 @@ class FusedAttention:
         return q.reshape(b, t, kv_heads, groups, size), k.reshape(shape), v.reshape(shape)
 
 
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    rotation: Rotation | None,
-    queries: Array,
-    pads: Array | None,
-    cache: LayerCache | None,
-    mixing: Mixing,
-) -> tuple[Array, Any]:
-    """What projected queries, keys and values become: turned, joined to the cache, mixed."""
+def attend(q: Array, k: Array, v: Array, context: Context, mixing: Mixing) -> tuple[Array, core.Saved]:
+    """Projected queries, keys and values -> mixed values: RoPE, the cache, the core."""
+    rotation, cache = context.rotation, context.cache
     with phase("rope"):
         if rotation is not None:
             q, k = rotation.forward(q), rotation.forward(k)
-    index = queries
+    index = context.positions
     if cache is not None:
         with phase("cache"):
             k, v, index = cache.append(k, v)
-    return mixing.forward(q, k, v, Mask(queries, index, mixing.window, pads))
+    return mixing.forward(q, k, v, Mask(context.positions, index, mixing.window, context.pads))
 
 
 def attend_backward(
-    dmixed: Array, saved: Any, rotation: Rotation | None, mixing: Mixing
+    dmixed: Array, saved: core.Saved, context: Context, mixing: Mixing
 ) -> tuple[Array, Array, Array]:
     """The gradients by q, k and v as they were projected."""
     with phase("scores"):
         dq, dk, dv = mixing.backward(dmixed, saved)
-    if rotation is not None:
+    if context.rotation is not None:
         with phase("rope"):
             # q, k = rotation(q), rotation(k)
-            dq, dk = rotation.backward(dq), rotation.backward(dk)
+            dq, dk = context.rotation.backward(dq), context.rotation.backward(dk)
     return dq, dk, dv

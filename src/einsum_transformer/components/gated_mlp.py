@@ -4,15 +4,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from einsum_transformer.engine import einsum, weight_grad
+from einsum_transformer.engine import einsum, is_trained, weight_grad
 from einsum_transformer.numerics.activations import SILU, Activation
 from einsum_transformer.tree import static
 
 Array = np.ndarray
+
+
+class Saved(NamedTuple):
+    """What the backward pass of GatedMLP needs."""
+
+    x: Array
+    gate: Array
+    up: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,7 @@ class GatedMLP:
     down_bias: Annotated[Array, "d"] | None = None
     activation: Activation = static(default=SILU)
 
-    def forward(self, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    def forward(self, x: Array) -> tuple[Array, Saved]:
         gate = einsum("btd,fd->btf", x, self.gate_proj)
         up = einsum("btd,fd->btf", x, self.up_proj)
         if self.gate_bias is not None:
@@ -38,14 +46,15 @@ class GatedMLP:
         y = einsum("btf,df->btd", hidden, self.down_proj)
         if self.down_bias is not None:
             y += self.down_bias
-        return y, (x, gate, up)
+        return y, Saved(x, gate, up)
 
-    def backward(self, dy: Array, saved: tuple[Array, Array, Array]) -> tuple[Array, GatedMLP]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Array, GatedMLP]:
         x, gate, up = saved
         activated, dactivated = self.activation.with_derivative(gate)
         # y = einsum("btf,df->btd", hidden, down_proj) + down_bias
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
-        ddown_proj = weight_grad("btd,btf->df", dy, lambda: activated * up, self.down_proj)
+        hidden = activated * up if is_trained(self.down_proj) else None
+        ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         # hidden = activation(gate) * up
         dup = np.multiply(dhidden, activated, out=activated)
         dgate = dhidden
@@ -55,14 +64,21 @@ class GatedMLP:
         dx = einsum("btf,fd->btd", dgate, self.gate_proj)
         dx += einsum("btf,fd->btd", dup, self.up_proj)
         return dx, GatedMLP(
-            weight_grad("btf,btd->fd", dgate, x, self.gate_proj),
-            weight_grad("btf,btd->fd", dup, x, self.up_proj),
-            ddown_proj,
-            weight_grad("btf->f", dgate, self.gate_bias),
-            weight_grad("btf->f", dup, self.up_bias),
-            weight_grad("btd->d", dy, self.down_bias),
-            self.activation,
+            gate_proj=weight_grad(self.gate_proj, "btf,btd->fd", dgate, x),
+            up_proj=weight_grad(self.up_proj, "btf,btd->fd", dup, x),
+            down_proj=ddown_proj,
+            gate_bias=weight_grad(self.gate_bias, "btf->f", dgate),
+            up_bias=weight_grad(self.up_bias, "btf->f", dup),
+            down_bias=weight_grad(self.down_bias, "btd->d", dy),
+            activation=self.activation,
         )
+
+
+class FusedSaved(NamedTuple):
+    """What the backward pass of FusedGatedMLP needs."""
+
+    x: Array
+    gate_up: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +90,21 @@ class FusedGatedMLP:
     down_proj: Annotated[Array, "d f"]
     activation: Activation = static(default=SILU)
 
-    def forward(self, x: Array) -> tuple[Array, tuple[Array, Array]]:
+    def forward(self, x: Array) -> tuple[Array, FusedSaved]:
         gate_up = einsum("btd,jd->btj", x, self.gate_up_proj)
         gate, up = _halves(gate_up)
         hidden = self.activation.forward(gate)
         hidden *= up
-        return einsum("btf,df->btd", hidden, self.down_proj), (x, gate_up)
+        return einsum("btf,df->btd", hidden, self.down_proj), FusedSaved(x, gate_up)
 
-    def backward(self, dy: Array, saved: tuple[Array, Array]) -> tuple[Array, FusedGatedMLP]:
+    def backward(self, dy: Array, saved: FusedSaved) -> tuple[Array, FusedGatedMLP]:
         x, gate_up = saved
         gate, up = _halves(gate_up)
         activated, dactivated = self.activation.with_derivative(gate)
         # y = einsum("btf,df->btd", hidden, down_proj)
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
-        ddown_proj = weight_grad("btd,btf->df", dy, lambda: activated * up, self.down_proj)
+        hidden = activated * up if is_trained(self.down_proj) else None
+        ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         # hidden = activation(gate) * up
         dgate_up = np.empty_like(gate_up)
         dgate, dup = _halves(dgate_up)
@@ -96,8 +113,8 @@ class FusedGatedMLP:
         dgate *= dactivated
         # gate_up = einsum("btd,jd->btj", x, gate_up_proj)
         dx = einsum("btj,jd->btd", dgate_up, self.gate_up_proj)
-        dgate_up_proj = weight_grad("btj,btd->jd", dgate_up, x, self.gate_up_proj)
-        return dx, FusedGatedMLP(dgate_up_proj, ddown_proj, self.activation)
+        dgate_up_proj = weight_grad(self.gate_up_proj, "btj,btd->jd", dgate_up, x)
+        return dx, FusedGatedMLP(gate_up_proj=dgate_up_proj, down_proj=ddown_proj, activation=self.activation)
 
 
 def _halves(gate_up: Array) -> tuple[Array, Array]:

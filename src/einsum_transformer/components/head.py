@@ -1,9 +1,9 @@
-"""Output head: logits = x . weight^T + bias, with a matrix of its own or the embedding's (tied)."""
+"""Output head: logits = scale * (x . weight^T + bias), with a matrix of its own or the embedding's (tied)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,14 @@ from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-Saved = tuple[Array, Array | None]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    x: Array
+    capped: Array | None
+    """A copy of capped logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +28,21 @@ class Head:
 
     weight: Annotated[Array, "v d"]
     bias: Annotated[Array, "v"] | None = None
+    scale: float = static(default=1.0)
     cap: float | None = static(default=None)
-    """Logits are softly capped, cap * tanh(logits / cap)."""
+    """Scaled logits are softly capped, cap * tanh(logits / cap)."""
 
     def forward(self, x: Array, keep: bool = True) -> tuple[Array, Saved]:
         """keep: whether `backward` follows, which needs a copy of capped logits: the loss overwrites them."""
         logits = einsum("btd,vd->btv", x, self.weight)
         if self.bias is not None:
             logits += self.bias
+        if self.scale != 1:
+            logits *= np.asarray(self.scale, logits.dtype)
         if self.cap is None:
-            return logits, (x, None)
+            return logits, Saved(x, None)
         logits = softcap(logits, self.cap)
-        return logits, (x, logits.copy() if keep else None)
+        return logits, Saved(x, logits.copy() if keep else None)
 
     def backward(self, dlogits: Array, saved: Saved) -> tuple[Array, Head]:
         x, capped = saved
@@ -40,7 +50,10 @@ class Head:
             # logits = cap * tanh(raw / cap)
             assert capped is not None
             dlogits = dlogits * softcap_derivative(capped, self.cap)
-        # raw = einsum("btd,vd->btv", x, weight) + bias
+        if self.scale != 1:
+            dlogits = dlogits * np.asarray(self.scale, dlogits.dtype)
+        # raw = scale * (einsum("btd,vd->btv", x, weight) + bias)
         dx = einsum("btv,vd->btd", dlogits, self.weight)
-        dweight = weight_grad("btv,btd->vd", dlogits, x, self.weight)
-        return dx, Head(dweight, weight_grad("btv->v", dlogits, self.bias), self.cap)
+        dweight = weight_grad(self.weight, "btv,btd->vd", dlogits, x)
+        dbias = weight_grad(self.bias, "btv->v", dlogits)
+        return dx, Head(weight=dweight, bias=dbias, scale=self.scale, cap=self.cap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,14 @@ from einsum_transformer.engine import einsum, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-Saved = tuple[Array, Array, Array]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    x: Array
+    mean: Array
+    rstd: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +37,20 @@ class LayerNorm:
         y *= self.weight
         if self.bias is not None:
             y += self.bias
-        return y, (x, mean, rstd)
+        return y, Saved(x, mean, rstd)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, LayerNorm]:
         x, mean, rstd = saved
         # y = normed * weight + bias
         normed = x - mean[..., None]
         normed *= rstd[..., None]
-        dweight = weight_grad("btd,btd->d", dy, normed, self.weight)
-        dbias = weight_grad("btd->d", dy, self.bias)
+        dweight = weight_grad(self.weight, "btd,btd->d", dy, normed)
+        dbias = weight_grad(self.bias, "btd->d", dy)
         dnormed = dy * self.weight
         # normed = (x - mean) * rstd, and both depend on every x of the row
-        along = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
+        projection = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
         dx = dnormed
         dx -= (einsum("btd->bt", dnormed) / x.shape[-1])[..., None]
-        dx -= np.multiply(normed, along[..., None], out=normed)
+        dx -= np.multiply(normed, projection[..., None], out=normed)
         dx *= rstd[..., None]
-        return dx, LayerNorm(dweight, dbias, self.eps)
+        return dx, LayerNorm(weight=dweight, bias=dbias, eps=self.eps)

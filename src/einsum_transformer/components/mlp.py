@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,13 @@ from einsum_transformer.numerics.activations import GELU, Activation
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-Saved = tuple[Array, Array]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    x: Array
+    up: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +38,22 @@ class MLP:
         y = einsum("btf,df->btd", self.activation.forward(up), self.down_proj)
         if self.down_bias is not None:
             y += self.down_bias
-        return y, (x, up)
+        return y, Saved(x, up)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, MLP]:
         x, up = saved
         hidden, dhidden_dup = self.activation.with_derivative(up)
         # y = einsum("btf,df->btd", hidden, down_proj) + down_bias
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
-        ddown_proj = weight_grad("btd,btf->df", dy, hidden, self.down_proj)
+        ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         # hidden = activation(up)
         dup = dhidden
         dup *= dhidden_dup
         # up = einsum("btd,fd->btf", x, up_proj) + up_bias
         return einsum("btf,fd->btd", dup, self.up_proj), MLP(
-            weight_grad("btf,btd->fd", dup, x, self.up_proj),
-            ddown_proj,
-            weight_grad("btf->f", dup, self.up_bias),
-            weight_grad("btd->d", dy, self.down_bias),
-            self.activation,
+            up_proj=weight_grad(self.up_proj, "btf,btd->fd", dup, x),
+            down_proj=ddown_proj,
+            up_bias=weight_grad(self.up_bias, "btf->f", dup),
+            down_bias=weight_grad(self.down_bias, "btd->d", dy),
+            activation=self.activation,
         )

@@ -6,7 +6,7 @@ It bounds the scores. Keys come as queries do, (b, t, k, g, h) with g = 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,13 @@ from einsum_transformer.engine import einsum, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-Saved = tuple[Array, Array]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    x: Array
+    rstd: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +35,20 @@ class HeadNorm:
         rstd = 1 / np.sqrt(einsum("btkgh,btkgh->btkg", x, x) / x.shape[-1] + self.eps)
         y = einsum("btkgh,btkg->btkgh", x, rstd)
         y *= self.scale
-        return y, (x, rstd)
+        return y, Saved(x, rstd)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, HeadNorm]:
         x, rstd = saved
         # y = normed * (offset + weight)
         normed = einsum("btkgh,btkg->btkgh", x, rstd)
-        dweight = weight_grad("btkgh,btkgh->h", dy, normed, self.weight)
+        dweight = weight_grad(self.weight, "btkgh,btkgh->h", dy, normed)
         dnormed = dy * self.scale
         # normed = x * rstd, and rstd depends on every x of its head
-        along = einsum("btkgh,btkgh->btkg", dnormed, normed) / x.shape[-1]
+        projection = einsum("btkgh,btkgh->btkg", dnormed, normed) / x.shape[-1]
         dx = dnormed
-        dx -= einsum("btkgh,btkg->btkgh", normed, along)
+        dx -= einsum("btkgh,btkg->btkgh", normed, projection)
         dx *= rstd[..., None]
-        return dx, HeadNorm(dweight, self.eps, self.offset)
+        return dx, HeadNorm(weight=dweight, eps=self.eps, offset=self.offset)
 
     @property
     def scale(self) -> Array:
@@ -61,20 +67,20 @@ class WholeNorm:
         rstd = 1 / np.sqrt(einsum("btkgh,btkgh->bt", x, x) / x[0, 0].size + self.eps)
         y = einsum("btkgh,bt->btkgh", x, rstd)
         y *= self.weight
-        return y, (x, rstd)
+        return y, Saved(x, rstd)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, WholeNorm]:
         x, rstd = saved
         # y = normed * weight
         normed = einsum("btkgh,bt->btkgh", x, rstd)
-        dweight = weight_grad("btkgh,btkgh->kgh", dy, normed, self.weight)
+        dweight = weight_grad(self.weight, "btkgh,btkgh->kgh", dy, normed)
         dnormed = dy * self.weight
         # normed = x * rstd, and rstd depends on every x of its token
-        along = einsum("btkgh,btkgh->bt", dnormed, normed) / x[0, 0].size
+        projection = einsum("btkgh,btkgh->bt", dnormed, normed) / x[0, 0].size
         dx = dnormed
-        dx -= einsum("btkgh,bt->btkgh", normed, along)
+        dx -= einsum("btkgh,bt->btkgh", normed, projection)
         dx *= rstd[..., None, None, None]
-        return dx, WholeNorm(dweight, self.eps)
+        return dx, WholeNorm(weight=dweight, eps=self.eps)
 
 
 QKNorm = HeadNorm | WholeNorm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,13 @@ from einsum_transformer.engine import einsum, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-Saved = tuple[Array, Array]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    x: Array
+    rstd: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +33,20 @@ class RMSNorm:
         rstd = 1 / np.sqrt(einsum("btd,btd->bt", x, x) / x.shape[-1] + self.eps)
         y = einsum("btd,bt->btd", x, rstd)
         y *= self.scale
-        return y, (x, rstd)
+        return y, Saved(x, rstd)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, RMSNorm]:
         x, rstd = saved
         # y = normed * (offset + weight)
         normed = einsum("btd,bt->btd", x, rstd)
-        dweight = weight_grad("btd,btd->d", dy, normed, self.weight)
+        dweight = weight_grad(self.weight, "btd,btd->d", dy, normed)
         dnormed = dy * self.scale
         # normed = x * rstd, and rstd depends on every x of its row
-        along = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
+        projection = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
         dx = dnormed
-        dx -= einsum("btd,bt->btd", normed, along)
+        dx -= einsum("btd,bt->btd", normed, projection)
         dx *= rstd[..., None]
-        return dx, RMSNorm(dweight, self.eps, self.offset)
+        return dx, RMSNorm(weight=dweight, eps=self.eps, offset=self.offset)
 
     @property
     def scale(self) -> Array:

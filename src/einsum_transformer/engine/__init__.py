@@ -1,19 +1,20 @@
 """The engine: equations and how they run."""
 
-from einsum_transformer.engine.contract import Leaf, einsum, weight_grad
+from einsum_transformer.engine.contract import Gradients, Leaf, einsum, is_trained, weight_grad
 from einsum_transformer.engine.equation import Equation, EquationError
-from einsum_transformer.engine.recorder import Recorder, count, counting, phase, tap
+from einsum_transformer.engine.recorder import Recorder, asked_for, phase, tap
 from einsum_transformer.engine.shapes import ShapeArray
 
 __all__ = [
     "Equation",
     "EquationError",
+    "Gradients",
     "Leaf",
     "Recorder",
     "ShapeArray",
-    "count",
-    "counting",
+    "asked_for",
     "einsum",
+    "is_trained",
     "phase",
     "tap",
     "weight_grad",

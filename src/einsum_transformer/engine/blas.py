@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import platform
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,11 +53,12 @@ def use(name: str) -> Provider:
         name = "mkl" if _mkl_library() is not None and _is_intel() else "numpy"
     if name not in ("numpy", "mkl"):
         raise InputError(f"--blas {name!r}: choose auto, numpy or mkl")
-    threads = get_threads()
-    _current = numpy_provider() if name == "numpy" else mkl_provider()
-    matmul = _current.matmul
-    set_threads(threads)
-    return _current
+    with _lock:
+        threads = current().get_threads()  # 1 inside of `one_thread`, which restores the count at its end
+        _current = numpy_provider() if name == "numpy" else mkl_provider()
+        matmul = _current.matmul
+        _set_threads(threads)
+        return _current
 
 
 def current() -> Provider:
@@ -65,8 +68,49 @@ def current() -> Provider:
 
 def set_threads(count: int) -> None:
     """Let the BLAS in use compute with `count` threads from now on."""
+    global _wanted
     if count < 1:
         raise InputError(f"--threads {count}: at least 1")
+    with _lock:
+        if _regions:
+            _wanted = count
+        else:
+            _set_threads(count)
+
+
+def get_threads() -> int:
+    """Threads that the BLAS in use was set to compute with."""
+    return _wanted if _regions else current().get_threads()
+
+
+def free_threads() -> int:
+    """Threads that a task may use now: 1 while some thread is inside of `one_thread`."""
+    return 1 if _regions else current().get_threads()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let BLAS compute with one thread; the count that was set before, or meanwhile, holds again afterwards.
+
+    The count is the library's and so of all threads of the process: the regions of several threads may
+    overlap, the first one saves the count and the last one restores it.
+    """
+    global _regions, _wanted
+    with _lock:
+        if not _regions:
+            _wanted = current().get_threads()
+            _set_threads(1)
+        _regions += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _regions -= 1
+            if not _regions:
+                _set_threads(_wanted)
+
+
+def _set_threads(count: int) -> None:
     provider = current()
     provider.set_threads(count)
     if provider.name == "mkl":
@@ -74,11 +118,11 @@ def set_threads(count: int) -> None:
         numpy_provider().set_threads(count)
 
 
-def get_threads() -> int:
-    """Threads that the BLAS in use computes with."""
-    return current().get_threads()
-
-
+_lock = threading.Lock()
+_regions = 0
+"""How many regions of `one_thread` are open."""
+_wanted = 1
+"""The count that holds when they are closed."""
 _current: Provider | None = None
 
 

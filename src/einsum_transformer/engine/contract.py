@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from types import FunctionType
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Unpack
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from einsum_transformer.engine import calls, recorder
-from einsum_transformer.engine.equation import Equation, EquationError, OperandTypeError
-from einsum_transformer.engine.lowering import Operand, Plan, lower_pair, lower_single
+from einsum_transformer.engine import calls, plans, recorder
+from einsum_transformer.engine.equation import Equation, EquationError
 from einsum_transformer.engine.shapes import ShapeArray
 
 Array = np.ndarray
@@ -24,7 +22,8 @@ class Leaf(NDArrayOperatorsMixin, ABC):
     """Whatever stands where a weight array stands: a file's tensor, a quantized tensor, a LoRA pair.
 
     `einsum` asks the leaf for the contraction and `weight_grad` for the gradient, so components never know of
-    leaves. In elementwise arithmetic (`weight + 1`, `x *= weight`) a leaf is the array it stands for.
+    leaves. In elementwise arithmetic (`weight + 1`, `x *= weight`) a leaf is the array it stands for. A new
+    kind defines `array`, and overrides what it can do better.
     """
 
     shape: tuple[int, ...]
@@ -36,29 +35,63 @@ class Leaf(NDArrayOperatorsMixin, ABC):
     def ndim(self) -> int:
         return len(self.shape)
 
-    def __getitem__(self, index: Any) -> Any:
-        """A part of the weight, as an array."""
-        return self.array()[index]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it is made of, also where a part of that is still in its file."""
+        return sum(part.nbytes for part in self.parts().values())
 
     @abstractmethod
     def array(self) -> Array:
         """The weight as floating-point numbers, in the shape of this leaf."""
 
+    def __getitem__(self, index: Any) -> Any:
+        """A part of the weight, as an array."""
+        return self.array()[index]
+
     def rows(self, indices: Array) -> Array:
         """The rows of the first axis at `indices`, as np.take gives them."""
         return np.take(self.array(), indices, axis=0)
 
-    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
-        """einsum(equation, *operands) where operands[position] is this leaf."""
-        return einsum(equation, *operands[:position], self.array(), *operands[position + 1 :])
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
+        """einsum(equation, *operands) where operands[position] is this leaf; order: see `product`."""
+        return product(equation, (*operands[:position], self.array(), *operands[position + 1 :]), order)
 
     def weight_grad(self, equation: str, *operands: Array) -> Any:
-        """The gradient that belongs to this leaf."""
-        return einsum(equation, *operands, order="C")
+        """The gradient that belongs to this leaf: an array of its shape, or `Gradients` of its parts."""
+        return product(equation, operands, "C")
 
     def add_rows(self, indices: Array, dy: Array) -> Any:
         """The gradient of `rows` that belongs to this leaf, or None if it takes none."""
         return add_rows(ShapeArray(self.shape, self.dtype), indices, dy)
+
+    def parts(self) -> dict[str, Any]:
+        """Name -> array or leaf of all that it is made of; nothing for what is not held in memory."""
+        return {}
+
+    def with_parts(self, parts: Mapping[str, Any]) -> Leaf:
+        """The same kind of leaf, with the same settings, made of other parts."""
+        raise NotImplementedError(f"{type(self).__name__} has no parts")
+
+    def trained_parts(self, path: str) -> dict[str, str]:
+        """Part -> name of the parameter, for the parts that are trained where this leaf is at `path`."""
+        return {}
+
+    def drawn(self, key: tuple[int, ...], first_row: int) -> Leaf:
+        """The leaf for one pass over the rows of a batch from first_row on, with the random numbers of
+        `key`."""
+        return self
+
+    def delta(self) -> Array | None:
+        """What an adapter adds to `bare`, None for what has no adapter."""
+        return None
+
+    def bare(self) -> Any:
+        """The weight without an adapter and without what keeps it from being trained."""
+        return self
+
+    def writable(self) -> Any:
+        """What stands here in training: itself where only parts are trained, or nothing is; else an array."""
+        return np.array(self.array())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """For NumPy's functions."""
@@ -72,8 +105,15 @@ class Leaf(NDArrayOperatorsMixin, ABC):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-_PLANS_KEPT = 4096
+class Gradients:
+    """The gradient of a leaf of which parts are trained: part -> array."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, **parts: Array) -> None:
+        self.parts = parts
+
+
 _ndarray = np.ndarray
 
 
@@ -89,11 +129,11 @@ def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) ->
     What differs from np.einsum stands in docs/notation.md, section "Where einsum and np.einsum differ".
     Errors: EquationError names the equation, the operand, the letter and both sizes.
     """
-    if len(operands) == 2 and not keywords and recorder.active is None:
+    if len(operands) == 2 and not keywords and recorder.current() is None:
         a, b = operands
         if type(a) is _ndarray and type(b) is _ndarray:
             try:
-                plan = _plans.get(
+                plan = plans.kept.get(
                     (equation, a.shape, b.shape, a.strides, b.strides, a.dtype.num, b.dtype.num)
                 )
             except TypeError:  # sublists: `equation` is an operand
@@ -103,26 +143,36 @@ def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) ->
     return _with_keywords(equation, operands, keywords) if keywords else _einsum(equation, operands)
 
 
-def weight_grad(equation: str, *operands_and_weight: Any) -> Any:
-    """einsum(equation, *operands) in the memory layout of the last argument, the weight whose gradient it is.
+def product(equation: str, operands: tuple[Any, ...], order: str = "K") -> Array:
+    """einsum(equation, *operands); order: "K" lets the engine choose the memory layout of a matrix product,
+    "C" puts operand 1's letters innermost, "F" operand 0's."""
+    return einsum(equation, *operands) if order == "K" else _einsum(equation, operands, order)
+
+
+def is_trained(weight: Any) -> bool:
+    """Whether a gradient of a weight is wanted: not of one that is frozen, or None (not there)."""
+    return weight is not None and not (isinstance(weight, Leaf) and not weight.trained)
+
+
+def weight_grad(weight: Any, equation: str, *operands: Any) -> Any:
+    """The gradient of a weight, einsum(equation, *operands), in the memory layout of the weight.
 
     Where `...` broadcasts the weight, its gradient is also the sum over those axes. A leaf answers with what
-    is its own gradient; None, a bias that is not there, has None. An operand that is wanted for this gradient
-    alone may be a function that makes it, called if there is a gradient to take.
+    is its own gradient. A weight that is not trained (see `is_trained`) has None, and its operands are not
+    looked at.
     """
-    *operands, weight = operands_and_weight
-    if weight is None or (isinstance(weight, Leaf) and not weight.trained):
+    if not is_trained(weight):
         return None
-    operands = [operand() if isinstance(operand, FunctionType) else operand for operand in operands]
-    if "..." in equation:
-        return _broadcast_grad(equation, operands, weight)
-    if isinstance(weight, Leaf):
-        return weight.weight_grad(equation, *operands)
-    input_major = isinstance(weight, Array) and weight.ndim > 1 and weight.strides[-1] != weight.itemsize
-    return _einsum(equation, tuple(operands), "F" if input_major else "C")
+    with recorder.using(weight, gradient=True):
+        if "..." in equation:
+            return _broadcast_grad(weight, equation, operands)
+        if isinstance(weight, Leaf):
+            return weight.weight_grad(equation, *operands)
+        input_major = isinstance(weight, Array) and weight.ndim > 1 and weight.strides[-1] != weight.itemsize
+        return _einsum(equation, operands, "F" if input_major else "C")
 
 
-def _broadcast_grad(equation: str, operands: Sequence[Any], weight: Any) -> Any:
+def _broadcast_grad(weight: Any, equation: str, operands: Sequence[Any]) -> Any:
     """weight_grad of an equation with `...`, spelled in letters so that axes the weight lacks are summed."""
     parsed = Equation.parse(equation)
     operands = [operand if isinstance(operand, ShapeArray) else np.asarray(operand) for operand in operands]
@@ -138,7 +188,7 @@ def _broadcast_grad(equation: str, operands: Sequence[Any], weight: Any) -> Any:
         operands = [operand[index] for operand, index in zip(operands, indices)]
         if isinstance(weight, Leaf) and 0 in indices[-1]:
             raise EquationError(f"einsum {equation}: '...' broadcasts a weight that is not an array")
-    gradient = weight_grad(f"{','.join(inputs)}->{target}", *operands, weight)
+    gradient = weight_grad(weight, f"{','.join(inputs)}->{target}", *operands)
     return gradient if isinstance(weight, Leaf) else gradient.reshape(weight.shape)
 
 
@@ -179,7 +229,7 @@ def lowering(equation: str, *operands: Any) -> str:
         operand if isinstance(operand, Array) else np.empty(operand.shape, operand.dtype)
         for operand in operands
     ]
-    return _plan(equation, Equation.parse(equation), arrays, "K").how
+    return plans.plan_of(equation, Equation.parse(equation), arrays, "K").how
 
 
 def _with_keywords(equation: Any, operands: tuple[Any, ...], keywords: calls.Keywords) -> Any:
@@ -208,13 +258,13 @@ def _einsum(
     layout: str = "K",
     path: Sequence[tuple[int, ...]] | None = None,
 ) -> Any:
-    """einsum; layout: "K" lets the engine choose, "C" puts operand 1's letters innermost in memory, "F"
-    operand 0's, where it is a matrix product. Leaves take no notice of it."""
+    """einsum without np.einsum's keywords; layout: the `order` of `product`."""
     if not isinstance(equation, str):
         equation, operands = calls.from_sublists((equation, *operands))
     for position, operand in enumerate(operands):
         if isinstance(operand, Leaf):
-            return operand.contract(equation, operands, position)
+            with recorder.using(operand):
+                return operand.contract(equation, operands, position, layout)
     arrays = [operand if isinstance(operand, ShapeArray) else np.asarray(operand) for operand in operands]
     if len(arrays) > 2:
         return _chain(Equation.parse(equation), arrays, layout, path)
@@ -225,103 +275,20 @@ def _run(text: str, equation: Equation, arrays: list[Any], order: str) -> Any:
     """The operands through their plan, with an event for a recorder that wants it."""
     if any(isinstance(a, ShapeArray) for a in arrays):
         return _dry(text, equation, arrays)
-    plan = _plan(text, equation, arrays, order)
-    if recorder.active is None or not recorder.active.events_wanted:
+    plan = plans.plan_of(text, equation, arrays, order)
+    if not recorder.reads_events():
         return plan.run(*arrays)
     start = time.perf_counter()
     result = plan.run(*arrays)
-    _report(text, equation, arrays, plan.how, time.perf_counter() - start)
+    _report(text, equation, arrays, result, plan.how, time.perf_counter() - start)
     return result
-
-
-def _plan(text: str, equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
-    """The cached plan for these shapes, strides and types, or a new one."""
-    if order == "K" and len(arrays) == 2:
-        a, b = arrays
-        key: tuple[Any, ...] = (text, a.shape, b.shape, a.strides, b.strides, a.dtype.num, b.dtype.num)
-    else:
-        key = (text, order, *((a.shape, a.strides, a.dtype.num) for a in arrays))
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _PLANS_KEPT:
-            _plans.clear()
-        plan = _plans[key] = _lower(equation, arrays, order)
-    return plan
-
-
-def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
-    shapes = [a.shape for a in arrays]
-    spelled, indices = equation.spell(shapes)
-    if indices is not None:
-        # Its axes of size 1 broadcast: they are dropped where another operand has more.
-        inner = _lower(spelled, [a[index] for a, index in zip(arrays, indices)], order)
-        run = lambda *given: inner.run(*(a[index] for a, index in zip(given, indices)))  # noqa: E731
-        return Plan(run, _readable(inner.how, spelled, equation))
-    sizes = spelled.sizes(shapes)
-    summed = set(sizes) - set(spelled.output)
-    dtype = calls.common_type(equation.shown, [a.dtype for a in arrays])
-    layouts = [Operand(term, a.shape, a.strides, a.itemsize) for term, a in zip(spelled.inputs, arrays)]
-    if len(arrays) == 1 and not summed:
-        return lower_single(spelled, layouts[0], dtype)  # a view, of any type
-    wide = _computed_in(equation, dtype)
-    shape = spelled.output_shape(sizes)
-    if any(sizes[letter] == 0 for letter in summed):
-        # A sum of nothing, even where the product of what is left would be 0 x inf.
-        return Plan(lambda *given: np.zeros(shape, dtype), "zeros")
-    if dtype.kind == "O":
-        return Plan(lambda *given: _of_objects(str(equation), given, shape), "objects")
-    if any(a.dtype != wide for a in arrays) or wide != dtype:
-        return _lower_cast(equation, [a.astype(wide, copy=False) for a in arrays], order, dtype, wide)
-    if len(layouts) == 1:
-        return lower_single(spelled, layouts[0], dtype)
-    plan = lower_pair(spelled, layouts[0], layouts[1], dtype, order)
-    return Plan(plan.run, _readable(plan.how, spelled, equation))
-
-
-def _lower_cast(
-    equation: Equation, converted: Sequence[Array], order: str, dtype: np.dtype, wide: np.dtype
-) -> Plan:
-    """Compute in `wide`, answer in `dtype`."""
-    plan = _lower(equation, converted, order)
-
-    def run(*given: Array) -> Array:
-        # astype keeps the layout (order "K"), so the plan made for the converted operands fits every call.
-        return plan.run(*(a.astype(wide, copy=False) for a in given)).astype(dtype, copy=False)
-
-    return Plan(run, f"{plan.how} in {wide}")
-
-
-def _of_objects(equation: str, arrays: Sequence[Array], shape: tuple[int, ...]) -> Array:
-    """Python objects have no BLAS: NumPy's own loop adds and multiplies them in its order, beginning at 0."""
-    out = np.empty(shape, object)
-    np.einsum(equation, *arrays, out=out)
-    return out
-
-
-def _readable(how: str, spelled: Equation, equation: Equation) -> str:
-    """A plan's line with `...` again for the letters that stand for it."""
-    letters = set(spelled.letters) - set(equation.letters)
-    return re.sub(f"[{''.join(letters)}]+", "...", how) if letters else how
-
-
-def _computed_in(equation: Equation, dtype: np.dtype) -> np.dtype:
-    """The type to compute in: float32 for float16 and ml_dtypes' floats, which are types to store (a product
-    in them is 500 times slower)."""
-    custom = dtype.kind == "V" and dtype.num >= 256
-    if dtype.kind == "f" and dtype.itemsize <= 2:
-        return np.dtype(np.float32)
-    if custom and np.can_cast(dtype, np.float32) and not np.can_cast(dtype, np.int8):
-        return np.dtype(np.float32)
-    if dtype.kind in "biufcO":
-        return dtype
-    raise OperandTypeError(f"einsum {equation.shown}: numbers of type {dtype} cannot be multiplied and added")
 
 
 def _chain(equation: Equation, arrays: list[Any], order: str, path: Sequence[tuple[int, ...]] | None) -> Any:
     """Three or more operands, two at a time, all in their common type."""
     spelled, indices = equation.spell([a.shape for a in arrays])
     dtype = calls.common_type(equation.shown, [a.dtype for a in arrays])
-    wide = _computed_in(equation, dtype)
+    wide = plans.computed_in(equation, dtype)
     if dtype.kind == "O":
         return _run(equation.shown, equation, arrays, order)
     if indices is not None:
@@ -343,9 +310,14 @@ def _chain(equation: Equation, arrays: list[Any], order: str, path: Sequence[tup
 
 
 def _best_path(equation: Equation, arrays: Sequence[Any]) -> Any:
+    return _found_path(str(equation), tuple(a.shape for a in arrays))
+
+
+@lru_cache(maxsize=1024)
+def _found_path(equation: str, shapes: tuple[tuple[int, ...], ...]) -> Any:
     from opt_einsum import contract_path
 
-    return contract_path(str(equation), *(a.shape for a in arrays), shapes=True, optimize="auto")[0]
+    return contract_path(equation, *shapes, shapes=True, optimize="auto")[0]
 
 
 def _pairwise(terms: list[str], arrays: list[Any], output: str, order: str) -> Any:
@@ -364,34 +336,19 @@ def _dry(text: str, equation: Equation, operands: Sequence[Any]) -> Any:
     if indices is not None:
         operands = [operand[index] for operand, index in zip(operands, indices)]
     sizes = spelled.sizes([operand.shape for operand in operands])
-    if recorder.active is not None and recorder.active.events_wanted:
-        _report(text, spelled, operands, _readable(_dry_lowering(spelled, operands), spelled, equation), 0.0)
     dtype = calls.common_type(equation.shown, [operand.dtype for operand in operands])
-    return ShapeArray(spelled.output_shape(sizes), dtype)
+    result = ShapeArray(spelled.output_shape(sizes), dtype)
+    if recorder.reads_events():
+        how = plans.readable(plans.dry_lowering(spelled, operands), spelled, equation)
+        recorder.event(text, sizes, operands, result, how, 0.0, spelled.flops(sizes))
+    return result
 
 
-def _dry_lowering(equation: Equation, operands: Sequence[Any]) -> str:
-    """The plan for operands laid out in C order."""
-    layouts = []
-    for term, operand in zip(equation.inputs, operands):
-        strides, step = [], operand.dtype.itemsize
-        for size in reversed(operand.shape):
-            strides.append(step)
-            step *= size
-        layouts.append(Operand(term, operand.shape, tuple(reversed(strides)), operand.dtype.itemsize))
-    if len(layouts) == 1:
-        return lower_single(equation, layouts[0], operands[0].dtype).how
-    return (
-        lower_pair(equation, layouts[0], layouts[1], operands[0].dtype).how if len(layouts) == 2 else "path"
-    )
-
-
-def _report(text: str, equation: Equation, operands: Sequence[Any], how: str, seconds: float) -> None:
+def _report(
+    text: str, equation: Equation, operands: Sequence[Any], result: Array, how: str, seconds: float
+) -> None:
     spelled, indices = equation.spell([operand.shape for operand in operands])
     if indices is not None:
         operands = [operand[index] for operand, index in zip(operands, indices)]
     sizes = spelled.sizes([operand.shape for operand in operands])
-    traffic = spelled.elements(sizes) * operands[0].dtype.itemsize
-    dtype = str(operands[0].dtype)
-    assert recorder.active is not None
-    recorder.active.event(text, sizes, dtype, how, seconds, spelled.flops(sizes), traffic)
+    recorder.event(text, sizes, operands, result, how, seconds, spelled.flops(sizes))

@@ -23,29 +23,24 @@ _lock = threading.Lock()
 def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], coarse: bool = True) -> None:
     """task(*arguments[i]) for every i, on as many threads as BLAS has if the tasks are coarse, else one by
     one."""
-    before = blas.get_threads() if coarse and len(arguments) > 1 else 1
-    threads = min(before, len(arguments))
+    threads = min(blas.free_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
     if threads <= 1:
         for given in arguments:
             task(*given)
         return
     remaining = iter(arguments)
-    blas.set_threads(1)
-    try:
-        with recorder.parallel():
-            pool = _workers(threads - 1)
-            # In a context of the caller's: np.errstate holds on the other threads too.
-            others = [pool.submit(copy_context().run, _drain, task, remaining) for _ in range(threads - 1)]
-            try:
-                _drain(task, remaining)
-            finally:
-                # Also after an error here: nobody may still be writing when the caller goes on.
-                for other in others:
-                    other.exception()
+    with blas.one_thread(), recorder.parallel():
+        pool = _workers(threads - 1)
+        # In a context of the caller's: np.errstate and the recorder hold on the other threads too.
+        others = [pool.submit(copy_context().run, _drain, task, remaining) for _ in range(threads - 1)]
+        try:
+            _drain(task, remaining)
+        finally:
+            # Also after an error here: nobody may still be writing when the caller goes on.
             for other in others:
-                other.result()
-    finally:
-        blas.set_threads(before)
+                other.exception()
+        for other in others:
+            other.result()
 
 
 def _drain(task: Callable[..., None], remaining: Iterator[tuple[Any, ...]]) -> None:

@@ -1,22 +1,29 @@
-"""What a program did: phases with their seconds, one event per einsum, captured values.
+"""What a running program tells its readers: phases with their seconds, einsum events, values by name.
 
-Nothing is recorded unless a `Recorder` is active; then `phase()` and `einsum` report to it. One recorder is
-active at a time, and the program it watches runs on one thread; what `parallel` puts on others is tallied and
-split afterwards.
+Nothing is recorded unless a `Recorder` is active. It is active in the context (see `contextvars`) that
+entered it, which is one thread's, and in the tasks that `parallel.for_each` runs for that thread. A recorder
+that is entered inside another one takes its place until it is left.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import threading
 import time
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import TracebackType
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from einsum_transformer.engine.shapes import ShapeArray
+
+Array = np.ndarray
+Path = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +33,31 @@ class Event:
     equation: str
     sizes: dict[str, int]
     dtype: str
+    """Of the result."""
     how: str
     seconds: float
     flops: int
-    bytes: int
-    path: tuple[str, ...]
+    bytes_read: int
+    """Every operand once, in its own type."""
+    bytes_written: int
+    path: Path
     """The phases it ran in, from the outermost."""
     layer: int | None
+    weight: str | None
+    """The path of the weight that is an operand, or whose gradient this is; None if there is none."""
+    gradient: bool
+    """Whether the result is a part of the gradient of `weight`."""
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """One phase that ended."""
 
-    path: tuple[str, ...]
+    path: Path
     layer: int | None
     start: float
     seconds: float
@@ -49,63 +67,189 @@ class Span:
         return self.path[-1]
 
 
-@dataclass(slots=True)
-class Recorder:
-    """Collects spans, and on request events and values, while it is active as a context manager."""
+class _Readers:
+    """Callbacks and the patterns of the names that each of them reads."""
 
-    events_wanted: bool = False
-    values_wanted: bool = False
-    counts_wanted: bool = False
-    spans: list[Span] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-    counts: dict[tuple[int | None, str], np.ndarray] = field(default_factory=dict)
-    """By layer and name."""
-    _path: tuple[str, ...] = ()
-    _layer: int | None = None
+    def __init__(self) -> None:
+        self._added: list[tuple[Sequence[str], Callable[..., Any]]] = []
+        self._found: dict[tuple[str | Path, str], tuple[Callable[..., Any], ...]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._added)
+
+    def add(self, patterns: Sequence[str], reader: Callable[..., Any]) -> None:
+        self._added.append((patterns, reader))
+        self._found.clear()
+
+    def of(self, name: str | Path, ending: str = "") -> tuple[Callable[..., Any], ...]:
+        """The callbacks that read this name, by a pattern of this ending; the name of a path is
+        "outer/inner"."""
+        found = self._found.get((name, ending))
+        if found is None:
+            text = name if isinstance(name, str) else "/".join(name)
+            found = self._found[name, ending] = tuple(
+                reader
+                for patterns, reader in self._added
+                if any(each.endswith(ending) and fnmatch.fnmatchcase(text, each) for each in patterns)
+            )
+        return found
+
+
+class Recorder:
+    """Calls its readers while it is active as a context manager.
+
+    spans, events: keep all of them in the lists of that name. values: patterns of the names of values to keep
+    a copy of in the dictionary of that name; a later value of a name replaces an earlier one.
+
+    Any number of readers can be added. A pattern is a shell's: `*` stands for any characters, dots included.
+    Readers of one recorder run one at a time, and what they compute is not recorded.
+    """
+
+    def __init__(self, spans: bool = True, events: bool = False, values: str | Sequence[str] = ()) -> None:
+        self.spans: list[Span] = []
+        self.events: list[Event] = []
+        self.values: dict[str, Array] = {}
+        self._span_readers, self._event_readers, self._value_readers = _Readers(), _Readers(), _Readers()
+        self._lock = threading.RLock()
+        self._outer: _Frame | None = None
+        self._entered = False
+        self._weights: dict[int, _Weights] = {}
+        if spans:
+            self.on_span(self.spans.append)
+        if events:
+            self.on_event(self.events.append)
+        if values:
+            self.on_value(self._keep, *([values] if isinstance(values, str) else values))
+
+    def on_span(self, reader: Callable[[Span], object], *phases: str) -> Recorder:
+        """reader(span) when a phase ends, of all phases or of those whose path ("forward/layer/attention")
+        matches."""
+        self._span_readers.add(phases or ("*",), reader)
+        return self
+
+    def on_event(self, reader: Callable[[Event], object], *phases: str) -> Recorder:
+        """reader(event) after every einsum, of all phases or of those whose path matches."""
+        self._event_readers.add(phases or ("*",), reader)
+        return self
+
+    def on_value(self, reader: Callable[[str, Array], Array | None], *names: str) -> Recorder:
+        """reader(name, value) for every value whose name matches, such as "layers.3.self_attn".
+
+        The array belongs to the program, which may overwrite it afterwards: copy what is to be kept. What the
+        reader returns, if not None, takes the value's place from there on; it must have the same shape.
+        Backward passes do not know of it.
+        """
+        self._value_readers.add(names or ("*",), reader)
+        return self
 
     def __enter__(self) -> Recorder:
-        global active
-        if active is not None:
-            raise RuntimeError("a Recorder is active already")
-        active = self
+        if self._entered:
+            raise RuntimeError("this Recorder is active already: a run of its own needs one of its own")
+        self._entered, self._outer = True, _frame.get()
+        _frame.set(_Frame(self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        global active
-        active = None
+        self._entered = False
+        _frame.set(self._outer)
 
-    def event(
-        self,
-        equation: str,
-        sizes: dict[str, int],
-        dtype: str,
-        how: str,
-        seconds: float,
-        flops: int,
-        traffic: int,
-    ) -> None:
-        path, layer = self._path, self._layer
-        if _tally is not None:
-            here = _tally.here
-            path = (*path, *here.path)
-            layer = layer if here.layer is None else here.layer
-        self.events.append(Event(equation, sizes, dtype, how, seconds, flops, traffic, path, layer))
+    def _keep(self, name: str, value: Array) -> None:
+        self.values[name] = np.array(value)
+
+    def _tell(self, readers: tuple[Callable[..., Any], ...], told: Event | Span) -> None:
+        """Call readers one after the other, with recording paused in this context."""
+        frame = _frame.get()
+        _frame.set(None)
+        try:
+            with self._lock:
+                for reader in readers:
+                    reader(told)
+        finally:
+            _frame.set(frame)
+
+    def _replaced(self, name: str, value: Array, ending: str = "") -> Array:
+        """The value, or what a reader returned in its place."""
+        readers = self._value_readers.of(name, ending)
+        if not readers:
+            return value
+        frame = _frame.get()
+        _frame.set(None)
+        try:
+            with self._lock:
+                for reader in readers:
+                    instead = reader(name, value)
+                    if instead is not None and instead is not value:
+                        value = _like(name, value, instead)
+        finally:
+            _frame.set(frame)
+        return value
 
 
-active: Recorder | None = None
+def _like(name: str, value: Array, instead: Array) -> Array:
+    """A copy of `instead` in the type and memory layout of `value`: the program may write into it."""
+    if np.shape(instead) != np.shape(value):
+        raise ValueError(f"{name} has shape {np.shape(value)}, what a reader returned {np.shape(instead)}")
+    copy = np.empty_like(value)
+    copy[...] = instead
+    return copy
 
 
-@contextmanager
-def in_place_of_others(recorder: Recorder) -> Iterator[Recorder]:
-    """Record with this recorder; the one that is active, if any, pauses meanwhile."""
-    global active, _tally
-    outer = active, _tally
-    active, _tally = recorder, None
-    try:
-        yield recorder
-    finally:
-        active, _tally = outer
+class _Weights:
+    """Which weight an array is, by its address in memory, so that views are found too."""
+
+    def __init__(self, owner: object, named: Iterable[tuple[str, Any]]) -> None:
+        self.owner, self._leaves = owner, list(named)
+        self._by_id = {id(weight): name for name, weight in self._leaves}
+        ranges: dict[int, tuple[int, str]] = {}
+        for name, weight in self._leaves:
+            if isinstance(weight, (Array, ShapeArray)):
+                low, high = _bounds(weight)
+                ranges.setdefault(low, (high, name))
+        self._ranges = ranges
+        self._starts = sorted(ranges)
+
+    def name(self, weight: Any) -> str | None:
+        """The path of a weight, of a view of one, or None."""
+        if (found := self._by_id.get(id(weight))) is not None:
+            return found
+        if not isinstance(weight, (Array, ShapeArray)):
+            return None
+        address = _address(weight)
+        before = bisect_right(self._starts, address) - 1
+        if before < 0:
+            return None
+        end, name = self._ranges[self._starts[before]]
+        return name if address < end else None
+
+
+def _address(a: Array | ShapeArray) -> int:
+    return (a.dummy if isinstance(a, ShapeArray) else a).__array_interface__["data"][0]
+
+
+def _bounds(a: Array | ShapeArray) -> tuple[int, int]:
+    return np.lib.array_utils.byte_bounds(a.dummy if isinstance(a, ShapeArray) else a)
+
+
+@dataclass(slots=True)
+class _Frame:
+    """Where in the program a context stands, for the recorder that is active in it. Never changed (but not
+    frozen: one is made for every phase, and a frozen one takes three times as long)."""
+
+    recorder: Recorder
+    path: Path = ()
+    layer: int | None = None
+    scope: str = ""
+    """What the names of values begin with here."""
+    tally: _Tally | None = None
+    weights: _Weights | None = None
+    weight: str | None = None
+    """The path of the leaf whose product or gradient is computed here."""
+    gradient: bool = False
+
+
+_frame: ContextVar[_Frame | None] = ContextVar("einsum_transformer_recorder", default=None)
+current = _frame.get
+"""Where the program stands for a recorder, None where nobody records."""
 
 
 class _Nothing:
@@ -123,134 +267,204 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-class _Here(threading.local):
-    """The phases that each thread is in, below those of the caller."""
+class _Phase:
+    # The outer frame is set again, rather than reset by a token: a generator may leave a phase in another
+    # context than it entered it in.
+    __slots__ = ("inner", "outer", "start")
 
-    path: tuple[str, ...] = ()
-    layer: int | None = None
+    def __init__(self, outer: _Frame, name: str, layer: int | None, scope: str | None) -> None:
+        inside = outer.scope
+        if layer is not None:
+            inside = f"layers.{layer}"
+        if scope is not None:
+            inside = f"{inside}.{scope}" if inside else scope
+        own = outer.layer if layer is None else layer
+        self.outer = outer
+        self.inner = _Frame(
+            outer.recorder,
+            (*outer.path, name),
+            own,
+            inside,
+            outer.tally,
+            outer.weights,
+            outer.weight,
+            outer.gradient,
+        )
+
+    def __enter__(self) -> None:
+        _frame.set(self.inner)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self.start
+        outer, inner = self.outer, self.inner
+        _frame.set(outer)
+        if outer.tally is not None:
+            outer.tally.add(inner.path, inner.layer, seconds)
+        elif readers := inner.recorder._span_readers.of(inner.path):
+            inner.recorder._tell(readers, Span(inner.path, inner.layer, self.start, seconds))
+
+
+def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
+    """A context manager that times a named part of the program; phases nest.
+
+    layer: number of the layer, inherited by inner phases. scope: what the names of values inside begin with,
+    after the scope around; that of a layer is "layers.<number>".
+    """
+    frame = _frame.get()
+    return _NOTHING if frame is None else _Phase(frame, name, layer, scope)
+
+
+def tap(name: str, value: Array, asked: bool = False) -> Array:
+    """What is used from here on: `value`, or what a reader returns in its place.
+
+    name: relative to the scope of the phases around, "" for the scope itself. Names are those of weights and
+    the modules that hold them. asked: only for readers that `asked_for` it.
+    """
+    frame = _frame.get()
+    if frame is None or not frame.recorder._value_readers:
+        return value
+    return frame.recorder._replaced(_named(frame, name), value, name if asked else "")
+
+
+def tap_at(path: str, value: Array) -> Array:
+    """`tap` with the whole name."""
+    frame = _frame.get()
+    return value if frame is None else frame.recorder._replaced(path, value)
+
+
+def asked_for(name: str) -> bool:
+    """Whether a reader asks for a value by a pattern that ends in its name: for values that take work or
+    memory to make, and which "*" alone does not ask for."""
+    frame = _frame.get()
+    if frame is None or not frame.recorder._value_readers:
+        return False
+    return bool(frame.recorder._value_readers.of(_named(frame, name), name))
+
+
+def _named(frame: _Frame, name: str) -> str:
+    return f"{frame.scope}.{name}" if frame.scope and name else frame.scope or name
+
+
+def reads_values() -> bool:
+    """Whether some reader wants values."""
+    frame = _frame.get()
+    return frame is not None and bool(frame.recorder._value_readers)
+
+
+def reads_events() -> bool:
+    """Whether some reader wants events."""
+    frame = _frame.get()
+    return frame is not None and bool(frame.recorder._event_readers)
+
+
+def know_weights(owner: object, named: Callable[[], Iterable[tuple[str, Any]]]) -> None:
+    """Until the phase around ends, events name the weights of `owner`; named: (path, array or leaf) of each.
+
+    It is called only where events are read, and once for an owner.
+    """
+    frame = _frame.get()
+    if frame is None or not frame.recorder._event_readers:
+        return
+    kept = frame.recorder._weights
+    known = kept.get(id(owner))
+    if known is None or known.owner is not owner:
+        if len(kept) >= 16:
+            kept.clear()
+        known = kept[id(owner)] = _Weights(owner, named())
+    _frame.set(replace(frame, weights=known))
+
+
+@contextmanager
+def _using(frame: _Frame, name: str, gradient: bool) -> Iterator[None]:
+    _frame.set(replace(frame, weight=name, gradient=gradient))
+    try:
+        yield
+    finally:
+        _frame.set(frame)
+
+
+def using(weight: Any, gradient: bool = False) -> Any:
+    """A context manager around the products of a weight (an array, a leaf or a part of one), or around those
+    of its gradient: events inside name it."""
+    frame = _frame.get()
+    if frame is None or frame.weights is None or (name := frame.weights.name(weight)) is None:
+        return _NOTHING
+    return _using(frame, name, gradient)
+
+
+def event(
+    equation: str,
+    sizes: dict[str, int],
+    operands: Sequence[Any],
+    result: Any,
+    how: str,
+    seconds: float,
+    flops: int,
+) -> None:
+    """Tell readers of one einsum; operands and result: arrays, of whichever only shape and type are read."""
+    frame = _frame.get()
+    assert frame is not None
+    readers = frame.recorder._event_readers.of(frame.path)
+    if not readers:
+        return
+    weight, gradient = frame.weight, frame.gradient
+    if frame.weights is not None:
+        for operand in operands:
+            if (name := frame.weights.name(operand)) is not None:
+                weight, gradient = name, False
+                break
+    read = sum(operand.size * operand.dtype.itemsize for operand in operands)
+    written = result.size * result.dtype.itemsize
+    dtype, where = str(result.dtype), (frame.path, frame.layer)
+    frame.recorder._tell(
+        readers, Event(equation, sizes, dtype, how, seconds, flops, read, written, *where, weight, gradient)
+    )
 
 
 class _Tally:
     """Phases inside of parallel tasks: their seconds on all threads together, by path and layer."""
 
-    def __init__(self, layer: int | None) -> None:
-        self.seconds: defaultdict[tuple[tuple[str, ...], int | None], float] = defaultdict(float)
-        self.lock = threading.Lock()
-        self.here = _Here()
-        self.layer = layer
+    def __init__(self, outer: _Frame) -> None:
+        self.outer = outer
+        self._seconds: defaultdict[tuple[Path, int | None], float] = defaultdict(float)
+        self._lock = threading.Lock()
 
-    def spans(self, path: tuple[str, ...], start: float, wall: float) -> Iterator[Span]:
+    def add(self, path: Path, layer: int | None, seconds: float) -> None:
+        with self._lock:
+            self._seconds[path[len(self.outer.path) :], layer] += seconds
+
+    def spans(self, start: float, wall: float) -> Iterator[Span]:
         """The wall time split over the phases in proportion to their seconds, one after the other, those
         inside of a phase before it."""
-        busy = sum(seconds for (inner, _), seconds in self.seconds.items() if len(inner) == 1)
+        busy = sum(seconds for (inner, _), seconds in self._seconds.items() if len(inner) == 1)
         begins = defaultdict(lambda: start)
         placed = []
-        for (inner, layer), seconds in sorted(self.seconds.items(), key=lambda item: len(item[0][0])):
+        for (inner, layer), seconds in sorted(self._seconds.items(), key=lambda item: len(item[0][0])):
             outer = inner[:-1]
-            span = Span((*path, *inner), layer, begins[outer], wall * seconds / busy)
+            span = Span((*self.outer.path, *inner), layer, begins[outer], wall * seconds / busy)
             begins[inner] = min(begins[inner], span.start) if inner in begins else span.start
             begins[outer] += span.seconds
             placed.append(span)
         yield from reversed(placed)
 
 
-_tally: _Tally | None = None
-
-
-class _TalliedPhase:
-    __slots__ = ("layer", "name", "outer", "outer_layer", "start", "tally")
-
-    def __init__(self, tally: _Tally, name: str, layer: int | None) -> None:
-        self.tally, self.name, self.layer = tally, name, layer
-
-    def __enter__(self) -> None:
-        here = self.tally.here
-        self.outer, self.outer_layer = here.path, here.layer
-        here.path = (*self.outer, self.name)
-        if self.layer is not None:
-            here.layer = self.layer
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        seconds, tally = time.perf_counter() - self.start, self.tally
-        here = tally.here
-        with tally.lock:
-            tally.seconds[here.path, tally.layer if here.layer is None else here.layer] += seconds
-        here.path, here.layer = self.outer, self.outer_layer
-
-
 @contextmanager
 def parallel() -> Iterator[None]:
     """Around tasks on several threads: the wall time is split over their phases in proportion to the threads'
     seconds."""
-    global _tally
-    recorder = active
-    if recorder is None:
+    frame = _frame.get()
+    if frame is None:
         yield
         return
-    _tally = tally = _Tally(recorder._layer)
+    tally = _Tally(frame)
+    _frame.set(replace(frame, tally=tally))
     start = time.perf_counter()
     try:
         yield
     finally:
-        _tally = None
-        recorder.spans.extend(tally.spans(recorder._path, start, time.perf_counter() - start))
-
-
-class _Phase:
-    __slots__ = ("layer", "name", "outer", "outer_layer", "recorder", "start")
-
-    def __init__(self, recorder: Recorder, name: str, layer: int | None) -> None:
-        self.recorder, self.name, self.layer = recorder, name, layer
-
-    def __enter__(self) -> None:
-        recorder = self.recorder
-        self.outer, self.outer_layer = recorder._path, recorder._layer
-        recorder._path = (*self.outer, self.name)
-        if self.layer is not None:
-            recorder._layer = self.layer
-        self.start = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        end = time.perf_counter()
-        recorder = self.recorder
-        recorder.spans.append(Span(recorder._path, recorder._layer, self.start, end - self.start))
-        recorder._path, recorder._layer = self.outer, self.outer_layer
-
-
-def phase(name: str, layer: int | None = None) -> Any:
-    """A context manager that times a named part of the program; phases nest, `layer` is inherited by inner
-    ones."""
-    if active is None:
-        return _NOTHING
-    return _Phase(active, name, layer) if _tally is None else _TalliedPhase(_tally, name, layer)
-
-
-def counting() -> bool:
-    """Whether some recorder wants counts, so that nothing is counted for nobody."""
-    return active is not None and active.counts_wanted
-
-
-def count(name: str, amounts: np.ndarray) -> None:
-    """A recorder that wants counts adds the amounts to those of the same name in the same layer."""
-    if active is not None and active.counts_wanted:
-        key = active._layer, name
-        active.counts[key] = active.counts.get(key, 0) + amounts
-
-
-def tapping() -> bool:
-    """Whether some recorder wants values."""
-    return active is not None and active.values_wanted
-
-
-def tap(name: str, value: np.ndarray) -> np.ndarray:
-    """`value` itself; a recorder that wants values keeps a copy under `name`, in a layer `layers.3.name`.
-
-    The names are those of weights and the parts that hold them; without a name it is the layer's own value.
-    """
-    if active is not None and active.values_wanted:
-        place = name if active._layer is None else f"layers.{active._layer}.{name}".rstrip(".")
-        active.values[place] = np.array(value)
-    return value
+        wall = time.perf_counter() - start
+        _frame.set(frame)
+        for span in tally.spans(start, wall):
+            if readers := frame.recorder._span_readers.of(span.path):
+                frame.recorder._tell(readers, span)

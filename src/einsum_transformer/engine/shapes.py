@@ -23,6 +23,16 @@ class ShapeArray(NDArrayOperatorsMixin):
     def __init__(self, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
         self.dummy = np.broadcast_to(np.zeros((), dtype), shape)
 
+    def _view(self, dummy: np.ndarray) -> ShapeArray:
+        """A view of this array, which has its address."""
+        view = ShapeArray.__new__(ShapeArray)
+        view.dummy = dummy
+        return view
+
+    def __reduce__(self) -> Any:
+        # The numbers of the dummy are one, but would be written out one by one.
+        return ShapeArray, (self.shape, self.dtype)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.dummy.shape
@@ -45,7 +55,7 @@ class ShapeArray(NDArrayOperatorsMixin):
 
     @property
     def T(self) -> ShapeArray:
-        return ShapeArray(self.shape[::-1], self.dtype)
+        return self._view(self.dummy.T)
 
     def __repr__(self) -> str:
         return f"ShapeArray({self.shape}, {self.dtype})"
@@ -64,7 +74,10 @@ class ShapeArray(NDArrayOperatorsMixin):
         raise TypeError(f"an array of shape {self.shape} in a dry run has no numbers")
 
     def __getitem__(self, index: Any) -> ShapeArray:
-        return ShapeArray(self.dummy[index].shape, self.dtype)
+        part = self.dummy[index]
+        # A choice by lists or arrays is a copy.
+        shares = isinstance(part, np.ndarray) and np.may_share_memory(part, self.dummy)
+        return self._view(part) if shares else ShapeArray(np.shape(part), self.dtype)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         np.broadcast_shapes(self.dummy[index].shape, np.shape(value))
@@ -75,13 +88,15 @@ class ShapeArray(NDArrayOperatorsMixin):
         full = tuple(self.size // known if n == -1 else n for n in given)
         if math.prod(full) != self.size:
             raise ValueError(f"cannot reshape {self.shape} into {full}")
-        return ShapeArray(full, self.dtype)
+        return self._view(
+            np.lib.stride_tricks.as_strided(self.dummy, full, (0,) * len(full), writeable=False)
+        )
 
     def transpose(self, *axes: Any) -> ShapeArray:
-        return ShapeArray(self.dummy.transpose(*axes).shape, self.dtype)
+        return self._view(self.dummy.transpose(*axes))
 
     def swapaxes(self, first: int, second: int) -> ShapeArray:
-        return ShapeArray(self.dummy.swapaxes(first, second).shape, self.dtype)
+        return self._view(self.dummy.swapaxes(first, second))
 
     def astype(self, dtype: Any, copy: bool = True) -> ShapeArray:
         return ShapeArray(self.shape, dtype)

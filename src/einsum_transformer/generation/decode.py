@@ -162,7 +162,7 @@ def stream(
             raise InputError("prompts that continue a cache must have the same length")
         passed = LengthNote(model.config, start) if passed is None else passed
         passed.grown(start + longest)
-    cache.horizon = max(cache.horizon, start + longest)
+    cache.expect(start + longest)
     with phase("prefill"):
         lengthen(model, cache, longest)
         logits = prefill(model, tokens, cache, settings.prefill_step_size, sampling.remove_invalid_values)

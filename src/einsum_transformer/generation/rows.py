@@ -15,6 +15,7 @@ from einsum_transformer.generation.context import UNBOUNDED
 from einsum_transformer.generation.keys import OWN, SETTINGS, parsed
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.stopping import StopMatcher
+from einsum_transformer.models.decoder import Positions
 from einsum_transformer.models.families.family import token_ids
 from einsum_transformer.models.finite import is_finite
 from einsum_transformer.models.model import Model
@@ -103,7 +104,9 @@ def prefill(
     return scores(model, tokens[:, last:], cache, "last", repaired)[:, -1]
 
 
-def scores(model: Model, tokens: Array, cache: KVCache, positions: str, repaired: bool = False) -> Array:
+def scores(
+    model: Model, tokens: Array, cache: KVCache, positions: Positions, repaired: bool = False
+) -> Array:
     """The scores after new tokens (b, t), which the cache is extended by; positions as in `Decoder.forward`.
 
     Raises InputError where they are not finite, with the step that this begins in; unless the caller repairs
@@ -122,14 +125,14 @@ def lengthen(model: Model, cache: KVCache, new: int) -> None:
     limits = _longrope_lengths(model)
     if not limits or cache.length == 0:
         return
-    before = cache.length - (np.zeros(1, int) if cache.pads is None else cache.pads)
+    before = cache.before
     if not any(((before <= limit) & (before + new > limit)).any() for limit in limits):
         return
     fresh = model.cache(pads=cache.pads, horizon=cache.length + new, slack=cache.slack)
     tokens = cache.tokens
     for start in range(0, tokens.shape[1], PREFILL_CHUNK):
         model.decoder.forward(tokens[:, start : start + PREFILL_CHUNK], fresh, "none")
-    cache.become(fresh)
+    cache.replace_by(fresh)
 
 
 def until_rope_changes(model: Model, cache: KVCache) -> int:
@@ -137,7 +140,7 @@ def until_rope_changes(model: Model, cache: KVCache) -> int:
 
     longrope changes once; dynamic changes with every token beyond the trained length, where this is 0.
     """
-    before = cache.length - (np.zeros(1, int) if cache.pads is None else cache.pads)
+    before = cache.before
     left = [limit - length for limit in _longrope_lengths(model) for length in before.tolist()]
     left = [more for more in left if more >= 0]
     for rope in model.config.ropes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from einsum_transformer.engine import Leaf, einsum
-from einsum_transformer.engine.contract import take_rows
+from einsum_transformer.engine import Leaf
+from einsum_transformer.engine.contract import product, take_rows
 
 Array = np.ndarray
 
@@ -21,14 +22,26 @@ class Frozen(Leaf):
         self.weight = weight
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
 
+    def bare(self) -> Any:
+        return self.weight
+
     def array(self) -> Array:
         return self.weight.array() if isinstance(self.weight, Leaf) else self.weight
 
     def rows(self, indices: Array) -> Array:
         return take_rows(self.weight, indices)
 
-    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
-        return einsum(equation, *operands[:position], self.weight, *operands[position + 1 :])
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
+        return product(equation, (*operands[:position], self.weight, *operands[position + 1 :]), order)
 
     def add_rows(self, indices: Array, dy: Array) -> None:
         return None
+
+    def parts(self) -> dict[str, Any]:
+        return {"weight": self.weight}
+
+    def with_parts(self, parts: Mapping[str, Any]) -> Frozen:
+        return Frozen(**parts)
+
+    def writable(self) -> Frozen:
+        return self

@@ -7,13 +7,15 @@ W's product plus two thin ones, and W + scaling * B A is never held.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from einsum_transformer.engine import Equation, EquationError, Leaf, einsum
-from einsum_transformer.engine.contract import add_rows, take_rows
+from einsum_transformer.engine import Equation, EquationError, Gradients, Leaf, einsum, weight_grad
+from einsum_transformer.engine.contract import add_rows, product, take_rows
+from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
 
@@ -73,19 +75,30 @@ class LoRA(Leaf):
         self.shape, self.dtype = tuple(base.shape), base.dtype
 
     @property
-    def settings(self) -> tuple[Any, ...]:
-        """What the constructor takes after the arrays."""
-        return self.scaling, self.out_axes, self.dropout, self.stack, self.owner
-
-    @property
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def masked(self, key: tuple[int, ...], first_row: int) -> LoRA:
-        """The same weights, with the zeroes of these rows of a batch."""
-        scaling, out_axes, dropout, *names = self.settings
-        drawn = replace(dropout, key=key, first_row=first_row)
-        return LoRA(self.name, self.base, self.a, self.b, scaling, out_axes, drawn, *names)
+    def parts(self) -> dict[str, Any]:
+        return {"base": self.base, "lora_A": self.a, "lora_B": self.b}
+
+    def with_parts(self, parts: Mapping[str, Any]) -> LoRA:
+        return self._with(self.dropout, parts["base"], parts["lora_A"], parts["lora_B"])
+
+    def trained_parts(self, path: str) -> dict[str, str]:
+        return {"lora_A": f"{self.owner or path}.lora_A", "lora_B": f"{path}.lora_B"}
+
+    def drawn(self, key: tuple[int, ...], first_row: int) -> LoRA:
+        dropout = replace(self.dropout, key=key, first_row=first_row)
+        return self._with(dropout, self.base, self.a, self.b)
+
+    def bare(self) -> Any:
+        return self.base
+
+    def writable(self) -> LoRA:
+        return self
+
+    def _with(self, dropout: Dropout, base: Any, a: Array, b: Array) -> LoRA:
+        return LoRA(self.name, base, a, b, self.scaling, self.out_axes, dropout, self.stack, self.owner)
 
     def array(self) -> Array:
         """W + scaling * b a"""
@@ -96,12 +109,12 @@ class LoRA(Leaf):
         a, b = _numbers(self.a).reshape(self.rank, -1), _numbers(self.b).reshape(-1, self.rank)
         return (self.scaling * einsum("fr,rd->fd", b, a)).reshape(self.shape)
 
-    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
         if len(operands) != 2:
             raise EquationError(f"einsum {equation}: a LoRA weight takes part in products of two operands")
         x = operands[1 - position]
-        y = einsum(equation, *((self.base, x) if position == 0 else (x, self.base)))
-        parsed = Equation.parse(equation)
+        y = product(equation, (self.base, x) if position == 0 else (x, self.base), order)
+        parsed = _parsed(equation)
         weight, term, output = parsed.inputs[position], parsed.inputs[1 - position], parsed.output
         outputs, inputs = weight[: self.out_axes], weight[self.out_axes :]
         if not set(inputs) & set(output):
@@ -118,10 +131,9 @@ class LoRA(Leaf):
         y += self.dropout.applied(einsum(f"{thin},r{inputs}->{output}", h, self.a), self.name)
         return y
 
-    def weight_grad(self, equation: str, *operands: Array) -> dict[str, Array]:
-        """{"lora_A": da, "lora_B": db}; the first key is `<owner>.lora_A` where another weight owns `a`."""
+    def weight_grad(self, equation: str, *operands: Array) -> Gradients:
         dy, x = operands
-        parsed = Equation.parse(equation)
+        parsed = _parsed(equation)
         outputs, inputs = parsed.output[: self.out_axes], parsed.output[self.out_axes :]
         dy_term, x_term = parsed.inputs
         summed = "".join(letter for letter in x_term if letter not in inputs)
@@ -129,24 +141,36 @@ class LoRA(Leaf):
         # y = einsum("btr,fr->btf", h, b) * scaling, h = einsum("btd,rd->btr", x, a)
         h = einsum(f"{x_term},r{inputs}->{summed}r", x, self.a)
         h *= self.dtype.type(self.scaling)
-        db = einsum(f"{dy_term},{summed}r->{outputs}r", dy, h, order="C")
+        db = weight_grad(self.b, f"{dy_term},{summed}r->{outputs}r", dy, h)
         dh = einsum(f"{dy_term},{outputs}r->{summed}r", dy, self.b)
         dh *= self.dtype.type(self.scaling)
-        da = einsum(f"{summed}r,{x_term}->r{inputs}", dh, x, order="C")
-        return {f"{self.owner}.lora_A" if self.owner else "lora_A": da, "lora_B": db}
+        da = weight_grad(self.a, f"{summed}r,{x_term}->r{inputs}", dh, x)
+        return Gradients(lora_A=da, lora_B=db)
 
     def rows(self, indices: Array) -> Array:
         """Rows of W, an embedding (v, d), plus those of scaling * b a."""
         h = take_rows(self.b, indices) * self.dtype.type(self.scaling)
         return take_rows(self.base, indices) + einsum("btr,rd->btd", h, self.a)
 
-    def add_rows(self, indices: Array, dy: Array) -> dict[str, Array]:
+    def add_rows(self, indices: Array, dy: Array) -> Gradients:
         # y = einsum("btr,rd->btd", h, a), h = take_rows(b, indices) * scaling
         h = take_rows(self.b, indices) * self.dtype.type(self.scaling)
-        da = einsum("btr,btd->rd", h, dy, order="C")
+        da = weight_grad(self.a, "btr,btd->rd", h, dy)
         dh = einsum("btd,rd->btr", dy, self.a)
         dh *= self.dtype.type(self.scaling)
-        return {"lora_A": da, "lora_B": add_rows(self.b, indices, dh)}
+        return Gradients(lora_A=da, lora_B=add_rows(self.b, indices, dh))
+
+
+def adapters_of(decoder: Any) -> dict[str, LoRA]:
+    """Path -> adapter of every weight in a decoder that has one."""
+    return {path: leaf for path, leaf in named_leaves(decoder) if isinstance(leaf, LoRA)}
+
+
+def _parsed(equation: str) -> Equation:
+    parsed = Equation.parse(equation)
+    if "r" in parsed.letters:
+        raise EquationError(f"einsum {equation}: the letter r stands for the rank of the LoRA weight")
+    return parsed
 
 
 def _numbers(weight: Any) -> Array:

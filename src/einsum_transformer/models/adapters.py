@@ -1,4 +1,4 @@
-"""LoRA on a model: adapters put on, merged into the weights, and what of a model is trained."""
+"""LoRA on a model: adapters put on, and merged into the weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, parse_json, sync
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
-from einsum_transformer.models.decoder import Weight, weights_of
+from einsum_transformer.models.builder import WeightSpec, weights_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
 from einsum_transformer.models.peft_names import stack_name
 from einsum_transformer.models.stacked import Pair, Stack, stacks_of
-from einsum_transformer.tree import map_named, named_leaves
+from einsum_transformer.tree import map_named
 
 Array = np.ndarray
 
-Draw = Callable[[str, "Planned", Weight], tuple[Any, Any]]
+Draw = Callable[[str, "Planned", WeightSpec], tuple[Any, Any]]
 """(path, what is planned, the weight's place) -> A and B."""
 
 
@@ -53,7 +53,7 @@ def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
     together (as in PEFT).
     """
 
-    def draw(path: str, planned: Planned, place: Weight) -> Pair:
+    def draw(path: str, planned: Planned, place: WeightSpec) -> Pair:
         return _start(path, planned.rank, place.stored[1], seed), np.zeros((place.stored[0], planned.rank))
 
     return put_on(model, config, plan(model, config.for_training()), draw)
@@ -107,7 +107,7 @@ def planned_stack(stack: Stack, config: LoRAConfig, rank: int, alpha: float) -> 
     }
 
 
-def matrices_of(model: Model) -> dict[str, Weight]:
+def matrices_of(model: Model) -> dict[str, WeightSpec]:
     """Path -> place of every matrix that may have an adapter, a tied one in both its roles."""
     weights = weights_of(replace(model.config, tie_word_embeddings=False))
     return {w.path: w for w in weights if len(w.stored) > 1 and w.path != POSITIONS}
@@ -124,7 +124,7 @@ def no_matrix(model: Model, names: list[str]) -> InputError:
 
 def put_on(model: Model, config: LoRAConfig, planned: Mapping[str, Planned], draw: Draw) -> Model:
     """The model with the planned adapters, whose matrices `draw` gives, and every other weight frozen."""
-    if any(isinstance(leaf, (Frozen, LoRA)) for _, leaf in named_leaves(model.decoder)):
+    if model.lora is not None:
         raise InputError(f"{model.source}: the model has an adapter already; merge it first")
     if model.decoder.lm_head is None and planned.keys() & {EMBEDDING, HEAD}:
         model = replace(model, decoder=replace(model.decoder, lm_head=model.decoder.head))
@@ -155,39 +155,6 @@ def _start(path: str, rank: int, width: int, seed: int) -> Array:
     return rng.uniform(-bound, bound, (rank, width))
 
 
-def trainable(decoder: Any) -> dict[str, Array]:
-    """Name -> array of everything in a decoder that is trained: its arrays, and its adapters' matrices."""
-    found: dict[str, Array] = {}
-    for path, leaf in named_leaves(decoder):
-        if isinstance(leaf, LoRA):
-            found |= {} if leaf.owner else {f"{path}.lora_A": leaf.a}
-            found[f"{path}.lora_B"] = leaf.b
-        elif not isinstance(leaf, Leaf):
-            found[path] = leaf
-    return found
-
-
-def masked(decoder: Any, key: tuple[int, ...], first_row: int) -> Any:
-    """The decoder on the same weights, whose adapters drop what `key` says of the rows from this one on."""
-    if not any(isinstance(leaf, LoRA) and leaf.dropout.probability for _, leaf in named_leaves(decoder)):
-        return decoder
-    return map_named(lambda _, leaf: leaf.masked(key, first_row) if isinstance(leaf, LoRA) else leaf, decoder)
-
-
-def gradients_by_name(gradient: Any) -> dict[str, Array]:
-    """The gradient of a decoder by the names of `trainable`."""
-    found: dict[str, Array] = {}
-    for path, leaf in named_leaves(gradient):
-        if isinstance(leaf, dict):
-            for part, array in leaf.items():
-                # A part with a dot is the A of another weight, which comes before.
-                name = part if "." in part else f"{path}.{part}"
-                found[name] = found[name] + array if name in found else array
-        else:
-            found[path] = leaf
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class Merged:
     """What merging did to one weight. change: root mean square of scaling * B A; error: of what the stored
@@ -212,12 +179,13 @@ def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, 
     report: list[Merged] = []
 
     def whole(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, Frozen):
-            return leaf.weight
-        if not isinstance(leaf, LoRA):
+        if not isinstance(leaf, Leaf):
             return leaf
-        exact = np.asarray(leaf.base).astype(np.float64)
-        delta = leaf.delta().astype(np.float64)
+        added = leaf.delta()
+        if added is None:
+            return leaf.bare()
+        exact = np.asarray(leaf.bare()).astype(np.float64)
+        delta = added.astype(np.float64)
         exact += sign * delta
         stored = rounded(exact.astype(leaf.dtype), dtype)
         change, error = (float(np.sqrt(np.mean(np.square(x)))) for x in (delta, stored - exact))

@@ -6,20 +6,20 @@ In every one the residual's gradient goes around the norms, not through them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from einsum_transformer.components.attention import Attention, FusedAttention
+from einsum_transformer.components.context import Context
 from einsum_transformer.components.gated_mlp import FusedGatedMLP, GatedMLP
-from einsum_transformer.components.kv_cache import LayerCache
 from einsum_transformer.components.latent_attention import LatentAttention
 from einsum_transformer.components.layernorm import LayerNorm
 from einsum_transformer.components.mlp import MLP
 from einsum_transformer.components.moe import MoE
 from einsum_transformer.components.rmsnorm import RMSNorm
-from einsum_transformer.components.rope import Rotation
 from einsum_transformer.engine import phase, tap
+from einsum_transformer.tree import static
 
 Array = np.ndarray
 Norm = RMSNorm | LayerNorm
@@ -27,58 +27,59 @@ AnyAttention = Attention | FusedAttention | LatentAttention
 FeedForward = GatedMLP | FusedGatedMLP | MLP | MoE
 
 
+class Saved(NamedTuple):
+    """What the backward pass of a block needs of each of its parts; None for a part that it lacks."""
+
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    mlp: Any
+    pre_feedforward_layernorm: Any = None
+    post_feedforward_layernorm: Any = None
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + m attention(norm(x)), then x + m feed_forward(norm(x)), m the residual multiplier."""
 
     input_layernorm: Norm
     self_attn: AnyAttention
     post_attention_layernorm: Norm
     mlp: FeedForward
+    residual_multiplier: float = static(default=1.0)
 
-    def forward(
-        self,
-        x: Array,
-        rotation: Rotation | None,
-        queries: Array,
-        pads: Array | None,
-        cache: LayerCache | None,
-    ) -> tuple[Array, tuple[Any, ...]]:
-        with phase("norm"):
-            normed, saved_norm = self.input_layernorm.forward(x)
-            tap("input_layernorm", normed)
-        with phase("attention"):
-            y, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
-        tap("self_attn", y)
-        x = np.add(x, y, out=y)
-        with phase("norm"):
-            normed, saved_post = self.post_attention_layernorm.forward(x)
-            tap("post_attention_layernorm", normed)
-        with phase("feed-forward"):
-            y, saved_mlp = self.mlp.forward(normed)
-        tap("mlp", y)
-        return np.add(x, y, out=y), (saved_norm, saved_attn, saved_post, saved_mlp)
+    def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
+        normed, saved_norm = _norm("input_layernorm", self.input_layernorm, x)
+        y, saved_attn = _attention(self.self_attn, normed, context)
+        x = np.add(x, _times(self.residual_multiplier, y), out=y)
+        normed, saved_post = _norm("post_attention_layernorm", self.post_attention_layernorm, x)
+        y, saved_mlp = _feed_forward(self.mlp, normed)
+        y = np.add(x, _times(self.residual_multiplier, y), out=y)
+        return y, Saved(saved_norm, saved_attn, saved_post, saved_mlp)
 
-    def backward(self, dy: Array, saved: tuple[Any, ...], rotation: Rotation | None) -> tuple[Array, Block]:
-        saved_norm, saved_attn, saved_post, saved_mlp = saved
-        # y = x + mlp(norm(x))
-        with phase("feed-forward"):
-            dnormed, dmlp = self.mlp.backward(dy, saved_mlp)
-        with phase("norm"):
-            dx, dpost = self.post_attention_layernorm.backward(dnormed, saved_post)
+    def backward(self, dy: Array, saved: Saved, context: Context) -> tuple[Array, Block]:
+        # y = x + m mlp(norm(x))
+        dnormed, dmlp = _feed_forward_backward(self.mlp, _scaled(dy, self.residual_multiplier), saved.mlp)
+        dx, dpost = _norm_backward(self.post_attention_layernorm, dnormed, saved.post_attention_layernorm)
         dx += dy
-        # x = x + attention(norm(x))
-        with phase("attention"):
-            dnormed, dattn = self.self_attn.backward(dx, saved_attn, rotation)
-        with phase("norm"):
-            dinput, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
+        # x = x + m attention(norm(x))
+        dattended = _scaled(dx, self.residual_multiplier)
+        dnormed, dattn = _attention_backward(self.self_attn, dattended, saved.self_attn, context)
+        dinput, dnorm = _norm_backward(self.input_layernorm, dnormed, saved.input_layernorm)
         dinput += dx
-        return dinput, Block(dnorm, dattn, dpost, dmlp)
+        return dinput, Block(
+            input_layernorm=dnorm,
+            self_attn=dattn,
+            post_attention_layernorm=dpost,
+            mlp=dmlp,
+            residual_multiplier=self.residual_multiplier,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class PostNormBlock:
-    """x + norm(attention(norm(x))), then x + norm(feed_forward(norm(x))); the norms before may be absent."""
+    """x + m norm(attention(norm(x))), then x + m norm(feed_forward(norm(x))); the norms before may be
+    absent."""
 
     input_layernorm: Norm | None
     self_attn: AnyAttention
@@ -86,123 +87,137 @@ class PostNormBlock:
     pre_feedforward_layernorm: Norm | None
     mlp: FeedForward
     post_feedforward_layernorm: Norm
+    residual_multiplier: float = static(default=1.0)
 
-    def forward(
-        self,
-        x: Array,
-        rotation: Rotation | None,
-        queries: Array,
-        pads: Array | None,
-        cache: LayerCache | None,
-    ) -> tuple[Array, tuple[Any, ...]]:
-        with phase("norm"):
-            normed, saved_input = _optional("input_layernorm", self.input_layernorm, x)
-        with phase("attention"):
-            y, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
-        tap("self_attn", y)
-        with phase("norm"):
-            y, saved_post = self.post_attention_layernorm.forward(y)
-            tap("post_attention_layernorm", y)
-        x = np.add(x, y, out=y)
-        with phase("norm"):
-            normed, saved_pre = _optional("pre_feedforward_layernorm", self.pre_feedforward_layernorm, x)
-        with phase("feed-forward"):
-            y, saved_mlp = self.mlp.forward(normed)
-        tap("mlp", y)
-        with phase("norm"):
-            y, saved_last = self.post_feedforward_layernorm.forward(y)
-            tap("post_feedforward_layernorm", y)
-        return np.add(x, y, out=y), (saved_input, saved_attn, saved_post, saved_pre, saved_mlp, saved_last)
+    def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
+        normed, saved_input = _norm("input_layernorm", self.input_layernorm, x)
+        y, saved_attn = _attention(self.self_attn, normed, context)
+        y, saved_post = _norm("post_attention_layernorm", self.post_attention_layernorm, y)
+        x = np.add(x, _times(self.residual_multiplier, y), out=y)
+        normed, saved_pre = _norm("pre_feedforward_layernorm", self.pre_feedforward_layernorm, x)
+        y, saved_mlp = _feed_forward(self.mlp, normed)
+        y, saved_last = _norm("post_feedforward_layernorm", self.post_feedforward_layernorm, y)
+        y = np.add(x, _times(self.residual_multiplier, y), out=y)
+        return y, Saved(saved_input, saved_attn, saved_post, saved_mlp, saved_pre, saved_last)
 
-    def backward(
-        self, dy: Array, saved: tuple[Any, ...], rotation: Rotation | None
-    ) -> tuple[Array, PostNormBlock]:
-        saved_input, saved_attn, saved_post, saved_pre, saved_mlp, saved_last = saved
-        # y = x + norm(mlp(norm(x)))
-        with phase("norm"):
-            dlast, dpost_feedforward = self.post_feedforward_layernorm.backward(dy, saved_last)
-        with phase("feed-forward"):
-            dnormed, dmlp = self.mlp.backward(dlast, saved_mlp)
-        with phase("norm"):
-            dx, dpre = _optional_backward(self.pre_feedforward_layernorm, dnormed, saved_pre)
+    def backward(self, dy: Array, saved: Saved, context: Context) -> tuple[Array, PostNormBlock]:
+        # y = x + m norm(mlp(norm(x)))
+        dnormed = _scaled(dy, self.residual_multiplier)
+        last = self.post_feedforward_layernorm
+        dmlp_out, dpost_feedforward = _norm_backward(last, dnormed, saved.post_feedforward_layernorm)
+        dnormed, dmlp = _feed_forward_backward(self.mlp, dmlp_out, saved.mlp)
+        dx, dpre = _norm_backward(self.pre_feedforward_layernorm, dnormed, saved.pre_feedforward_layernorm)
         dx += dy
-        # x = x + norm(attention(norm(x)))
-        with phase("norm"):
-            dattended, dpost_attention = self.post_attention_layernorm.backward(dx, saved_post)
-        with phase("attention"):
-            dnormed, dattn = self.self_attn.backward(dattended, saved_attn, rotation)
-        with phase("norm"):
-            dinput, dnorm = _optional_backward(self.input_layernorm, dnormed, saved_input)
+        # x = x + m norm(attention(norm(x)))
+        dnormed = _scaled(dx, self.residual_multiplier)
+        post = self.post_attention_layernorm
+        dattended, dpost_attention = _norm_backward(post, dnormed, saved.post_attention_layernorm)
+        dnormed, dattn = _attention_backward(self.self_attn, dattended, saved.self_attn, context)
+        dinput, dnorm = _norm_backward(self.input_layernorm, dnormed, saved.input_layernorm)
         dinput += dx
-        return dinput, PostNormBlock(dnorm, dattn, dpost_attention, dpre, dmlp, dpost_feedforward)
+        return dinput, PostNormBlock(
+            input_layernorm=dnorm,
+            self_attn=dattn,
+            post_attention_layernorm=dpost_attention,
+            pre_feedforward_layernorm=dpre,
+            mlp=dmlp,
+            post_feedforward_layernorm=dpost_feedforward,
+            residual_multiplier=self.residual_multiplier,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelBlock:
-    """x + attention(norm(x)) + feed_forward(norm(x)), with one norm for both or a second for the latter."""
+    """x + m (attention(norm(x)) + feed_forward(norm(x))), with one norm for both or a second for the
+    latter."""
 
     input_layernorm: Norm
     self_attn: AnyAttention
     post_attention_layernorm: Norm | None
     mlp: FeedForward
+    residual_multiplier: float = static(default=1.0)
 
-    def forward(
-        self,
-        x: Array,
-        rotation: Rotation | None,
-        queries: Array,
-        pads: Array | None,
-        cache: LayerCache | None,
-    ) -> tuple[Array, tuple[Any, ...]]:
+    def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
+        normed, saved_norm = _norm("input_layernorm", self.input_layernorm, x)
+        attended, saved_attn = _attention(self.self_attn, normed, context)
         saved_post = None
-        with phase("norm"):
-            normed, saved_norm = self.input_layernorm.forward(x)
-            tap("input_layernorm", normed)
-        with phase("attention"):
-            attended, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
-        tap("self_attn", attended)
         if self.post_attention_layernorm is not None:
-            with phase("norm"):
-                normed, saved_post = self.post_attention_layernorm.forward(x)
-                tap("post_attention_layernorm", normed)
-            tap("post_attention_layernorm", normed)
-        with phase("feed-forward"):
-            y, saved_mlp = self.mlp.forward(normed)
-        tap("mlp", y)
+            normed, saved_post = _norm("post_attention_layernorm", self.post_attention_layernorm, x)
+        y, saved_mlp = _feed_forward(self.mlp, normed)
         y += attended
-        return np.add(x, y, out=y), (saved_norm, saved_attn, saved_post, saved_mlp)
+        y = np.add(x, _times(self.residual_multiplier, y), out=y)
+        return y, Saved(saved_norm, saved_attn, saved_post, saved_mlp)
 
-    def backward(
-        self, dy: Array, saved: tuple[Any, ...], rotation: Rotation | None
-    ) -> tuple[Array, ParallelBlock]:
-        saved_norm, saved_attn, saved_post, saved_mlp = saved
-        # y = x + attention(norm(x)) + mlp(norm(x))
-        with phase("feed-forward"):
-            dmlp_input, dmlp = self.mlp.backward(dy, saved_mlp)
-        with phase("attention"):
-            dnormed, dattn = self.self_attn.backward(dy, saved_attn, rotation)
-        with phase("norm"):
-            if self.post_attention_layernorm is None:
-                dnormed += dmlp_input
-                dx, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
-                dx += dy
-                return dx, ParallelBlock(dnorm, dattn, None, dmlp)
-            dx, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
-            dthrough, dpost = self.post_attention_layernorm.backward(dmlp_input, saved_post)
-        dx += dthrough
+    def backward(self, dy: Array, saved: Saved, context: Context) -> tuple[Array, ParallelBlock]:
+        # y = x + m (attention(norm(x)) + mlp(norm(x)))
+        dsum = _scaled(dy, self.residual_multiplier)
+        dmlp_input, dmlp = _feed_forward_backward(self.mlp, dsum, saved.mlp)
+        dnormed, dattn = _attention_backward(self.self_attn, dsum, saved.self_attn, context)
+        dpost = None
+        if self.post_attention_layernorm is None:
+            dnormed += dmlp_input
+        dx, dnorm = _norm_backward(self.input_layernorm, dnormed, saved.input_layernorm)
+        if self.post_attention_layernorm is not None:
+            post = self.post_attention_layernorm
+            dx_part, dpost = _norm_backward(post, dmlp_input, saved.post_attention_layernorm)
+            dx += dx_part
         dx += dy
-        return dx, ParallelBlock(dnorm, dattn, dpost, dmlp)
+        return dx, ParallelBlock(
+            input_layernorm=dnorm,
+            self_attn=dattn,
+            post_attention_layernorm=dpost,
+            mlp=dmlp,
+            residual_multiplier=self.residual_multiplier,
+        )
 
 
 AnyBlock = Block | PostNormBlock | ParallelBlock
 
 
-def _optional(name: str, norm: Norm | None, x: Array) -> tuple[Array, Any]:
+def _norm(name: str, norm: Norm | None, x: Array) -> tuple[Array, Any]:
+    """The normed x, or x itself where there is no norm."""
     if norm is None:
         return x, None
-    normed, saved = norm.forward(x)
-    return tap(name, normed), saved
+    with phase("norm"):
+        y, saved = norm.forward(x)
+        return tap(name, y), saved
 
 
-def _optional_backward(norm: Norm | None, dy: Array, saved: Any) -> tuple[Array, Any]:
-    return (dy, None) if norm is None else norm.backward(dy, saved)
+def _norm_backward(norm: Norm | None, dy: Array, saved: Any) -> tuple[Array, Any]:
+    if norm is None:
+        return dy, None
+    with phase("norm"):
+        return norm.backward(dy, saved)
+
+
+def _attention(attention: AnyAttention, x: Array, context: Context) -> tuple[Array, Any]:
+    with phase("attention", scope="self_attn"):
+        y, saved = attention.forward(x, context)
+        return tap("", y), saved
+
+
+def _attention_backward(attention: Any, dy: Array, saved: Any, context: Context) -> tuple[Array, Any]:
+    with phase("attention"):
+        return attention.backward(dy, saved, context)
+
+
+def _feed_forward(mlp: FeedForward, x: Array) -> tuple[Array, Any]:
+    with phase("feed-forward", scope="mlp"):
+        y, saved = mlp.forward(x)
+        return tap("", y), saved
+
+
+def _feed_forward_backward(mlp: Any, dy: Array, saved: Any) -> tuple[Array, Any]:
+    with phase("feed-forward"):
+        return mlp.backward(dy, saved)
+
+
+def _times(multiplier: float, y: Array) -> Array:
+    """multiplier * y, in place."""
+    if multiplier != 1:
+        y *= np.asarray(multiplier, y.dtype)
+    return y
+
+
+def _scaled(dy: Array, multiplier: float) -> Array:
+    return dy if multiplier == 1 else dy * np.asarray(multiplier, dy.dtype)

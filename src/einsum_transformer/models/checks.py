@@ -14,8 +14,8 @@ from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.unsupported import check_kind
+from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.families import FAMILIES, gguf
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.places import Place, folder_place, gguf_place

@@ -81,6 +81,8 @@ class LatentConfig:
     """None: queries are projected at once."""
     form: str = "auto"
     """Which equations run: "expanded", "absorbed", or "auto"."""
+    norm_eps: float = 1e-6
+    """Of the latents' norms, which Hugging Face's configs do not say."""
 
     def __post_init__(self) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
@@ -147,6 +149,10 @@ class ModelConfig:
     mlp_bias: bool = False
     lm_head_bias: bool = False
     embedding_scale: float = 1.0
+    residual_multiplier: float = 1.0
+    """What the outputs of attention and feed-forward are multiplied by before they are added to x."""
+    logit_scale: float = 1.0
+    """What logits are multiplied by, before their soft cap."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     attention_block: int = 128

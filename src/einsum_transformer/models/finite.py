@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.components.kv_cache import KVCache
-from einsum_transformer.engine import Recorder, tap
-from einsum_transformer.engine.recorder import in_place_of_others
+from einsum_transformer.engine import Recorder
+from einsum_transformer.engine.recorder import tap_at
 from einsum_transformer.leaves.watched import Watched, watched
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.tree import named_leaves
@@ -44,32 +44,32 @@ def origin(
 ) -> Origin:
     """Run the text tokens (b, t) again, left-padded by pads (b,), and find the first step that is not
     finite."""
-    found = _FirstBad()
+    found = FirstBad()
     cache = None if pads is None else KVCache(windows, tokens.shape[1], pads)
-    with in_place_of_others(Recorder(values_wanted=True, values=found)), np.errstate(all="ignore"):
+    with Recorder(spans=False).on_value(found), np.errstate(all="ignore"):
         watched(decoder, _WithInput).forward(tokens, cache)
-        place = found.place.removesuffix(_INPUT) or LOGITS
-        return Origin(place, found.place.endswith(_INPUT), found.nan, _bad_weight(decoder, place))
+        place = found.name.removesuffix(_INPUT) or LOGITS
+        return Origin(place, found.name.endswith(_INPUT), found.nan, _bad_weight(decoder, place))
 
 
-class _FirstBad(dict):  # type: ignore[type-arg]
-    """Takes the place of a recorder's values and keeps the name of the first that is not finite."""
+class FirstBad:
+    """Reads values and keeps the name of the first that is not finite."""
 
-    place = ""
+    name = ""
     nan = True
 
-    def __setitem__(self, place: str, value: Array) -> None:
-        if not self.place and not is_finite(value):
-            self.place, self.nan = place, bool(np.isnan(value).any())
+    def __call__(self, name: str, value: Array) -> None:
+        if not self.name and not is_finite(value):
+            self.name, self.nan = name, bool(np.isnan(value).any())
 
 
 class _WithInput(Watched):
     """Its input is a step too: what attention or an activation made of finite products."""
 
-    def contract(self, equation: str, operands: tuple[Any, ...], position: int) -> Array:
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
         if len(operands) == 2:
-            tap(f"{self.place}{_INPUT}", operands[1 - position])
-        return super().contract(equation, operands, position)
+            tap_at(f"{self.path}{_INPUT}", operands[1 - position])
+        return super().contract(equation, operands, position, order)
 
 
 def _bad_weight(decoder: Decoder, place: str) -> str:

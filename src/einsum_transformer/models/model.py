@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.components.kv_cache import KVCache
-from einsum_transformer.engine import Leaf
+from einsum_transformer.engine import Gradients, Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import write_safetensors_folder
 from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, sync
-from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.leaves.lora import LoRA, adapters_of
+from einsum_transformer.models.builder import WeightSpec, weights_of
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import Decoder, Weight, weights_of
+from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.config_keys import unapplied_settings, with_training_keys
 from einsum_transformer.models.families.family import Family, unsaid
@@ -53,7 +54,7 @@ class Model:
         return FAMILIES[self.config.model_type]
 
     @property
-    def weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, WeightSpec]:
         """Path -> place of everything the decoder holds. A tied matrix has two places if an adapter is on
         one."""
         held = replace(self.config, tie_word_embeddings=self.decoder.lm_head is None)
@@ -129,7 +130,7 @@ class Model:
     @property
     def adapters(self) -> dict[str, LoRA]:
         """Path -> adapter of every weight that has one."""
-        return {path: leaf for path, leaf in named_leaves(self.decoder) if isinstance(leaf, LoRA)}
+        return adapters_of(self.decoder)
 
     def cache(
         self, capacity: int = 0, pads: Array | None = None, horizon: int = 0, slack: int = 0
@@ -183,18 +184,15 @@ class Model:
 
     def _named(self, decoder: Decoder) -> dict[str, Array]:
         """The leaves of a decoder, or of a gradient, by the names they have in files."""
-        places, found = self.weights, {}
+        places, adapters, found = self.weights, self.adapters, {}
         pairs: dict[str, tuple[Array | None, Array]] = {}
         for path, leaf in named_leaves(decoder):
-            if isinstance(leaf, dict):
-                # The other entry is the gradient of A, whatever weight owns it.
-                (da,) = (array for part, array in leaf.items() if part != "lora_B")
-                pairs[path] = da, leaf["lora_B"]
+            if isinstance(leaf, Gradients):
+                pairs[path] = leaf.parts["lora_A"], leaf.parts["lora_B"]
                 continue
-            base = leaf
-            if isinstance(leaf, LoRA):
-                pairs[path] = _own_pair(leaf)
-                base = leaf.base
+            if path in adapters and leaf is adapters[path]:
+                pairs[path] = _own_pair(adapters[path])
+            base = leaf.bare() if isinstance(leaf, Leaf) else leaf
             # A tied matrix in its second role is there to have an adapter or none, and is no other parameter.
             if path != HEAD or not self.config.tie_word_embeddings:
                 array = base.array() if isinstance(base, Leaf) else base

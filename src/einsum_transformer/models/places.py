@@ -10,8 +10,8 @@ import numpy as np
 
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.leaves.resident import Stored
+from einsum_transformer.models.builder import WeightSpec
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import Weight
 from einsum_transformer.models.families.family import Family
 
 Array = np.ndarray
@@ -30,7 +30,7 @@ class Place:
     shapes: Mapping[str, Shape]
 
 
-def folder_place(weight: Weight, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
+def folder_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
     """In a Hugging Face folder. Experts have a tensor each, or all of a layer's share one, gate above up."""
     name = family.checkpoint_name(weight.path)
     if (expert := _EXPERT.fullmatch(weight.path)) and config.moe is not None:
@@ -42,7 +42,7 @@ def folder_place(weight: Weight, family: Family, config: ModelConfig, tensors: T
     return Place(Stored(name, weight.stored), {name: weight.stored})
 
 
-def _fused_expert(weight: Weight, expert: re.Match[str], fused: str, experts: int) -> Place:
+def _fused_expert(weight: WeightSpec, expert: re.Match[str], fused: str, experts: int) -> Place:
     rows, columns = weight.stored
     if expert["part"] == "down":
         name = f"{fused.removesuffix('gate_up_proj')}down_proj"
@@ -51,11 +51,11 @@ def _fused_expert(weight: Weight, expert: re.Match[str], fused: str, experts: in
     return _stacked(weight, fused, first, (experts, 2 * rows, columns))
 
 
-def _stacked(weight: Weight, name: str, first_row: int, shape: Shape) -> Place:
+def _stacked(weight: WeightSpec, name: str, first_row: int, shape: Shape) -> Place:
     return Place(Stored(name, weight.stored, first_row=first_row), {name: shape})
 
 
-def gguf_place(weight: Weight, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
+def gguf_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
     """In a GGUF file: under other names, and some of them rearranged for llama.cpp's kernels."""
     if (expert := _EXPERT.fullmatch(weight.path)) and config.moe is not None:
         name = family.gguf_name(f"{expert['experts']}.{expert['part']}_proj")
@@ -108,7 +108,7 @@ def _paired_rows(heads: int) -> Callable[[Array], Array]:
     return view
 
 
-def _latent_parts(weight: Weight, family: Family, config: ModelConfig) -> Place:
+def _latent_parts(weight: WeightSpec, family: Family, config: ModelConfig) -> Place:
     """Keys and values of latent attention in two tensors: attn_k_b (heads, latent, key), turned for the
     absorbed form, and attn_v_b (heads, value, latent)."""
     latent = config.latent

@@ -5,27 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from einsum_transformer.engine import Leaf, Recorder, blas, phase, recorder
+from einsum_transformer.engine import Recorder, blas, phase
 from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.engine.parallel import for_each
+from einsum_transformer.engine.recorder import reads_values
 from einsum_transformer.errors import InputError
-from einsum_transformer.leaves.frozen import Frozen
-from einsum_transformer.leaves.lora import LoRA
-from einsum_transformer.models.adapters import gradients_by_name, masked, trainable
 from einsum_transformer.models.families.config_keys import unapplied_settings
+from einsum_transformer.models.finite import FirstBad
 from einsum_transformer.models.model import Model
+from einsum_transformer.models.parameters import drawn, gradients_by_name, trainable, writable
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.training.data import Batch, Batches
 from einsum_transformer.training.optimizers import SGD, Optimizer, global_norm, start
 from einsum_transformer.training.schedule import Schedule
-from einsum_transformer.tree import map_named, named_leaves
+from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
 
@@ -148,13 +147,13 @@ def _sliced(
 ) -> list[tuple[float, dict[str, Array]]]:
     """Loss and gradients of a part's rows: of all at once, or of a slice of them on each thread."""
     first_row, tokens, targets = part
-    slices = min(blas.get_threads(), len(tokens)) if _slices_pay(decoder, tokens.size) else 1
+    slices = min(blas.free_threads(), len(tokens)) if _slices_pay(decoder, tokens.size) else 1
     found: list[Any] = [None] * slices
 
     def compute(i: int, first_row: int, tokens: Array, targets: Array) -> None:
-        drawn = masked(decoder, key, first_row)
-        loss, gradient = drawn.loss_and_gradient(tokens, targets, count, recompute)
-        found[i] = loss, gradients_by_name(gradient)
+        own = drawn(decoder, key, first_row)
+        loss, gradient = own.loss_and_gradient(tokens, targets, count, recompute)
+        found[i] = loss, gradients_by_name(own, gradient)
 
     rows = list(zip(np.array_split(tokens, slices), np.array_split(targets, slices)))
     for_each(compute, [(i, first_row + first, *pair) for i, (first, *pair) in enumerate(numbered(rows))])
@@ -169,7 +168,7 @@ def _slices_pay(decoder: Any, tokens: int) -> bool:
     where a number of the model takes 0.03 ns a token. Where that is more than 4 %, as where all weights
     are trained on less than 1,000 tokens, the products are shared.
     """
-    if recorder.active is not None and recorder.active.values_wanted:
+    if reads_values():
         return False
     trained = sum(array.size for array in trainable(decoder).values())
     everything = sum(math.prod(leaf.shape) for _, leaf in named_leaves(decoder))
@@ -192,7 +191,7 @@ class Trainer:
     ) -> None:
         if unapplied := unapplied_settings(model.config):
             note(f"{model.source}: training does not apply {', '.join(unapplied)}")
-        self.model = replace(model, decoder=_writable(model.decoder))
+        self.model = replace(model, decoder=writable(model.decoder))
         self.batches, self.settings = batches, settings
         self.weights = trainable(self.model.decoder)
         self.compute = compute(self.model, settings)
@@ -243,38 +242,15 @@ class Trainer:
 
     def _fault(self, parts: list[Batch], gradients: dict[str, Array]) -> str:
         """Where the first number stands that is not finite, in the forward or else the backward pass."""
-        for tokens, _ in parts:
-            for place, value in _values(self.model, tokens):
-                if not np.isfinite(value).all():
-                    return f"{place} gives a number that is not finite"
+        bad = FirstBad()
+        with Recorder(spans=False).on_value(bad):
+            for tokens, _ in parts:
+                if not bad.name:
+                    self.model.decoder.forward(tokens)
+        if bad.name:
+            return f"{bad.name} gives a number that is not finite"
         # The backward pass goes from the last layer to the first.
         for name in reversed(gradients):
             if not np.isfinite(gradients[name]).all():
                 return f"the gradient of {name} is not finite"
         return "the norm of the gradients is not finite"
-
-
-def _values(model: Model, tokens: Array) -> Iterator[tuple[str, Array]]:
-    """The output of every component for these tokens, in the order of the program: (`layers.3.mlp`, y)."""
-    watched = recorder.active or Recorder()
-    before, watched.values = watched.values, {}
-    watched.values_wanted = True
-    try:
-        with nullcontext() if recorder.active else watched:
-            model.decoder.forward(tokens)
-        yield from watched.values.items()
-    finally:
-        watched.values, watched.values_wanted = before, False
-
-
-def _writable(decoder: Any) -> Any:
-    """The decoder with every array that is trained in memory of its own, if it lies in a read-only file."""
-
-    def own(_: str, weight: Any) -> Any:
-        if isinstance(weight, (Frozen, LoRA)):
-            return weight
-        if isinstance(weight, Leaf):
-            return np.array(weight.array())
-        return weight if weight.flags.writeable else weight.copy(order="K")
-
-    return map_named(own, decoder)

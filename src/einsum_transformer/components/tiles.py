@@ -1,0 +1,76 @@
+"""How attention is divided: boxes of rows and heads, each a sequence of tiles of queries and their keys.
+
+Scores of t x s positions are never held whole (Dao et al., 2022). Boxes share no query head of a row, so
+that they can run side by side in both directions; the backward pass adds up the gradients of keys and values
+over the tiles of a box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from einsum_transformer.components.masks import Mask, Masked
+
+Array = np.ndarray
+
+TILE_BYTES = 1 << 20
+"""Scores of a tile, so that they stay in a core's second-level cache between the two products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries of a block, the keys that they may see, and what masks some of those."""
+
+    queries: slice
+    keys: slice
+    masked: Masked
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Rows and heads of q (b, t, k, g, h)."""
+
+    rows: slice
+    kv_heads: slice
+    groups: slice
+
+    def of_queries(self, tile: Tile) -> tuple[slice, slice, slice, slice]:
+        """The index of a tile's queries in arrays (b, t, k, g, ...)."""
+        return self.rows, tile.queries, self.kv_heads, self.groups
+
+    def of_scores(self, tile: Tile) -> tuple[slice, slice, slice, slice, slice]:
+        """The index of a tile's scores in arrays (b, k, g, t, s)."""
+        return self.rows, self.kv_heads, self.groups, tile.queries, tile.keys
+
+    def of_keys(self, tile: Tile) -> tuple[slice, slice, slice]:
+        """The index of a tile's keys in arrays (b, s, k, ...)."""
+        return self.rows, tile.keys, self.kv_heads
+
+
+def query_tiles(mask: Mask, t: int, query_block: int, dtype: np.dtype) -> Iterator[Tile]:
+    """The tiles of t queries; the longest first, so that threads end together."""
+    for start in reversed(range(0, t, query_block)):
+        block = slice(start, min(start + query_block, t))
+        keys = mask.keys(block)
+        yield Tile(block, keys, mask.parts(block, keys, dtype))
+
+
+def boxes(q: Array, tiles: list[Tile], most_bytes: int, most_groups: int, least: int = 1) -> list[Box]:
+    """All rows and heads of q (b, t, k, g, h) in boxes whose largest tile has about most_bytes of scores, at
+    least so many boxes where there are as many heads; the groups of a key/value head stay together first."""
+    b, _, kv_heads, groups, _ = q.shape
+    largest = tiles[0]
+    count = (largest.queries.stop - largest.queries.start) * (largest.keys.stop - largest.keys.start)
+    fit = min(most_bytes // (count * q.dtype.itemsize), b * kv_heads * groups // least)
+    step_g = max(1, min(most_groups, groups, fit))
+    step_k = max(1, min(kv_heads, fit // step_g))
+    step_b = max(1, min(b, fit // (step_g * step_k)))
+    return [
+        Box(slice(row, row + step_b), slice(k, k + step_k), slice(g, g + step_g))
+        for row in range(0, b, step_b)
+        for k in range(0, kv_heads, step_k)
+        for g in range(0, groups, step_g)
+    ]
