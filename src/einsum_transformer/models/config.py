@@ -89,6 +89,8 @@ class LatentConfig:
     v_head_dim: int
     q_lora_rank: int | None = None
     """None: queries are projected at once."""
+    norm_eps: float = 1e-6
+    """Of the norms of the latents. DeepSeek-V2 leaves them at 1e-6, whatever its rms_norm_eps says."""
     form: Form = "auto"
     """Which equations run: "expanded", "absorbed", or "auto"."""
 
@@ -98,6 +100,7 @@ class LatentConfig:
             _check_count(name, getattr(self, name), _LARGEST)
         if self.q_lora_rank is not None:
             _check_count("q_lora_rank", self.q_lora_rank, _LARGEST)
+        _check_range("norm_eps", self.norm_eps, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +189,7 @@ class ModelConfig:
                 f"heads, num_key_value_heads is {self.num_key_value_heads}"
             )
         for name, most in (("norm_eps", 1), ("initializer_range", 100)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ConfigError(
-                    f"config key {name!r} is {getattr(self, name)}: it must lie from 0 to {most}"
-                )
+            _check_range(name, getattr(self, name), most)
         for name in _FACTORS:
             value = getattr(self, name)
             if value is not None and not 1e-9 <= value <= 1e9:
@@ -279,6 +279,11 @@ def _check_count(name: str, value: Any, most: int) -> None:
         raise ConfigError(
             f"config key {name!r} is {shown(value)}: it must be a whole number from 1 to {most}"
         )
+
+
+def _check_range(name: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise ConfigError(f"config key {name!r} is {value}: it must lie from 0 to {most}")
 
 
 _FACTORS = (

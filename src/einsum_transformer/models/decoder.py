@@ -261,7 +261,7 @@ class _Builder:
             query: Any = self.component(DirectQuery, f"{path}.query", sizes={"h": size})
         else:
             rank = {"c": latent.q_lora_rank}
-            norm = self.latent_norm(f"{path}.query.q_a_layernorm", rank)
+            norm = self.latent_norm(f"{path}.query.q_a_layernorm", rank, latent.norm_eps)
             sizes = rank | {"h": size}
             query = self.component(LatentQuery, f"{path}.query", unbiased, sizes, q_a_layernorm=norm)
         rank = {"c": latent.kv_lora_rank, "j": latent.kv_lora_rank + latent.qk_rope_head_dim}
@@ -271,16 +271,15 @@ class _Builder:
             unbiased,
             rank | {"h": latent.qk_nope_head_dim + latent.v_head_dim},
             query=query,
-            kv_a_layernorm=self.latent_norm(f"{path}.kv_a_layernorm", rank),
+            kv_a_layernorm=self.latent_norm(f"{path}.kv_a_layernorm", rank, latent.norm_eps),
             o_proj=self.weight(f"{path}.o_proj", "d (k h)", {"h": latent.v_head_dim}),
             rope_size=latent.qk_rope_head_dim,
             form=latent.form,
             **settings,
         )
 
-    def latent_norm(self, path: str, sizes: dict[str, int]) -> RMSNorm:
-        # The reference gives these norms its default eps, whatever the config says.
-        return self.component(RMSNorm, path, sizes=sizes, letters={"weight": "c"}, eps=1e-6)
+    def latent_norm(self, path: str, sizes: dict[str, int], eps: float) -> RMSNorm:
+        return self.component(RMSNorm, path, sizes=sizes, letters={"weight": "c"}, eps=eps)
 
     def mixing(self, i: int) -> Mixing:
         config = self.config
