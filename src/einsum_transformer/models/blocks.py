@@ -1,6 +1,7 @@
 """The blocks of a decoder: where norms and residuals stand around attention and feed-forward.
 
-In every one the residual's gradient goes around the norms, not through them.
+In every one the residual's gradient goes around the norms, not through them. A residual_multiplier m other
+than 1 scales what is added to the residual: x + m y for every x + y below.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from einsum_transformer.components.moe import MoE
 from einsum_transformer.components.rmsnorm import RMSNorm
 from einsum_transformer.components.rope import Rotation
 from einsum_transformer.engine import phase, tap
+from einsum_transformer.tree import static
 
 Array = np.ndarray
 Norm = RMSNorm | LayerNorm
@@ -35,6 +37,7 @@ class Block:
     self_attn: AnyAttention
     post_attention_layernorm: Norm
     mlp: FeedForward
+    residual_multiplier: float = static(default=1.0)
 
     def forward(
         self,
@@ -50,6 +53,7 @@ class Block:
         with phase("attention"):
             y, saved_attn = self.self_attn.forward(normed, rotation, queries, pads, cache)
         tap("self_attn", y)
+        y = _scaled(y, self.residual_multiplier)
         x = np.add(x, y, out=y)
         with phase("norm"):
             normed, saved_post = self.post_attention_layernorm.forward(x)
@@ -57,23 +61,25 @@ class Block:
         with phase("feed-forward"):
             y, saved_mlp = self.mlp.forward(normed)
         tap("mlp", y)
+        y = _scaled(y, self.residual_multiplier)
         return np.add(x, y, out=y), (saved_norm, saved_attn, saved_post, saved_mlp)
 
     def backward(self, dy: Array, saved: tuple[Any, ...], rotation: Rotation | None) -> tuple[Array, Block]:
         saved_norm, saved_attn, saved_post, saved_mlp = saved
-        # y = x + mlp(norm(x))
+        # y = x + m mlp(norm(x))
         with phase("feed-forward"):
-            dnormed, dmlp = self.mlp.backward(dy, saved_mlp)
+            dnormed, dmlp = self.mlp.backward(_scaled(dy, self.residual_multiplier), saved_mlp)
         with phase("norm"):
             dx, dpost = self.post_attention_layernorm.backward(dnormed, saved_post)
         dx += dy
-        # x = x + attention(norm(x))
+        # x = x + m attention(norm(x))
         with phase("attention"):
-            dnormed, dattn = self.self_attn.backward(dx, saved_attn, rotation)
+            dattended = _scaled(dx, self.residual_multiplier)
+            dnormed, dattn = self.self_attn.backward(dattended, saved_attn, rotation)
         with phase("norm"):
             dinput, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
         dinput += dx
-        return dinput, Block(dnorm, dattn, dpost, dmlp)
+        return dinput, Block(dnorm, dattn, dpost, dmlp, self.residual_multiplier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ class PostNormBlock:
     pre_feedforward_layernorm: Norm | None
     mlp: FeedForward
     post_feedforward_layernorm: Norm
+    residual_multiplier: float = static(default=1.0)
 
     def forward(
         self,
@@ -103,6 +110,7 @@ class PostNormBlock:
         with phase("norm"):
             y, saved_post = self.post_attention_layernorm.forward(y)
             tap("post_attention_layernorm", y)
+        y = _scaled(y, self.residual_multiplier)
         x = np.add(x, y, out=y)
         with phase("norm"):
             normed, saved_pre = _optional("pre_feedforward_layernorm", self.pre_feedforward_layernorm, x)
@@ -112,29 +120,33 @@ class PostNormBlock:
         with phase("norm"):
             y, saved_last = self.post_feedforward_layernorm.forward(y)
             tap("post_feedforward_layernorm", y)
+        y = _scaled(y, self.residual_multiplier)
         return np.add(x, y, out=y), (saved_input, saved_attn, saved_post, saved_pre, saved_mlp, saved_last)
 
     def backward(
         self, dy: Array, saved: tuple[Any, ...], rotation: Rotation | None
     ) -> tuple[Array, PostNormBlock]:
         saved_input, saved_attn, saved_post, saved_pre, saved_mlp, saved_last = saved
-        # y = x + norm(mlp(norm(x)))
+        # y = x + m norm(mlp(norm(x)))
         with phase("norm"):
-            dlast, dpost_feedforward = self.post_feedforward_layernorm.backward(dy, saved_last)
+            dlast = _scaled(dy, self.residual_multiplier)
+            dlast, dpost_feedforward = self.post_feedforward_layernorm.backward(dlast, saved_last)
         with phase("feed-forward"):
             dnormed, dmlp = self.mlp.backward(dlast, saved_mlp)
         with phase("norm"):
             dx, dpre = _optional_backward(self.pre_feedforward_layernorm, dnormed, saved_pre)
         dx += dy
-        # x = x + norm(attention(norm(x)))
+        # x = x + m norm(attention(norm(x)))
         with phase("norm"):
-            dattended, dpost_attention = self.post_attention_layernorm.backward(dx, saved_post)
+            dattended = _scaled(dx, self.residual_multiplier)
+            dattended, dpost_attention = self.post_attention_layernorm.backward(dattended, saved_post)
         with phase("attention"):
             dnormed, dattn = self.self_attn.backward(dattended, saved_attn, rotation)
         with phase("norm"):
             dinput, dnorm = _optional_backward(self.input_layernorm, dnormed, saved_input)
         dinput += dx
-        return dinput, PostNormBlock(dnorm, dattn, dpost_attention, dpre, dmlp, dpost_feedforward)
+        rest = dpost_attention, dpre, dmlp, dpost_feedforward
+        return dinput, PostNormBlock(dnorm, dattn, *rest, self.residual_multiplier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +157,7 @@ class ParallelBlock:
     self_attn: AnyAttention
     post_attention_layernorm: Norm | None
     mlp: FeedForward
+    residual_multiplier: float = static(default=1.0)
 
     def forward(
         self,
@@ -170,31 +183,38 @@ class ParallelBlock:
             y, saved_mlp = self.mlp.forward(normed)
         tap("mlp", y)
         y += attended
+        y = _scaled(y, self.residual_multiplier)
         return np.add(x, y, out=y), (saved_norm, saved_attn, saved_post, saved_mlp)
 
     def backward(
         self, dy: Array, saved: tuple[Any, ...], rotation: Rotation | None
     ) -> tuple[Array, ParallelBlock]:
         saved_norm, saved_attn, saved_post, saved_mlp = saved
-        # y = x + attention(norm(x)) + mlp(norm(x))
+        # y = x + m (attention(norm(x)) + mlp(norm(x)))
+        dsum = _scaled(dy, self.residual_multiplier)
         with phase("feed-forward"):
-            dmlp_input, dmlp = self.mlp.backward(dy, saved_mlp)
+            dmlp_input, dmlp = self.mlp.backward(dsum, saved_mlp)
         with phase("attention"):
-            dnormed, dattn = self.self_attn.backward(dy, saved_attn, rotation)
+            dnormed, dattn = self.self_attn.backward(dsum, saved_attn, rotation)
         with phase("norm"):
             if self.post_attention_layernorm is None:
                 dnormed += dmlp_input
                 dx, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
                 dx += dy
-                return dx, ParallelBlock(dnorm, dattn, None, dmlp)
+                return dx, ParallelBlock(dnorm, dattn, None, dmlp, self.residual_multiplier)
             dx, dnorm = self.input_layernorm.backward(dnormed, saved_norm)
             dthrough, dpost = self.post_attention_layernorm.backward(dmlp_input, saved_post)
         dx += dthrough
         dx += dy
-        return dx, ParallelBlock(dnorm, dattn, dpost, dmlp)
+        return dx, ParallelBlock(dnorm, dattn, dpost, dmlp, self.residual_multiplier)
 
 
 AnyBlock = Block | PostNormBlock | ParallelBlock
+
+
+def _scaled(y: Array, factor: float) -> Array:
+    """factor * y; y itself where the factor is 1."""
+    return y if factor == 1 else y * factor
 
 
 def _optional(name: str, norm: Norm | None, x: Array) -> tuple[Array, Any]:

@@ -157,6 +157,10 @@ class ModelConfig:
     mlp_bias: bool = False
     lm_head_bias: bool = False
     embedding_scale: float = 1.0
+    residual_multiplier: float = 1.0
+    """What the outputs of attention and feed-forward are multiplied by before they are added to x."""
+    logit_scale: float = 1.0
+    """What logits are multiplied by, before their soft cap."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     attention_block: int = 128
@@ -288,7 +292,7 @@ def _check_range(name: str, value: float, most: float) -> None:
 
 _FACTORS = (
     *("attention_scale", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "alibi_bias_max"),
-    "embedding_scale",
+    *("embedding_scale", "residual_multiplier", "logit_scale"),
 )
 _SIZES = (
     "vocab_size",

@@ -60,6 +60,7 @@ class Decoder:
     """The rotations that the layers choose from."""
     head_dim: int = static(default=64)
     logit_cap: float | None = static(default=None)
+    logit_scale: float = static(default=1.0)
 
     def forward(
         self,
@@ -153,13 +154,15 @@ class Decoder:
                 # One matrix in two roles: its gradient is the sum of both.
                 np.add(dembed.weight, dhead.weight, out=dembed.weight)
         head = None if self.lm_head is None else dhead
-        settings = self.ropes, self.head_dim, self.logit_cap
+        settings = self.ropes, self.head_dim, self.logit_cap, self.logit_scale
         return Decoder(dembed, tuple(reversed(dlayers)), dnorm, head, dpositions, *settings)
 
     @property
     def head(self) -> Head:
         """The output head; where the embedding serves as one, a Head on the same matrix."""
-        return Head(self.embed_tokens.weight, cap=self.logit_cap) if self.lm_head is None else self.lm_head
+        if self.lm_head is not None:
+            return self.lm_head
+        return Head(self.embed_tokens.weight, cap=self.logit_cap, scale=self.logit_scale)
 
     def _check_places(self, places: Array) -> None:
         assert self.embed_positions is not None
@@ -198,28 +201,30 @@ class _Builder:
     def decoder(self) -> Decoder:
         config = self.config
         learned = config.learned_positions
-        lm_head = "" if config.lm_head_bias else "bias"
+        unbiased = "" if config.lm_head_bias else "bias"
+        head = {"cap": config.final_logit_softcapping, "scale": config.logit_scale}
         return Decoder(
             self.component(Embedding, "embed_tokens", scale=config.embedding_scale),
             tuple(self.block(i) for i in range(config.num_hidden_layers)),
             self.norm("norm"),
-            None
-            if config.tie_word_embeddings
-            else self.component(Head, "lm_head", lm_head, cap=config.final_logit_softcapping),
+            None if config.tie_word_embeddings else self.component(Head, "lm_head", unbiased, **head),
             self.component(Embedding, "embed_positions", letters={"weight": "t d"}) if learned else None,
             config.ropes,
             config.head_dim,
             config.final_logit_softcapping,
+            config.logit_scale,
         )
 
     def block(self, i: int) -> AnyBlock:
         kind, path = self.config.block, f"layers.{i}"
+        multiplier = self.config.residual_multiplier
         if kind == "pre_norm":
             return Block(
                 self.norm(f"{path}.input_layernorm"),
                 self.attention(i),
                 self.norm(f"{path}.post_attention_layernorm"),
                 self.feed_forward(i),
+                multiplier,
             )
         if kind in ("parallel", "parallel_two_norms"):
             return ParallelBlock(
@@ -227,6 +232,7 @@ class _Builder:
                 self.attention(i),
                 None if kind == "parallel" else self.norm(f"{path}.post_attention_layernorm"),
                 self.feed_forward(i),
+                multiplier,
             )
         before = kind == "sandwich_norm"
         return PostNormBlock(
@@ -236,6 +242,7 @@ class _Builder:
             self.norm(f"{path}.pre_feedforward_layernorm") if before else None,
             self.feed_forward(i),
             self.norm(f"{path}.post_feedforward_layernorm"),
+            multiplier,
         )
 
     def attention(self, i: int) -> AnyAttention:
