@@ -182,6 +182,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
     "smollm3": Conversion(MODEL_ARCH.SMOLLM3, metadata.llama, _interleave_halves, _llama3_divisors),
+    "granite": Conversion(MODEL_ARCH.GRANITE, metadata.granite, _interleave_halves, _llama3_divisors),
     "qwen2": Conversion(MODEL_ARCH.QWEN2, metadata.common),
     "qwen3": Conversion(MODEL_ARCH.QWEN3, metadata.common),
     "qwen2_moe": Conversion(MODEL_ARCH.QWEN2MOE, metadata.qwen_moe),

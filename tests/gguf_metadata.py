@@ -106,6 +106,18 @@ def llama(config: Config) -> Metadata:
     return common(config) | own
 
 
+def granite(config: Config) -> Metadata:
+    """granite: head_dim is not written, and the factors that are 0 are not either."""
+    factors = {
+        LLM.EMBEDDING_SCALE: "embedding_multiplier",
+        ATTENTION.SCALE: "attention_multiplier",
+        LLM.RESIDUAL_SCALE: "residual_multiplier",
+        LLM.LOGIT_SCALE: "logits_scaling",
+    }
+    own = {key: value for key, value in config.items() if key != "head_dim"}
+    return llama(own) | {key: real(config.get(name)) or None for key, name in factors.items()}
+
+
 def qwen_moe(config: Config) -> Metadata:
     """qwen2_moe and qwen3_moe: neither says whether the experts' weights are made to sum to 1."""
     return common(config) | {

@@ -52,6 +52,8 @@ MODELS = (
     "olmo3_two_ropes",
     "smollm3_nope",
     "smollm3_window",
+    "granite_gqa",
+    "granite_tied",
     "mixtral_window",
     "mixtral_mqa",
     "qwen2_moe_dense_layer",

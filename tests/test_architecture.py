@@ -20,7 +20,7 @@ PACKAGE = "einsum_transformer"
 HOME = f"src/{PACKAGE}/"
 RANKS = {
     **dict.fromkeys(("errors", "notes"), -1),
-    **dict.fromkeys(("engine", "numerics", "formats", "text", "tree"), 0),
+    **dict.fromkeys(("choices", "engine", "numerics", "formats", "text", "tree"), 0),
     **dict.fromkeys(("components", "leaves"), 1),
     "models": 2,
     **dict.fromkeys(("checkpoint", "hub"), 3),

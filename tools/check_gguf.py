@@ -118,6 +118,17 @@ CASES = {
     "gemma": Case("gemma", GEMMA | {"hidden_act": "gelu_pytorch_tanh"}),
     "olmo2": Case("olmo2", rope("default", rope_theta=5e5)),
     "smollm3": Case("smollm3", rope("default", rope_theta=2e6) | {"num_hidden_layers": 5}),
+    "granite": Case(
+        "granite",
+        rope("default")
+        | {
+            "embedding_multiplier": 3.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.45,
+            "logits_scaling": 1.75,
+            "attention_bias": True,
+        },
+    ),
     "mpt": Case("mpt", {}),
     "mixtral": Case("mixtral", rope("default", rope_theta=1e6) | {"num_local_experts": 5, "head_dim": 16}),
     "qwen2moe": Case(

@@ -358,6 +358,48 @@ CASES: dict[str, Case] = {
         },
         contrasts=({"use_sliding_window": False}, {"no_rope_layers": [0, 0, 1, 1, 0]}),
     ),
+    "granite_gqa": Case(
+        "granite",
+        sizes(24, 6, 2, 30, 3, 67)
+        | NO_TOKENS
+        | {
+            "embedding_multiplier": 3.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.45,
+            "logits_scaling": 1.75,
+        },
+        contrasts=(
+            {"embedding_multiplier": 1.0},
+            {"attention_multiplier": 1.0},
+            {"attention_multiplier": 0.5},  # 1 / sqrt(head_dim)
+            {"residual_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+        ),
+    ),
+    "granite_tied": Case(
+        "granite",
+        sizes(30, 5, 1, 26, 3, 61)
+        | NO_TOKENS
+        | {
+            "embedding_multiplier": 0.8,
+            "attention_multiplier": 0.7,
+            "residual_multiplier": 1.3,
+            "logits_scaling": 0.6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
+        rope={"rope_type": "default", "rope_theta": 500.0},
+        contrasts=(
+            {"embedding_multiplier": 1.0},
+            {"attention_multiplier": 1.0},
+            {"residual_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+            {"rms_norm_eps": 1e-5},
+            PLAIN,
+        ),
+    ),
     "mixtral_window": Case(
         "mixtral",
         sizes(24, 6, 2, 20, 3, 67)

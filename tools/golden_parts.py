@@ -1,4 +1,5 @@
-"""Reference values for single parts: RoPE frequencies and rotation, RMSNorm, and sampling distributions."""
+"""Reference values for single parts: RoPE frequencies and rotation, RMSNorm, sampling distributions, and
+attention with sinks."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
+from transformers import GptOssConfig, LlamaConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,7 +18,9 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -45,6 +48,25 @@ ROPES: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "yarn_mscale_alone": ({**YARN, "mscale": 0.7}, 64, 16384, 10),
     "yarn_not_truncated": ({**YARN, "truncate": False}, 64, 16384, 10),
 }
+SINKS: dict[str, Any] = {
+    "hidden_size": 20,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "attention_bias": True,
+    "sliding_window": 4,
+    "max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 8.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
+}
+"""An attention layer of GPT-OSS. The window is for one of the two cases."""
 ROTATED = ("default", "default_small", "llama3_1b", "yarn")
 
 # keys as in generation_config.json; a key that is absent leaves its step out
@@ -222,3 +244,60 @@ def make_parts() -> dict[str, np.ndarray]:
     """The arrays of parts.npz."""
     rng = np.random.default_rng(20)
     return {**rope_arrays(), **rotation_arrays(rng), **norm_arrays(rng), **sampling_arrays(rng)}
+
+
+def attention_with_sinks(layer: int) -> tuple[GptOssConfig, GptOssAttention]:
+    """The config of SINKS and a layer of it in float64, with the same seeded weights for each layer."""
+    keys = json.loads(json.dumps(SINKS))
+    kinds = ["full_attention", "sliding_attention"]
+    config = GptOssConfig(**keys, num_hidden_layers=2, layer_types=kinds, attn_implementation="eager")
+    attention = GptOssAttention(config, layer).double().eval()
+    rng = np.random.default_rng(21)
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            # Sinks on both sides of the largest scores, so that either is the maximum of a row.
+            scale = 2.0 if name == "sinks" else 0.3
+            parameter.copy_(torch.from_numpy(scale * rng.standard_normal(tuple(parameter.shape))))
+    return config, attention
+
+
+def run_with_sinks(layer: int, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
+    """x (b, t, d) -> y and the gradients of sum(dy * y), with the cosines and sines (t, h / 2) in use."""
+    config, attention = attention_with_sinks(layer)
+    inputs = torch.from_numpy(x).requires_grad_()
+    places = torch.arange(x.shape[1])[None]
+    make_mask = create_sliding_window_causal_mask if attention.sliding_window else create_causal_mask
+    mask = make_mask(config, inputs, attention_mask=None, cache=None, position_ids=places)
+    with double_precision():
+        cos, sin = GptOssRotaryEmbedding(config)(inputs, places)
+    y = attention(inputs, (cos, sin), mask)[0]
+    weights = dict(attention.named_parameters())
+    dx, *gradients = torch.autograd.grad(y, (inputs, *weights.values()), torch.from_numpy(dy))
+    found = {"y": y, "dx": dx, "cos": cos[0], "sin": sin[0]}
+    found |= {f"grad/{name}": gradient for name, gradient in zip(weights, gradients, strict=True)}
+    assert all(each.dtype == torch.float64 for each in found.values())
+    return {name: each.detach().numpy() for name, each in found.items()}
+
+
+def make_sinks() -> dict[str, np.ndarray]:
+    """The arrays of sinks.npz: one attention with a sink for each head, in full and with a window."""
+    rng = np.random.default_rng(22)
+    x, dy = rng.standard_normal((2, 2, 11, SINKS["hidden_size"]))
+    cases = {"full": run_with_sinks(0, x, dy), "window": run_with_sinks(1, x, dy)}
+    assert np.abs(cases["full"]["y"] - cases["window"]["y"]).max() > 1e-2
+    assert all(np.abs(case["grad/sinks"]).min() > 1e-3 for case in cases.values())
+    shared = {name: cases["full"][name] for name in ("cos", "sin")}
+    weights = {name: each.detach().numpy() for name, each in attention_with_sinks(0)[1].named_parameters()}
+    return {
+        "config": np.array(json.dumps(SINKS)),
+        "x": x,
+        "dy": dy,
+        **shared,
+        **weights,
+        **{
+            f"{case}/{name}": array
+            for case, arrays in cases.items()
+            for name, array in arrays.items()
+            if name not in shared
+        },
+    }

@@ -24,7 +24,8 @@ FAMILIES = (
         "phi3",
         "gpt2",
     ),
-    *("gpt_neox", "mpt", "olmo2", "olmo3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2"),
+    *("gpt_neox", "mpt", "olmo2", "olmo3", "smollm3", "granite", "mixtral", "qwen2_moe", "qwen3_moe"),
+    "deepseek_v2",
 )
 
 

@@ -14,7 +14,7 @@ from golden_curves import write_curves
 from golden_lora import make_adapters, make_expert_adapters
 from golden_models import make_model, make_reference
 from golden_optimizers import make_steps
-from golden_parts import make_parts
+from golden_parts import make_parts, make_sinks
 from golden_smollm2 import write_greedy
 from transformers.utils.logging import disable_progress_bar
 
@@ -24,6 +24,7 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
 """Families whose stacked experts have adapters."""
 OTHERS = {
     "parts": make_parts,
+    "sinks": make_sinks,
     "optimizers": make_steps,
     "lora": make_adapters,
     "lora_heads": partial(make_expert_adapters, "heads"),

@@ -241,6 +241,36 @@ def test_olmo3_is_not_olmo2(tmp_path: Path) -> None:
     np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("absent", [None, 0.0])
+def test_factors_of_granite_that_are_not_stated(absent: float | None, tmp_path: Path) -> None:
+    """As in llama.cpp, 0 or no key means no factor, and 1 / sqrt(head_dim) for scores."""
+    names = ("embedding_scale", "residual_scale", "attention.scale")
+    path = write(tmp_path / "m.gguf", "granite_gqa", {f"{ARCH}{name}": absent for name in names})
+    config = et.load(path).config
+    assert (config.embedding_scale, config.residual_multiplier, config.attention_scale) == (1, 1, 0.5)
+    assert config.logit_scale == 1 / 1.75
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(None, "'logit_scale' is missing"), (0.0, "'logit_scale' is 0.0: a positive number")]
+)
+def test_granite_needs_the_scale_of_its_logits(value: float | None, words: str, tmp_path: Path) -> None:
+    with pytest.raises(et.ConfigError, match=words):
+        et.load(write(tmp_path / "m.gguf", "granite_gqa", {f"{ARCH}logit_scale": value}))
+
+
+def test_granite_without_positions(tmp_path: Path) -> None:
+    """llama.cpp turns RoPE off where its scaling is said not to be finetuned; a config.json cannot say it."""
+    golden = load_golden("granite_gqa")
+    off = et.load(write(tmp_path / "m.gguf", "granite_gqa", {f"{ARCH}rope.scaling.finetuned": False}))
+    on = et.load(write(tmp_path / "n.gguf", "granite_gqa", {f"{ARCH}rope.scaling.finetuned": True}))
+    np.testing.assert_allclose(on.logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
+    assert off.config.rope is None
+    assert np.abs(off.logits(golden.tokens) - golden.logits).max() > 0.1
+    with pytest.raises(et.InputError, match="cannot say rope = None"):
+        off.save(tmp_path / "saved")
+
+
 def test_sampling_settings_are_those_of_a_generation_config(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

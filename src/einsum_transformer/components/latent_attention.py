@@ -13,7 +13,7 @@ are positions in the cache, absorbing as much as there are queries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from einsum_transformer.engine import einsum, phase, tap, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
-
-FORMS = ("auto", "expanded", "absorbed")
+Form = Literal["auto", "expanded", "absorbed"]
 
 
 class QuerySaved(NamedTuple):
@@ -126,7 +125,7 @@ class LatentAttention:
     o_bias: Annotated[Array, "d"] | None = None
     rope_size: int = static(default=64)
     """Dimensions of each query, and of the one key they share, that RoPE rotates."""
-    form: str = static(default="auto")
+    form: Form = static(default="auto")
     """"expanded", "absorbed", or "auto": absorbed where the cache holds more positions than x has."""
     mixing: Mixing = static(default=Mixing())
     rope: int | None = static(default=0)

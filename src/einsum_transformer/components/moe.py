@@ -9,7 +9,7 @@ do, and through them the router.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from einsum_transformer.numerics.top_k import top_k, without_all_but_best_groups
 from einsum_transformer.tree import static
 
 Array = np.ndarray
+Scoring = Literal["softmax", "sigmoid"]
 
 _COARSE = 1 << 24
 """Multiplications from which experts run side by side, each on one thread."""
@@ -33,7 +34,7 @@ class Routing:
     """How a router's scores become the weights of `top_k` experts."""
 
     top_k: int = 2
-    scoring: str = "softmax"
+    scoring: Scoring = "softmax"
     """"softmax" over all experts, or "sigmoid" of each."""
     normalize: bool = True
     """Divide the weights of the chosen by their sum."""

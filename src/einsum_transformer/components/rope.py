@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
+from einsum_transformer.choices import check_choices
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.numerics.rotation import rotate
 
 Array = np.ndarray
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+ROPE_TYPES: tuple[RopeType, ...] = get_args(RopeType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class RopeConfig:
     """
 
     rope_theta: float = 10000.0
-    rope_type: str = "default"
+    rope_type: RopeType = "default"
     partial_rotary_factor: float = 1.0
     factor: float = 1.0
     original_max_position_embeddings: int = 2048
@@ -50,10 +53,7 @@ class RopeConfig:
     """Divisors of each pair's frequency that a GGUF file stores itself (its tensor rope_freqs)."""
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ROPE_TYPES:
-            raise ConfigError(
-                f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-            )
+        check_choices(self)
         for name in ("frequency_factors", "short_factor", "long_factor"):
             if any(not (math.isfinite(factor) and factor > 0) for factor in getattr(self, name) or ()):
                 shown = "rope_freqs" if name == "frequency_factors" else f"rope {name}"

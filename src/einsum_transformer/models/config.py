@@ -6,17 +6,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
-from einsum_transformer.components.latent_attention import FORMS
+from einsum_transformer.choices import check_choices
+from einsum_transformer.components.latent_attention import Form
+from einsum_transformer.components.moe import Scoring
 from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.numerics.activations import ACTIVATIONS
+from einsum_transformer.numerics.activations import HiddenAct
 
-FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
-BLOCKS = ("pre_norm", "sandwich_norm", "post_norm", "parallel", "parallel_two_norms")
+LayerType = Literal["full_attention", "sliding_attention"]
+FULL, SLIDING = LAYER_TYPES = get_args(LayerType)
+BlockKind = Literal["pre_norm", "sandwich_norm", "post_norm", "parallel", "parallel_two_norms"]
 """Norms before attention and feed-forward; before and after; after; attention beside feed-forward, with one
 norm before both, or one before each."""
+NormKind = Literal["rms", "layer"]
+MLPKind = Literal["gated", "fused", "plain"]
+"""SwiGLU and its kin; the same with one matrix for gate and up; two matrices with the activation between."""
+QKVOrder = Literal["role", "head"]
+"""Rows of all queries, then all keys, then all values; or head by head."""
+QKNormKind = Literal["head", "whole"]
 LARGEST_CONFIG = 16 << 20
 """Bytes of a config's JSON file."""
 MOST_LAYERS = 1 << 12
@@ -37,7 +46,7 @@ class MoEConfig:
     """The hidden size of an expert that every token goes to; 0: none."""
     shared_gate: bool = False
     """Whether that expert's output is multiplied by a gate."""
-    scoring: str = "softmax"
+    scoring: Scoring = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     n_group: int = 1
@@ -46,6 +55,7 @@ class MoEConfig:
     """Which layers have experts; () for all."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, most in (
             ("num_experts", 1 << 16),
             ("moe_intermediate_size", _LARGEST),
@@ -79,18 +89,18 @@ class LatentConfig:
     v_head_dim: int
     q_lora_rank: int | None = None
     """None: queries are projected at once."""
-    form: str = "auto"
-    """Which equations run: "expanded", "absorbed", or "auto"."""
     norm_eps: float = 1e-6
-    """Of the latents' norms, which Hugging Face's configs do not say."""
+    """Of the norms of the latents. DeepSeek-V2 leaves them at 1e-6, whatever its rms_norm_eps says."""
+    form: Form = "auto"
+    """Which equations run: "expanded", "absorbed", or "auto"."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             _check_count(name, getattr(self, name), _LARGEST)
         if self.q_lora_rank is not None:
             _check_count("q_lora_rank", self.q_lora_rank, _LARGEST)
-        if self.form not in FORMS:
-            raise ConfigError(f"latent form {shown(self.form)}: choose {', '.join(FORMS)}")
+        _check_range("norm_eps", self.norm_eps, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +116,22 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    block: str = "pre_norm"
-    """Where the norms and residuals stand: one of BLOCKS."""
-    norm: str = "rms"
-    """"rms" or "layer"."""
+    block: BlockKind = "pre_norm"
+    """Where the norms and residuals stand."""
+    norm: NormKind = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     """1 where norms multiply by 1 + weight."""
     norm_bias: bool = True
     """Whether LayerNorms have biases."""
-    mlp: str = "gated"
-    """"gated", "fused" (gated, with one matrix for gate and up) or "plain"."""
+    mlp: MLPKind = "gated"
     moe: MoEConfig | None = None
-    hidden_act: str = "silu"
+    hidden_act: HiddenAct = "silu"
     latent: LatentConfig | None = None
     """Sizes of latent attention; head_dim is then the part of a head that RoPE turns."""
-    fused_qkv: str | None = None
-    """One matrix for q, k and v, its rows by "role" (all queries, all keys, all values) or by "head"."""
-    qk_norm: str | None = None
+    fused_qkv: QKVOrder | None = None
+    """The order of the rows of one matrix for q, k and v; None where each has its own."""
+    qk_norm: QKNormKind | None = None
     """RMSNorm of queries and keys: of each "head", or of the "whole" vector."""
     attention_scale: float | None = None
     """What scores are multiplied by; None: 1 / sqrt(head_dim)."""
@@ -140,8 +148,8 @@ class ModelConfig:
     learned_positions: bool = False
     alibi_bias_max: float | None = None
     sliding_window: int | None = None
-    layer_types: tuple[str, ...] = ()
-    """"sliding_attention" or "full_attention" of each layer; () where the window holds for all of them."""
+    layer_types: tuple[LayerType, ...] = ()
+    """Of each layer; () where the window holds for all of them."""
     attention_bias: bool = False
     """Biases of q, k, v and o."""
     qkv_bias: bool = False
@@ -168,6 +176,7 @@ class ModelConfig:
     """Keys of the source that concern training alone, such as dropout, with their values; not applied."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in _SIZES:
             _check_count(name, getattr(self, name), _MOST.get(name, _LARGEST))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -184,19 +193,13 @@ class ModelConfig:
                 f"heads, num_key_value_heads is {self.num_key_value_heads}"
             )
         for name, most in (("norm_eps", 1), ("initializer_range", 100)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ConfigError(
-                    f"config key {name!r} is {getattr(self, name)}: it must lie from 0 to {most}"
-                )
+            _check_range(name, getattr(self, name), most)
         for name in _FACTORS:
             value = getattr(self, name)
             if value is not None and not 1e-9 <= value <= 1e9:
                 raise ConfigError(
                     f"config key {name!r} is {value}: a positive number of reasonable size is due"
                 )
-        if self.hidden_act not in ACTIVATIONS:
-            supported = ", ".join(ACTIVATIONS)
-            raise ConfigError(f"hidden_act {shown(self.hidden_act)} is not supported; supported: {supported}")
         for rope in self.ropes:
             rotated = int(self.head_dim * rope.partial_rotary_factor)
             if rotated < 2 or rotated % 2:
@@ -219,12 +222,6 @@ class ModelConfig:
                 raise ConfigError(
                     f"config keys disagree: {name} has {len(found)} entries, num_hidden_layers is "
                     f"{self.num_hidden_layers}"
-                )
-        for kind in self.layer_types:
-            if kind not in LAYER_TYPES:
-                supported = ", ".join(LAYER_TYPES)
-                raise ConfigError(
-                    f"layer_types has {shown(kind)}, which is not supported; supported: {supported}"
                 )
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ConfigError(
@@ -288,9 +285,14 @@ def _check_count(name: str, value: Any, most: int) -> None:
         )
 
 
+def _check_range(name: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise ConfigError(f"config key {name!r} is {value}: it must lie from 0 to {most}")
+
+
 _FACTORS = (
     *("attention_scale", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "alibi_bias_max"),
-    "embedding_scale",
+    *("embedding_scale", "residual_multiplier", "logit_scale"),
 )
 _SIZES = (
     "vocab_size",

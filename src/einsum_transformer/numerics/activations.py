@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
@@ -95,7 +96,8 @@ def gelu_tanh_and_derivative(x: Array) -> tuple[Array, Array]:
 SILU = Activation("silu", silu, silu_and_derivative)
 GELU = Activation("gelu", gelu, gelu_and_derivative)
 GELU_TANH = Activation("gelu_tanh", gelu_tanh, gelu_tanh_and_derivative)
-ACTIVATIONS = {
+HiddenAct = Literal["silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"]
+ACTIVATIONS: dict[HiddenAct, Activation] = {
     "silu": SILU,
     "swish": SILU,
     "gelu": GELU,

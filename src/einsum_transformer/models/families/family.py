@@ -11,7 +11,16 @@ from typing import Any
 
 from einsum_transformer.components.rope import ROPE_TYPES, RopeConfig
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.models.config import FARTHEST, FULL, LAYER_TYPES, SLIDING, Keys, ModelConfig, shown
+from einsum_transformer.models.config import (
+    FARTHEST,
+    FULL,
+    LAYER_TYPES,
+    SLIDING,
+    Keys,
+    LayerType,
+    ModelConfig,
+    shown,
+)
 from einsum_transformer.notes import note
 
 
@@ -255,7 +264,7 @@ def write_rope_type(rope: RopeConfig) -> dict[str, Any] | None:
     return scaling
 
 
-def read_layer_types(keys: Keys, default: Callable[[int], list[str]]) -> tuple[str, ...]:
+def read_layer_types(keys: Keys, default: Callable[[int], list[LayerType]]) -> tuple[LayerType, ...]:
     """`layer_types`, or what `default` says for the number of layers; an error unless every layer has a kind
     that is supported."""
     layers = keys.get("num_hidden_layers", int)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
+from einsum_transformer.models.config import FULL, SLIDING, Keys, LayerType, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family, read_layer_types
 from einsum_transformer.models.families.gemma import DEFAULTS, TANH, read_common, read_gguf_common
@@ -29,7 +29,7 @@ def _read(keys: Keys) -> ModelConfig:
     )
 
 
-def _alternating(layers: int) -> list[str]:
+def _alternating(layers: int) -> list[LayerType]:
     return [FULL if i % 2 else SLIDING for i in range(layers)]
 
 
@@ -39,7 +39,7 @@ def read_scale(keys: Keys) -> float:
     return max(scalar, 1e-9) ** -0.5
 
 
-def read_windows(keys: Keys, default: Callable[[int], list[str]]) -> dict[str, Any]:
+def read_windows(keys: Keys, default: Callable[[int], list[LayerType]]) -> dict[str, Any]:
     """sliding_window and layer_types."""
     kinds = read_layer_types(keys, default)
     window = keys.nullable("sliding_window", int, 4096)

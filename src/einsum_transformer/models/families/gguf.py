@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from einsum_transformer.components.rope import RopeConfig
+from einsum_transformer.components.rope import RopeConfig, RopeType
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig, MoEConfig, shown
 from einsum_transformer.models.families.family import token_ids
@@ -111,7 +111,7 @@ def read_rope(keys: Keys, head_dim: int, context: int) -> RopeConfig:
     )
 
 
-def _scaling(keys: Keys) -> tuple[str, float]:
+def _scaling(keys: Keys) -> tuple[RopeType, float]:
     """(rope_type, factor)"""
     kind = keys.get("rope.scaling.type", str, None)
     if kind not in (None, "none", "linear", "yarn", "longrope"):

@@ -1,0 +1,76 @@
+"""granite: Granite 3: llama with factors of embeddings, scores, residual branches and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from einsum_transformer.errors import ConfigError
+from einsum_transformer.models.config import Keys, ModelConfig
+from einsum_transformer.models.families import gguf
+from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.families.llama import read_shared, write_shared
+
+
+def _read(keys: Keys) -> ModelConfig:
+    return read_shared(
+        keys,
+        "granite",
+        {"bos_token_id": 1, "eos_token_id": 2},
+        attention_bias=keys.get("attention_bias", bool, False),
+        mlp_bias=keys.get("mlp_bias", bool, False),
+        embedding_scale=keys.get("embedding_multiplier", float, 1.0),
+        attention_scale=keys.get("attention_multiplier", float, 1.0),
+        residual_multiplier=keys.get("residual_multiplier", float, 1.0),
+        logit_scale=_inverse(keys, "logits_scaling", 1.0),
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return write_shared(config) | {
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "embedding_multiplier": config.embedding_scale,
+        "attention_multiplier": config.scale_of(0),
+        "residual_multiplier": config.residual_multiplier,
+        "logits_scaling": 1 / config.logit_scale,
+    }
+
+
+def _inverse(keys: Keys, name: str, default: Any = ...) -> float:
+    """What logits are multiplied by, from the key that says what they are divided by."""
+    divisor = keys.get(name, float, default)
+    if not 1e-9 <= divisor <= 1e9:
+        raise ConfigError(
+            f"{keys.source}: key {name!r} is {divisor}: a positive number of reasonable size is due"
+        )
+    return 1 / divisor
+
+
+def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
+    """As in llama.cpp, 0 stands for a factor that is not stated, and a file whose RoPE is said not to be
+    finetuned has none."""
+    rope = {} if keys.get("rope.scaling.finetuned", bool, True) else {"rope": None}
+    config = gguf.read_shared(
+        keys,
+        metadata,
+        "granite",
+        embedding_scale=keys.get("embedding_scale", float, 0.0) or 1.0,
+        attention_scale=keys.get("attention.scale", float, 0.0) or None,
+        residual_multiplier=keys.get("residual_scale", float, 0.0) or 1.0,
+        logit_scale=_inverse(keys, "logit_scale"),
+        **rope,
+    )
+    return replace(config, attention_scale=config.scale_of(0))
+
+
+FAMILY = Family(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    read_config=_read,
+    write_config=_write,
+    read_gguf=_read_gguf,
+    gguf_names=gguf.NAMES,
+    gguf_permuted=gguf.PERMUTED,
+)
