@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import checkouts
 import machine
 import workers
 from machine import Table, median, progress
-from processes import PAUSE, Worker
-from workers import CANDIDATES, random_tokens
+from processes import PAUSE, PREFIX, ROOT, Worker
+from workers import CANDIDATES, Candidate, random_tokens
 
 PROMPT = "The capital of France is"
 DECODE_AFTER = 128
@@ -35,6 +36,7 @@ class Run:
     """The settings of a run and everything it measured: samples[measure][candidate] is one value a round."""
 
     options: argparse.Namespace
+    candidates: dict[str, Candidate]
     facts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -44,8 +46,8 @@ class Run:
     )
 
     def medians(self, measure: str) -> dict[str, float]:
-        """Candidate -> median, in the order of CANDIDATES, whoever came first in a round."""
-        order = [*CANDIDATES, "NumPy"]
+        """Candidate -> median, in the order of the candidates, whoever came first in a round."""
+        order = [*self.candidates, "NumPy"]
         names = sorted(self.samples[measure], key=lambda name: order.index(name.split()[0]))
         return {name: median(self.samples[measure][name]) for name in names}
 
@@ -57,7 +59,7 @@ class Run:
 def task(run: Run, candidate: str, source: str, context: int) -> tuple[str, dict[str, Any]]:
     """(python, what to start a worker with)."""
     options = run.options
-    python = options.ours_python if CANDIDATES[candidate].ours else options.oracle_python
+    python = options.ours_python if run.candidates[candidate].checkout else options.oracle_python
     given = {"candidate": candidate, "threads": options.threads, "context": context}
     return python, given | {"source": run.facts["sources"][source]}
 
@@ -67,7 +69,7 @@ def measure(run: Run) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         progress("preparing the model's files")
         model = {"model_name": run.options.model, "folder": folder, "lengths": run.options.lengths}
-        preparation = Worker(workers.__file__, run.options.ours_python, {"prepare": model})
+        preparation = Worker(workers.__file__, run.options.ours_python, {"prepare": model}, ROOT)
         run.facts = preparation.answer()
         preparation.close()
         if "failed" in run.facts:
@@ -87,21 +89,22 @@ def start_workers(run: Run) -> dict[str, Worker]:
     """The workers of the candidates that can run here; why others cannot is kept in `run.left_out`."""
     started: dict[str, Worker] = {}
     context = max(*run.options.lengths, DECODE_AFTER) + run.options.steps + 8
-    for name in run.options.candidates:
-        source = CANDIDATES[name].sources[0]
+    for name, candidate in run.candidates.items():
+        source = candidate.sources[0]
         if source not in run.facts["sources"]:
             run.left_out[name] = f"{run.options.model} did not come as a {source} file"
             continue
-        worker = Worker(workers.__file__, *task(run, name, source, context))
+        worker = Worker(workers.__file__, *task(run, name, source, context), candidate.checkout)
         hello = worker.answer()
         if "failed" in hello:
             run.left_out[name] = hello["failed"]
             worker.close()
             continue
-        run.versions |= hello["versions"]
+        # Another checkout runs with the same NumPy and BLAS; its own version is in its name.
+        run.versions |= {} if name.startswith(PREFIX) else hello["versions"]
         started[name] = worker
     for name, reason in run.left_out.items():
-        progress(f"left out: {CANDIDATES[name].label}: {reason}")
+        progress(f"left out: {label(run, name)}: {reason}")
     if not started:
         raise SystemExit("no candidate can run here")
     return started
@@ -119,7 +122,7 @@ def one_round(run: Run, started: dict[str, Worker], number: int) -> None:
     names = names[number % len(names) :] + names[: number % len(names)]
     for name in names:
         keep("sgemm GFLOP/s", name, started[name].ask("sgemm", size=options.sgemm_size))
-    for name in [name for name in names if CANDIDATES[name].ours][:1]:
+    for name in [name for name in names if run.candidates[name].checkout == ROOT][:1]:
         keep("stream GB/s", "NumPy", started[name].ask("stream", size=options.stream_bytes))
     for length in options.lengths:
         ids = random_tokens(length, vocabulary, seed=number)
@@ -133,7 +136,7 @@ def one_round(run: Run, started: dict[str, Worker], number: int) -> None:
         keep("decode ms", name, answer["ms"])
         agree(run, "decode", number, name, answer["tokens"])
     for name in names:
-        for source in CANDIDATES[name].sources:
+        for source in run.candidates[name].sources:
             seconds, peak = fresh_process(run, name, source, number)
             keep("first token s", f"{name} {source}", seconds)
             keep("peak bytes", f"{name} {source}", peak)
@@ -154,21 +157,22 @@ def fresh_process(run: Run, candidate: str, source: str, number: int) -> tuple[f
         workers.__file__,
         python,
         given | {"fresh": {"prompt": PROMPT, "ids": ids, "steps": run.options.steps}},
+        run.candidates[candidate].checkout,
     )
     first = worker.answer()
     seconds = time.perf_counter() - start
     if "failed" in first:
-        raise SystemExit(f"{CANDIDATES[candidate].label} from {source}: {first['failed']}")
+        raise SystemExit(f"{label(run, candidate)} from {source}: {first['failed']}")
     agree(run, "first token", number, f"{candidate} {source}", first["token"])
     peak = worker.answer()["peak_bytes"]
     worker.close()
     return seconds, peak
 
 
-def label(candidate: str) -> str:
+def label(run: Run, candidate: str) -> str:
     """How the tables call a candidate, with its source if that is named."""
     name, _, source = candidate.partition(" ")
-    known = CANDIDATES[name].label if name in CANDIDATES else name
+    known = run.candidates[name].label if name in run.candidates else name
     return known + (f", from {SOURCES[source]}" if source else "")
 
 
@@ -184,7 +188,23 @@ def shown(value: float | None, pattern: str) -> str:
 
 
 def tables(run: Run) -> list[Table]:
-    return [limits_table(run), prefill_table(run), decode_table(run), fresh_table(run), targets_table(run)]
+    found = [limits_table(run), prefill_table(run), decode_table(run), fresh_table(run)]
+    if run.options.against:
+        found.append(checkouts.table(run.options.against, against_rows(run)))
+    return [*found, targets_table(run)]
+
+
+def against_rows(run: Run) -> Iterator[tuple[str, list[float], list[float]]]:
+    """(measure and candidate, our samples, those of the other checkout on the same BLAS)."""
+    for measure, by_name in run.samples.items():
+        if "/s" in measure:  # of the machine, not of a checkout
+            continue
+        unit, shown_measure = (1e6, "peak MB") if measure == "peak bytes" else (1, measure)
+        for name in run.medians(measure):
+            if PREFIX + name in by_name:
+                what = f"{shown_measure}: {label(run, name).removeprefix('ours, ')}"
+                ours, theirs = ([value / unit for value in by_name[each]] for each in (name, PREFIX + name))
+                yield what, ours, theirs
 
 
 def limits_table(run: Run) -> Table:
@@ -193,7 +213,7 @@ def limits_table(run: Run) -> Table:
         what, unit = measure.split()
         for name, middle in run.medians(measure).items():
             best = max(run.samples[measure][name])
-            rows.append((f"{what}, {label(name)}", f"{middle:.1f}", f"{best:.1f}", unit))
+            rows.append((f"{what}, {label(run, name)}", f"{middle:.1f}", f"{best:.1f}", unit))
     return Table("What the machine reached in this run", ("", "median", "best", "unit"), rows)
 
 
@@ -205,7 +225,7 @@ def prefill_table(run: Run) -> Table:
             share = None if peak is None else rate / peak
             against = ratio(run, f"prefill {length} ms", name)
             cells = f"{length}", f"{ms:.1f}", f"{length / ms * 1e3:.0f}", f"{rate:.1f}"
-            rows.append((label(name), *cells, shown(share, "{:.0%}"), shown(against, "{:.2f}x")))
+            rows.append((label(run, name), *cells, shown(share, "{:.0%}"), shown(against, "{:.2f}x")))
     header = ("", "tokens", "ms", "tokens/s", "GFLOP/s", "of best sgemm", "transformers / this")
     return Table("Prefill", header, rows)
 
@@ -222,7 +242,7 @@ def decode_table(run: Run) -> Table:
         rate = run.facts["bytes_per_token"] / ms / 1e6
         share, against = decode_share(run, name), ratio(run, "decode ms", name)
         cells = f"{ms:.2f}", f"{1e3 / ms:.1f}", f"{rate:.1f}"
-        rows.append((label(name), *cells, shown(share, "{:.0%}"), shown(against, "{:.2f}x")))
+        rows.append((label(run, name), *cells, shown(share, "{:.0%}"), shown(against, "{:.2f}x")))
     header = ("", "ms/token", "tokens/s", "GB/s", "of stream", "transformers / this")
     return Table(f"Decode after {DECODE_AFTER} tokens", header, rows)
 
@@ -233,7 +253,7 @@ def fresh_table(run: Run) -> Table:
         against, peak = ratio(run, "first token s", name), peaks.get(name)
         times = None if peak is None else peak / run.facts["weight_bytes"]
         memory = shown(None if peak is None else peak / 1e6, "{:.0f}"), shown(times, "{:.2f}x")
-        rows.append((label(name), f"{seconds:.2f}", shown(against, "{:.2f}x"), *memory))
+        rows.append((label(run, name), f"{seconds:.2f}", shown(against, "{:.2f}x"), *memory))
     header = ("", "first token s", "transformers / this", "peak MB", "of float32 weights")
     return Table("A fresh process", header, rows)
 
@@ -287,7 +307,7 @@ def notes(run: Run) -> Iterator[str]:
     )
     yield f"all candidates chose the same tokens in {same} of {len(run.agreement)} measurements"
     for name, reason in run.left_out.items():
-        yield f"left out: {CANDIDATES[name].label}: {reason}"
+        yield f"left out: {label(run, name)}: {reason}"
 
 
 def _answers(by_candidate: dict[str, Any]) -> list[Any]:
@@ -299,7 +319,7 @@ def widest_spread(run: Run) -> str:
     spreads = {}
     for measure, by_name in run.samples.items():
         for name, values in by_name.items():
-            spreads[f"{measure.rsplit(' ', 1)[0]}, {label(name)}"] = machine.spread(values)
+            spreads[f"{measure.rsplit(' ', 1)[0]}, {label(run, name)}"] = machine.spread(values)
     typical, where = median(list(spreads.values())), max(spreads, key=spreads.__getitem__)
     return f"largest less smallest round: {typical:.0%} of the median, at most {spreads[where]:.0%} ({where})"
 
@@ -314,8 +334,11 @@ def result(run: Run) -> dict[str, Any]:
     return {
         "machine": machine.describe(),
         "settings": {
-            key: value for key, value in settings.items() if not key.endswith("python") and key != "json"
+            key: value
+            for key, value in settings.items()
+            if not key.endswith("python") and key not in ("json", "against")
         },
+        "candidates": {name: known.label for name, known in run.candidates.items()},
         "versions": run.versions,
         "left_out": run.left_out,
         "model": facts,
@@ -335,7 +358,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--ours-python",
         default=sys.executable,
         metavar="EXE",
-        help="Python that has this package (default: this one)",
+        help="Python that has what this package needs (default: this one)",
     )
     add(
         "--oracle-python",
@@ -359,6 +382,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="prompt lengths of the prefill",
     )
+    checkouts.add_option(parser)
     add("--steps", type=int, default=32, help="decode steps of a round (default: %(default)s)")
     add("--rounds", type=int, default=5, help="rounds that count; one more warms up (default: %(default)s)")
     add("--threads", type=int, default=2, help="for every candidate (default: %(default)s)")
@@ -382,10 +406,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    run = Run(parse())
+    options = parse()
+    chosen = {name: CANDIDATES[name] for name in CANDIDATES if name in options.candidates}
+    run = Run(options, checkouts.with_other(chosen, options.against))
     measure(run)
-    machine.show(list(notes(run)), tables(run), run.options.markdown)
-    machine.save_json(run.options.json, result(run))
+    machine.show(list(notes(run)), tables(run), options.markdown)
+    machine.save_json(options.json, result(run))
 
 
 if __name__ == "__main__":

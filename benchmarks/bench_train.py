@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import checkouts
 import machine
 import train_workers
 from machine import Table, median, progress
-from processes import Worker
-from train_workers import CANDIDATES
+from processes import PREFIX, ROOT, Worker
+from train_workers import CANDIDATES, Candidate
 
-ROOT = Path(__file__).parent.parent
 KINDS = {"full": "all weights", "lora": "LoRA"}
 REFERENCE = "torch"
 # torch / ours at least this, by kind of training; the first model is what they are about
@@ -39,6 +39,7 @@ class Run:
     """The settings of a run and everything it measured."""
 
     options: argparse.Namespace
+    candidates: dict[str, Candidate]
     models: dict[str, dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -64,7 +65,7 @@ def measure(run: Run) -> None:
         progress("preparing the models' files")
         wanted = {"batch_size": options.batch_size, "seq_len": options.seq_len}
         task = {"prepare": {"folder": folder, "models": run.models} | wanted}
-        preparation = Worker(train_workers.__file__, options.ours_python, task)
+        preparation = Worker(train_workers.__file__, options.ours_python, task, ROOT)
         run.facts = preparation.answer()
         preparation.close()
         if "failed" in run.facts:
@@ -86,18 +87,18 @@ def start(run: Run) -> dict[Key, Worker]:
     started: dict[Key, Worker] = {}
     for model, facts in run.facts.items():
         for kind in KINDS:
-            for name in run.options.candidates:
-                known = CANDIDATES[name]
-                python = run.options.ours_python if known.ours else run.options.oracle_python
+            for name, known in run.candidates.items():
+                python = run.options.ours_python if known.checkout else run.options.oracle_python
                 task = {"candidate": name, "source": facts["source"], "threads": run.options.threads}
-                adapter = facts["adapter"] if kind == "lora" else None
-                worker = Worker(train_workers.__file__, python, task | {"adapter": adapter})
+                task["adapter"] = facts["adapter"] if kind == "lora" else None
+                worker = Worker(train_workers.__file__, python, task, known.checkout)
                 hello = worker.answer()
                 if "failed" in hello:
                     run.left_out[f"{known.label}, {KINDS[kind]}"] = hello["failed"]
                     worker.close()
                     continue
-                run.versions |= hello["versions"]
+                # Another checkout runs with the same NumPy and BLAS; its own version is in its name.
+                run.versions |= {} if name.startswith(PREFIX) else hello["versions"]
                 started[model, kind, name] = worker
     for name, reason in run.left_out.items():
         progress(f"left out: {name}: {reason}")
@@ -108,9 +109,9 @@ def start(run: Run) -> dict[Key, Worker]:
 
 def one_round(run: Run, started: dict[Key, Worker], number: int) -> None:
     """A step of everybody; who begins changes from round to round."""
-    options = run.options
-    turn = number % len(options.candidates)
-    names = options.candidates[turn:] + options.candidates[:turn]
+    options, names = run.options, list(run.candidates)
+    turn = number % len(names)
+    names = names[turn:] + names[:turn]
     for name in names:
         worker = next((worker for key, worker in started.items() if key[2] == name), None)
         if worker is not None:
@@ -136,17 +137,33 @@ def shown(value: float | None, pattern: str) -> str:
 def in_order(run: Run) -> Iterator[Key]:
     for model in run.facts:
         for kind in KINDS:
-            yield from ((model, kind, name) for name in CANDIDATES if (model, kind, name) in run.ms)
+            yield from ((model, kind, name) for name in run.candidates if (model, kind, name) in run.ms)
 
 
 def tables(run: Run) -> list[Table]:
-    return [limits_table(run), steps_table(run), targets_table(run)]
+    found = [limits_table(run), steps_table(run)]
+    if run.options.against:
+        found.append(checkouts.table(run.options.against, against_rows(run)))
+    return [*found, targets_table(run)]
+
+
+def against_rows(run: Run) -> Iterator[tuple[str, Sequence[float], Sequence[float]]]:
+    """(measure, model, kind and BLAS; our samples; those of the other checkout)."""
+    for key in in_order(run):
+        model, kind, name = key
+        other = model, kind, PREFIX + name
+        if other in run.ms:
+            where = f"{model}, {KINDS[kind]}: {run.candidates[name].label.removeprefix('ours, ')}"
+            yield f"ms, {where}", run.ms[key], run.ms[other]
+            own, theirs = run.peaks[key], run.peaks[other]
+            if own and theirs:
+                yield f"peak MB, {where}", [own / 1e6], [theirs / 1e6]
 
 
 def limits_table(run: Run) -> Table:
     rows = [
-        (f"sgemm, {CANDIDATES[name].label}", f"{median(run.sgemm[name]):.1f}", f"{max(run.sgemm[name]):.1f}")
-        for name in CANDIDATES
+        (f"sgemm, {known.label}", f"{median(run.sgemm[name]):.1f}", f"{max(run.sgemm[name]):.1f}")
+        for name, known in run.candidates.items()
         if name in run.sgemm
     ]
     return Table("What the machine reached in this run, GFLOP/s", ("", "median", "best"), rows)
@@ -161,7 +178,7 @@ def steps_table(run: Run) -> Table:
         cells = f"{ms:.0f}", f"{tokens / ms * 1e3:.0f}", f"{rate:.1f}", f"{rate / run.best_sgemm():.0%}"
         memory = shown(None if peak is None else peak / 1e6, "{:.0f}")
         against = shown(run.faster(key), "{:.2f}x")
-        rows.append((f"{model}, {KINDS[kind]}: {CANDIDATES[name].label}", *cells, memory, against))
+        rows.append((f"{model}, {KINDS[kind]}: {run.candidates[name].label}", *cells, memory, against))
     header = ("", "ms", "tokens/s", "GFLOP/s", "of best sgemm", "peak MB", "torch / this")
     return Table("A training step", header, rows)
 
@@ -171,8 +188,8 @@ def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
     found: list[tuple[str, float | None, str, float]] = []
     model = next(iter(run.facts))
     for kind, target in TARGETS.items():
-        keys = [key for key in in_order(run) if key[:2] == (model, kind) and CANDIDATES[key[2]].ours]
-        ratios = [ratio for key in keys if (ratio := run.faster(key)) is not None]
+        ours = [name for name in ("numpy", "mkl") if (model, kind, name) in run.ms]
+        ratios = [ratio for name in ours if (ratio := run.faster((model, kind, name))) is not None]
         found.append(
             (f"{KINDS[kind]}: torch / ours, faster BLAS", max(ratios, default=None), "at least", target)
         )
@@ -208,16 +225,19 @@ def notes(run: Run) -> Iterator[str]:
 
 
 def agreement(run: Run) -> Iterator[str]:
-    """That all train the same model: how far the losses of the steps lie from torch's."""
-    gaps = [
-        abs(own - theirs)
-        for key, losses in run.losses.items()
-        if (reference := run.losses.get((*key[:2], REFERENCE)))
-        for own, theirs in zip(losses, reference)
-    ]
-    if gaps:
-        steps = run.options.warm_up + run.options.rounds
-        yield f"losses of the {steps} steps differ from torch's by at most {max(gaps):.1e}"
+    """That all train the same model: how far the losses of the steps lie from torch's, and from those of
+    the other checkout."""
+    steps = run.options.warm_up + run.options.rounds
+    for whose in (REFERENCE, PREFIX):
+        gaps = [
+            abs(own - theirs)
+            for (model, kind, name), losses in run.losses.items()
+            if (reference := run.losses.get((model, kind, PREFIX + name if whose == PREFIX else whose)))
+            for own, theirs in zip(losses, reference)
+        ]
+        if gaps:
+            known = "torch" if whose == REFERENCE else checkouts.name_of(run.options.against)
+            yield f"losses of the {steps} steps differ from {known}'s by at most {max(gaps):.1e}"
 
 
 def result(run: Run) -> dict[str, Any]:
@@ -226,11 +246,12 @@ def result(run: Run) -> dict[str, Any]:
     def named(by_key: dict[Key, Any]) -> dict[str, Any]:
         return {" ".join(key): value for key, value in by_key.items()}
 
-    kept = ("candidates", "batch_size", "seq_len", "rounds", "warm_up", "threads", "quick")
+    kept = ("batch_size", "seq_len", "rounds", "warm_up", "threads", "quick")
     columns = ("what", "measured", "bound", "target")
     return {
         "machine": machine.describe(),
         "settings": {name: getattr(run.options, name) for name in kept},
+        "candidates": {name: known.label for name, known in run.candidates.items()},
         "versions": run.versions,
         "left_out": run.left_out,
         "flops": {model: facts["flops"] for model, facts in run.facts.items()},
@@ -249,13 +270,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     here = sys.executable
-    add("--ours-python", default=here, metavar="EXE", help="Python that has this package (default: this one)")
+    add(
+        "--ours-python",
+        default=here,
+        metavar="EXE",
+        help="Python that has what this package needs (default: this one)",
+    )
     add("--oracle-python", default=here, metavar="EXE", help="Python that has torch, transformers, peft")
     add("--model", default="smollm2-135m", help="anything et.load takes (default: %(default)s)")
     add("--config", default=str(ROOT / "configs/fast_lora.json"), help="a small model (default: fast_lora)")
     add("--max-layers", type=int, default=4, metavar="N", help="layers of it (default: %(default)s)")
     names = list(CANDIDATES)
     add("--candidates", nargs="+", choices=names, default=names, help="default: all that are installed")
+    checkouts.add_option(parser)
     add("--batch-size", type=int, default=4, metavar="N", help="rows of a step (default: %(default)s)")
     add("--seq-len", type=int, default=128, metavar="N", help="tokens of a row (default: %(default)s)")
     add("--rounds", type=int, default=9, help="rounds that count (default: %(default)s)")
@@ -275,7 +302,9 @@ def main() -> None:
     options = parse()
     small = f"{Path(options.config).stem}, {options.max_layers} layers"
     given = {"source": options.config, "max_layers": options.max_layers}
-    run = Run(options, {options.model: {"source": options.model}, small: given})
+    chosen = {name: CANDIDATES[name] for name in CANDIDATES if name in options.candidates}
+    candidates = checkouts.with_other(chosen, options.against)
+    run = Run(options, candidates, {options.model: {"source": options.model}, small: given})
     measure(run)
     machine.show(list(notes(run)), tables(run), options.markdown)
     machine.save_json(options.json, result(run))

@@ -9,22 +9,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 # OpenMP threads spin for up to 0.2 s after their work and would take a core from the next candidate.
 PAUSE = 0.3
+ROOT = Path(__file__).resolve().parent.parent
+PREFIX = "against-"
+"""What the name of a candidate begins with that runs another checkout of this project."""
 
 Answer = Callable[[Any], None]
 
 
 class Worker:
-    """A started process, as whoever asks it sees it; `script` ends in a call of `run`."""
+    """A started process, as whoever asks it sees it; `script` ends in a call of `run`.
 
-    def __init__(self, script: str, python: str, task: dict[str, Any]) -> None:
+    checkout: a folder of this project, whose package is imported and no other that `python` may have.
+    """
+
+    def __init__(self, script: str, python: str, task: dict[str, Any], checkout: Path | None = None) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        variables = dict(os.environ)
+        if checkout is not None:
+            paths = [str(checkout / "src"), os.environ.get("PYTHONPATH")]
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+            task = task | {"checkout": str(checkout)}
         command, pipe = [python, script, json.dumps(task)], subprocess.PIPE
         try:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+            self.process = subprocess.Popen(
+                command, env=variables, stdin=pipe, stdout=pipe, stderr=self.errors, text=True
+            )
         except OSError as error:
             raise SystemExit(f"{python}: {error.strerror}") from None
 
@@ -54,17 +68,28 @@ def run(work: Callable[[dict[str, Any], Answer], None]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     # Whatever a library prints goes to stderr, so that it cannot mix with the answers.
     os.dup2(2, 1)
+    task = json.loads(sys.argv[1])
+    checkout = task.pop("checkout", None)
 
     def answer(value: Any) -> None:
+        check_package(checkout)
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
     try:
-        work(json.loads(sys.argv[1]), answer)
+        work(task, answer)
     except ImportError as error:
         answer({"failed": f"not installed ({error})"})
     except (ValueError, OSError) as error:
         answer({"failed": str(error).splitlines()[0]})
+
+
+def check_package(checkout: str | None) -> None:
+    """That this process imported the package of its checkout, if it imported one."""
+    package = sys.modules.get("einsum_transformer")
+    if checkout is not None and package is not None:
+        place = Path(package.__file__ or "").resolve()
+        assert place.is_relative_to(Path(checkout, "src")), f"imported {place}, not that of {checkout}"
 
 
 def serve(engine: Any, answer: Answer, requests: Mapping[str, Callable[..., Any]]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import machine
 import processes
-from processes import Answer
+from processes import PREFIX, ROOT, Answer
 
 LEARNING_RATE = 1e-3
 LORA_TARGETS = ("q_proj", "v_proj")
@@ -29,7 +29,10 @@ class Engine(Protocol):
 
 
 class Ours:
-    """This package, on one of its BLAS providers."""
+    """This package, on one of its BLAS providers.
+
+    Only what older checkouts have too is used, because --against runs them with this file.
+    """
 
     def __init__(self, source: str, adapter: str | None, threads: int, provider: str) -> None:
         # Before NumPy, as a program that only uses this package does: it prepares NumPy's BLAS.
@@ -107,15 +110,17 @@ class Torch:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
+    """A row of the tables. checkout: of this project, whose package it runs, if it runs one."""
+
     label: str
     engine: Callable[[str, str | None, int], Engine]
-    ours: bool
+    checkout: Path | None
 
 
 CANDIDATES = {
-    "numpy": Candidate("ours, NumPy's BLAS", partial(Ours, provider="numpy"), True),
-    "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), True),
-    "torch": Candidate("torch", Torch, False),
+    "numpy": Candidate("ours, NumPy's BLAS", partial(Ours, provider="numpy"), ROOT),
+    "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), ROOT),
+    "torch": Candidate("torch", Torch, None),
 }
 
 
@@ -164,7 +169,8 @@ def work(task: dict[str, Any], answer: Answer) -> None:
     if "prepare" in task:
         answer(prepare(**task["prepare"]))
         return
-    engine = CANDIDATES[task["candidate"]].engine(task["source"], task["adapter"], task["threads"])
+    known = CANDIDATES[task["candidate"].removeprefix(PREFIX)]
+    engine = known.engine(task["source"], task["adapter"], task["threads"])
     answer({"versions": engine.versions()})
     processes.serve(engine, answer, REQUESTS)
 

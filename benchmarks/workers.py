@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import machine
 import processes
-from processes import Answer
+from processes import PREFIX, ROOT, Answer
 
 
 class Engine(Protocol):
@@ -27,8 +27,12 @@ class Engine(Protocol):
     def tokens(self, ids: list[int]) -> Any:
         """The ids as this library takes them."""
 
+    def first(self, tokens: Any) -> int:
+        """The first token after a prompt, as a program that generates asks for it."""
+        ...
+
     def prefill(self, tokens: Any) -> int:
-        """The next token after a prompt, with a new cache."""
+        """The same with a new cache, which `step` goes on with."""
         ...
 
     def step(self, token: int) -> int:
@@ -40,7 +44,10 @@ class Engine(Protocol):
 
 
 class Ours:
-    """This package, on one of its BLAS providers."""
+    """This package, on one of its BLAS providers.
+
+    Only what older checkouts have too is used, because --against runs them with this file.
+    """
 
     def __init__(self, source: str, threads: int, context: int, provider: str) -> None:
         # Before NumPy, as a program that only uses this package does: it prepares NumPy's BLAS.
@@ -48,13 +55,11 @@ class Ours:
         import numpy as np
 
         from einsum_transformer.engine import blas
-        from einsum_transformer.generation.decode import encode, prefill
 
-        self.np, self.blas = np, blas
+        self.np, self.blas, self._generate, self._threads = np, blas, et.generate, threads
         blas.use(provider)
         blas.set_threads(threads)
         self.model = et.load(source)
-        self._encode, self._prefill, self._threads = encode, prefill, threads
 
     def versions(self) -> dict[str, str]:
         import einsum_transformer
@@ -64,17 +69,23 @@ class Ours:
         return versions | {provider.name: provider.version}
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(self.model, text)
+        return self.model.tokenizer.encode(text)
 
     def tokens(self, ids: list[int]) -> Any:
-        return self.np.array([ids])
+        return ids
+
+    def first(self, tokens: Any) -> int:
+        return self._generate(self.model, tokens, max_new_tokens=1, temperature=0, ignore_eos=True).tokens[0]
 
     def prefill(self, tokens: Any) -> int:
-        self.cache = self.model.cache(tokens.shape[1] + 64)
-        return int(self._prefill(self.model, tokens, self.cache)[0].argmax())
+        self.cache = self.model.cache(len(tokens) + 64)
+        return self._next(tokens)
 
     def step(self, token: int) -> int:
-        logits, _ = self.model.decoder.forward(self.np.array([[token]]), self.cache, "last")
+        return self._next([token])
+
+    def _next(self, tokens: list[int]) -> int:
+        logits, _ = self.model.decoder.forward(self.np.array([tokens]), self.cache, "last")
         return int(logits[0, -1].argmax())
 
     def sgemm(self, size: int) -> float | None:
@@ -110,6 +121,9 @@ class Transformers:
 
     def tokens(self, ids: list[int]) -> Any:
         return self.torch.tensor([ids])
+
+    def first(self, tokens: Any) -> int:
+        return self.prefill(tokens)
 
     def prefill(self, tokens: Any) -> int:
         self.cache = None
@@ -149,6 +163,9 @@ class LlamaCpp:
     def tokens(self, ids: list[int]) -> Any:
         return ids
 
+    def first(self, tokens: Any) -> int:
+        return self.prefill(tokens)
+
     def prefill(self, tokens: Any) -> int:
         self.model.reset()
         return self._next(tokens)
@@ -167,21 +184,22 @@ class LlamaCpp:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A row of the tables. sources: what it can load, by name; the first is what the lasting worker loads."""
+    """A row of the tables. sources: what it can load, by name; the first is what the lasting worker loads.
+    checkout: of this project, whose package it runs, if it runs one."""
 
     label: str
     engine: Callable[[str, int, int], Engine]
-    ours: bool
+    checkout: Path | None
     sources: tuple[str, ...]
 
 
 CANDIDATES = {
     "numpy": Candidate(
-        "ours, NumPy's BLAS", partial(Ours, provider="numpy"), True, ("safetensors", "default")
+        "ours, NumPy's BLAS", partial(Ours, provider="numpy"), ROOT, ("safetensors", "default")
     ),
-    "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), True, ("safetensors", "default")),
-    "transformers": Candidate("transformers", Transformers, False, ("safetensors",)),
-    "llama.cpp": Candidate("llama.cpp", LlamaCpp, False, ("gguf",)),
+    "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), ROOT, ("safetensors", "default")),
+    "transformers": Candidate("transformers", Transformers, None, ("safetensors",)),
+    "llama.cpp": Candidate("llama.cpp", LlamaCpp, None, ("gguf",)),
 }
 
 
@@ -242,7 +260,7 @@ def write_float32_gguf(source: Path, target: str) -> None:
 def time_prefill(engine: Engine, ids: list[int]) -> dict[str, Any]:
     tokens = engine.tokens(ids)
     start = time.perf_counter()
-    token = engine.prefill(tokens)
+    token = engine.first(tokens)
     return {"ms": (time.perf_counter() - start) * 1e3, "token": token}
 
 
@@ -268,7 +286,8 @@ def work(task: dict[str, Any], answer: Answer) -> None:
     if "prepare" in task:
         answer(prepare(**task["prepare"]))
         return
-    engine = CANDIDATES[task["candidate"]].engine(task["source"], task["threads"], task["context"])
+    known = CANDIDATES[task["candidate"].removeprefix(PREFIX)]
+    engine = known.engine(task["source"], task["threads"], task["context"])
     if task.get("fresh"):
         fresh(engine, answer, **task["fresh"])
         return
@@ -278,7 +297,7 @@ def work(task: dict[str, Any], answer: Answer) -> None:
 
 def fresh(engine: Engine, answer: Answer, prompt: str, ids: list[int], steps: int) -> None:
     """The first token as soon as it is there, then the memory that a long prompt and some steps take."""
-    answer({"token": engine.prefill(engine.tokens(engine.encode(prompt)))})
+    answer({"token": engine.first(engine.tokens(engine.encode(prompt)))})
     token = engine.prefill(engine.tokens(ids))
     for _ in range(steps):
         token = engine.step(token)

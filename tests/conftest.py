@@ -2,10 +2,38 @@
 
 import logging
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 
+import einsum_transformer as et
 from einsum_transformer.notes import LOGGER, note_once
+from golden_files import Folders, Models, load_golden, read_only, write_folder
+
+
+@pytest.fixture(scope="session")
+def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The folder of a golden model, written when it is first asked for; tests share it and write nothing."""
+    top = tmp_path_factory.mktemp("golden")
+
+    @cache
+    def folder(name: str) -> Path:
+        golden = load_golden(name)
+        return write_folder(top / name, golden.config, golden.weights)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_folder: Folders) -> Models:
+    """A golden model, loaded when it is first asked for; tests share it and do not change it."""
+
+    @cache
+    def model(name: str, dtype: str = "float32") -> et.Model:
+        return read_only(et.load(golden_folder(name), dtype=dtype))
+
+    return model
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,23 @@
 """Reads the golden files of tools/make_golden.py, and writes the Hugging Face folders that tests load."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+import einsum_transformer as et
 from einsum_transformer.formats.folder import write_safetensors_folder
+from einsum_transformer.tree import named_leaves
 
+Folders = Callable[[str], Path]
+"""The fixture golden_folder."""
+Models = Callable[..., et.Model]
+"""The fixture golden_model."""
 FOLDER = Path(__file__).parent / "golden"
 MODELS = (
     "llama_gqa",
@@ -119,10 +126,19 @@ class Golden:
     gradients: dict[str, np.ndarray]
 
 
-def load_golden(name: str) -> Golden:
-    """The golden model of that name."""
+@cache
+def _arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a golden model's file, read once and read-only, because all tests share them."""
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+def load_golden(name: str) -> Golden:
+    """The golden model of that name; the config and the dicts are the caller's own."""
+    arrays = _arrays(name)
     gradients = {key.removeprefix("grad/"): arrays[key] for key in arrays if key.startswith("grad/")}
     return Golden(
         config=json.loads(str(arrays["config"])),
@@ -135,6 +151,14 @@ def load_golden(name: str) -> Golden:
         loss=float(arrays["loss"]),
         gradients=gradients,
     )
+
+
+def read_only(model: et.Model) -> et.Model:
+    """The model, whose weights nobody can change from now on."""
+    for _, weight in named_leaves(model.decoder):
+        if isinstance(weight, np.ndarray):
+            weight.flags.writeable = False
+    return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,15 @@ from golden_files import (
     EXPERT_ADAPTERS,
     HEAD_ADAPTERS,
     OLD_ADAPTERS,
+    Folders,
     Golden,
     GoldenAdapter,
+    Models,
     load_adapter,
     load_expert_adapter,
     load_golden,
     module_names,
     write_adapter_folder,
-    write_folder,
 )
 from test_golden_models import LOSS, assert_gradient, assert_logits
 
@@ -62,13 +63,14 @@ def copied(golden: Golden, name: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(
+    request: pytest.FixtureRequest, golden_folder: Folders, tmp_path_factory: pytest.TempPathFactory
+) -> Bench:
     """The adapter of that name, in a folder that holds what peft wrote."""
     tmp_path = tmp_path_factory.mktemp("bench")
     load = load_adapter if request.param in ADAPTERS else load_expert_adapter
     adapter = load(request.param)
-    golden = load_golden(adapter.base)
-    base = write_folder(tmp_path / "base", golden.config, golden.weights)
+    golden, base = load_golden(adapter.base), golden_folder(adapter.base)
     copies = {name: copied(golden, name) for name in adapter.copies}
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[adapter.dtype]
     tensors = {name: array.astype(kind) for name, array in (adapter.tensors | copies).items()}
@@ -171,10 +173,9 @@ POSITIONS = {"transformer.wpe"}
 
 
 @pytest.mark.parametrize("name", module_names())
-def test_modules_have_the_names_of_transformers(name: str, tmp_path: Path) -> None:
+def test_modules_have_the_names_of_transformers(name: str, golden_model: Models) -> None:
     """Every matrix of a model of each family, and no other; those of checkpoints are understood too."""
-    golden = load_golden(name)
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    model = golden_model(name)
     matrices, family = matrices_of(model), model.family
     stacks = stacks_of(matrices) if family.stacked_experts else {}
     alone = matrices.keys() - {path for stack in stacks.values() for path in stack.paths}
@@ -185,10 +186,9 @@ def test_modules_have_the_names_of_transformers(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_out"])
-def test_the_head_of_gpt_neox_has_two_names(target: str, tmp_path: Path) -> None:
+def test_the_head_of_gpt_neox_has_two_names(target: str, golden_folder: Folders, tmp_path: Path) -> None:
     """transformers 4 called the module embed_out, as checkpoints do; both are targets and both are read."""
-    golden = load_golden("gpt_neox_parallel")
-    base = write_folder(tmp_path / "base", golden.config, golden.weights)
+    golden, base = load_golden("gpt_neox_parallel"), golden_folder("gpt_neox_parallel")
     model = with_lora(et.load(base), LoRAConfig(2, 3.0, (target,), rank_pattern={"embed_out": 3}))
     for array in model.adapter_parameters().values():
         array[...] = 0.25
@@ -207,13 +207,12 @@ def test_the_head_of_gpt_neox_has_two_names(target: str, tmp_path: Path) -> None
         np.testing.assert_array_equal(again.logits(golden.tokens), model.logits(golden.tokens))
 
 
-def test_a_copy_of_the_heads_bias_must_be_the_models(tmp_path: Path) -> None:
+def test_a_copy_of_the_heads_bias_must_be_the_models(golden_model: Models, tmp_path: Path) -> None:
     """As peft writes it for phi; a base without a bias has no use for one."""
     adapter = load_expert_adapter("heads phi")
     name = f"{PREFIX}lm_head.base_layer.bias"
     assert name in adapter.copies
-    golden = load_golden(adapter.base)
-    model = et.load(write_folder(tmp_path / "base", golden.config, golden.weights))
+    golden, model = load_golden(adapter.base), golden_model(adapter.base)
     bias = golden.weights["lm_head.bias"]
     for changed, words in (
         (bias + 1, "differs from the base model's"),
@@ -222,19 +221,16 @@ def test_a_copy_of_the_heads_bias_must_be_the_models(tmp_path: Path) -> None:
         write_adapter_folder(tmp_path / "a", adapter.config, adapter.tensors | {name: changed})
         with pytest.raises(InputError, match=words):
             with_adapter(model, tmp_path / "a")
-    other = load_golden("llama_gqa")
-    unbiased = et.load(write_folder(tmp_path / "other", other.config, other.weights))
     head = load_adapter("lm_head")
     write_adapter_folder(tmp_path / "b", head.config, head.tensors | {name: bias})
     with pytest.raises(InputError, match="is a bias, which the base model does not have"):
-        with_adapter(unbiased, tmp_path / "b")
+        with_adapter(golden_model("llama_gqa"), tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
-def test_all_gradients_recomputed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_gradients_recomputed(name: str, golden_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full training with blocks that are run again has the golden gradients too."""
-    golden = load_golden(name)
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    golden, model = load_golden(name), golden_model(name)
     recomputing(monkeypatch)
     loss, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
     assert abs(loss - golden.loss) <= LOSS

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import einsum_transformer as et
 from einsum_transformer.errors import InputError
-from golden_files import MODELS, Golden, load_golden, write_folder
+from golden_files import MODELS, Golden, Models, load_golden, write_folder
 
 LOGITS = 1e-4
 LOSS = 1e-5
@@ -38,17 +38,6 @@ KEPT = (
 BY_LENGTH = ("llama_rope_dynamic", "phi3_longrope")
 """Models whose RoPE depends on how long the text is."""
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Golden, Any]]:
-    """Every golden beside our model of it, loaded from a folder."""
-    models = {}
-    for name in MODELS:
-        golden = load_golden(name)
-        folder = write_folder(tmp_path_factory.mktemp(name), golden.config, golden.weights)
-        models[name] = golden, et.load(folder)
-    return models
 
 
 def assert_logits(ours: np.ndarray, reference: np.ndarray) -> None:
@@ -97,9 +86,9 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits(name: str, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_logits(name: str, golden_model: Models) -> None:
     """A whole batch."""
-    golden, model = loaded[name]
+    golden, model = load_golden(name), golden_model(name)
     assert_logits(model.logits(golden.tokens), golden.logits)
 
 
@@ -113,17 +102,17 @@ def test_logits_from_version_4_config(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 8])
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in BY_LENGTH])
-def test_logits_of_a_prefix(name: str, length: int, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_logits_of_a_prefix(name: str, length: int, golden_model: Models) -> None:
     """No position sees a later one, short inputs take the same way, and a row alone equals it in a batch."""
-    golden, model = loaded[name]
+    golden, model = load_golden(name), golden_model(name)
     for row in (slice(0, 1), slice(1, 2)):
         assert_logits(model.logits(golden.tokens[row, :length]), golden.logits[row, :length])
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
-def test_rope_forgets_a_longer_input(name: str, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_rope_forgets_a_longer_input(name: str, golden_model: Models) -> None:
     """After an input beyond the trained length a short one has its own frequencies again."""
-    golden, model = loaded[name]
+    golden, model = load_golden(name), golden_model(name)
     assert golden.short_logits is not None
     short = golden.tokens[:, : golden.short_logits.shape[1]]
     assert_logits(model.logits(short), golden.short_logits)
@@ -132,9 +121,9 @@ def test_rope_forgets_a_longer_input(name: str, loaded: dict[str, tuple[Golden, 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_and_values_of_parameters(name: str, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_names_and_values_of_parameters(name: str, golden_model: Models) -> None:
     """The parameters are the checkpoint's tensors."""
-    golden, model = loaded[name]
+    golden, model = load_golden(name), golden_model(name)
     parameters = model.named_parameters()
     assert set(parameters) == set(golden.weights)
     for key, array in parameters.items():
@@ -142,9 +131,9 @@ def test_names_and_values_of_parameters(name: str, loaded: dict[str, tuple[Golde
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradients(name: str, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_loss_and_gradients(name: str, golden_model: Models) -> None:
     """The mean over the targets that count, and its gradient by every parameter."""
-    golden, model = loaded[name]
+    golden, model = load_golden(name), golden_model(name)
     loss, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
     assert abs(loss - golden.loss) <= LOSS
     assert set(gradients) == set(golden.gradients) == set(model.named_parameters())
@@ -152,9 +141,9 @@ def test_loss_and_gradients(name: str, loaded: dict[str, tuple[Golden, Any]]) ->
         assert_gradient(key, np.asarray(gradients[key]), reference)
 
 
-def test_tokens_that_do_not_occur_have_no_embedding_gradient(loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_tokens_that_do_not_occur_have_no_embedding_gradient(golden_model: Models) -> None:
     """Exactly zero rows; in a tied model the head reaches every row."""
-    golden, model = loaded["llama_gqa"]
+    golden, model = load_golden("llama_gqa"), golden_model("llama_gqa")
     _, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
     absent = np.setdiff1d(np.arange(golden.config["vocab_size"]), golden.tokens)
     assert absent.size
@@ -162,9 +151,9 @@ def test_tokens_that_do_not_occur_have_no_embedding_gradient(loaded: dict[str, t
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_saved_folder(name: str, tmp_path: Path, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_saved_folder(name: str, tmp_path: Path, golden_model: Models) -> None:
     """The same config and tensors on disk, and the same logits, bit for bit, after loading it again."""
-    golden, model = loaded[name]
+    golden, model = load_golden(name), golden_model(name)
     model.save(tmp_path)
     tensors = saved_tensors(tmp_path)
     assert set(tensors) == set(golden.weights)
@@ -180,17 +169,17 @@ def test_saved_folder(name: str, tmp_path: Path, loaded: dict[str, tuple[Golden,
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mha_tied"])
-def test_two_shards(name: str, tmp_path: Path, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_two_shards(name: str, tmp_path: Path, golden_model: Models) -> None:
     """An index and two files mean the same as one file."""
-    golden, model = loaded[name]
+    golden, model = load_golden(name), golden_model(name)
     write_shards(tmp_path, golden)
     np.testing.assert_array_equal(et.load(tmp_path).logits(golden.tokens), model.logits(golden.tokens))
 
 
 @pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16])
-def test_sixteen_bit_file(kind: Any, tmp_path: Path, loaded: dict[str, tuple[Golden, Any]]) -> None:
+def test_sixteen_bit_file(kind: Any, tmp_path: Path, golden_model: Models) -> None:
     """The golden weights are exact in 16 bits, so the computation in float32 is the same to the bit."""
-    golden, model = loaded["llama_gqa"]
+    golden, model = load_golden("llama_gqa"), golden_model("llama_gqa")
     narrow = {key: array.astype(kind) for key, array in golden.weights.items()}
     folder = write_folder(tmp_path, golden.config, narrow)
     ours = et.load(folder, dtype="float32").logits(golden.tokens)

@@ -10,7 +10,7 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.analysis.compare import cache_bytes, compare
 from einsum_transformer.cli.app import main
-from golden_files import MODELS, load_golden, write_folder
+from golden_files import MODELS, Models, load_golden
 from tiny_models import config_of
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +44,9 @@ def test_grouped_beside_single_key_value_heads() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_cache_is_what_a_cache_would_hold(name: str, tmp_path: Path) -> None:
+def test_cache_is_what_a_cache_would_hold(name: str, golden_model: Models) -> None:
     """Against the numbers that a run keeps, beyond the window too."""
-    golden = load_golden(name)
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    golden, model = load_golden(name), golden_model(name)
     length = golden.tokens.shape[1]
     cache = model.cache()
     model.decoder.forward(golden.tokens, cache)

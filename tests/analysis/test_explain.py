@@ -20,7 +20,7 @@ from einsum_transformer.models.builder import build, weights_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.parameters import trainable
 from einsum_transformer.models.run_config import override, parse_run_config, read_json
-from golden_files import MODELS, load_golden, write_folder
+from golden_files import MODELS, Models, load_golden
 from tiny_models import config_of, tiny_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
@@ -37,11 +37,9 @@ ATTENTION = {"scores", "mix"}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_family_has_a_program(name: str, tmp_path: Path) -> None:
+def test_every_family_has_a_program(name: str, golden_model: Models) -> None:
     """Also backward, which costs at least half as much more than forward."""
-    golden = load_golden(name)
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
-    program = et.explain(model, tokens=6, backward=True)
+    program = et.explain(golden_model(name), tokens=6, backward=True)
     forward, backward = (program.totals(direction)["flops"] for direction in ("forward", "backward"))
     assert backward > 1.5 * forward > 0
 
@@ -54,11 +52,9 @@ def test_every_family_has_a_program(name: str, tmp_path: Path) -> None:
         ({"tokens": 41}, "tokens is 41: this gpt2 has learned 40 positions"),
     ],
 )
-def test_programs_that_are_refused(changed: dict[str, int], message: str, tmp_path: Path) -> None:
-    golden = load_golden("gpt2_plain")
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+def test_programs_that_are_refused(changed: dict[str, int], message: str, golden_model: Models) -> None:
     with pytest.raises(et.InputError, match=message):
-        et.explain(model, **changed)
+        et.explain(golden_model("gpt2_plain"), **changed)
 
 
 def test_projections_cost_two_flops_a_parameter_and_token() -> None:
@@ -124,12 +120,10 @@ ADAPTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-def test_adapters_cost_what_a_recorder_counts(name: str, tmp_path: Path) -> None:
+def test_adapters_cost_what_a_recorder_counts(name: str, golden_model: Models) -> None:
     """Forward and backward, of a model whose weights are frozen but for the adapters."""
-    golden = load_golden(name)
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
-    model = with_lora(model, LoRAConfig(3, 4.0, ADAPTED[name]))
-    tokens = golden.tokens
+    model = with_lora(golden_model(name), LoRAConfig(3, 4.0, ADAPTED[name]))
+    tokens = load_golden(name).tokens
     with Recorder(events=True) as recorder:
         logits, saved = model.decoder.forward(tokens, keep=True)
         forward = sum(event.flops for event in recorder.events)

@@ -12,7 +12,7 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.cli.app import main
 from gguf_files import write_model_gguf
-from golden_files import load_golden, write_folder
+from golden_files import Folders, load_golden, write_folder
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -142,9 +142,8 @@ def test_a_tensor_that_no_weight_is(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (code, found["problems"]) == (1, ["in the file but not in the model: foo.baz"])
 
 
-def test_the_listing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    golden = load_golden("gpt2_plain")
-    folder = write_folder(tmp_path, golden.config, golden.weights)
+def test_the_listing(golden_folder: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = golden_folder("gpt2_plain")
     for flags, line in (([], "transformer.h.*.ln_1.bias"), (["--all"], "transformer.h.2.ln_1.bias")):
         with pytest.raises(SystemExit):
             main(["inspect", str(folder), *flags])

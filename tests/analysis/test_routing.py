@@ -6,17 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import einsum_transformer as et
 from einsum_transformer.analysis.routing import LayerRouting, RoutingReader
 from einsum_transformer.cli.app import main
 from einsum_transformer.engine import Recorder, einsum
-from golden_files import load_golden, write_folder
+from golden_files import Folders, Models, load_golden
 
 
-def test_counts_are_those_of_the_router(tmp_path: Path) -> None:
+def test_counts_are_those_of_the_router(golden_model: Models) -> None:
     """Over two passes, of the first layer, whose router sees what the pass before it gives."""
-    golden = load_golden("mixtral_window")
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    golden, model = load_golden("mixtral_window"), golden_model("mixtral_window")
     reader = RoutingReader()
     with Recorder(values="*").on_value(reader, *reader.NAMES) as recorder:
         model.logits(golden.tokens)
@@ -42,23 +40,23 @@ def test_numbers_of_a_layer() -> None:
     assert (one.imbalance, one.idle, one.load_entropy) == (4.0, 3, 0.0)
 
 
-def test_nothing_is_counted_without_a_recorder_or_experts(tmp_path: Path) -> None:
-    golden = load_golden("llama_gqa")
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+def test_nothing_is_counted_without_a_recorder_or_experts(golden_model: Models) -> None:
     reader = RoutingReader()
     with Recorder().on_value(reader, *reader.NAMES):
-        model.logits(golden.tokens)
+        golden_model("llama_gqa").logits(load_golden("llama_gqa").tokens)
     assert reader.layers() == []
 
 
-def test_in_the_output_of_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_the_output_of_run(
+    golden_folder: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def output(*arguments: str) -> tuple[str, str]:
         with pytest.raises(SystemExit, match="0"):
             main(["run", str(folder), "--tokens", str(ids), "-n", "3", "--temp", "0", *arguments])
         return capsys.readouterr()
 
     golden = load_golden("qwen2_moe_dense_layer")
-    folder = write_folder(tmp_path / "model", golden.config, golden.weights)
+    folder = golden_folder("qwen2_moe_dense_layer")
     ids = tmp_path / "ids.npy"
     np.save(ids, golden.tokens[:1, :5])
     said = json.loads(output("--json")[0])

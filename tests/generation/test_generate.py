@@ -14,7 +14,7 @@ import einsum_transformer as et
 from einsum_transformer.generation.decode import Generation, Settings, prefill, stream
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.text.tokenizer import Tokenizer
-from golden_files import load_golden, write_folder
+from golden_files import Models
 from tiny_models import successor_model, tiny_model, write_tiny
 
 MODEL = tiny_model()
@@ -172,11 +172,10 @@ def test_the_prefill_step_changes_nothing(size: int) -> None:
     assert cache.length == len(PROMPTS[1])
 
 
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> et.Model:
+@pytest.fixture
+def learned(golden_model: Models) -> et.Model:
     """A GPT-2 of 40 positions."""
-    golden = load_golden("gpt2_plain")
-    return et.load(write_folder(tmp_path_factory.mktemp("gpt2"), golden.config, golden.weights))
+    return golden_model("gpt2_plain")
 
 
 class TestContext:

@@ -1,6 +1,5 @@
 """Every family's model: gradients against differences in float64, and a cached run against a whole one."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +10,11 @@ from einsum_transformer.analysis import gradcheck as checks
 from einsum_transformer.generation.decode import Generation, Settings, stream
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.models.families import FAMILIES
-from golden_files import MODELS, load_golden, write_folder
+from golden_files import MODELS, Folders, Models, load_golden
 
 Array = np.ndarray
 KINKED = "mpt_clip"
 """Its clipped projections have kinks, which some step of the differences crosses."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each golden model as a folder."""
-    goldens = {name: load_golden(name) for name in MODELS}
-    top = tmp_path_factory.mktemp("families")
-    return {name: write_folder(top / name, each.config, each.weights) for name, each in goldens.items()}
 
 
 def test_every_family_has_goldens() -> None:
@@ -33,14 +24,16 @@ def test_every_family_has_goldens() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != KINKED])
-def test_gradients_in_float64(name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_in_float64(
+    name: str, golden_folder: Folders, golden_model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All parameters along one direction, and each along one of its own."""
     golden = load_golden(name)
     monkeypatch.setattr(checks, "_directions", lambda g, rng: [("direction", rng.standard_normal(g.shape))])
     tokens, targets = golden.tokens[:, :9], golden.targets[:, :9]
-    found = checks.gradcheck(et.load(folders[name], dtype="float64"), tokens, targets)
+    found = checks.gradcheck(et.load(golden_folder(name), dtype="float64"), tokens, targets)
     assert found.passed, [row for row in (found.whole, *found.rows) if row.error > found.tolerance]
-    assert len(found.rows) == sum(1 for _ in et.load(folders[name]).weights)
+    assert len(found.rows) == sum(1 for _ in golden_model(name).weights)
 
 
 def in_chunks(model: et.Model, tokens: Array, lengths: list[int], cache: Any) -> Array:
@@ -53,9 +46,9 @@ def in_chunks(model: et.Model, tokens: Array, lengths: list[int], cache: Any) ->
 
 @pytest.mark.parametrize("lengths", [[], [3, 1, 5], [12]], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_cached_is_whole(name: str, lengths: list[int], folders: dict[str, Path]) -> None:
+def test_cached_is_whole(name: str, lengths: list[int], golden_model: Models) -> None:
     """Across the edges of windows, and beyond the length that longrope and dynamic RoPE change at."""
-    golden, model = load_golden(name), et.load(folders[name])
+    golden, model = load_golden(name), golden_model(name)
     whole = model.logits(golden.tokens)
     cache = model.cache(horizon=golden.tokens.shape[1])
     got = in_chunks(model, golden.tokens, lengths, cache)
@@ -63,9 +56,9 @@ def test_cached_is_whole(name: str, lengths: list[int], folders: dict[str, Path]
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama_rope_dynamic"])
-def test_padded_rows_are_rows(name: str, folders: dict[str, Path]) -> None:
+def test_padded_rows_are_rows(name: str, golden_model: Models) -> None:
     """A left-padded batch, in one pass and token by token."""
-    golden, model = load_golden(name), et.load(folders[name])
+    golden, model = load_golden(name), golden_model(name)
     tokens = golden.tokens[:, :14].copy()
     pads = np.array([0, 5])
     alone = [model.logits(tokens[:1])[0], model.logits(tokens[1:, 5:])[0]]
@@ -77,10 +70,10 @@ def test_padded_rows_are_rows(name: str, folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("start", [9, 15, 16, 17, 24])
-def test_generation_across_the_length_that_longrope_changes_at(start: int, folders: dict[str, Path]) -> None:
+def test_generation_across_the_length_that_longrope_changes_at(start: int, golden_model: Models) -> None:
     """Greedy, from prompts on both sides of 16 tokens: what a whole run says token by token, also in a batch
     whose rows pass that length at different times, and where a cache is continued."""
-    golden, model = load_golden("phi3_longrope"), et.load(folders["phi3_longrope"])
+    golden, model = load_golden("phi3_longrope"), golden_model("phi3_longrope")
 
     def greedy(prompt: list[int]) -> list[int]:
         text = list(prompt)
@@ -96,9 +89,9 @@ def test_generation_across_the_length_that_longrope_changes_at(start: int, folde
     assert [each.tokens for each in et.generate(model, prompts, **settings)] == expected
 
 
-def test_a_continued_cache_passes_that_length(folders: dict[str, Path]) -> None:
+def test_a_continued_cache_passes_that_length(golden_model: Models) -> None:
     """The second of two turns on one cache goes beyond it."""
-    golden, model = load_golden("phi3_longrope"), et.load(folders["phi3_longrope"])
+    golden, model = load_golden("phi3_longrope"), golden_model("phi3_longrope")
     text = golden.tokens[0, :20].tolist()
     cache, sampling = model.cache(), Sampling.from_generation_config({}, temperature=0)
     for turn in (text[:11], text[11:]):

@@ -25,7 +25,7 @@ from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD
 from einsum_transformer.models.peft_names import named_pairs
 from einsum_transformer.tree import map_named, named_leaves
-from golden_files import MODELS, load_golden, write_folder
+from golden_files import MODELS, Folders, Models, load_golden, write_folder
 
 Array = np.ndarray
 
@@ -33,14 +33,6 @@ BUDGET = 20_000
 """Bytes: less than the matrices of any golden model."""
 KINKED = ("mpt_clip",)
 """Its clipped projections have kinks, which the differences of gradcheck cross."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each golden model as a folder."""
-    top = tmp_path_factory.mktemp("leaves")
-    goldens = {name: load_golden(name) for name in MODELS}
-    return {name: write_folder(top / name, each.config, each.weights) for name, each in goldens.items()}
 
 
 def filled(model: et.Model, targets: str | tuple[str, ...]) -> et.Model:
@@ -88,11 +80,9 @@ LEAVES: dict[str, Callable[[Path, str], et.Model]] = {
 """A model of a folder whose weights are of this kind."""
 
 
-def dense(model: et.Model, folder: Path) -> et.Model:
-    """A model of plain arrays that computes the same function."""
-    if model.lora is None:
-        return et.load(folder, dtype="float64")
-    return merged(model, "float64")[0]
+def dense(model: et.Model, plain: et.Model) -> et.Model:
+    """A model of plain arrays that computes the same function; plain: the base, in float64."""
+    return plain if model.lora is None else merged(model, "float64")[0]
 
 
 def chained(model: et.Model, gradients: dict[str, Array]) -> dict[str, Array]:
@@ -110,11 +100,10 @@ def expected_gradients(model: et.Model, kind: str, gradients: dict[str, Array]) 
     return {} if kind == "frozen" else gradients if model.lora is None else chained(model, gradients)
 
 
-def test_every_kind_of_leaf_is_here(folders: dict[str, Path]) -> None:
+def test_every_kind_of_leaf_is_here(golden_folder: Folders) -> None:
     """A new subclass of Leaf fails this test until a line of LEAVES has it."""
-    kinds = {
-        type(leaf) for make in LEAVES.values() for leaf in leaves_of(make(folders[MODELS[0]], "float32"))
-    }
+    folder = golden_folder(MODELS[0])
+    kinds = {type(leaf) for make in LEAVES.values() for leaf in leaves_of(make(folder, "float32"))}
     missing = {
         kind for kind in subclasses(Leaf) if kind.__module__.startswith("einsum_transformer.leaves.")
     } - kinds
@@ -132,11 +121,11 @@ def leaves_of(model: et.Model) -> list[Any]:
 @pytest.mark.parametrize("kind", LEAVES)
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_backward_are_those_of_plain_arrays(
-    name: str, kind: str, folders: dict[str, Path]
+    name: str, kind: str, golden_folder: Folders, golden_model: Models
 ) -> None:
     """In float64, where a formula that is right differs by rounding alone."""
-    golden, model = load_golden(name), LEAVES[kind](folders[name], "float64")
-    plain = dense(model, folders[name])
+    golden, model = load_golden(name), LEAVES[kind](golden_folder(name), "float64")
+    plain = dense(model, golden_model(name, "float64"))
     np.testing.assert_allclose(model.logits(golden.tokens), plain.logits(golden.tokens), rtol=0, atol=1e-11)
     loss, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
     plain_loss, plain_gradients = plain.loss_and_gradients(golden.tokens, golden.targets)
@@ -149,9 +138,9 @@ def test_forward_and_backward_are_those_of_plain_arrays(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_float64_is_the_reference_too(name: str, folders: dict[str, Path]) -> None:
+def test_float64_is_the_reference_too(name: str, golden_model: Models) -> None:
     """The golden logits and gradients, from weights that are computed with in float64."""
-    golden, model = load_golden(name), et.load(folders[name], dtype="float64")
+    golden, model = load_golden(name), golden_model(name, "float64")
     logits = model.logits(golden.tokens)
     assert logits.dtype == np.float64
     np.testing.assert_allclose(logits, golden.logits, rtol=0, atol=1e-4)
@@ -162,22 +151,22 @@ def test_float64_is_the_reference_too(name: str, folders: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("kind", LEAVES)
 @pytest.mark.parametrize("name", MODELS)
-def test_float32_stays_float32(name: str, kind: str, folders: dict[str, Path]) -> None:
+def test_float32_stays_float32(name: str, kind: str, golden_folder: Folders) -> None:
     """No leaf widens what is computed, and none is far from float64."""
-    golden, model = load_golden(name), LEAVES[kind](folders[name], "float32")
+    golden, model = load_golden(name), LEAVES[kind](golden_folder(name), "float32")
     logits = model.logits(golden.tokens)
     assert logits.dtype == np.float32
-    exact = LEAVES[kind](folders[name], "float64").logits(golden.tokens)
+    exact = LEAVES[kind](golden_folder(name), "float64").logits(golden.tokens)
     np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-4)
     _, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
     assert {gradient.dtype for gradient in gradients.values()} <= {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_saved_and_loaded(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_bfloat16_saved_and_loaded(name: str, golden_model: Models, tmp_path: Path) -> None:
     """Resident and lazy: the model of the rounded weights, with an adapter on them as well."""
     golden = load_golden(name)
-    et.load(folders[name]).save(tmp_path / "bf16", dtype="bfloat16")
+    golden_model(name).save(tmp_path / "bf16", dtype="bfloat16")
     rounded = {each: float32_to_bf16(w).astype(np.float32) for each, w in golden.weights.items()}
     expected = et.load(write_folder(tmp_path / "f32", golden.config, rounded)).logits(golden.tokens)
     for budget in (None, BUDGET):
@@ -190,8 +179,8 @@ def test_bfloat16_saved_and_loaded(name: str, folders: dict[str, Path], tmp_path
 
 @pytest.mark.parametrize("kind", [kind for kind in LEAVES if "LoRA" in kind])
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_saved_and_loaded(name: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    golden, model = load_golden(name), LEAVES[kind](folders[name], "float32")
+def test_merged_saved_and_loaded(name: str, kind: str, golden_folder: Folders, tmp_path: Path) -> None:
+    golden, model = load_golden(name), LEAVES[kind](golden_folder(name), "float32")
     merged(model)[0].save(tmp_path / "merged")
     again = et.load(tmp_path / "merged").logits(golden.tokens)
     np.testing.assert_allclose(again, model.logits(golden.tokens), rtol=0, atol=1e-4)
@@ -200,10 +189,10 @@ def test_merged_saved_and_loaded(name: str, kind: str, folders: dict[str, Path],
 @pytest.mark.parametrize("kind", ["LoRA", "LoRA on embedding and head"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in KINKED])
 def test_gradcheck_passes(
-    name: str, kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    name: str, kind: str, golden_folder: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the command's own check: all adapters at once, and those of the first layer one by one."""
-    golden, model = load_golden(name), LEAVES[kind](folders[name], "float64")
+    golden, model = load_golden(name), LEAVES[kind](golden_folder(name), "float64")
     monkeypatch.setattr(checks, "_directions", lambda g, rng: [("direction", rng.standard_normal(g.shape))])
     tokens, targets = golden.tokens[:, :7], golden.targets[:, :7]
     found = checks.gradcheck(model, tokens, targets, parameters=r"layers\.0\.|embed|head")

@@ -18,8 +18,9 @@ from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.tree import named_leaves
-from golden_files import MODELS, load_golden, write_folder
+from golden_files import MODELS, Models, load_golden, write_folder
 
+EMBEDDING = "model.embed_tokens.weight"
 # One weight of each kind: (golden model, tensor, the step that is named).
 PLACES = [
     ("llama_gqa", "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj"),
@@ -78,8 +79,9 @@ def test_a_row_that_the_text_does_not_use_is_no_fault(tmp_path: Path) -> None:
     """Of an embedding that is not the head."""
     golden = load_golden("llama_gqa")
     unused = np.setdiff1d(np.arange(97), golden.tokens)[:3]
-    golden.weights["model.embed_tokens.weight"][unused] = np.nan
-    model = et.load(write_folder(tmp_path / "folder", golden.config, golden.weights))
+    weights = golden.weights | {EMBEDDING: golden.weights[EMBEDDING].copy()}
+    weights[EMBEDDING][unused] = np.nan
+    model = et.load(write_folder(tmp_path / "folder", golden.config, weights))
     np.testing.assert_allclose(model.logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
 
 
@@ -116,15 +118,15 @@ def test_nothing_samples_from_it(settings: dict[str, Any], batch: bool, tmp_path
     assert "nan appears first in model.layers.1.self_attn.o_proj" in error
 
 
-def test_it_may_appear_later_than_the_prompt(tmp_path: Path) -> None:
+def test_it_may_appear_later_than_the_prompt(golden_model: Models, tmp_path: Path) -> None:
     """The row of a token that only the answer has; under a recorder, as `run` has one."""
-    golden = load_golden("llama_gqa")
-    clean = et.load(write_folder(tmp_path / "clean", golden.config, golden.weights))
+    golden, clean = load_golden("llama_gqa"), golden_model("llama_gqa")
     prompt = [1, 2, 3]
     answer = et.generate(clean, prompt, max_new_tokens=6, temperature=0, ignore_eos=True).tokens
     later = next(token for token in answer if token not in prompt)
-    golden.weights["model.embed_tokens.weight"][later] = np.nan
-    model = et.load(write_folder(tmp_path / "folder", golden.config, golden.weights))
+    weights = golden.weights | {EMBEDDING: golden.weights[EMBEDDING].copy()}
+    weights[EMBEDDING][later] = np.nan
+    model = et.load(write_folder(tmp_path / "folder", golden.config, weights))
     result = [Generation(prompt)]
     with Recorder() as recorder:
         error = error_of(lambda: list(stream(model, result, Sampling(), Settings(6, ignore_eos=True))))
@@ -133,9 +135,8 @@ def test_it_may_appear_later_than_the_prompt(tmp_path: Path) -> None:
     assert result[0].tokens == answer[: answer.index(later) + 1]
 
 
-def test_a_draft_model_is_named(tmp_path: Path) -> None:
-    golden = load_golden("llama_gqa")
-    model = et.load(write_folder(tmp_path / "clean", golden.config, golden.weights))
+def test_a_draft_model_is_named(golden_model: Models, tmp_path: Path) -> None:
+    model = golden_model("llama_gqa")
     draft = spoilt(tmp_path, "llama_gqa", "lm_head.weight")
     error = error_of(
         lambda: et.generate(model, [1, 2, 3], draft_model=draft, max_new_tokens=8, ignore_eos=True)
@@ -143,10 +144,9 @@ def test_a_draft_model_is_named(tmp_path: Path) -> None:
     assert error.startswith(f"{draft.source}: nan appears first in the output head")
 
 
-def test_adapters_are_weights_too(tmp_path: Path) -> None:
+def test_adapters_are_weights_too(golden_model: Models) -> None:
     golden = load_golden("llama_gqa")
-    model = et.load(write_folder(tmp_path / "clean", golden.config, golden.weights))
-    adapted = with_lora(model, LoRAConfig(target_modules=("up_proj",)))
+    adapted = with_lora(golden_model("llama_gqa"), LoRAConfig(target_modules=("up_proj",)))
     pair = dict(named_leaves(adapted.decoder))["layers.1.mlp.up_proj"]
     pair.b[...] = np.inf
     error = error_of(lambda: adapted.logits(golden.tokens))

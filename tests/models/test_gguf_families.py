@@ -10,7 +10,7 @@ import pytest
 
 import einsum_transformer as et
 from gguf_files import write_model_gguf
-from golden_files import MODELS, load_golden, write_folder
+from golden_files import MODELS, Folders, load_golden, write_folder
 
 # What the format cannot say, in the way it can be said: what llama.cpp takes for granted.
 SAYABLE: dict[str, dict[str, Any]] = {
@@ -85,11 +85,10 @@ def test_saved_as_a_folder(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("budget", [0, 20_000])
 @pytest.mark.parametrize("name", ["mixtral_window", "deepseek_v2_direct", "gpt2_plain"])
-def test_under_a_budget(name: str, budget: int, tmp_path: Path) -> None:
+def test_under_a_budget(name: str, budget: int, golden_folder: Folders, tmp_path: Path) -> None:
     """Matrices that stay in the file, experts and parts of tensors among them."""
     golden = load_golden(name)
-    folder = write_folder(tmp_path / "folder", golden.config, golden.weights)
-    lazy = et.load(folder, weight_budget=budget).logits(golden.tokens)
+    lazy = et.load(golden_folder(name), weight_budget=budget).logits(golden.tokens)
     np.testing.assert_allclose(lazy, golden.logits, rtol=0, atol=1e-4)
     if name != "gpt2_plain":
         file = write_model_gguf(tmp_path / "m.gguf", golden.config, golden.weights)

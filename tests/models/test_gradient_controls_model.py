@@ -19,7 +19,7 @@ from einsum_transformer.models.blocks import Block
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.tree import named_leaves
-from golden_files import load_adapter, load_golden, write_adapter_folder, write_folder
+from golden_files import Folders, load_adapter, load_golden, write_adapter_folder
 from test_golden_models import assert_gradient
 from tiny_models import tiny_model
 
@@ -94,10 +94,9 @@ def rejected(check: Callable[[str], None], names: Mapping[str, Any]) -> set[str]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(golden_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A golden model, and the golden adapter "all-linear" on it."""
-    golden, adapter = load_golden("llama_gqa"), load_adapter("all-linear")
-    base = write_folder(tmp_path_factory.mktemp("base"), golden.config, golden.weights)
+    base, adapter = golden_folder("llama_gqa"), load_adapter("all-linear")
     return base, write_adapter_folder(tmp_path_factory.mktemp("adapter"), adapter.config, adapter.tensors)
 
 

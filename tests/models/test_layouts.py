@@ -9,7 +9,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.checkpoint import read_config
-from golden_files import Golden, load_golden, write_folder
+from golden_files import Golden, Models, load_golden, write_folder
 
 Array = np.ndarray
 
@@ -88,10 +88,9 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
         et.load(write_folder(tmp_path, golden.config, rest))
 
 
-def test_positions_that_were_never_learned_are_refused(tmp_path: Path) -> None:
-    golden = load_golden("gpt2_plain")
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
-    known = golden.config["n_positions"]
+def test_positions_that_were_never_learned_are_refused(golden_model: Models) -> None:
+    model = golden_model("gpt2_plain")
+    known = load_golden("gpt2_plain").config["n_positions"]
     with pytest.raises(et.InputError, match=str(known)):
         model.logits(np.zeros((1, known + 1), int))
     assert len(et.generate(model, [1, 2], max_new_tokens=known + 9, ignore_eos=True).tokens) <= known

@@ -26,7 +26,7 @@ from einsum_transformer.models.peft import (
 )
 from einsum_transformer.models.peft_config import NEUTRAL, NOTED, OBEYED, REFUSED
 from einsum_transformer.text.tokenizer import Tokenizer
-from golden_files import load_golden, peft_fields, write_adapter_folder, write_folder
+from golden_files import Folders, load_golden, peft_fields, write_adapter_folder, write_folder
 from tiny_models import tiny_model
 
 Array = np.ndarray
@@ -467,10 +467,9 @@ PREFIXES = ["model.", "model.language_model.", "language_model.model.", "languag
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_adapters_of_multimodal_models(prefix: str, tmp_path: Path) -> None:
+def test_adapters_of_multimodal_models(prefix: str, golden_folder: Folders, tmp_path: Path) -> None:
     """On the text model: names begin in all the ways in which the base's tensors may."""
-    golden = load_golden("gemma3_text")
-    base = write_folder(tmp_path / "base", golden.config, golden.weights)
+    golden, base = load_golden("gemma3_text"), golden_folder("gemma3_text")
     model = random_pairs(
         with_lora(et.load(base), LoRAConfig(2, 3.0, ("q_proj", "down_proj", "embed_tokens")))
     )
@@ -489,11 +488,10 @@ VISION = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
 
 @pytest.mark.parametrize("outer", ["model.", ""])
 def test_matrices_on_the_vision_part_are_left_aside(
-    outer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    outer: str, golden_folder: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With one note, by whichever program they were written; an adapter with no others is none for text."""
-    golden = load_golden("gemma3_text")
-    base = write_folder(tmp_path / "base", golden.config, golden.weights)
+    golden, base = load_golden("gemma3_text"), golden_folder("gemma3_text")
     model = random_pairs(with_lora(et.load(base), LoRAConfig(2, 40.0, ("q_proj",))))
     text = {name.removesuffix(".weight"): array for name, array in model.adapter_parameters().items()}
     a, b = np.ones((2, 9), np.float32), np.ones((7, 2), np.float32)

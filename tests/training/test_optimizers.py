@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import einsum_transformer as et
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.parameters import trainable
 from einsum_transformer.training import optimizers
 from einsum_transformer.training.optimizers import SGD, AdamW, global_norm, start
 from einsum_transformer.training.schedule import Schedule
-from golden_files import MODELS, load_golden, write_folder
+from golden_files import MODELS, Models
 
 GOLDEN = Path(__file__).parent.parent / "golden/optimizers.npz"
 SETTINGS = {
@@ -70,10 +69,9 @@ def test_decay_of_matrices_only(plain: SGD | AdamW) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_a_matrix_in_every_family(name: str, tmp_path: Path) -> None:
+def test_what_is_a_matrix_in_every_family(name: str, golden_model: Models) -> None:
     """By name, what transformers' Trainer leaves out of the decay: in these checkpoints all vectors."""
-    golden = load_golden(name)
-    model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    model = golden_model(name)
     for path, w in trainable(model.decoder).items():
         stored = model.weights[path].stored if path in model.weights else w.shape
         assert optimizers.is_matrix(path) == (len(stored) > 1), path
