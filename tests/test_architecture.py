@@ -56,6 +56,13 @@ def files(*folders: str) -> list[tuple[str, str]]:
 
 
 SOURCE = files("src")
+LEAF_KINDS = {
+    node.name
+    for path, source in SOURCE
+    if path.startswith(f"{HOME}leaves/")
+    for node in ast.parse(source).body
+    if isinstance(node, ast.ClassDef) and node.bases
+}
 EVERYTHING = files("src", "tests", "tools", "benchmarks", "examples")
 MODULES = {path.removeprefix(HOME).removesuffix(".py").removesuffix("/__init__") for path, _ in SOURCE}
 
@@ -226,6 +233,16 @@ def check_backward_equations(path: str, source: str) -> Iterator[str]:
     )
 
 
+def check_leaf_kinds(path: str, source: str) -> Iterator[str]:
+    """A leaf answers for itself: only leaves/ tells one kind from another."""
+    if path.startswith(f"{HOME}leaves/"):
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and len(node.args) == 2:
+            asked = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+            yield from (f"{path}:{node.lineno}: isinstance of {kind}" for kind in asked & LEAF_KINDS)
+
+
 def components() -> list[tuple[str, str]]:
     return [(path, source) for path, source in SOURCE if path.startswith(f"{HOME}components/")]
 
@@ -239,6 +256,7 @@ RULES = {
     check_import_side_effects: SOURCE,
     check_legend: SOURCE,
     check_backward_equations: components(),
+    check_leaf_kinds: SOURCE,
 }
 
 
@@ -273,6 +291,7 @@ def test_a_cycle_is_found() -> None:
 
 COMPONENT, MODEL = f"{HOME}components/x.py", f"{HOME}models/x.py"
 PLANTED = [
+    (check_leaf_kinds, MODEL, "if isinstance(weight, (Frozen, LoRA)): pass"),
     (check_ranks, COMPONENT, "from einsum_transformer.models.config import ModelConfig"),
     (check_ranks, COMPONENT, "def f():\n    import einsum_transformer.cli.app"),
     (check_ranks, COMPONENT, "from einsum_transformer.leaves import lazy"),
@@ -312,6 +331,7 @@ PLANTED = [
     (check_backward_equations, COMPONENT, "def _mix_backward():\n    weight_grad(w, 'btv,btd->vd', dy, x)"),
 ]  # fmt: skip
 FINE = [
+    (check_leaf_kinds, MODEL, "if isinstance(weight, Leaf): pass"),
     (check_ranks, COMPONENT, "from einsum_transformer.components.rope import Rotation\nimport numpy"),
     (check_ranks, f"{HOME}checkpoint.py", "from einsum_transformer import hub"),
     (check_ranks, f"{HOME}engine/x.py", "from einsum_transformer.errors import InputError"),

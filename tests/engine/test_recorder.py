@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from einsum_transformer.engine import Equation, Recorder, blas, einsum, phase, tap
+import einsum_transformer as et
+from einsum_transformer.engine import Equation, Recorder, blas, einsum, phase, phases, tap
 from einsum_transformer.engine.parallel import for_each
-from tiny_models import tiny_model
+from einsum_transformer.leaves.frozen import Frozen
+from einsum_transformer.models.adapters import with_lora
+from einsum_transformer.models.lora_config import LoRAConfig
+from einsum_transformer.tree import map_named
+from golden_files import load_golden, write_folder
+from tiny_models import tiny_model, write_tiny
 
 IDS = np.random.default_rng(0).integers(0, 61, (2, 11))
 
@@ -260,3 +270,149 @@ def test_phases_nest_on_threads(threads: int) -> None:
     assert top <= seconds[("around",), None] * (1 + 1e-9)
     ended = [span.path for span in recorder.spans]
     assert ended.index((*layer, "norm")) < ended.index(layer) < ended.index(step)
+
+
+def test_readers_are_chosen_by_name() -> None:
+    """Values by their names, spans and events by the phases around; several readers in one run."""
+    values: list[str] = []
+    spans: list[tuple[str, ...]] = []
+    events: list[str] = []
+    recorder = Recorder(spans=False)
+    recorder.on_value(lambda name, value: values.append(name), "layers.1.*", "logits")
+    recorder.on_span(lambda span: spans.append(span.path), "*/norm")
+    recorder.on_event(lambda event: events.append(event.equation), "head")
+    with recorder, Recorder() as other:
+        tiny_model().logits(IDS)
+    assert (values, spans, events, recorder.spans) == ([], [], [], [])  # the inner one records
+    assert other.spans
+    with recorder.on_value(lambda name, value: values.append(f"again {name}"), "logits"):
+        tiny_model().logits(IDS)
+    parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    assert values == [*(f"layers.1.{part}" for part in parts), "logits", "again logits"]
+    assert spans == [("layer", "norm")] * 4
+    assert "btd,vd->btv" in events
+    assert "btd,fd->btf" not in events
+    assert recorder.spans == recorder.events == []
+
+
+def test_what_a_reader_returns_is_used_from_there_on() -> None:
+    """Another output of a layer gives other logits; the reader's own array is not written to."""
+    model = tiny_model()
+    with Recorder(values="*") as recorder:
+        plain = model.logits(IDS)
+    kept = recorder.values["layers.0.mlp"]
+    zeros = np.zeros_like(kept)
+    with Recorder(values="layers.0").on_value(lambda name, y: zeros, "layers.0.mlp") as changed:
+        without = model.logits(IDS)
+    assert not np.array_equal(plain, without)
+    assert not zeros.any()
+    expected = recorder.values["embed_tokens"] + recorder.values["layers.0.self_attn"]
+    np.testing.assert_array_equal(changed.values["layers.0"], expected)
+    with Recorder().on_value(lambda name, y: kept, "layers.0.mlp"):
+        np.testing.assert_array_equal(model.logits(IDS), plain)
+    with (
+        pytest.raises(ValueError, match=r"layers\.0\.mlp has shape \(2, 11, 32\)"),
+        Recorder().on_value(lambda name, y: y[:1], "layers.0.mlp"),
+    ):
+        model.logits(IDS)
+
+
+def test_what_a_reader_computes_is_not_recorded() -> None:
+    def reads(name: str, value: np.ndarray) -> None:
+        einsum("btd,btd->bt", value, value)
+        tap("inner", value)
+
+    with Recorder(events=True).on_value(reads, "outer", "inner") as recorder:
+        tap("outer", np.ones((1, 2, 3)))
+        assert recorder.events == []
+        einsum("ij->ji", np.ones((2, 3)))
+    assert len(recorder.events) == 1
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_patterns_are_whole_only_for_who_asks(window: int | None) -> None:
+    """The weights of all values, rows that add up to 1, zero where a query may not look; `*` alone does not
+    ask for them, and watching them changes nothing."""
+    config = {"model_type": "mistral", "sliding_window": window} if window else {}
+    model = tiny_model(**config)
+    plain = model.logits(IDS)
+    with Recorder(values="*") as nobody, Recorder(values="*.pattern") as recorder:
+        np.testing.assert_array_equal(model.logits(IDS), plain)
+    assert not nobody.values
+    pattern = recorder.values["layers.1.self_attn.pattern"]
+    assert sorted(recorder.values) == ["layers.0.self_attn.pattern", "layers.1.self_attn.pattern"]
+    assert pattern.shape == (2, 2, 4, 11, 11)
+    np.testing.assert_allclose(pattern.sum(axis=-1), 1, rtol=1e-6)
+    query, key = np.ogrid[:11, :11]
+    visible = (key <= query) & (key > query - (window or 11))
+    assert not pattern[..., ~visible].any()
+    assert pattern[..., visible].all()
+
+
+def test_a_pattern_can_be_replaced() -> None:
+    """Every query takes the value of the first position alone."""
+    model = tiny_model()
+
+    def first(name: str, pattern: np.ndarray) -> np.ndarray:
+        only = np.zeros_like(pattern)
+        only[..., 0] = 1
+        return only
+
+    with Recorder(values="layers.0.self_attn").on_value(first, "layers.0.self_attn.pattern") as recorder:
+        model.logits(IDS)
+    y = recorder.values["layers.0.self_attn"]
+    np.testing.assert_allclose(y, np.broadcast_to(y[:, :1], y.shape), rtol=1e-5)
+
+
+def test_bytes_count_each_operand_by_its_own_type() -> None:
+    a, b = np.ones((3, 4), np.float32), np.ones((4, 5), np.float64)
+    with Recorder(events=True) as recorder:
+        einsum("ij,jk->ik", a, b)
+    (event,) = recorder.events
+    assert (event.bytes_read, event.bytes_written, event.dtype) == (12 * 4 + 20 * 8, 15 * 8, "float64")
+    assert event.bytes == event.bytes_read + event.bytes_written
+
+
+@pytest.mark.parametrize("kind", ["arrays", "frozen", "lazy", "lora", "tied", "latent"])
+def test_events_know_their_weight(kind: str, tmp_path: Path) -> None:
+    """Each matrix in one product of the forward pass, and in one product and one gradient of the backward."""
+    if kind == "latent":
+        golden = load_golden("deepseek_v2_groups")
+        model = et.load(write_folder(tmp_path, golden.config, golden.weights))
+    elif kind == "lazy":
+        model = et.load(write_tiny(tmp_path)[0], weight_budget=10_000)
+    else:
+        model = tiny_model(tie_word_embeddings=kind == "tied")
+    if kind == "frozen":
+        model = replace(model, decoder=map_named(lambda _, w: Frozen(w), model.decoder))
+    if kind == "lora":
+        model = with_lora(model, LoRAConfig(r=2, target_modules="all-linear"))
+    with Recorder(events=True) as recorder:
+        model.decoder.loss_and_gradient(IDS, IDS)
+    matrices = {w.path for w in model.weights.values() if len(w.stored) > 1} - {"embed_tokens.weight"}
+    if kind == "tied":
+        matrices.add("embed_tokens.weight")
+    used = {direction: Counter() for direction in ("forward", "backward", "gradient")}
+    for event in recorder.events:
+        if event.weight is not None:
+            used["gradient" if event.gradient else event.path[0]][event.weight] += 1
+    assert matrices <= set(used["forward"])
+    assert matrices <= set(used["backward"])
+    if kind == "frozen":
+        assert not used["gradient"]
+    elif kind == "lora":
+        parts = {f"{path}.lora_{part}" for path in model.adapters for part in "AB"}
+        assert parts <= set(used["forward"])
+        assert set(used["gradient"]) == parts
+    else:
+        assert matrices <= set(used["gradient"])
+    if kind in ("arrays", "tied"):
+        plain = matrices - {"embed_tokens.weight"}
+        assert all(counts[path] == 1 for counts in used.values() for path in plain)
+
+
+def test_every_phase_of_the_package_is_listed() -> None:
+    """And nothing else is, so that tables and the program agree."""
+    sources = Path(et.__file__).parent.rglob("*.py")
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    assert set(re.findall(r'\bphase\("([^"]+)"', text)) == set(phases.NAMES)

@@ -11,9 +11,10 @@ import importlib.metadata
 import platform
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,23 @@ def numpy_provider() -> Provider:
         f"numpy/{library.internal_api}",
         str(library.version or ""),
         np.matmul,
-        library.set_num_threads,
+        _setter(library),
         lambda: int(library.num_threads),
     )
+
+
+def _setter(library: Any) -> Callable[[int], None]:
+    """What sets a library's threads, from whichever thread.
+
+    threadpoolctl lets only the first thread that asked set those of an OpenBLAS with a pool of its own, and
+    ignores all others without a word; the functions here take turns by a lock, so they call the library.
+    """
+    if library.internal_api == "openblas" and library.info().get("threading_layer") != "openmp":
+        symbols = ctypes.CDLL(library.filepath)
+        for prefix, suffix in product(("", "scipy_"), ("", "64_", "_64")):
+            with suppress(AttributeError):
+                return getattr(symbols, f"{prefix}openblas_set_num_threads{suffix}")
+    return library.set_num_threads
 
 
 @cache
