@@ -14,11 +14,11 @@ import einsum_transformer as et
 from cluster_runs import input_major
 from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
 from einsum_transformer.cluster.pool import Connection, _knock
-from einsum_transformer.cluster.worker import Shapes, frozen_weights
+from einsum_transformer.cluster.worker import Shapes
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.parameters import shapes_of, trainable, with_arrays
+from einsum_transformer.models.parameters import frozen, shapes_of, trainable, with_arrays
 from einsum_transformer.models.run_config import parse_run_config
 from einsum_transformer.tree import named_leaves
 from tiny_models import tiny_model
@@ -63,10 +63,10 @@ def test_a_decoder_is_put_together_again(tied: bool, lora: bool) -> None:
     model = tiny_model(tie_word_embeddings=tied)
     if lora:
         model = with_lora(model, LoRAConfig(r=2, target_modules=["q_proj", "o_proj", "embed_tokens"]))
-    frozen = {path: np.array(w) for path, w in frozen_weights(model.decoder).items()}
+    held = {path: np.array(w) for path, w in frozen(model.decoder).items()}
     empty, trained = shapes_of(model.decoder), trainable(model.decoder)
     assert not any(isinstance(leaf, np.ndarray) for _, leaf in named_leaves(empty))
-    again = with_arrays(deepcopy(empty), lambda name, _: (frozen | trained)[name])
+    again = with_arrays(deepcopy(empty), lambda name, _: (held | trained)[name])
     tokens = np.arange(12).reshape(2, 6)
     np.testing.assert_array_equal(again.forward(tokens)[0], model.decoder.forward(tokens)[0])
     assert trainable(again).keys() == trained.keys()
@@ -77,9 +77,9 @@ def test_adapters_on_stacked_experts_are_put_together_again() -> None:
     sizes = {"d_model": 24, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 61}
     config = parse_run_config({"arch": "mixtral", "num_experts": 3, "d_ff": 10} | sizes, "config")
     model = with_lora(et.load(config), LoRAConfig(r=2, target_modules="all-linear"))
-    frozen = {path: np.array(w) for path, w in frozen_weights(model.decoder).items()}
+    held = {path: np.array(w) for path, w in frozen(model.decoder).items()}
     empty, trained = shapes_of(model.decoder), trainable(model.decoder)
-    again = with_arrays(deepcopy(empty), lambda name, _: (frozen | trained)[name])
+    again = with_arrays(deepcopy(empty), lambda name, _: (held | trained)[name])
     expert = again.layers[0].mlp.experts[1]
     assert np.shares_memory(expert.gate_proj.a, expert.up_proj.a)
     assert "layers.0.mlp.experts.1.up_proj.lora_A" not in trained

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.cluster.pool import Connection, Pool
-from einsum_transformer.cluster.worker import Moments, Part, Plan, Shapes, frozen_weights
+from einsum_transformer.cluster.worker import Moments, Part, Plan, Shapes
 from einsum_transformer.engine import blas, phase
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.parameters import shapes_of, trainable
+from einsum_transformer.models.parameters import frozen, shapes_of, trainable
 from einsum_transformer.training.data import Batch
 from einsum_transformer.training.loop import Local, Settings, numbered
 
@@ -67,19 +67,19 @@ class DataParallel:
     ) -> None:
         self.model, self.settings, self.workers = model, settings, workers
         self.weights = trainable(model.decoder)
-        places, frozen = model.weights, frozen_weights(model.decoder)
+        places, held = model.weights, frozen(model.decoder)
         self.shapes = Shapes(
             {name: array.shape for name, array in self.weights.items()},
             {name: places[name].stored if name in places else w.shape for name, w in self.weights.items()},
         )
-        self.connection = Connection(address, workers, _store_bytes(self.weights, frozen, workers))
+        self.connection = Connection(address, workers, _store_bytes(self.weights, held, workers))
         self.ray = self.connection.ray
         self.trained: Any = None
         """Reference to the weights that the workers have, from a step's gradients to its update."""
         try:
             references = {
                 name: self.ray.put(np.asarray(w).reshape(places[name.partition("/")[0]].stored))
-                for name, w in frozen.items()
+                for name, w in held.items()
             }
             plan = Plan(shapes_of(model.decoder), references, settings, blas.current().name)
             self.pool = Pool(self.ray, plan, workers, threads, timeout)
@@ -223,11 +223,11 @@ def _balanced(sizes: dict[str, int], count: int) -> list[list[str]]:
     return groups
 
 
-def _store_bytes(trained: Arrays, frozen: dict[str, Any], workers: int) -> int:
+def _store_bytes(trained: Arrays, held: dict[str, Any], workers: int) -> int:
     """What lies in a machine's object store at most: what is frozen, the weights of two steps, the gradients
     of every worker, and those of all with the new weights where the optimizer's state is divided."""
     once = sum(array.nbytes for array in trained.values())
-    return sum(w.dtype.itemsize * math.prod(w.shape) for w in frozen.values()) + (workers + 4) * once
+    return sum(w.dtype.itemsize * math.prod(w.shape) for w in held.values()) + (workers + 4) * once
 
 
 def check_rows(rows: int, workers: int) -> None:

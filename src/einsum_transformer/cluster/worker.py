@@ -17,7 +17,7 @@ import numpy as np
 
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.memory import keep_freed
-from einsum_transformer.models.parameters import trainable, with_arrays
+from einsum_transformer.models.parameters import with_arrays
 from einsum_transformer.training.loop import Settings, batch_gradients
 from einsum_transformer.training.optimizers import start
 
@@ -63,19 +63,6 @@ class Shapes:
     def received(self, arrays: Arrays) -> dict[str, Array]:
         """As the equations take them, views in the same memory."""
         return {name: array.reshape(self.seen[name]) for name, array in arrays.items()}
-
-
-def frozen_weights(decoder: Any) -> dict[str, Any]:
-    """Name -> array or leaf of everything that is not trained, by the names of `with_arrays`."""
-    trained, found = trainable(decoder), {}
-
-    def leaf(name: str, weight: Any) -> Any:
-        if name not in trained:
-            found[name] = weight
-        return weight
-
-    with_arrays(decoder, leaf)
-    return found
 
 
 class Worker:

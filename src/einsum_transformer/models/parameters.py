@@ -27,6 +27,19 @@ def trainable(decoder: Any) -> dict[str, Array]:
     return found
 
 
+def frozen(decoder: Any) -> dict[str, Any]:
+    """Name -> array or leaf of everything in a decoder that is not trained, by the names of `with_arrays`."""
+    trained, found = trainable(decoder), {}
+
+    def leaf(name: str, weight: Any) -> Any:
+        if name not in trained:
+            found[name] = weight
+        return weight
+
+    with_arrays(decoder, leaf)
+    return found
+
+
 def gradients_by_name(decoder: Any, gradient: Any) -> dict[str, Array]:
     """The gradient of a decoder by the names of `trainable`; those of a part that several weights share are
     added."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +20,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.families.config_keys import unapplied_settings
 from einsum_transformer.models.finite import FirstBad
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.parameters import drawn, gradients_by_name, trainable, writable
+from einsum_transformer.models.parameters import drawn, frozen, gradients_by_name, trainable, writable
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.training.data import Batch, Batches
@@ -199,6 +201,17 @@ class Trainer:
         self.bad_steps = 0
         """Steps left out in all, because a number was not finite."""
         self.bad_in_a_row = 0
+
+    @cached_property
+    def frozen_crc(self) -> int:
+        """A check sum of the weights that are not trained, and so are in no checkpoint."""
+        crc = 0
+        for part in frozen(self.model.decoder).values():
+            weight = np.asarray(part)
+            # In the order of memory, so that nothing is copied; the layout follows from how it was loaded.
+            flat = weight.transpose(np.argsort(weight.strides, kind="stable")[::-1])
+            crc = zlib.crc32(np.ascontiguousarray(flat).reshape(-1).view(np.uint8).data, crc)
+        return crc
 
     def run(self, steps: int) -> Iterator[StepReport]:
         """Steps until `steps` are done, counted from the start of the training."""

@@ -12,11 +12,9 @@ import json
 import os
 import re
 import shutil
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -25,12 +23,9 @@ from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.safetensors import SafetensorsFile, parse_json, write_safetensors
-from einsum_transformer.leaves.frozen import Frozen
-from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.models import peft
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.loop import Trainer
-from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
 
@@ -170,7 +165,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
     found = {
         "model": {name: config[name] for name in config if name not in ("defaulted", "ignored", "training")},
         "lora": None if model.lora is None else _adapter_settings(model.lora),
-        "frozen": _frozen_crc(trainer),
+        "frozen": trainer.frozen_crc,
         "trained": {name: [str(w.dtype), *w.shape] for name, w in trainer.weights.items()},
         "optimizer": {"name": type(optimizer).__name__} | how,
         "schedule": schedule,
@@ -188,24 +183,6 @@ def _adapter_settings(config: LoRAConfig) -> dict[str, Any]:
 
 def _machine() -> dict[str, Any]:
     return {"blas": str(blas.current()), "threads": blas.get_threads(), "numpy": np.__version__}
-
-
-_FROZEN_CRC: WeakKeyDictionary[Trainer, int] = WeakKeyDictionary()
-
-
-def _frozen_crc(trainer: Trainer) -> int:
-    """A check sum of the weights that are not trained and so are in no checkpoint; taken once."""
-    if trainer in _FROZEN_CRC:
-        return _FROZEN_CRC[trainer]
-    crc = 0
-    for _, leaf in named_leaves(trainer.model.decoder):
-        if isinstance(leaf, (Frozen, LoRA)):
-            weight = np.asarray(leaf.weight if isinstance(leaf, Frozen) else leaf.base)
-            # In the order of memory, so that nothing is copied; the layout follows from how it was loaded.
-            flat = weight.transpose(np.argsort(weight.strides, kind="stable")[::-1])
-            crc = zlib.crc32(np.ascontiguousarray(flat).reshape(-1).view(np.uint8).data, crc)
-    _FROZEN_CRC[trainer] = crc
-    return crc
 
 
 def _write(trainer: Trainer, folder: Path) -> None:
