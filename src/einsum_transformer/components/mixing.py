@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     v: Array
     mixed: Array
     sums: Array
-    """(b, t, k, g): of exp(scores - shifts)."""
+    """(b, t, k, g): of exp(scores - shifts), and of exp(sinks - shifts)."""
     shifts: Array
     mask: Mask
 
@@ -53,8 +53,13 @@ class Mixing:
     query_block: int = 128
     """Queries per tile: 128 keep one head's scores for 2,048 keys in a core's second-level cache."""
 
-    def forward(self, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Saved]:
-        """q (b, t, k, g, h); k, v (b, s, k, h) -> (b, t, k, g, h), the last axis that of v."""
+    def forward(
+        self, q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None = None
+    ) -> tuple[Array, Saved]:
+        """q (b, t, k, g, h); k, v (b, s, k, h) -> (b, t, k, g, h), the last axis that of v.
+
+        sinks (k, g): the score of one more key of each query head, whose value is zero (Xiao et al., 2024).
+        """
         mixed = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
         sums, shifts = np.empty_like(q[..., 0]), np.zeros_like(q[..., 0])
         slopes = self._slopes(q)
@@ -64,10 +69,11 @@ class Mixing:
             here, there = box.of_queries(tile), box.of_keys(tile)
             with phase("scores"):
                 p = self._masked(self._scores(q[here], k[there]), slopes, box, tile, mask)
-                total = exponentials(p)
+                sink = None if sinks is None else sinks[box.kv_heads, box.groups, None]
+                total = exponentials(p, sink)
                 if total is None:
                     p = self._masked(self._scores(q[here], k[there]), slopes, box, tile, mask)
-                    total, shift = shifted_exponentials(p)
+                    total, shift = shifted_exponentials(p, sink)
                     shifts[here] = shift.transpose(0, 3, 1, 2)
                 total = sums[here] = total.transpose(0, 3, 1, 2)
             with phase("mix"):
@@ -81,19 +87,16 @@ class Mixing:
         # Tiles of a cache's size, one a thread, beat the threads of BLAS from about a millisecond on.
         coarse = q[..., 0].size * k.shape[1] >= 1 << 20
         for_each(run, [(box, tile) for tile in tiles for box in parts], coarse)
-        if pattern is not None and (instead := tap("pattern", pattern, asked=True)) is not pattern:
-            mixed = einsum("bkgts,bskh->btkgh", instead, v)
+        if pattern is not None and (replaced := tap("pattern", pattern, asked=True)) is not pattern:
+            mixed = einsum("bkgts,bskh->btkgh", replaced, v)
         return mixed, Saved(q, k, v, mixed, sums, shifts, mask)
 
-    def backward(self, dmixed: Array, saved: Saved, dlse: Array | None = None) -> tuple[Array, Array, Array]:
-        """The gradients by q, k and v. dlse (b, t, k, g): the gradient by the log of the softmax sums, where
-        something used them."""
+    def backward(self, dmixed: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """The gradients by q, k and v."""
         q, k, v, mixed, *_, mask = saved
         slopes, lse = self._slopes(q), saved.lse
-        # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed; dlse/dscores = p
+        # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         p_dp = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
-        if dlse is not None:
-            p_dp -= dlse.transpose(0, 2, 3, 1)
         # Every query head has a dk and dv of its own until the end, so that no two boxes write to one place.
         dq, dk = np.empty_like(q), np.zeros_like(q, shape=(*k.shape[:3], *q.shape[3:]))
         dv = np.zeros_like(q, shape=(*k.shape[:3], q.shape[3], v.shape[-1]))
@@ -129,6 +132,12 @@ class Mixing:
         dk *= q.dtype.type(self.scale)
         return dq, dk.sum(axis=3), dv.sum(axis=3)
 
+    def sinks_backward(self, dmixed: Array, saved: Saved, sinks: Array) -> Array:
+        """The gradient by the sinks (k, g): that of a score, for a key whose value is zero."""
+        # p = exp(sink - lse), dp = 0, dsink = sum_bt p * (dp - sum_s p dp)
+        p = np.exp(sinks - saved.lse)
+        return -einsum("btkg,btkg->kg", p, einsum("btkgh,btkgh->btkg", dmixed, saved.mixed))
+
     def _scores(self, q: Array, k: Array) -> Array:
         """softcap(scale q . k) of one tile."""
         scores = einsum("btkgh,bskh->bkgts", q * q.dtype.type(self.scale), k)
@@ -148,8 +157,9 @@ class Mixing:
         return alibi_slopes(kv_heads * groups, self.alibi_bias_max).astype(q.dtype).reshape(kv_heads, groups)
 
 
-def exponentials(scores: Array) -> Array | None:
-    """exp(scores) in place and its sums (b, k, g, t), or None if a sum leaves the range where that is exact.
+def exponentials(scores: Array, sink: Array | None = None) -> Array | None:
+    """exp(scores) in place and its sums (b, k, g, t), with exp(sink) added, or None if a sum leaves the range
+    where that is exact.
 
     The usual subtraction of each row's maximum keeps exp from overflowing; scores of trained models lie far
     inside the range of float32, so it is left out and checked afterwards: with a sum in [1e-30, 1e30] no term
@@ -158,21 +168,26 @@ def exponentials(scores: Array) -> Array | None:
     with np.errstate(over="ignore"):
         np.exp(scores, out=scores)
         total = einsum("bkgts,s->bkgt", scores, np.ones(scores.shape[-1], scores.dtype))
+        if sink is not None:
+            total += np.exp(sink)
     # NaN fails the comparison too.
     in_range = np.minimum.reduce(total, axis=None) >= 1e-30 and np.maximum.reduce(total, axis=None) <= 1e30
     return total if in_range else None
 
 
-def shifted_exponentials(scores: Array) -> tuple[Array, Array]:
-    """exp(scores - max) in place; returns the sums and the shifts max, both (b, k, g, t).
+def shifted_exponentials(scores: Array, sink: Array | None = None) -> tuple[Array, Array]:
+    """exp(scores - max) in place; returns the sums, with exp(sink - max) added, and the shifts max, both (b,
+    k, g, t).
 
     A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted.
     """
     top = scores.max(axis=-1)
-    np.maximum(top, np.finfo(scores.dtype).min, out=top)
+    np.maximum(top, np.finfo(scores.dtype).min if sink is None else sink, out=top)
     scores -= top[..., None]
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1)
+    if sink is not None:
+        total += np.exp(sink - top)
     np.maximum(total, np.finfo(scores.dtype).tiny, out=total)
     return total, top
 

@@ -50,6 +50,9 @@ class Family:
     """What they begin with in other files of the same models."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Our name of a part -> the checkpoint's (`o_proj` -> `dense`), "" where it has none."""
+    leaf_names: Mapping[str, str] = field(default_factory=lambda: {"sinks": "sinks"})
+    """Our name of a weight -> the checkpoint's with its ending, for those that are no module's `.weight` or
+    `.bias`."""
     module_names: Mapping[str, str] = field(default_factory=dict)
     """A checkpoint's name of a part -> that of today's transformers, where it has another for its module."""
     stacked_experts: bool = False
@@ -61,10 +64,12 @@ class Family:
 
     def checkpoint_name(self, path: str) -> str:
         """`layers.0.self_attn.q_proj` -> `model.layers.0.self_attn.q_proj.weight`; `..._bias` ->
-        `..._proj.bias`."""
+        `..._proj.bias`; what `leaf_names` says goes before."""
         *parts, last = path.split(".")
         kind = "weight"
-        if last in ("weight", "bias"):
+        if last in self.leaf_names:
+            kind = self.leaf_names[last]
+        elif last in ("weight", "bias"):
             kind = last
         elif last.endswith("_bias"):
             parts, kind = [*parts, f"{last.removesuffix('_bias')}_proj"], "bias"
