@@ -15,6 +15,7 @@ import numpy as np
 from einsum_transformer import hub
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import open_tensors, single_gguf
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
@@ -34,7 +35,7 @@ from einsum_transformer.models.gguf_config import gguf_config
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.places import Place
-from einsum_transformer.models.run_config import RunConfig, parse_run_config, read_json
+from einsum_transformer.models.run_config import RunConfig, parse_run_config
 from einsum_transformer.models.unsupported import (
     adapter_in,
     check_experts,

@@ -15,10 +15,11 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.analysis.explain import _distinct, _layer_names
 from einsum_transformer.engine import Recorder, ShapeArray, blas
+from einsum_transformer.formats.files import read_json
 from einsum_transformer.models.adapters import trainable, with_lora
 from einsum_transformer.models.decoder import build, weights_of
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.run_config import override, parse_run_config, read_json
+from einsum_transformer.models.run_config import override, parse_run_config
 from golden_files import MODELS, load_golden, write_folder
 from tiny_models import config_of, tiny_model
 

@@ -15,13 +15,13 @@ from typing import Any
 from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorInfo, TensorSource
+from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.models import checks
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.places import Place
-from einsum_transformer.models.run_config import read_json
 from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.text.tokenizer import Tokenizer
 

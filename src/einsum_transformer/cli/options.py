@@ -176,9 +176,10 @@ def source_of(
     model: str | None, flag: str | None, config: str | None, assignments: list[str] | None
 ) -> str | RunConfig:
     """The one source that was named; a JSON config of the project as a RunConfig with `--set` applied."""
+    from einsum_transformer.formats.files import read_json
     from einsum_transformer.formats.sniff import is_json
     from einsum_transformer.hub import DEFAULT_MODEL
-    from einsum_transformer.models.run_config import override, parse_run_config, read_json
+    from einsum_transformer.models.run_config import override, parse_run_config
 
     given = [name for name in (model, flag, config) if name is not None]
     if len(given) > 1:

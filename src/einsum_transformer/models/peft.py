@@ -8,7 +8,6 @@ those of stacked experts are in stacked.py. The folders of mlx-lm are in mlx_ada
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from einsum_transformer.errors import ConfigError, FormatError, InputError
+from einsum_transformer.formats.files import write_json
 from einsum_transformer.formats.mapped import quoted
-from einsum_transformer.formats.safetensors import SafetensorsFile, atomic_file, sync, write_safetensors
+from einsum_transformer.formats.safetensors import SafetensorsFile, write_safetensors
 from einsum_transformer.models import mlx_adapter
 from einsum_transformer.models.adapters import (
     Planned,
@@ -307,6 +307,4 @@ def write_adapter(model: Model, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PREFIX}{name}": array for name, array in model.adapter_parameters().items()}
     write_safetensors(folder / TENSORS, tensors)
-    with atomic_file(folder / CONFIG) as file:
-        file.write((json.dumps(config_dict(model), indent=2) + "\n").encode())
-        sync(file)
+    write_json(folder / CONFIG, config_dict(model))

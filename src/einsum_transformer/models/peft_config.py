@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import ConfigError, FormatError, InputError
-from einsum_transformer.formats.safetensors import parse_json
+from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.sniff import kind_of
-from einsum_transformer.models.config import LARGEST_CONFIG, Keys, shown
+from einsum_transformer.models.config import Keys, shown
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.notes import note
 
@@ -106,10 +106,8 @@ def read_config(folder: Path) -> LoRAConfig:
 
 def read_raw(path: Path) -> dict[str, Any]:
     """The JSON object in an adapter's config."""
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise FormatError(f"{path}: larger than {LARGEST_CONFIG >> 20} MiB, no config is")
     refuse_pointer(path)
-    return parse_json(path, "the adapter's config", path.read_bytes())
+    return read_json(path, "the adapter's config")
 
 
 def refuse_pointer(path: Path) -> None:

@@ -6,14 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
-from einsum_transformer.formats.safetensors import parse_json
 from einsum_transformer.models.config import (
     FARTHEST,
-    LARGEST_CONFIG,
     Keys,
     ModelConfig,
     MoEConfig,
@@ -185,16 +182,6 @@ _COUNTS = (
     *("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len"),
     *("batch_size", "seq_len", "block_size", "max_new_tokens", "lora_rank", "draft_layers"),
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of reasonable size."""
-    try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise InputError(f"{path}: larger than {LARGEST_CONFIG >> 20} MiB, no config is")
-        return parse_json(path, "config", path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
