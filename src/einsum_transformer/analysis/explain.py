@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.report import quantity
 from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, einsum, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
@@ -24,6 +23,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder, Weight, build, weights_of
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.tables import quantity
 from einsum_transformer.tree import map_named, named_leaves, tree_map
 
 NOT_COUNTED = (

@@ -31,6 +31,7 @@ from einsum_transformer.formats.unsupported import (
     pickle_refused,
 )
 from einsum_transformer.notes import note
+from einsum_transformer.tables import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,9 +79,8 @@ def single_gguf(folder: Path, allow_links: bool = False) -> Path | None:
     if len(models) > 1:
         models = [path for path in models[:_MOST_SNIFFED] if _is_model(path, allow_links)] or models
     if len(models) > 1:
-        names = ", ".join(path.name for path in models[:8])
-        more = f" and {len(models) - 8} more" if len(models) > 8 else ""
-        raise FormatError(f"{folder}: holds several GGUF models: name one of {names}{more}")
+        names = some([path.name for path in models], 8)
+        raise FormatError(f"{folder}: holds several GGUF models: name one of {names}")
     return inside(folder, models[0].name, allow_links) if models else None
 
 

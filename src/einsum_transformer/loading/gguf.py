@@ -1,13 +1,16 @@
-"""The config of a GGUF file: its metadata, and what the names and values of its tensors add."""
+"""A GGUF file as a model: whether it is one, and its config, from metadata, tensor names and RoPE factors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from einsum_transformer.components.rope import RopeConfig, inverse_frequencies
-from einsum_transformer.errors import ConfigError
+from einsum_transformer.errors import ConfigError, FormatError, InputError
+from einsum_transformer.formats import TensorSource
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import FAMILIES, gguf_reader
@@ -17,8 +20,42 @@ from einsum_transformer.models.families.gguf_keys import check_unread, one_for_a
 Array = np.ndarray
 
 
-def gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
-    """The family and the config that a file's metadata and the names of its tensors describe."""
+_PURPOSES = {
+    "adapter": "name the base model, and give the adapter as a PEFT folder (--adapter-path); GGUF "
+    "adapters are not read",
+    "mmproj": "a projector of images or sound; name the GGUF file of the language model",
+    "imatrix": "an importance matrix, which serves to quantize a model; name the model's own GGUF file",
+}
+
+
+def whole_model(tensors: TensorSource) -> GGUFFile:
+    """The GGUF file, if it holds a model, and no fewer tensors than layers: before anything is made for each
+    layer."""
+    path = tensors.path
+    if not isinstance(tensors, GGUFFile):
+        beside = path.with_name("config.json").exists()
+        folder = f"its folder, {path.parent}" if beside else "the folder that holds config.json beside it"
+        raise InputError(f"{path}: a lone weight file has no config; name {folder}")
+    if tensors.purpose:
+        way_out = _PURPOSES.get(tensors.purpose, "name the GGUF file of the model itself")
+        raise FormatError(f"{path}: a GGUF file of kind {tensors.purpose!r}, not a model: {way_out}")
+    key = f"{tensors.metadata.get('general.architecture')}.block_count"
+    layers, count = tensors.metadata.get(key), len(tensors.names())
+    if not count:
+        raise FormatError(f"{path}: holds no tensors: a vocabulary alone is no model")
+    if isinstance(layers, (int, float)) and layers > count:
+        raise ConfigError(f"{path}: {key} is {layers!r:.40}, but the file has only {count} tensors")
+    return tensors
+
+
+def gguf_keys(file: GGUFFile) -> Mapping[str, Any]:
+    """The metadata of a file's architecture, which describes the model."""
+    own = ("general.architecture", f"{file.metadata.get('general.architecture')}.")
+    return {key: value for key, value in file.metadata.items() if key.startswith(own)}
+
+
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """The config that a file's metadata and the names of its tensors describe."""
     architecture = file.metadata["general.architecture"]
     source = str(file.path)
     read = gguf_reader(
@@ -45,7 +82,7 @@ def gguf_config(file: GGUFFile) -> tuple[Family, ModelConfig]:
         )
         told = {"defaulted": tuple(defaulted), "ignored": tuple(ignored)}
         config = replace(config, rope=rope, tie_word_embeddings=tied, **changes, **told)
-        return family, without_impossible_ids(config, source)
+        return without_impossible_ids(config, source)
     except ConfigError as error:
         raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
 

@@ -1,70 +1,35 @@
-"""Where the weights of a model stand in a checkpoint: in which tensor, which of its rows, which order."""
+"""Where the weights of a model stand in a GGUF file: under other names, some with their rows rearranged."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from einsum_transformer.formats import TensorSource
 from einsum_transformer.leaves.resident import Stored
+from einsum_transformer.loading.places import EXPERT, Place, stacked
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Weight
 from einsum_transformer.models.families.family import Family
 
 Array = np.ndarray
-Shape = tuple[int, ...]
-
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj")
 
 _FIRST_EXPERTS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One weight: how it is read, and the shapes that the tensors it is read from must have."""
-
-    stored: Stored
-    shapes: Mapping[str, Shape]
-
-
-def folder_place(weight: Weight, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
-    """In a Hugging Face folder. Experts have a tensor each, or all of a layer's share one, gate above up."""
-    name = family.checkpoint_name(weight.path)
-    if (expert := _EXPERT.fullmatch(weight.path)) and config.moe is not None:
-        fused = family.checkpoint_name(f"{expert['experts']}.gate_up_proj").removesuffix(".weight")
-        if fused in tensors.names():
-            return _fused_expert(weight, expert, fused, config.moe.num_experts)
-    if family.is_transposed(weight.path):
-        return Place(Stored(name, weight.stored, np.transpose), {name: weight.stored[::-1]})
-    return Place(Stored(name, weight.stored), {name: weight.stored})
-
-
-def _fused_expert(weight: Weight, expert: re.Match[str], fused: str, experts: int) -> Place:
-    rows, columns = weight.stored
-    if expert["part"] == "down":
-        name = f"{fused.removesuffix('gate_up_proj')}down_proj"
-        return _stacked(weight, name, int(expert["index"]) * rows, (experts, rows, columns))
-    first = (2 * int(expert["index"]) + (expert["part"] == "up")) * rows
-    return _stacked(weight, fused, first, (experts, 2 * rows, columns))
-
-
-def _stacked(weight: Weight, name: str, first_row: int, shape: Shape) -> Place:
-    return Place(Stored(name, weight.stored, first_row=first_row), {name: shape})
-
-
 def gguf_place(weight: Weight, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
     """In a GGUF file: under other names, and some of them rearranged for llama.cpp's kernels."""
-    if (expert := _EXPERT.fullmatch(weight.path)) and config.moe is not None:
+    if (expert := EXPERT.fullmatch(weight.path)) and config.moe is not None:
         name = family.gguf_name(f"{expert['experts']}.{expert['part']}_proj")
         # Files from before experts were stacked have a tensor for each: blk.0.ffn_gate.7.weight
         alone = name.replace("_exps.weight", f".{expert['index']}.weight")
         if alone in tensors.names() or (name not in tensors.names() and _apart(name, tensors)):
             return Place(Stored(alone, weight.stored), {alone: weight.stored})
         shape = (config.moe.num_experts, *weight.stored)
-        return _stacked(weight, name, int(expert["index"]) * weight.stored[0], shape)
+        return stacked(weight, name, int(expert["index"]) * weight.stored[0], shape)
     name = family.gguf_name(weight.path)
     if weight.path.endswith(".kv_b_proj") and name not in tensors.names():
         return _latent_parts(weight, family, config)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.checkpoint import read_config
+from einsum_transformer.loading.configs import read_config
 from golden_files import Golden, load_golden, write_folder
 
 Array = np.ndarray

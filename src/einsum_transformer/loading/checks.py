@@ -1,4 +1,4 @@
-"""Whether a checkpoint has the tensors that its config asks for: one answer for `load` and `inspect`."""
+"""Whether a checkpoint has the tensors that its config asks for, and text beside them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.unsupported import check_kind
+from einsum_transformer.loading.gguf_places import gguf_place
+from einsum_transformer.loading.places import Place, folder_place
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.families import FAMILIES, gguf
 from einsum_transformer.models.families.family import Family
-from einsum_transformer.models.places import Place, folder_place, gguf_place
+from einsum_transformer.tables import some
 
 _FEW_EXPERTS = 256
 _BESIDE = (
@@ -79,7 +81,7 @@ def _check_room(config: ModelConfig, tensors: TensorSource) -> None:
         )
 
 
-def problems(
+def tensor_problems(
     config: ModelConfig,
     family: Family,
     places: Mapping[str, Place],
@@ -155,16 +157,12 @@ def _meaning(
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
-    return [f"{what}: {_list([_name(name) for name in names[:8]], len(names))}"] if names else []
+    return [f"{what}: {some([_name(name) for name in names], 8)}"] if names else []
 
 
 def _name(name: str) -> str:
     """A tensor's name as it is, or quoted if it is long or odd."""
     return name if name.isprintable() and " " not in name and 0 < len(name) <= 80 else quoted(name)
-
-
-def _list(shown: Sequence[str], count: int, separator: str = ", ") -> str:
-    return separator.join(shown[:8]) + (f"{separator}and {count - 8} more" if count > 8 else "")
 
 
 def _wrong_types(held: Mapping[str, TensorInfo]) -> list[str]:
@@ -181,7 +179,7 @@ def _wrong_shapes(held: Mapping[str, TensorInfo], stored: Mapping[str, tuple[int
         for name, info in held.items()
         if info.shape != stored[name] and 0 not in info.shape  # empty ones are named already
     ]
-    return [_list(wrong, len(wrong), "; ")] if wrong else []
+    return [some(wrong, 8, "; ")] if wrong else []
 
 
 def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]:
