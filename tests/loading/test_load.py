@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 import einsum_transformer as et
 from einsum_transformer.formats.folder import write_safetensors_folder
-from einsum_transformer.loading.configs import config_keys, read_config
+from einsum_transformer.loading.configs import read_config
+from einsum_transformer.loading.contents import look
 from einsum_transformer.loading.sources import Options, find
 from einsum_transformer.models.families import FAMILIES
 from gguf_files import write_model_gguf
@@ -410,9 +411,9 @@ def test_contents_decide_what_a_source_is(tmp_path: Path) -> None:
         model = et.load(source)
         np.testing.assert_array_equal(model.logits(golden.tokens), expected)
         assert read_config(source) == model.config
-        assert config_keys(find(source, Options()))["llama.block_count"] == 3
+        assert look(find(source, Options()), Options()).keys["llama.block_count"] == 3
     assert read_config(config).model_type == et.load(config).config.model_type == "llama"
-    assert config_keys(find(config, Options())) == golden.config
+    assert look(find(config, Options()), Options()).keys == golden.config
 
 
 def test_a_config_beside_a_gguf_model_does_not_hide_it(tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.loading.checks import missing_of
-from einsum_transformer.loading.configs import bounded, config_keys
+from einsum_transformer.formats.files import read_json
+from einsum_transformer.loading.configs import bounded
 from einsum_transformer.loading.contents import Contents, look
 from einsum_transformer.loading.places import Place
-from einsum_transformer.loading.sources import Options, Source
+from einsum_transformer.loading.sources import Options, Source, name_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
 from einsum_transformer.models.run_config import RunConfig
@@ -78,30 +79,32 @@ def inspect(source: Source, options: Options) -> Inspection:
 
     Raises InputError if the keys of the config cannot be read.
     """
-    raw = config_keys(source, options.allow_links)
     problems: list[str] = []
     found = look(source, options, problems)
-    try:
-        config = found.config
-        ignored, defaulted = ((), ()) if config is None else (config.ignored, config.defaulted)
-        roles = _roles(found.places or {})
-        return Inspection(
-            source.source if isinstance(source, RunConfig) else str(source.path),
-            None if config is None else config.model_type,
-            None if config is None else _settings(config),
-            {name: raw[name] for name in sorted(set(raw) - {*ignored, *defaulted})},
-            tuple(sorted(set(defaulted))),
-            ignored,
-            tuple(
-                Tensor(i.name, i.file.name, i.dtype, i.shape, i.nbytes, tuple(roles.get(i.name, ())))
-                for i in found.infos.values()
-            ),
-            () if found.tensors is None else missing_of(found.places or {}, found.tensors),
-            tuple(problems),
-            _parameters(found),
-        )
-    finally:
-        found.close()
+    config, tensors, places = found.config, found.tensors, found.places or {}
+    stated = read_json(Path(source.source)) if isinstance(source, RunConfig) else found.keys
+    keys = {name: stated[name] for name in sorted(stated) if not name.startswith("//")}
+    ignored, defaulted = ((), ()) if config is None else (config.ignored, config.defaulted)
+    roles, missing = _roles(places), ()
+    if tensors is not None:
+        held = tensors.names()
+        missing = tuple(name for name in roles if name not in held)
+        tensors.close()
+    return Inspection(
+        name_of(source),
+        None if config is None else config.model_type,
+        None if config is None else _settings(config),
+        {name: value for name, value in keys.items() if name not in {*ignored, *defaulted}},
+        tuple(sorted(set(defaulted))),
+        ignored,
+        tuple(
+            Tensor(i.name, i.file.name, i.dtype, i.shape, i.nbytes, tuple(roles.get(i.name, ())))
+            for i in found.infos.values()
+        ),
+        missing,
+        tuple(problems),
+        _parameters(found),
+    )
 
 
 def _parameters(found: Contents) -> int | None:

@@ -15,12 +15,7 @@ from einsum_transformer.formats.files import atomic_file, read_json, sync
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
 from einsum_transformer.formats.mapped import quoted, refuse_unknown
-from einsum_transformer.formats.safetensors import (
-    Entry,
-    SafetensorsFile,
-    describe,
-    write_tensors,
-)
+from einsum_transformer.formats.safetensors import Entry, SafetensorsFile, describe, write_tensors
 from einsum_transformer.formats.sniff import kind_of
 from einsum_transformer.formats.split import first_parts, open_gguf
 from einsum_transformer.formats.unsupported import (

@@ -14,7 +14,7 @@ from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.unsupported import check_kind
-from einsum_transformer.loading.gguf_places import gguf_place
+from einsum_transformer.loading.gguf import gguf_place
 from einsum_transformer.loading.places import Place, folder_place
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import weights_of
@@ -120,12 +120,6 @@ def check_beside(folder: Path) -> None:
             check_kind(path, "JSON", "text", *(("empty",) if name.endswith((".txt", ".jinja")) else ()))
 
 
-def missing_of(places: Mapping[str, Place], tensors: TensorSource) -> tuple[str, ...]:
-    """Tensors that the config asks for and no file holds."""
-    held = tensors.names()
-    return tuple(dict.fromkeys(name for each in places.values() for name in each.shapes if name not in held))
-
-
 def _meaning(
     config: ModelConfig,
     family: Family,
@@ -188,10 +182,6 @@ def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]
     if own not in tensors.names():
         return []
     same = tensors.info(head).shape == tensors.info(own).shape
-    same = same and np.array_equal(_bits(tensors.read(head)), _bits(tensors.read(own)))
+    same = same and np.array_equal(tensors.read(head).view(np.uint8), tensors.read(own).view(np.uint8))
     tensors.release(head)
     return [] if same else [f"tie_word_embeddings is true, but {_name(head)} differs from {_name(own)}"]
-
-
-def _bits(a: np.ndarray) -> np.ndarray:
-    return a.view(np.uint8)

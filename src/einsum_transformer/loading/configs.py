@@ -10,10 +10,9 @@ from typing import Any
 from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import open_tensors
-from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.unsupported import folder_refused, kind_of_folder
-from einsum_transformer.loading.gguf import gguf_config, gguf_keys, whole_model
-from einsum_transformer.loading.sources import ConfigFile, Folder, Options, Source, TensorFile, find
+from einsum_transformer.loading.gguf import gguf_config, whole_model
+from einsum_transformer.loading.sources import ConfigFile, Folder, Options, TensorFile, find
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.families.config_keys import check_unread
@@ -41,7 +40,7 @@ def read_config(
         finally:
             tensors.close()
     if isinstance(found, Folder):
-        return bounded(folder_config(found.path), str(found.path / "config.json"))
+        return bounded(folder_config(found.path, folder_keys(found.path)), str(found.path / "config.json"))
     return stated_config(found)
 
 
@@ -60,24 +59,14 @@ def bounded(config: ModelConfig, source: str) -> ModelConfig:
     return config
 
 
-def config_keys(source: Source, allow_links: bool = False) -> Mapping[str, Any]:
-    """The keys that a config has where it lies: in a JSON file, or in a GGUF file's metadata (those of its
-    architecture)."""
-    if isinstance(source, Folder):
-        path = source.path / "config.json"
-        return read_json(path) if path.exists() else {}
-    if isinstance(source, TensorFile):
-        tensors = open_tensors(source.path, allow_links)
-        try:
-            return gguf_keys(tensors) if isinstance(tensors, GGUFFile) else {}
-        finally:
-            tensors.close()
-    keys = read_json(Path(source.source)) if isinstance(source, RunConfig) else source.keys
-    return {key: value for key, value in keys.items() if not key.startswith("//")}
+def folder_keys(folder: Path) -> dict[str, Any]:
+    """What the config.json of a folder says; nothing if there is none."""
+    path = folder / "config.json"
+    return read_json(path) if path.exists() else {}
 
 
-def folder_config(folder: Path) -> ModelConfig:
-    """The config of a Hugging Face folder. Raises InputError that says what else the folder is, if it is."""
+def folder_config(folder: Path, keys: Mapping[str, Any]) -> ModelConfig:
+    """The config of a Hugging Face folder, from its keys; InputError that says what else the folder is."""
     path = folder / "config.json"
     if not path.exists():
         if found := adapter_in(folder):
@@ -85,7 +74,6 @@ def folder_config(folder: Path) -> ModelConfig:
         raise folder_refused(
             folder, "holds no config.json; a Hugging Face model folder or a .gguf file is expected"
         )
-    keys = read_json(path)
     if "model_type" not in keys and (found := other_json(keys) or kind_of_folder(folder)):
         raise InputError(f"{folder}: {found}")
     return _hf_config(keys, str(path))

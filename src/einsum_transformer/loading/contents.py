@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.loading.checks import check_beside, places_of, tensor_problems
-from einsum_transformer.loading.configs import folder_config, stated_config
-from einsum_transformer.loading.gguf import gguf_config, whole_model
+from einsum_transformer.loading.configs import folder_config, folder_keys, stated_config
+from einsum_transformer.loading.gguf import gguf_config, gguf_keys, whole_model
 from einsum_transformer.loading.places import Place
-from einsum_transformer.loading.sources import Folder, Options, Source, TensorFile, find
+from einsum_transformer.loading.sources import ConfigFile, Folder, Options, Source, TensorFile, find
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.families.gguf_keys import sampling_settings
 from einsum_transformer.models.run_config import RunConfig
@@ -27,22 +27,15 @@ from einsum_transformer.text.tokenizer import Tokenizer
 _MOST_TOLD = 3
 
 
-class Mismatch(FormatError):
-    """Tensors that are not those of the config: the message gives the first reasons, `sentences` all."""
-
-    def __init__(self, path: Path, sentences: Sequence[str]) -> None:
-        super().__init__(f"{path}: {'; '.join(sentences[:_MOST_TOLD])}")
-        self.sentences = sentences
-
-
 @dataclass(slots=True)
 class Contents:
     """All of a source but the numbers of its weights, as far as it can be read."""
 
-    source: Source
     options: Options
     problems: list[str] | None = None
     """Where the reasons go why it would not load, a sentence each; None: the first one is raised."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """What the config says where it lies."""
     config: ModelConfig | None = None
     """Of the whole model, whatever `max_layers` is."""
     tensors: TensorSource | None = None
@@ -52,14 +45,6 @@ class Contents:
     """Where each weight stands, by its path."""
     tokenizer: Tokenizer | None = None
     generation_config: Mapping[str, Any] | None = None
-    base: Contents | None = None
-    """What a run takes its weights from; None for random ones."""
-
-    def close(self) -> None:
-        """Let go of the files."""
-        for held in (self.tensors, self.base):
-            if held is not None:
-                held.close()
 
     @contextmanager
     def problem(self) -> Iterator[None]:
@@ -69,36 +54,35 @@ class Contents:
         except InputError as error:
             if self.problems is None:
                 raise
-            told = error.sentences if isinstance(error, Mismatch) else (str(error),)
-            # A shard that cannot be read is one problem, however many tensors it holds.
-            self.problems += [each for each in told if each not in self.problems]
+            if str(error) not in self.problems:  # a shard that cannot be read is one problem
+                self.problems.append(str(error))
 
 
 def look(source: Source, options: Options, problems: list[str] | None = None) -> Contents:
-    """Look into a source. Raises InputError for its first problem, unless they are listed in `problems`.
+    """Look into a source. Raises InputError for its first problem, unless they are listed in `problems`, and
+    always where there are no keys of a config to be read.
 
     No tensor is read, save a head that a tied model does not use: it must be the embedding. A repository of
     the hub that a run names is fetched only if problems are raised.
     """
-    found = Contents(source, options, problems)
+    found = Contents(options, problems)
     if isinstance(source, Folder):
         _look_into_folder(found, source.path)
     elif isinstance(source, TensorFile):
         _look_into_file(found, source.path)
-    else:
-        if isinstance(source, RunConfig):
-            with found.problem():
-                _check_run(source)
+    elif isinstance(source, ConfigFile):
+        found.keys = source.keys
         with found.problem():
             found.config = stated_config(source)
-        if isinstance(source, RunConfig):
-            _look_into_base(found, source)
+    else:
+        _look_into_run(found, source)
     return found
 
 
 def _look_into_folder(found: Contents, folder: Path) -> None:
+    found.keys = folder_keys(folder)
     with found.problem():
-        found.config = folder_config(folder)
+        found.config = folder_config(folder, found.keys)
     if not (folder / "config.json").exists() and adapter_in(folder):
         return  # of an adapter alone the config's problem says it all
     with found.problem():
@@ -114,18 +98,19 @@ def _look_into_folder(found: Contents, folder: Path) -> None:
 
 
 def _look_into_file(found: Contents, path: Path) -> None:
+    found.tensors = tensors = open_tensors(path, found.options.allow_links)
     with found.problem():
-        found.tensors = tensors = open_tensors(path, found.options.allow_links)
+        found.config = gguf_config(whole_model(tensors))
+    _look_at_tensors(found, tensors)
+    if isinstance(tensors, GGUFFile):
+        found.keys = gguf_keys(tensors)
         with found.problem():
-            found.config = gguf_config(whole_model(tensors))
-        _look_at_tensors(found, tensors)
-        if isinstance(tensors, GGUFFile):
             found.tokenizer = Tokenizer.in_gguf(tensors.metadata, path)
-            found.generation_config = sampling_settings(tensors.metadata, str(path))
+        found.generation_config = sampling_settings(tensors.metadata, str(path))
 
 
 def _look_at_tensors(found: Contents, tensors: TensorSource) -> None:
-    family = None
+    family, told = None, []
     with found.problem():
         if found.config is not None:
             family, found.places = places_of(found.config, tensors)
@@ -135,29 +120,42 @@ def _look_at_tensors(found: Contents, tensors: TensorSource) -> None:
     with found.problem():
         if found.config is not None and family is not None and found.places is not None:
             told = tensor_problems(found.config, family, found.places, tensors, found.infos)
-            if told:
-                raise Mismatch(tensors.path, told)
+    if found.problems is not None:
+        found.problems += told
+    elif told:
+        raise FormatError(f"{tensors.path}: {'; '.join(told[:_MOST_TOLD])}")
 
 
-def _look_into_base(found: Contents, run: RunConfig) -> None:
-    """Look into what a run takes its weights from, if anything, and compare it with what its config says."""
-    if run.weight_file is None and (run.hf_repo_id is None or found.problems is not None):
+def _look_into_run(found: Contents, run: RunConfig) -> None:
+    """Look into a run's config and what it takes its weights from, if anything; the two must agree."""
+    with found.problem():
+        _check_run(run)
+    with found.problem():
+        found.config = stated_config(run)
+    stated = found.config
+    if stated is None or (run.weight_file is None and (run.hf_repo_id is None or found.problems is not None)):
         return
     with found.problem():
-        local = None if run.weight_file is None else Path(run.source).parent / run.weight_file
-        named = f"weight_file {run.weight_file!r}" if local else f"hf_repo_id {run.hf_repo_id!r}"
-        refused = ConfigError(f"{run.source}: {named}: a model folder or a .gguf file is expected")
-        if local is not None and local.suffix == ".json":
-            raise refused
-        source = find(local or str(run.hf_repo_id), found.options)
-        if not isinstance(source, Folder | TensorFile):
-            raise refused
-        found.base = base = look(source, found.options, found.problems)
-        if found.config is None or base.config is None:
-            return
-        stated, held = (found.options.cut(each) for each in (found.config, base.config))
-        if differing := _contradictions(stated, held):
-            raise ConfigError(f"{run.source}: contradicts {source.path}: {'; '.join(differing)}")
+        source = _weights_of(run, found.options)
+        if isinstance(source, Folder):
+            _look_into_folder(found, source.path)
+        else:
+            _look_into_file(found, source.path)
+        if found.config is not None:
+            cut = found.options.cut
+            if differing := _contradictions(cut(stated), cut(found.config)):
+                raise ConfigError(f"{run.source}: contradicts {source.path}: {'; '.join(differing)}")
+            found.config = replace(found.config, attention_block=run.block_size)
+
+
+def _weights_of(run: RunConfig, options: Options) -> Folder | TensorFile:
+    """What a run's config names as the place of its weights."""
+    local = None if run.weight_file is None else Path(run.source).parent / run.weight_file
+    source = find(local or str(run.hf_repo_id), options) if local is None or local.suffix != ".json" else run
+    if isinstance(source, Folder | TensorFile):
+        return source
+    named = f"weight_file {run.weight_file!r}" if local else f"hf_repo_id {run.hf_repo_id!r}"
+    raise ConfigError(f"{run.source}: {named}: a model folder or a .gguf file is expected")
 
 
 def _check_run(run: RunConfig) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.loading.contents import Contents, look
+from einsum_transformer.loading.contents import look
 from einsum_transformer.loading.hub import DEFAULT_MODEL
-from einsum_transformer.loading.sources import ConfigFile, Folder, Options, find
+from einsum_transformer.loading.sources import Options, Source, find, name_of
 from einsum_transformer.loading.weights import random_weights, read_weights
 from einsum_transformer.models.adapter_text import with_own_text
-from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.run_config import RunConfig
@@ -54,37 +51,20 @@ def load(
             f"quantization {quantization!r} is not available; load without it (--set quantization=null)"
         )
     options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links)
-    model = _model(look(find(source, options), options))
+    model = _model(find(source, options), options)
     return model if adapter is None else with_own_text(with_adapter(model, adapter), adapter)
 
 
-def _model(contents: Contents) -> Model:
-    """The model of a source that has no problems."""
-    source, options = contents.source, contents.options
-    assert contents.config is not None
-    config = options.cut(contents.config)
-    if isinstance(source, RunConfig) and contents.base is not None:
-        model = _model(contents.base)
-        blocks = replace(model.config, attention_block=source.block_size)
-        return replace(model, config=blocks, decoder=_with_tiles(model.decoder, source.block_size))
-    if isinstance(source, RunConfig | ConfigFile):
-        name = source.source if isinstance(source, RunConfig) else source.path
+def _model(source: Source, options: Options) -> Model:
+    found = look(source, options)
+    assert found.config is not None
+    config = options.cut(found.config)
+    if found.tensors is None or found.places is None:
         seed = options.seed or 0
-        decoder = random_weights(config, np.dtype(options.dtype), seed, str(name))
-        return Model(config, decoder, source=f"{name} (random weights, seed {seed})")
-    if isinstance(source, Folder) and (found := adapter_in(source.path)):
-        note(f"{source.path / 'adapter_config.json'}: not used: {found}")
-    assert contents.tensors is not None
-    assert contents.places is not None
-    decoder = read_weights(contents.tensors, config, contents.places, options)
-    return Model(config, decoder, contents.tokenizer, contents.generation_config, str(source.path))
-
-
-def _with_tiles(decoder: Decoder, query_block: int) -> Decoder:
-    """The decoder whose attention takes so many queries at a time."""
-
-    def tiled(block: Any) -> Any:
-        mixing = replace(block.self_attn.mixing, query_block=query_block)
-        return replace(block, self_attn=replace(block.self_attn, mixing=mixing))
-
-    return replace(decoder, layers=tuple(map(tiled, decoder.layers)))
+        decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source))
+        return Model(config, decoder, source=f"{name_of(source)} (random weights, seed {seed})")
+    path = found.tensors.path
+    if adapter := adapter_in(path):
+        note(f"{path / 'adapter_config.json'}: not used: {adapter}")
+    decoder = read_weights(found.tensors, config, found.places, options)
+    return Model(config, decoder, found.tokenizer, found.generation_config, str(path))

@@ -71,6 +71,11 @@ class ConfigFile:
 Source = Folder | TensorFile | ConfigFile | RunConfig
 
 
+def name_of(source: Source) -> str:
+    """The path of a source, for messages."""
+    return source.source if isinstance(source, RunConfig) else str(source.path)
+
+
 def find(source: str | Path | RunConfig, options: Options) -> Source:
     """The thing that `source` names. Raises InputError if there is none, or a JSON file is none of the two
     configs."""
@@ -110,4 +115,4 @@ def resolve(source: str | Path, options: Options) -> Path:
     if local and not one_of_several:
         raise InputError(f"{source}: no such file or folder")
     path = hub.download(named, options.revision, options.offline)
-    return (single_gguf(path, options.allow_links) or path) if path.is_dir() else path
+    return (path.is_dir() and single_gguf(path, options.allow_links)) or path

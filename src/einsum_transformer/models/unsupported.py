@@ -16,19 +16,9 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _KINDS: dict[str, tuple[str, ...]] = {
     "an encoder, which generates no text": (
         *("albert", "bert", "bert-generation", "bertweet", "big_bird", "camembert", "canine", "convbert"),
-        *(
-            "data2vec-text",
-            "deberta",
-            "deberta-v2",
-            "distilbert",
-            "dpr",
-            "electra",
-            "ernie",
-            "ernie_m",
-            "esm",
-        ),
-        *("eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv2", "layoutlmv3", "lilt"),
-        *("longformer", "luke", "mobilebert", "modernbert", "mpnet", "mra", "nezha", "nomic_bert"),
+        *("data2vec-text", "deberta", "deberta-v2", "distilbert", "dpr", "electra", "ernie", "ernie_m"),
+        *("esm", "eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv2", "layoutlmv3"),
+        *("lilt", "longformer", "luke", "mobilebert", "modernbert", "mpnet", "mra", "nezha", "nomic_bert"),
         *("nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
         *("squeezebert", "splinter", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso"),
     ),

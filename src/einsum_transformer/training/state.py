@@ -38,7 +38,6 @@ Array = np.ndarray
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 _NAME = re.compile(r"step-\d{8}")
 _LEFTOVER = re.compile(r"\.(step-\d{8}|run\.json|metrics\.jsonl)\.[0-9a-f]{12}\.tmp")
-_CHUNK = 1 << 22
 _SUMS = {
     "data.sha256": "the data have other contents or other tokens",
     "frozen": "the frozen weights, which are not trained, are others",
@@ -149,11 +148,8 @@ def verify(folder: Path) -> None:
 
 def digest(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def description(trainer: Trainer) -> dict[str, Any]:
