@@ -21,6 +21,7 @@ from einsum_transformer.models.families.gguf_keys import DESCRIPTIVE, NEUTRAL, S
 from gguf_files import CONVERSIONS, write_model_gguf
 from golden_files import FOLDER, MODELS, load_golden, write_folder
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 ARCH = "{arch}."
 with np.load(FOLDER / "gguf_metadata.npz") as file:
     REFERENCE = dict(file)

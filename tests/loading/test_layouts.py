@@ -11,6 +11,7 @@ import einsum_transformer as et
 from einsum_transformer.loading.configs import read_config
 from golden_files import Golden, load_golden, write_folder
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 Array = np.ndarray
 
 

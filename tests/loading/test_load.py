@@ -26,6 +26,7 @@ from gguf_files import write_model_gguf
 from golden_files import MODELS, load_golden, write_folder
 from tiny_models import hf_config, random_weights, reference_logits, write_config, write_tiny
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 Array = np.ndarray
 IDS = np.random.default_rng(9).integers(0, 61, (2, 17))
 Q = "model.layers.0.self_attn.q_proj.weight"
