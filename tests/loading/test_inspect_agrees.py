@@ -210,6 +210,7 @@ def test_gguf_models(tmp_path: Path) -> None:
         ({"weight_file": "model", "n_heads": 4}, True),
         ({"weight_file": "model", "vocab_size": 60, "quantization": "W8A8"}, True),
         ({"weight_file": "damaged"}, True),
+        ({"weight_file": "another"}, True),
         ({"weight_file": "nowhere"}, True),
         ({"weight_file": "model/config.json"}, True),
         ({"weight_file": "model/model.safetensors"}, True),
@@ -222,6 +223,8 @@ def test_configs_of_runs(keys: dict[str, Any], refused: bool, tmp_path: Path) ->
     write_tiny(tmp_path / "model")
     folder, weights = write_tiny(tmp_path / "damaged")
     write_folder(folder, hf_config(), dict(list(weights.items())[1:]))
+    another, _ = write_tiny(tmp_path / "another")
+    write_config(another / "config.json", hf_config() | {"model_type": "bert"})
     config = {"arch": "llama", "d_model": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "head_dim": 6}
     config |= {"d_ff": 40, "vocab_size": 61, "max_seq_len": 512}
     (tmp_path / "run.json").write_text(json.dumps(config | keys))

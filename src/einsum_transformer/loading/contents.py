@@ -136,11 +136,9 @@ def _look_into_run(found: Contents, run: RunConfig) -> None:
     if stated is None or (run.weight_file is None and (run.hf_repo_id is None or found.problems is not None)):
         return
     with found.problem():
-        source = _weights_of(run, found.options)
-        if isinstance(source, Folder):
-            _look_into_folder(found, source.path)
-        else:
-            _look_into_file(found, source.path)
+        source, found.config = _weights_of(run, found.options), None
+        look_into = _look_into_folder if isinstance(source, Folder) else _look_into_file
+        look_into(found, source.path)
         if found.config is not None:
             cut = found.options.cut
             if differing := _contradictions(cut(stated), cut(found.config)):
@@ -170,17 +168,13 @@ def _check_run(run: RunConfig) -> None:
 
 _OF_A_RUN = {
     *("defaulted", "ignored", "training", "attention_block", "initializer_range", "model_type"),
-    "max_position_embeddings",
+    *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
 
 
 def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
     """What a run's config says about the model and its checkpoint denies; what belongs to a run is left
     out."""
-    names = [
-        each.name
-        for each in fields(ModelConfig)
-        if each.name not in _OF_A_RUN and "token_id" not in each.name
-    ]
+    names = [each.name for each in fields(ModelConfig) if each.name not in _OF_A_RUN]
     pairs = [(name, getattr(stated, name), getattr(found, name)) for name in names]
     return [f"{name} is {here} here and {there} there" for name, here, there in pairs if here != there]

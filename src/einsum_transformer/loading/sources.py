@@ -77,8 +77,7 @@ def name_of(source: Source) -> str:
 
 
 def find(source: str | Path | RunConfig, options: Options) -> Source:
-    """The thing that `source` names. Raises InputError if there is none, or a JSON file is none of the two
-    configs."""
+    """What `source` names. Raises InputError if it is not there, or a JSON file that is no config."""
     if isinstance(source, RunConfig):
         return source
     path = resolve(source, options)
