@@ -1,7 +1,5 @@
 """Amounts, lists and columns as text, for messages and tables."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 

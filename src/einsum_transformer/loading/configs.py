@@ -1,7 +1,5 @@
 """The config of a source: config.json, the metadata of a GGUF file, or the JSON of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

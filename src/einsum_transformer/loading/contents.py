@@ -1,7 +1,5 @@
 """What a source holds, and why it would not load: `load` raises the first problem, `inspect` lists all."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -46,16 +44,20 @@ class Contents:
     tokenizer: Tokenizer | None = None
     generation_config: Mapping[str, Any] | None = None
 
+    def tell(self, error: InputError) -> None:
+        """Put an error on the list of problems, or raise it if there is no list."""
+        if self.problems is None:
+            raise error
+        if str(error) not in self.problems:  # a shard that cannot be read is one problem
+            self.problems.append(str(error))
+
     @contextmanager
     def problem(self) -> Iterator[None]:
-        """Put an InputError on the list of problems, if there is one."""
+        """Tell an InputError, if there is one."""
         try:
             yield
         except InputError as error:
-            if self.problems is None:
-                raise
-            if str(error) not in self.problems:  # a shard that cannot be read is one problem
-                self.problems.append(str(error))
+            self.tell(error)
 
 
 def look(source: Source, options: Options, problems: list[str] | None = None) -> Contents:
@@ -115,8 +117,10 @@ def _look_at_tensors(found: Contents, tensors: TensorSource) -> None:
         if found.config is not None:
             family, found.places = places_of(found.config, tensors)
     for name in tensors.names():
-        with found.problem():
+        try:
             found.infos[name] = tensors.info(name)
+        except InputError as error:
+            found.tell(error)
     with found.problem():
         if found.config is not None and family is not None and found.places is not None:
             told = tensor_problems(found.config, family, found.places, tensors, found.infos)

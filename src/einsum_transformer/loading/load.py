@@ -1,7 +1,5 @@
 """`load`: a model from whatever names one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a user names as a model: found on disk, or fetched from the hub, and told apart by what is in it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

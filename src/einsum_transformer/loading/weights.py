@@ -1,7 +1,5 @@
 """The weights of a model: read from where they stand, all of them or under a budget, or random."""
 
-from __future__ import annotations
-
 import math
 import os
 import zlib
