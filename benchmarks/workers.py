@@ -213,14 +213,14 @@ def prepare(model_name: str, folder: str, lengths: list[int]) -> dict[str, Any]:
     import numpy as np
 
     import einsum_transformer as et
-    from einsum_transformer.checkpoint import resolve
     from einsum_transformer.engine import Recorder
     from einsum_transformer.generation.decode import prefill
+    from einsum_transformer.loading.sources import Options, resolve
 
     model = et.load(model_name)
     model.save(Path(folder, "safetensors"))
     sources = {"default": model_name, "safetensors": str(Path(folder, "safetensors"))}
-    if (path := resolve(model_name)).suffix == ".gguf":
+    if (path := resolve(model_name, Options())).suffix == ".gguf":
         sources["gguf"] = str(Path(folder, "float32.gguf"))
         write_float32_gguf(path, sources["gguf"])
     flops = {}

@@ -4,10 +4,14 @@ import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import einsum_transformer as et
+from agreement import WHERE, disagreement, problems_of
+from einsum_transformer.loading.load import load
+from einsum_transformer.loading.sources import DTYPES
 from einsum_transformer.notes import LOGGER, note_once
 from golden_files import Folders, Models, load_golden, read_only, write_folder
 
@@ -42,3 +46,23 @@ def notes_are_shown() -> Iterator[None]:
     note_once.cache_clear()
     yield
     LOGGER.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def every_load_is_inspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test loads, or tries to, `inspect` is asked about, and must say the same."""
+
+    def both(source: Any, dtype: str = "float32", **options: Any) -> et.Model:
+        where = {name: value for name, value in options.items() if name in WHERE}
+        refusal = ""
+        try:
+            return load(source, dtype, **options)
+        except et.InputError as error:
+            refusal = str(error)
+            raise
+        finally:
+            # A refused option, such as a negative seed, is none of inspect's business.
+            if not refusal or (options == where and dtype in DTYPES):
+                assert disagreement(refusal, problems_of(source, **where)) == ""
+
+    monkeypatch.setattr(et, "load", both)

@@ -19,13 +19,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "einsum_transformer"
 HOME = f"src/{PACKAGE}/"
 RANKS = {
-    **dict.fromkeys(("errors", "notes"), -1),
+    **dict.fromkeys(("errors", "notes", "tables"), -1),
     **dict.fromkeys(("choices", "engine", "numerics", "formats", "text", "tree"), 0),
     **dict.fromkeys(("components", "leaves"), 1),
     "models": 2,
-    **dict.fromkeys(("checkpoint", "hub"), 3),
-    **dict.fromkeys(("generation", "training", "quantization", "analysis", "evaluation"), 3),
-    "cluster": 4,
+    **dict.fromkeys(("loading", "generation", "training"), 3),
+    **dict.fromkeys(("analysis", "cluster"), 4),
     "cli": 5,
     "__init__": 6,
 }
@@ -97,9 +96,7 @@ def check_ranks(path: str, source: str) -> Iterator[str]:
         return
     for module in modules_of(path, source):
         other = module.split("/")[0]
-        # checkpoint.py and hub.py lie in one folder, the package itself.
-        siblings = other == own or {own, other} == {"checkpoint", "hub"}
-        if not siblings and not RANKS.get(other, 99) < RANKS[own]:
+        if other != own and not RANKS.get(other, 99) < RANKS[own]:
             yield f"{path}: {own} (rank {RANKS[own]}) imports {module} (rank {RANKS.get(other)})"
 
 
@@ -300,8 +297,8 @@ PLANTED = [
     (check_ranks, f"{HOME}engine/x.py", "from einsum_transformer.tree import tree_map"),
     (check_ranks, f"{HOME}formats/x.py", "from einsum_transformer.numerics import softmax"),
     (check_ranks, f"{HOME}errors.py", "from einsum_transformer import tree"),
-    (check_ranks, MODEL, "from einsum_transformer.checkpoint import load"),
-    (check_ranks, f"{HOME}checkpoint.py", "from einsum_transformer.generation.decode import generate"),
+    (check_ranks, MODEL, "from einsum_transformer.loading.load import load"),
+    (check_ranks, f"{HOME}loading/x.py", "from einsum_transformer.generation.decode import generate"),
     (check_ranks, f"{HOME}generation/x.py", "from einsum_transformer.training import loop"),
     (check_ranks, f"{HOME}new/x.py", ""),
     (check_third_party, f"{HOME}training/x.py", "import ray"),
@@ -333,7 +330,7 @@ PLANTED = [
 FINE = [
     (check_leaf_kinds, MODEL, "if isinstance(weight, Leaf): pass"),
     (check_ranks, COMPONENT, "from einsum_transformer.components.rope import Rotation\nimport numpy"),
-    (check_ranks, f"{HOME}checkpoint.py", "from einsum_transformer import hub"),
+    (check_ranks, f"{HOME}loading/x.py", "from einsum_transformer.loading import hub"),
     (check_ranks, f"{HOME}engine/x.py", "from einsum_transformer.errors import InputError"),
     (check_third_party, "tools/x.py", "import torch, transformers"),
     (check_third_party, f"{HOME}cluster/x.py", "import ray"),

@@ -13,6 +13,7 @@ import einsum_transformer as et
 from einsum_transformer.errors import InputError
 from golden_files import MODELS, Golden, Models, load_golden, write_folder
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 LOGITS = 1e-4
 LOSS = 1e-5
 GRADIENT = 1e-4

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from einsum_transformer.analysis.explain import explain
-    from einsum_transformer.checkpoint import load
     from einsum_transformer.engine.contract import einsum
     from einsum_transformer.errors import ConfigError, FormatError, InputError
     from einsum_transformer.generation.decode import Generation, generate
+    from einsum_transformer.loading.load import load
     from einsum_transformer.models.model import Model
     from einsum_transformer.models.switches import (
         enable_gqa,
@@ -63,7 +63,7 @@ _HOMES = {
     "enable_speculative_decoding": "models.switches",
     "explain": "analysis.explain",
     "generate": "generation.decode",
-    "load": "checkpoint",
+    "load": "loading.load",
     "read_run_config": "models.switches",
 }
 

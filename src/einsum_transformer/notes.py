@@ -5,7 +5,6 @@ with the standard library's logging, and nowhere with the command line's `--quie
 """
 
 import logging
-from collections.abc import Sequence
 from functools import lru_cache
 
 LOGGER = logging.getLogger("einsum_transformer")
@@ -23,9 +22,3 @@ def note_once(text: str, about: str = "") -> None:
     about: what the line is about, such as a model's source, where the text does not name it.
     """
     note(text)
-
-
-def some(names: Sequence[str], most: int) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -15,11 +15,12 @@ import pytest
 import einsum_transformer as et
 from einsum_transformer.analysis.explain import _distinct, _layer_names
 from einsum_transformer.engine import Recorder, ShapeArray, blas
+from einsum_transformer.formats.files import read_json
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.builder import build, weights_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.parameters import trainable
-from einsum_transformer.models.run_config import override, parse_run_config, read_json
+from einsum_transformer.models.run_config import override, parse_run_config
 from golden_files import MODELS, Models, load_golden
 from tiny_models import config_of, tiny_model
 

@@ -196,7 +196,7 @@ def test_absurd_configs_make_no_names(
 ) -> None:
     golden = load_golden("mixtral_mqa")
     folder = write_folder(tmp_path, golden.config | keys, golden.weights)
-    for module in ("models.checks", "analysis.inspect"):
+    for module in ("loading.checks", "analysis.inspect"):
         monkeypatch.delattr(f"einsum_transformer.{module}.weights_of")
     code, found = told(capsys, str(folder))
     assert (code, found["parameters"], len(found["problems"])) == (1, None, 1)

@@ -546,7 +546,7 @@ def test_explain_and_diff_count_adapters(etx: Etx, config: Path, tmp_path: Path)
 
 
 def test_pull_prints_the_folder(etx: Etx, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from einsum_transformer import hub
+    from einsum_transformer.loading import hub
 
     asked: list[Any] = []
     monkeypatch.setattr(hub, "download", lambda *arguments: asked.append(arguments) or tmp_path)
@@ -559,7 +559,7 @@ def test_pull_prints_the_folder(etx: Etx, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_characters_that_the_terminal_does_not_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("einsum_transformer.hub.download", lambda *_: tmp_path / "\N{SNOWMAN}")
+    monkeypatch.setattr("einsum_transformer.loading.hub.download", lambda *_: tmp_path / "\N{SNOWMAN}")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     with pytest.raises(SystemExit) as left:

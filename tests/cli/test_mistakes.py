@@ -195,7 +195,7 @@ def test_errors_that_no_command_expects(
     def refuse(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("einsum_transformer.checkpoint.load", refuse)
+    monkeypatch.setattr("einsum_transformer.loading.load.load", refuse)
     with pytest.raises(SystemExit) as left:
         main(["run", str(folder / "tiny.json")])
     assert left.value.code == 2

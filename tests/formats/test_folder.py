@@ -12,6 +12,7 @@ import pytest
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats.folder import SafetensorsFolder, open_tensors, write_safetensors_folder
 from einsum_transformer.formats.safetensors import SafetensorsFile, write_safetensors
+from hostile import INDEXES
 
 _opened: list[Path] | None = None
 
@@ -301,15 +302,7 @@ def test_hub_cache_links_elsewhere_are_refused(tmp_path, target):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("", "not valid JSON"),
-        ("[]", "not a JSON object"),
-        ("{}", "no weight_map"),
-        ('{"weight_map": []}', "no weight_map"),
-        ('{"weight_map": {}}', "no weight_map"),
-        ('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "'w' occurs twice"),
-        ('{"weight_map": {}, "weight_map": {}}', "'weight_map' occurs twice"),
-    ],
+    INDEXES,
 )
 def test_malformed_index_is_refused(tmp_path, text, message):
     (tmp_path / "model.safetensors.index.json").write_text(text)

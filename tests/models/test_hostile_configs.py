@@ -4,7 +4,6 @@ the key."""
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,10 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
+from hostile import NASTY
 from tiny_models import LLAMA3, hf_config, write_config, write_tiny
 
-NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 3, 1.5, -0.0, "x", "", [], {}, [1], {"a": 1}, 1 << 24, 1 << 31,
-    (1 << 63) - 1, 1 << 63, 10**30, 10**400, math.nan, math.inf, -math.inf, 1e-320, 1e308,
-]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},

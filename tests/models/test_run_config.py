@@ -26,6 +26,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 61,
     "max_seq_len": 512,
 }
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 KEYS = [field.name for field in dataclasses.fields(RunConfig) if field.name != "source"]
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1, 1.5, "x", "", [], {}, [1], ["q_proj"], {"a": 1}, 1 << 31, 10**30, 10**400,

@@ -9,11 +9,11 @@ from math import prod
 from typing import Any
 
 from einsum_transformer.analysis.explain import Program, explain
-from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.tables import columns, quantity
 
 _ASIDE = {"defaulted", "ignored", "training", "attention_block", "initializer_range"}
 _ITEM = 4  # bytes of a float32

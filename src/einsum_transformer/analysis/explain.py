@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.report import quantity
 from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
@@ -23,6 +22,7 @@ from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
 from einsum_transformer.models.parameters import trainable, with_arrays
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.tables import quantity
 from einsum_transformer.tree import named_leaves, tree_map
 
 NOT_COUNTED = (

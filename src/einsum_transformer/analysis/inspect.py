@@ -6,24 +6,23 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from einsum_transformer.analysis.report import columns, quantity
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats import TensorInfo, TensorSource
-from einsum_transformer.formats.folder import open_tensors
-from einsum_transformer.formats.gguf import GGUFFile
-from einsum_transformer.models import checks
+from einsum_transformer.formats.files import read_json
+from einsum_transformer.loading.configs import bounded
+from einsum_transformer.loading.contents import Contents, look
+from einsum_transformer.loading.places import Place
+from einsum_transformer.loading.sources import Options, Source, name_of
 from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.places import Place
-from einsum_transformer.models.run_config import read_json
-from einsum_transformer.models.unsupported import adapter_in
-from einsum_transformer.text.tokenizer import Tokenizer
+from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.tables import columns, quantity
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,96 +74,46 @@ class Inspection:
         return asdict(self) | {"bytes_by_dtype": self.bytes_by_dtype}
 
 
-def inspect(
-    path: Path,
-    raw: Mapping[str, Any],
-    read_config: Callable[[], ModelConfig],
-    weights: bool = True,
-    allow_links: bool = False,
-) -> Inspection:
-    """The folder, .gguf file or JSON config at `path`, whose config's keys are `raw`.
+def inspect(source: Source, options: Options) -> Inspection:
+    """What a source holds; all that `load` would refuse is among the problems.
 
-    read_config: how its config is read; what it raises is told among the problems, as are tensors that are
-    missing or of another shape than the config's: all that `load` refuses. weights: whether there are
-    tensors to look at. allow_links: as for `load`.
+    Raises InputError if the keys of the config cannot be read.
     """
     problems: list[str] = []
-    config = _tried(read_config, problems)
-    # Of an adapter alone the config's problem says it all.
-    weights = weights and not (path.is_dir() and not (path / "config.json").exists() and adapter_in(path))
-    tensors = _tried(lambda: open_tensors(path, allow_links), problems) if weights else None
-    missing: tuple[str, ...] = ()
-    infos: list[TensorInfo] = []
-    roles: dict[str, list[str]] = {}
-    fits = config is not None
-    try:
-        if tensors is not None:
-            infos = _infos(tensors, problems)
-            found = None if config is None else _tried(lambda: checks.places_of(config, tensors), problems)
-            fits = found is not None
-            if config is not None and found is not None:
-                family, places = found
-                held = {info.name: info for info in infos}
-                problems += checks.problems(config, family, places, tensors, held)
-                missing, roles = checks.missing_of(places, tensors), _roles(places)
-        _look_beside(path, tensors, problems)
-    finally:
-        if tensors is not None:
-            tensors.close()
-    # Not of a config that the file contradicts by far: it may have millions of weights.
-    parameters = sum(prod(weight.stored) for weight in weights_of(config)) if config and fits else None
-    ignored = () if config is None else config.ignored
-    defaulted = () if config is None else config.defaulted
+    found = look(source, options, problems)
+    config, tensors, places = found.config, found.tensors, found.places or {}
+    stated = read_json(Path(source.source)) if isinstance(source, RunConfig) else found.keys
+    keys = {name: stated[name] for name in sorted(stated) if not name.startswith("//")}
+    ignored, defaulted = ((), ()) if config is None else (config.ignored, config.defaulted)
+    roles, missing = _roles(places), ()
+    if tensors is not None:
+        held = tensors.names()
+        missing = tuple(name for name in roles if name not in held)
+        tensors.close()
     return Inspection(
-        str(path),
+        name_of(source),
         None if config is None else config.model_type,
         None if config is None else _settings(config),
-        {name: raw[name] for name in sorted(set(raw) - {*ignored, *defaulted})},
+        {name: value for name, value in keys.items() if name not in {*ignored, *defaulted}},
         tuple(sorted(set(defaulted))),
         ignored,
         tuple(
             Tensor(i.name, i.file.name, i.dtype, i.shape, i.nbytes, tuple(roles.get(i.name, ())))
-            for i in infos
+            for i in found.infos.values()
         ),
         missing,
-        tuple(dict.fromkeys(problems)),
-        parameters,
+        tuple(problems),
+        _parameters(found),
     )
 
 
-def _tried(make: Callable[[], Any], problems: list[str]) -> Any:
-    """What `make` gives, or None and a problem more."""
-    try:
-        return make()
-    except InputError as error:
-        problems.append(str(error))
+def _parameters(found: Contents) -> int | None:
+    """Of the model; not of a config that the file contradicts by far: it may have millions of weights."""
+    if found.config is None or (found.tensors is not None and found.places is None):
         return None
-
-
-def _look_beside(path: Path, tensors: TensorSource | None, problems: list[str]) -> None:
-    """Whether the tokenizer and the settings of generation can be read, where there are some."""
-    if isinstance(tensors, GGUFFile):
-        _tried(lambda: Tokenizer.in_gguf(tensors.metadata, path), problems)
-    if path.is_dir():
-        count = len(problems)
-        _tried(lambda: checks.check_beside(path), problems)
-        if len(problems) > count:
-            return
-        _tried(lambda: Tokenizer.in_folder(path), problems)
-    if (path / "generation_config.json").exists():
-        _tried(lambda: read_json(path / "generation_config.json"), problems)
-
-
-def _infos(tensors: TensorSource, problems: list[str]) -> list[TensorInfo]:
-    """Of every tensor that can be looked at; a shard that cannot be is one problem."""
-    found, told = [], set()
-    for name in tensors.names():
-        try:
-            found.append(tensors.info(name))
-        except InputError as error:
-            told.add(str(error))
-    problems += sorted(told)
-    return found
+    with suppress(InputError):
+        return sum(prod(weight.stored) for weight in weights_of(bounded(found.config, "")))
+    return None
 
 
 def _roles(places: Mapping[str, Place]) -> dict[str, list[str]]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.report import columns
 from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorSource
@@ -25,7 +24,7 @@ from einsum_transformer.formats.sniff import kind_of
 from einsum_transformer.formats.unsupported import named
 from einsum_transformer.leaves.watched import watched
 from einsum_transformer.models.model import Model
-from einsum_transformer.notes import some
+from einsum_transformer.tables import columns, some
 
 Array = np.ndarray
 

@@ -7,9 +7,8 @@ up to the stages exactly, and every line of the table is a sum of them.
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from einsum_transformer.engine import blas
 from einsum_transformer.engine.phases import ATTENTION, COUNTED_AS, FEED_FORWARD, LAYER, PASS, STAGES
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.tables import peak_rss_bytes, quantity
 
 Key = tuple[str, ...]
 
@@ -218,16 +218,6 @@ def _rate(count: int, seconds: float) -> float | None:
     return count / seconds if count > 0 and seconds > 0 else None
 
 
-def peak_rss_bytes() -> int | None:
-    """The most memory that this process held so far, or None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
     """The rotation made visible: base, dimensions, scaling, wavelengths in tokens, positions of a run."""
     rope, positions = config.rope, [0, max(length - 1, 0)]
@@ -249,30 +239,6 @@ def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
         "longest_wavelength": float(2 * math.pi / inv_freq.min()),
         "positions": positions,
     }
-
-
-def quantity(amount: float, unit: str = "") -> str:
-    """An amount in three digits and a decimal prefix: 1.23 M, 538 MB."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(amount) < 999.5 or prefix == "P":
-            break
-        amount /= 1000
-    digits = 0 if prefix == "" and float(amount).is_integer() else max(0, 3 - len(str(int(abs(amount)))))
-    return f"{amount:.{digits}f} {prefix}{unit}".rstrip()
-
-
-def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
-    """Rows of cells as lines of text, columns as wide as their longest cell; right: those that end together.
-
-    Names are results, so nothing is cut, however narrow a terminal or a pipe is.
-    """
-    widths, ends = [max(map(len, column)) for column in zip(*rows)], set(right)
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in ends else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ]
-        yield "  ".join(cells).rstrip()
 
 
 def render(found: Report) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.report import peak_rss_bytes, quantity
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.phases import (
     ATTENTION,
@@ -25,7 +24,8 @@ from einsum_transformer.engine.phases import (
 )
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.safetensors import atomic_file
+from einsum_transformer.formats.files import atomic_file
+from einsum_transformer.tables import peak_rss_bytes, quantity
 
 Key = tuple[str, ...]
 

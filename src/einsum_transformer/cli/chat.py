@@ -16,12 +16,12 @@ from einsum_transformer.cli.chat_flags import chat_options
 from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
-    from einsum_transformer.checkpoint import Model
     from einsum_transformer.components.kv_cache import KVCache
     from einsum_transformer.generation.context import LengthNote
     from einsum_transformer.generation.decode import Settings
     from einsum_transformer.generation.sampling import Sampling
     from einsum_transformer.generation.speculative import Speculation
+    from einsum_transformer.models.model import Model
 
 
 def chat(

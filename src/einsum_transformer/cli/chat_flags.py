@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from einsum_transformer.cli.prompts import decoded
+from einsum_transformer.cli.prompts import read_text
 from einsum_transformer.errors import InputError
 
 _MAX_BYTES = 1 << 22
@@ -79,10 +79,4 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _read(path: Path, flag: str) -> str:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{flag} {path}: more than {_MAX_BYTES} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read: {error.strerror or error}") from None
-    return decoded(data, f"{flag} {path}").replace("\r\n", "\n").replace("\r", "\n")
+    return read_text(path, f"{flag} {path}", _MAX_BYTES).replace("\r\n", "\n").replace("\r", "\n")

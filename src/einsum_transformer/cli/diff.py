@@ -33,7 +33,7 @@ def diff(
     etx diff configs/mistral.json configs/mixtral.json --tokens 4096
     """
     from einsum_transformer.analysis.compare import compare, render
-    from einsum_transformer.checkpoint import read_config
+    from einsum_transformer.loading.configs import read_config
 
     sources = [options.source_of(source, None, None, None) for source in (a, b)]
     # A JSON config of the project stays one: its adapters count too.

@@ -37,7 +37,7 @@ def explain(
     """
     from einsum_transformer.analysis.explain import explain as dry_run
     from einsum_transformer.analysis.explain import without_weights
-    from einsum_transformer.checkpoint import read_config
+    from einsum_transformer.loading.configs import read_config
     from einsum_transformer.models.peft import with_adapter
 
     source = options.source_of(model, model_flag, config, assignments)

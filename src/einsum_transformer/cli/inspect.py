@@ -34,24 +34,12 @@ def inspect(
     etx inspect model.gguf --json               the same of a GGUF file, for programs
     etx inspect config.json                     a config alone: which keys count
     """
-    from einsum_transformer import checkpoint
     from einsum_transformer.analysis.inspect import inspect as look
     from einsum_transformer.analysis.inspect import render
-    from einsum_transformer.formats.sniff import is_json
-    from einsum_transformer.models.run_config import RunConfig
+    from einsum_transformer.loading.sources import Options, find
 
-    source = options.source_of(model, model_flag, config, None)
-    named = source.source if isinstance(source, RunConfig) else source
-    path = checkpoint.resolve(named, revision, offline, allow_links)
-    found = look(
-        path,
-        checkpoint.config_keys(path),
-        lambda: checkpoint.read_config(
-            source if isinstance(source, RunConfig) else path, offline, allow_links
-        ),
-        weights=path.is_dir() or not is_json(path),
-        allow_links=allow_links,
-    )
+    how = Options(revision=revision, offline=offline, allow_links=allow_links)
+    found = look(find(options.source_of(model, model_flag, config, None), how), how)
     options.write((jsonlib.dumps(found.to_dict()) if json else render(found, every)) + "\n")
     if found.problems:
         raise typer.Exit(1)

@@ -20,10 +20,10 @@ from einsum_transformer.notes import LOGGER
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from einsum_transformer.checkpoint import Model as LoadedModel
     from einsum_transformer.generation.decode import Settings
     from einsum_transformer.generation.sampling import Sampling
     from einsum_transformer.generation.speculative import Speculation
+    from einsum_transformer.models.model import Model as LoadedModel
     from einsum_transformer.models.run_config import RunConfig
 
 Model = Annotated[
@@ -176,9 +176,10 @@ def source_of(
     model: str | None, flag: str | None, config: str | None, assignments: list[str] | None
 ) -> str | RunConfig:
     """The one source that was named; a JSON config of the project as a RunConfig with `--set` applied."""
+    from einsum_transformer.formats.files import read_json
     from einsum_transformer.formats.sniff import is_json
-    from einsum_transformer.hub import DEFAULT_MODEL
-    from einsum_transformer.models.run_config import override, parse_run_config, read_json
+    from einsum_transformer.loading.hub import DEFAULT_MODEL
+    from einsum_transformer.models.run_config import override, parse_run_config
 
     given = [name for name in (model, flag, config) if name is not None]
     if len(given) > 1:
@@ -207,8 +208,8 @@ def open_model(
     **settings: Any,
 ) -> tuple[LoadedModel, float]:
     """(the model, the seconds it took to load); `settings` as for `load`."""
-    from einsum_transformer import checkpoint
     from einsum_transformer.engine import blas as libraries
+    from einsum_transformer.loading.load import load
     from einsum_transformer.models.run_config import RunConfig
 
     libraries.use(blas)
@@ -223,7 +224,7 @@ def open_model(
     name = source.source if isinstance(source, RunConfig) else source
     start = time.perf_counter()
     with announced(f"loading {name} ...", quiet):
-        model = checkpoint.load(source, dtype or "float32", weight_budget=budget, **settings)
+        model = load(source, dtype or "float32", weight_budget=budget, **settings)
     return model, time.perf_counter() - start
 
 

@@ -49,13 +49,16 @@ def read_tokens(path: Path) -> Any:
     return np.atleast_2d(array)
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, its line ends as they are."""
+def read_text(path: Path, name: str = "", most: int | None = None) -> str:
+    """A text file in UTF-8, its line ends as they are; of at most `most` bytes. name: for messages."""
+    name = name or str(path)
     try:
+        if most is not None and path.stat().st_size > most:
+            raise InputError(f"{name}: more than {most} bytes")
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return decoded(data, str(path))
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from None
+    return decoded(data, name)
 
 
 def decoded(data: bytes, source: str) -> str:

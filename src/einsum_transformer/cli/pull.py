@@ -30,7 +30,7 @@ def pull(
     etx pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
     etx run $(etx pull HuggingFaceTB/SmolLM2-135M) -p "Once upon a time"
     """
-    from einsum_transformer import hub
+    from einsum_transformer.loading import hub
 
     path = (
         hub.default_model(offline)

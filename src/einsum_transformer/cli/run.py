@@ -19,11 +19,11 @@ from einsum_transformer.errors import InputError
 if TYPE_CHECKING:
     from einsum_transformer.analysis.report import Report
     from einsum_transformer.analysis.routing import RoutingReader
-    from einsum_transformer.checkpoint import Model
     from einsum_transformer.engine import Recorder
     from einsum_transformer.generation.decode import Generation, Settings
     from einsum_transformer.generation.sampling import Sampling
     from einsum_transformer.generation.speculative import Speculation
+    from einsum_transformer.models.model import Model
     from einsum_transformer.models.run_config import RunConfig
 
 DEFAULT_PROMPT = "What is the capital of France?"
@@ -220,7 +220,7 @@ class _Prompt:
         import numpy as np
 
         from einsum_transformer.analysis.compare import cache_bytes
-        from einsum_transformer.checkpoint import memory
+        from einsum_transformer.loading.weights import memory
 
         rows = self.batch_size or (config.batch_size if config else 1)
         length = config.seq_len if config else _RANDOM_TOKENS

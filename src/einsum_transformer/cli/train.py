@@ -17,7 +17,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 
 if TYPE_CHECKING:
-    from einsum_transformer.checkpoint import Model
+    from einsum_transformer.models.model import Model
     from einsum_transformer.models.run_config import RunConfig
     from einsum_transformer.training.data import RandomTokens, TextBatches
     from einsum_transformer.training.optimizers import SGD, AdamW

@@ -11,7 +11,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 
 if TYPE_CHECKING:
-    from einsum_transformer.checkpoint import Model
+    from einsum_transformer.models.model import Model
     from einsum_transformer.training.data import Example, RandomTokens, Rows, TextBatches
     from einsum_transformer.training.files import Data
 

@@ -15,7 +15,7 @@ from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
     from einsum_transformer.analysis.training import TrainingReport
-    from einsum_transformer.checkpoint import Model
+    from einsum_transformer.models.model import Model
     from einsum_transformer.training.data import Rows
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import StepReport, Trainer
@@ -213,7 +213,7 @@ def show(found: TrainingReport, run: TrainingRun, folder: Path, kept: bool) -> N
 
 
 def _memory() -> str:
-    from einsum_transformer.analysis.report import peak_rss_bytes, quantity
+    from einsum_transformer.tables import peak_rss_bytes, quantity
 
     peak = peak_rss_bytes()
     return "" if peak is None else f"peak {quantity(peak, 'B')}"

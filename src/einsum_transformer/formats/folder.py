@@ -11,18 +11,11 @@ import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import Names, TensorInfo, TensorSource
+from einsum_transformer.formats.files import atomic_file, read_json, sync
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
 from einsum_transformer.formats.mapped import quoted, refuse_unknown
-from einsum_transformer.formats.safetensors import (
-    Entry,
-    SafetensorsFile,
-    atomic_file,
-    describe,
-    parse_json,
-    sync,
-    write_tensors,
-)
+from einsum_transformer.formats.safetensors import Entry, SafetensorsFile, describe, write_tensors
 from einsum_transformer.formats.sniff import kind_of
 from einsum_transformer.formats.split import first_parts, open_gguf
 from einsum_transformer.formats.unsupported import (
@@ -33,6 +26,7 @@ from einsum_transformer.formats.unsupported import (
     pickle_refused,
 )
 from einsum_transformer.notes import note
+from einsum_transformer.tables import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -80,9 +74,8 @@ def single_gguf(folder: Path, allow_links: bool = False) -> Path | None:
     if len(models) > 1:
         models = [path for path in models[:_MOST_SNIFFED] if _is_model(path, allow_links)] or models
     if len(models) > 1:
-        names = ", ".join(path.name for path in models[:8])
-        more = f" and {len(models) - 8} more" if len(models) > 8 else ""
-        raise FormatError(f"{folder}: holds several GGUF models: name one of {names}{more}")
+        names = some([path.name for path in models], 8)
+        raise FormatError(f"{folder}: holds several GGUF models: name one of {names}")
     return inside(folder, models[0].name, allow_links) if models else None
 
 
@@ -190,9 +183,7 @@ class SafetensorsFolder:
 def read_index(folder: Path, allow_links: bool = False) -> dict[str, str]:
     """Tensor -> shard, as the index of a folder says; every shard is the plain name of a file."""
     path = inside(folder, INDEX, allow_links)
-    if path.stat().st_size > _MAX_INDEX:
-        raise FormatError(f"{path}: the index is larger than {_MAX_INDEX} bytes")
-    shard_of = parse_json(path, "the index", path.read_bytes()).get("weight_map")
+    shard_of = read_json(path, "the index", _MAX_INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise FormatError(f"{path}: the index has no weight_map that maps tensor names to files")
     plain: set[str] = set()

@@ -7,9 +7,7 @@ tensors' bytes without gaps (https://github.com/huggingface/safetensors).
 import json
 import math
 import mmap
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +16,8 @@ import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import TensorInfo, as_rows
+from einsum_transformer.formats.files import atomic_file, parse_json
 from einsum_transformer.formats.mapped import DTYPES, FILE_DTYPES, MappedFile, quoted
-from einsum_transformer.formats.sniff import kind_of_bytes
 from einsum_transformer.formats.unsupported import instead
 
 _MAX_HEADER = 100_000_000
@@ -50,28 +48,6 @@ class SafetensorsFile(MappedFile):
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return as_rows(self.read(name))[start:stop]
-
-
-def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:
-    """A JSON object from outside: UTF-8, no key twice at any level, keys without lone surrogates."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in parsed:
-                raise ValueError(f"the key {quoted(key)} occurs twice")
-            key.encode()  # refuses halves of surrogate pairs
-            parsed[key] = value
-        return parsed
-
-    try:
-        parsed = json.loads(raw.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        is_it = "" if kind_of_bytes(raw[:4096], len(raw)) == "text" else instead(raw, len(raw), "JSON")
-        raise FormatError(f"{path}: {what} is not valid JSON: {is_it or error}") from None
-    if not isinstance(parsed, dict):
-        raise FormatError(f"{path}: {what} is not a JSON object")
-    return parsed
 
 
 def _read_header(path: Path, data: mmap.mmap) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -140,26 +116,6 @@ def _check_no_gaps(path: Path, tensors: Mapping[str, TensorInfo], start: int, si
         end += info.nbytes
     if end != size:
         raise FormatError(f"{path}: the last {size - end} bytes belong to no tensor")
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once it is on the disk, and leaves no trace upon failure."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            sync(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync(file: BinaryIO) -> None:
-    """Have all that was written to `file` on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.sniff import kind_of, kind_of_bytes
+from einsum_transformer.tables import some
 
 PICKLES = frozenset({".pt", ".pth", ".ckpt", ".pkl"})
 _HEAD = 4096
@@ -192,9 +193,7 @@ def _models_inside(folder: Path, names: list[str]) -> str:
     found = [str(place.relative_to(folder)) for place in places if place.is_dir() and _holds_model(place)]
     if not found:
         return ""
-    more = f" and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
-    listed = ", ".join(found[:_MOST_LISTED])
-    return f"holds no model itself, but models in folders below: name one of {listed}{more}"
+    return f"holds no model itself, but models in folders below: name one of {some(found, _MOST_LISTED)}"
 
 
 def _holds_model(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -14,7 +13,8 @@ import numpy as np
 
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import FormatError, InputError
-from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, parse_json, sync
+from einsum_transformer.formats.files import read_json, write_json
+from einsum_transformer.formats.safetensors import float32_to_bf16
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
 from einsum_transformer.models.builder import WeightSpec, weights_of
@@ -215,9 +215,7 @@ def read_merged(folder: Path) -> list[str]:
     path = folder / _MERGED
     if not path.is_file():
         return []
-    if path.stat().st_size > 1 << 20:
-        raise FormatError(f"{path}: larger than 1 MiB")
-    held = parse_json(path, "the list of adapters", path.read_bytes()).get("sha256")
+    held = read_json(path, "the list of adapters", 1 << 20).get("sha256")
     if not isinstance(held, list) or not all(isinstance(digest, str) for digest in held):
         raise FormatError(f"{path}: sha256 must be a list of digests")
     return held
@@ -228,6 +226,4 @@ def write_merged(folder: Path, digests: list[str]) -> None:
     if not digests:
         (folder / _MERGED).unlink(missing_ok=True)
         return
-    with atomic_file(folder / _MERGED) as file:
-        file.write((json.dumps({"sha256": digests}, indent=1) + "\n").encode())
-        sync(file)
+    write_json(folder / _MERGED, {"sha256": digests})

@@ -26,8 +26,6 @@ MLPKind = Literal["gated", "fused", "plain"]
 QKVOrder = Literal["role", "head"]
 """Rows of all queries, then all keys, then all values; or head by head."""
 QKNormKind = Literal["head", "whole"]
-LARGEST_CONFIG = 16 << 20
-"""Bytes of a config's JSON file."""
 MOST_LAYERS = 1 << 12
 FARTHEST = 1 << 62
 _MOST = {"num_hidden_layers": MOST_LAYERS, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16}

@@ -17,7 +17,7 @@ from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.safetensors import SafetensorsFile
 from einsum_transformer.models.config import Keys, shown
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.peft_config import CONFIG, read_raw, refuse_pointer
+from einsum_transformer.models.peft_config import CONFIG, read_raw
 from einsum_transformer.models.peft_names import EMBEDDING, names_in
 from einsum_transformer.models.stacked import Pair
 
@@ -64,7 +64,6 @@ def _pairs(folder: Path, places: Mapping[str, str], ignored: str) -> dict[str, P
     path = folder / TENSORS
     if not path.is_file():
         raise InputError(f"{folder}: holds no {TENSORS}, where mlx-lm has the adapter")
-    refuse_pointer(path)
     halves: dict[str, dict[str, np.ndarray]] = {}
     file = SafetensorsFile(path)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ import numpy as np
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import Gradients, Leaf
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.files import write_json
 from einsum_transformer.formats.folder import write_safetensors_folder
-from einsum_transformer.formats.safetensors import atomic_file, float32_to_bf16, sync
+from einsum_transformer.formats.safetensors import float32_to_bf16
 from einsum_transformer.leaves.lora import LoRA, adapters_of
 from einsum_transformer.models.builder import WeightSpec, weights_of
 from einsum_transformer.models.config import ModelConfig
@@ -166,10 +166,10 @@ class Model:
         if self.tokenizer is not None:
             self.tokenizer.save(folder, self.config.model_type)
         if self.generation_config is not None:
-            _write_json(folder / "generation_config.json", dict(self.generation_config))
+            write_json(folder / "generation_config.json", dict(self.generation_config))
         write_safetensors_folder(folder, parameters, max_shard_bytes)
         # Last: if the weights cannot be written, the folder still says what an earlier save's weights are.
-        _write_json(folder / "config.json", head | config | {"dtype": dtype})
+        write_json(folder / "config.json", head | config | {"dtype": dtype})
 
     def checked(self, tokens: Any, what: str = "tokens") -> Array:
         """`tokens` as a (b, t) array of ids that the vocabulary has."""
@@ -224,9 +224,3 @@ def _integers(values: Any, what: str) -> Array:
     if array.size and array.dtype.kind not in "iu":
         raise InputError(f"{what} are {array.dtype}: token ids are integers")
     return array
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
-        sync(file)

@@ -8,7 +8,6 @@ those of stacked experts are in stacked.py. The folders of mlx-lm are in mlx_ada
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,19 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from einsum_transformer.errors import ConfigError, FormatError, InputError
+from einsum_transformer.formats.files import write_json
 from einsum_transformer.formats.mapped import quoted
-from einsum_transformer.formats.safetensors import SafetensorsFile, atomic_file, sync, write_safetensors
+from einsum_transformer.formats.safetensors import SafetensorsFile, write_safetensors
 from einsum_transformer.models import mlx_adapter
-from einsum_transformer.models.adapters import (
-    Planned,
-    matrices_of,
-    no_matrix,
-    planned_stack,
-    put_on,
-)
+from einsum_transformer.models.adapters import Planned, matrices_of, no_matrix, planned_stack, put_on
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
-from einsum_transformer.models.peft_config import CONFIG, note_base, read_config, refuse_pointer
+from einsum_transformer.models.peft_config import CONFIG, note_base, read_config
 from einsum_transformer.models.peft_names import PREFIX, names_in
 from einsum_transformer.models.peft_written import config_dict
 from einsum_transformer.models.stacked import Pair, Stack, stacks_of
@@ -164,7 +158,6 @@ def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[st
             " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").exists() else ""
         )
         raise InputError(f"{folder}: holds no {TENSORS}{hint}")
-    refuse_pointer(path)
     whole: dict[tuple[str, int], dict[str, _Half]] = {}
     for half in _halves(path, model):
         parts = whole.setdefault((half.path, half.depth), {})
@@ -307,6 +300,4 @@ def write_adapter(model: Model, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PREFIX}{name}": array for name, array in model.adapter_parameters().items()}
     write_safetensors(folder / TENSORS, tensors)
-    with atomic_file(folder / CONFIG) as file:
-        file.write((json.dumps(config_dict(model), indent=2) + "\n").encode())
-        sync(file)
+    write_json(folder / CONFIG, config_dict(model))

@@ -5,27 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from einsum_transformer.errors import ConfigError, FormatError, InputError
-from einsum_transformer.formats.safetensors import parse_json
-from einsum_transformer.formats.sniff import kind_of
-from einsum_transformer.models.config import LARGEST_CONFIG, Keys, shown
+from einsum_transformer.errors import ConfigError, InputError
+from einsum_transformer.formats.files import read_json
+from einsum_transformer.models.config import Keys, shown
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.notes import note
 
 CONFIG = "adapter_config.json"
 
 OBEYED = frozenset(
-    {
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "target_modules",
-        "target_parameters",
-        "rank_pattern",
-        "alpha_pattern",
-    }
+    {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters"}
+    | {"rank_pattern", "alpha_pattern"}
 )
 NEUTRAL = {
     "task_type": "says which class of transformers was adapted",
@@ -106,16 +96,7 @@ def read_config(folder: Path) -> LoRAConfig:
 
 def read_raw(path: Path) -> dict[str, Any]:
     """The JSON object in an adapter's config."""
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise FormatError(f"{path}: larger than {LARGEST_CONFIG >> 20} MiB, no config is")
-    refuse_pointer(path)
-    return parse_json(path, "the adapter's config", path.read_bytes())
-
-
-def refuse_pointer(path: Path) -> None:
-    """An error for a file that Git LFS has not fetched."""
-    if kind_of(path) == "Git LFS pointer":
-        raise FormatError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    return read_json(path, "the adapter's config")
 
 
 def _check_key(path: Path, key: str, value: Any) -> None:

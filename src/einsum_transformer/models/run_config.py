@@ -6,20 +6,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
-from einsum_transformer.formats.safetensors import parse_json
-from einsum_transformer.models.config import (
-    FARTHEST,
-    LARGEST_CONFIG,
-    Keys,
-    ModelConfig,
-    MoEConfig,
-    nearest,
-    shown,
-)
+from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, nearest, shown
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.unsupported import check_layers, other_json
@@ -155,9 +145,8 @@ class RunConfig:
                 moe=self._experts(config),
             )
         except ConfigError as error:
-            raise (
-                error if str(error).startswith(self.source) else ConfigError(f"{self.source}: {error}")
-            ) from None
+            named = str(error).startswith(self.source)
+            raise error if named else ConfigError(f"{self.source}: {error}") from None
         if inner := [name for name in keys.unused if name.startswith("rope_scaling.")]:
             raise ConfigError(f"{self.source}: unknown key {inner[0]!r}")
         for name in ("attention_bias", "sliding_window", *(self.arch_keys or {})):
@@ -187,16 +176,6 @@ _COUNTS = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of reasonable size."""
-    try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise InputError(f"{path}: larger than {LARGEST_CONFIG >> 20} MiB, no config is")
-        return parse_json(path, "config", path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     """RunConfig from a JSON object: unknown keys and values of a wrong type are errors, `//` keys are
     comments."""
@@ -217,12 +196,8 @@ def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     """`key=value` pairs from the command line, the value in JSON or, where it is none, as text."""
-    raw = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name != "source"
-    }
-    raw["lora_target_modules"] = list(config.lora_target_modules)
+    raw: dict[str, Any] = dataclasses.asdict(config)
+    raw["lora_target_modules"], source = list(config.lora_target_modules), raw.pop("source")
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -231,7 +206,7 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
             raw[key] = json.loads(text)
         except ValueError:
             raw[key] = text
-    return parse_run_config(raw, config.source)
+    return parse_run_config(raw, source)
 
 
 def _checked(key: str, value: Any, declared: str, source: str) -> Any:
@@ -249,11 +224,7 @@ def _checked(key: str, value: Any, declared: str, source: str) -> Any:
     kinds = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
     if kind in kinds and isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool)):
         return value
-    names = {
-        "tuple[str, ...]": "a list of names",
-        "dict[str, Any]": "an object",
-        "str": "text",
-        "int": "a whole number",
-    }
+    names = {"tuple[str, ...]": "a list of names", "dict[str, Any]": "an object"}
+    names |= {"str": "text", "int": "a whole number"}
     wanted = names.get(kind, kind) + (" or null" if optional else "")
     raise ConfigError(f"{source}: key {key!r} is {shown(value)}, expected {wanted}")

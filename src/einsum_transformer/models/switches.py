@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.run_config import RunConfig, override, parse_run_config, read_json
+from einsum_transformer.formats.files import read_json
+from einsum_transformer.models.run_config import RunConfig, override, parse_run_config
 
 
 def read_run_config(path: str | Path) -> RunConfig:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
-from einsum_transformer.formats.safetensors import parse_json
-from einsum_transformer.models.config import LARGEST_CONFIG, MOST_LAYERS
+from einsum_transformer.formats.files import read_json
+from einsum_transformer.models.config import MOST_LAYERS
 
 _MOST_EXPERTS = 1 << 16
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -16,19 +16,9 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _KINDS: dict[str, tuple[str, ...]] = {
     "an encoder, which generates no text": (
         *("albert", "bert", "bert-generation", "bertweet", "big_bird", "camembert", "canine", "convbert"),
-        *(
-            "data2vec-text",
-            "deberta",
-            "deberta-v2",
-            "distilbert",
-            "dpr",
-            "electra",
-            "ernie",
-            "ernie_m",
-            "esm",
-        ),
-        *("eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv2", "layoutlmv3", "lilt"),
-        *("longformer", "luke", "mobilebert", "modernbert", "mpnet", "mra", "nezha", "nomic_bert"),
+        *("data2vec-text", "deberta", "deberta-v2", "distilbert", "dpr", "electra", "ernie", "ernie_m"),
+        *("esm", "eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv2", "layoutlmv3"),
+        *("lilt", "longformer", "luke", "mobilebert", "modernbert", "mpnet", "mra", "nezha", "nomic_bert"),
         *("nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
         *("squeezebert", "splinter", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso"),
     ),
@@ -129,10 +119,9 @@ def adapter_in(folder: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        raw = parse_json(path, "config", path.read_bytes()) if path.stat().st_size <= LARGEST_CONFIG else {}
-    except (InputError, OSError):
-        raw = {}
-    return adapter(raw)
+        return adapter(read_json(path))
+    except InputError:
+        return adapter({})
 
 
 def check_layers(raw: Mapping[str, Any], source: str) -> None:

@@ -75,11 +75,7 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
         r"\p{N}+",
     ),
     ("deepseek-coder",): (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
-    ("deepseek-v3", "hunyuan-dense"): (
-        r"\p{N}{1,3}",
-        r"[一-龥\u3040-ゟ゠-ヿ]+",
-        _DEEPSEEK3,
-    ),
+    ("deepseek-v3", "hunyuan-dense"): (r"\p{N}{1,3}", r"[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3),
     ("falcon",): (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }

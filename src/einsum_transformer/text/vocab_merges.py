@@ -6,13 +6,7 @@ from typing import Any
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.classes import class_name, stated_class
 
-_BYTE_LEVEL = (
-    "GPT2Tokenizer",
-    "CodeGenTokenizer",
-    "GPTNeoXTokenizer",
-    "Qwen2Tokenizer",
-    "RobertaTokenizer",
-)
+_BYTE_LEVEL = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "RobertaTokenizer")
 
 
 def class_of(config: Mapping[str, Any], model: Mapping[str, Any], folder: str) -> str:

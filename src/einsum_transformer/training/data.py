@@ -166,10 +166,6 @@ class TextBatches:
                 f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: a smaller batch"
             )
 
-    @property
-    def steps_per_epoch(self) -> float:
-        return len(self.rows) / self.batch_size
-
     def batch(self, step: int) -> list[Batch]:
         start = 0 if self.fixed else step * self.batch_size
         places = [divmod(place, len(self.rows)) for place in range(start, start + self.batch_size)]

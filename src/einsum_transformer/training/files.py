@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.safetensors import parse_json
+from einsum_transformer.formats.files import parse_json
 from einsum_transformer.formats.sniff import COMPRESSED, kind_of_bytes
 from einsum_transformer.notes import note
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.safetensors import atomic_file, sync
+from einsum_transformer.formats.files import atomic_file, write_json
 from einsum_transformer.training import state
 
 ABOUT, LOG, METRICS = "run.json", "train.log", "metrics.jsonl"
@@ -47,9 +47,8 @@ class Journal:
 
     def about(self, facts: Mapping[str, Any]) -> None:
         """Write run.json: what is trained, how, on what."""
-        with _named(self.folder / ABOUT), atomic_file(self.folder / ABOUT) as file:
-            file.write((json.dumps(facts, indent=1) + "\n").encode())
-            sync(file)
+        with _named(self.folder / ABOUT):
+            write_json(self.folder / ABOUT, facts)
 
     def note(self, text: str) -> None:
         """A line of train.log, with the time."""
@@ -75,7 +74,6 @@ class Journal:
         self._metrics.close()
         with _named(self.folder / METRICS), atomic_file(self.folder / METRICS) as file:
             file.write("".join(kept).encode())
-            sync(file)
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
 
     def commit(self) -> None:

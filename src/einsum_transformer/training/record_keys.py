@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.safetensors import parse_json
+from einsum_transformer.formats.files import parse_json
 
 CONTEXT = ("tools", "documents", "chat_template_kwargs", "system")
 """What a chat template is given beside the messages."""

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.notes import note, some
+from einsum_transformer.notes import note
+from einsum_transformer.tables import some
 from einsum_transformer.text.chat_template import check_messages
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.training import record_keys as keys

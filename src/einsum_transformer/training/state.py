@@ -21,8 +21,9 @@ import numpy as np
 from einsum_transformer.engine import blas
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats.files import read_json, write_json
 from einsum_transformer.formats.folder import open_tensors
-from einsum_transformer.formats.safetensors import SafetensorsFile, parse_json, write_safetensors
+from einsum_transformer.formats.safetensors import SafetensorsFile, write_safetensors
 from einsum_transformer.models import peft
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.loop import Trainer
@@ -32,8 +33,6 @@ Array = np.ndarray
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 _NAME = re.compile(r"step-\d{8}")
 _LEFTOVER = re.compile(r"\.(step-\d{8}|run\.json|metrics\.jsonl)\.[0-9a-f]{12}\.tmp")
-_LARGEST_JSON = 16 << 20
-_CHUNK = 1 << 22
 _SUMS = {
     "data.sha256": "the data have other contents or other tokens",
     "frozen": "the frozen weights, which are not trained, are others",
@@ -93,7 +92,7 @@ def restore(trainer: Trainer, folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     verify(folder)
-    state = _read_json(folder / STATE)
+    state = read_json(folder / STATE, STATE)
     differing = _of_training(state.get("training"), description(trainer))
     if differing:
         adapter = (folder / peft.TENSORS).is_file()
@@ -127,7 +126,7 @@ def verify(folder: Path) -> None:
     """Every file of the manifest is there, with its size and its sha256."""
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: holds no {MANIFEST}; a checkpoint folder is expected")
-    files = _read_json(folder / MANIFEST).get("files")
+    files = read_json(folder / MANIFEST, MANIFEST).get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise FormatError(f"{folder / MANIFEST}: has no list of files")
     for name, entry in files.items():
@@ -144,11 +143,8 @@ def verify(folder: Path) -> None:
 
 def digest(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def description(trainer: Trainer) -> dict[str, Any]:
@@ -201,12 +197,11 @@ def _write(trainer: Trainer, folder: Path) -> None:
         "training": description(trainer),
         "machine": _machine(),
     }
-    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / STATE, state)
     files = {path.name: path for path in sorted(folder.iterdir())}
     listed = {name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "files": listed}, indent=1) + "\n", encoding="utf-8")
-    for path in (*files.values(), manifest):
+    write_json(folder / MANIFEST, {"format": 1, "files": listed})
+    for path in files.values():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
@@ -250,12 +245,6 @@ def _tensor(source: TensorSource, name: str, like: Array) -> Array:
             f"{source.path}: {name} is {tensor.dtype} {list(tensor.shape)}, not as it was trained"
         )
     return tensor.reshape(like.shape)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
-        raise FormatError(f"{path}: missing, or larger than {_LARGEST_JSON >> 20} MiB")
-    return parse_json(path, path.name, path.read_bytes())
 
 
 def _of_training(there: Any, here: dict[str, Any]) -> list[str]:

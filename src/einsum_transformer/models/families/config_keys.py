@@ -11,7 +11,8 @@ from typing import Any
 
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig, shown
-from einsum_transformer.notes import note, some
+from einsum_transformer.notes import note
+from einsum_transformer.tables import some
 
 NEUTRAL = frozenset(
     {

@@ -11,6 +11,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import INDEX, SINGLE, read_index
 from einsum_transformer.formats.split import first_parts, part_names
 from einsum_transformer.notes import note
+from einsum_transformer.tables import some
 
 DEFAULT_MODEL = "smollm2-135m"
 _DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -150,11 +151,7 @@ def _is_folder(held: list[str]) -> bool:
 
 def _refuse_lacking(repository: str, names: list[str]) -> None:
     if names:
-        raise InputError(f"{repository}: the repository lacks {_listed(names)}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_MOST_LISTED]) + " ..." * (len(names) > _MOST_LISTED)
+        raise InputError(f"{repository}: the repository lacks {some(names, _MOST_LISTED)}")
 
 
 def _parts(model: Path) -> list[str]:
@@ -197,9 +194,9 @@ def _not_cached(cached: Path | None, file: str | None, missing: list[str]) -> st
     if cached is None:
         return "not in the cache"
     if missing != [file]:
-        return f"not wholly in the cache (missing: {_listed(missing)})"
+        return f"not wholly in the cache (missing: {some(missing, _MOST_LISTED)})"
     held = [path.name for path in _matching(_ggufs(cached), None)]
-    others = f"; it has {_listed(held)}" if held else ""
+    others = f"; it has {some(held, _MOST_LISTED)}" if held else ""
     return f"not in the cache (missing: {file}{others})"
 
 
@@ -246,10 +243,9 @@ def _chosen(paths: list[Path], file: str | None, repository: str) -> Path | None
     if not models:
         return None
     what = "has several GGUF models" if found else f"has no GGUF model {file!r}"
-    listed = ", ".join(path.name for path in (found or models)[:_MOST_LISTED])
-    more = f" and {len(found or models) - _MOST_LISTED} more" if len(found or models) > _MOST_LISTED else ""
+    listed = some([path.name for path in found or models], _MOST_LISTED)
     name = repository.partition(":")[0]
-    raise InputError(f"{repository}: {what}: name one, as {name}:Q4_K_M or {name}:FILE, of {listed}{more}")
+    raise InputError(f"{repository}: {what}: name one, as {name}:Q4_K_M or {name}:FILE, of {listed}")
 
 
 def _nothing_to_load(repository: str, file: str | None, held: list[str]) -> InputError:

@@ -26,6 +26,7 @@ from tiny_models import (
     write_tiny,
 )
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 IDS = np.random.default_rng(3).integers(0, 61, (2, 90))
 # Matrices of more than 512 rows are laid out input-major; rows of 32 can be quantized in blocks.
 WIDE = {"vocab_size": 640, "intermediate_size": 576, "head_dim": 64, "hidden_size": 32}

@@ -1,4 +1,4 @@
-"""Whether a checkpoint has the tensors that its config asks for: one answer for `load` and `inspect`."""
+"""Whether a checkpoint has the tensors that its config asks for, and text beside them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.unsupported import check_kind
+from einsum_transformer.loading.gguf import gguf_place
+from einsum_transformer.loading.places import Place, folder_place
 from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.families import FAMILIES, gguf
 from einsum_transformer.models.families.family import Family
-from einsum_transformer.models.places import Place, folder_place, gguf_place
+from einsum_transformer.tables import some
 
 _FEW_EXPERTS = 256
 _BESIDE = (
@@ -79,7 +81,7 @@ def _check_room(config: ModelConfig, tensors: TensorSource) -> None:
         )
 
 
-def problems(
+def tensor_problems(
     config: ModelConfig,
     family: Family,
     places: Mapping[str, Place],
@@ -118,12 +120,6 @@ def check_beside(folder: Path) -> None:
             check_kind(path, "JSON", "text", *(("empty",) if name.endswith((".txt", ".jinja")) else ()))
 
 
-def missing_of(places: Mapping[str, Place], tensors: TensorSource) -> tuple[str, ...]:
-    """Tensors that the config asks for and no file holds."""
-    held = tensors.names()
-    return tuple(dict.fromkeys(name for each in places.values() for name in each.shapes if name not in held))
-
-
 def _meaning(
     config: ModelConfig,
     family: Family,
@@ -155,16 +151,12 @@ def _meaning(
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
-    return [f"{what}: {_list([_name(name) for name in names[:8]], len(names))}"] if names else []
+    return [f"{what}: {some([_name(name) for name in names], 8)}"] if names else []
 
 
 def _name(name: str) -> str:
     """A tensor's name as it is, or quoted if it is long or odd."""
     return name if name.isprintable() and " " not in name and 0 < len(name) <= 80 else quoted(name)
-
-
-def _list(shown: Sequence[str], count: int, separator: str = ", ") -> str:
-    return separator.join(shown[:8]) + (f"{separator}and {count - 8} more" if count > 8 else "")
 
 
 def _wrong_types(held: Mapping[str, TensorInfo]) -> list[str]:
@@ -181,7 +173,7 @@ def _wrong_shapes(held: Mapping[str, TensorInfo], stored: Mapping[str, tuple[int
         for name, info in held.items()
         if info.shape != stored[name] and 0 not in info.shape  # empty ones are named already
     ]
-    return [_list(wrong, len(wrong), "; ")] if wrong else []
+    return [some(wrong, 8, "; ")] if wrong else []
 
 
 def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]:
@@ -190,10 +182,6 @@ def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]
     if own not in tensors.names():
         return []
     same = tensors.info(head).shape == tensors.info(own).shape
-    same = same and np.array_equal(_bits(tensors.read(head)), _bits(tensors.read(own)))
+    same = same and np.array_equal(tensors.read(head).view(np.uint8), tensors.read(own).view(np.uint8))
     tensors.release(head)
     return [] if same else [f"tie_word_embeddings is true, but {_name(head)} differs from {_name(own)}"]
-
-
-def _bits(a: np.ndarray) -> np.ndarray:
-    return a.view(np.uint8)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.checkpoint import read_config
+from einsum_transformer.loading.configs import read_config
 from golden_files import Golden, Models, load_golden, write_folder
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 Array = np.ndarray
 
 

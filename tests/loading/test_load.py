@@ -17,13 +17,16 @@ from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
 import einsum_transformer as et
-from einsum_transformer import checkpoint
 from einsum_transformer.formats.folder import write_safetensors_folder
+from einsum_transformer.loading.configs import read_config
+from einsum_transformer.loading.contents import look
+from einsum_transformer.loading.sources import Options, find
 from einsum_transformer.models.families import FAMILIES
 from gguf_files import write_model_gguf
 from golden_files import MODELS, load_golden, write_folder
 from tiny_models import hf_config, random_weights, reference_logits, write_config, write_tiny
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 Array = np.ndarray
 IDS = np.random.default_rng(9).integers(0, 61, (2, 17))
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -408,10 +411,10 @@ def test_contents_decide_what_a_source_is(tmp_path: Path) -> None:
     for source in (bare, tmp_path / "folder", first, max((tmp_path / "folder").iterdir())):
         model = et.load(source)
         np.testing.assert_array_equal(model.logits(golden.tokens), expected)
-        assert checkpoint.read_config(source) == model.config
-        assert checkpoint.config_keys(checkpoint.resolve(source))["llama.block_count"] == 3
-    assert checkpoint.read_config(config).model_type == et.load(config).config.model_type == "llama"
-    assert checkpoint.config_keys(config) == golden.config
+        assert read_config(source) == model.config
+        assert look(find(source, Options()), Options()).keys["llama.block_count"] == 3
+    assert read_config(config).model_type == et.load(config).config.model_type == "llama"
+    assert look(find(config, Options()), Options()).keys == golden.config
 
 
 def test_a_config_beside_a_gguf_model_does_not_hide_it(tmp_path: Path) -> None:
@@ -437,7 +440,7 @@ def test_gguf_files_that_are_no_models(keys: dict[str, Any], message: str, tmp_p
     path = write_model_gguf(tmp_path / "x.gguf", golden.config, golden.weights, **keys)
     assert message in refusal(path)
     with pytest.raises(et.InputError, match=re.escape(message)):
-        checkpoint.read_config(path)
+        read_config(path)
 
 
 @pytest.mark.parametrize("kind", ["Model", "finetune", "LLM", 3])
@@ -661,14 +664,14 @@ def test_absurd_numbers_are_refused_before_names_are_made(
 ) -> None:
     golden = load_golden("mixtral_mqa")
     folder = write_folder(tmp_path, golden.config | keys, golden.weights)
-    for module in ("checkpoint", "models.checks"):
-        monkeypatch.delattr(f"einsum_transformer.{module}.weights_of")
+    for module in ("weights", "checks"):
+        monkeypatch.delattr(f"einsum_transformer.loading.{module}.weights_of")
     assert message in refusal(folder)
     config = write_config(tmp_path / "alone.json", golden.config | keys)
     if keys.get("num_hidden_layers", 0) > 4096 or keys.get("num_local_experts", 0) * 3 > 1 << 16:
         assert str(config) in refusal(config)
         with pytest.raises(et.InputError, match="at most"):
-            checkpoint.read_config(config)
+            read_config(config)
 
 
 def test_a_run_config_is_bounded_as_well(tmp_path: Path) -> None:
@@ -683,9 +686,9 @@ def test_a_run_config_is_bounded_as_well(tmp_path: Path) -> None:
 def test_large_real_models_are_within_the_bounds(tmp_path: Path) -> None:
     """126 layers (Llama 3.1 405B), and 94 layers of 128 experts (Qwen3 235B)."""
     config = hf_config(num_hidden_layers=126)
-    assert checkpoint.read_config(write_config(tmp_path / "a.json", config)).num_hidden_layers == 126
+    assert read_config(write_config(tmp_path / "a.json", config)).num_hidden_layers == 126
     config = load_golden("qwen3_moe_window").config | {"num_hidden_layers": 94}
     config |= {"layer_types": None, "num_experts": 128, "num_local_experts": 128}
-    read = checkpoint.read_config(write_config(tmp_path / "b.json", config))
+    read = read_config(write_config(tmp_path / "b.json", config))
     assert read.moe is not None
     assert read.moe.num_experts == 128

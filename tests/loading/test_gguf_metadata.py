@@ -15,12 +15,13 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.loading.gguf import gguf_config
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.gguf_keys import DESCRIPTIVE, NEUTRAL, SIZES
-from einsum_transformer.models.gguf_config import gguf_config
 from gguf_files import CONVERSIONS, write_model_gguf
 from golden_files import FOLDER, MODELS, load_golden, write_folder
 
+pytestmark = pytest.mark.usefixtures("every_load_is_inspected")
 ARCH = "{arch}."
 with np.load(FOLDER / "gguf_metadata.npz") as file:
     REFERENCE = dict(file)
@@ -104,7 +105,7 @@ def reader(path: Path) -> Callable[..., Any]:
 
     def read(**keys: Any) -> Any:
         file.metadata = held | {f"{arch}.{key}": value for key, value in keys.items()}
-        return gguf_config(file)[1]
+        return gguf_config(file)
 
     return read
 

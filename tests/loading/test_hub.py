@@ -12,9 +12,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from einsum_transformer import hub
-from einsum_transformer.checkpoint import resolve
 from einsum_transformer.errors import InputError
+from einsum_transformer.loading import hub
+from einsum_transformer.loading.sources import Options, resolve
 
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -148,7 +148,7 @@ class TestGGUF:
         assert hub.download(f"o/n:{tag}").name == "m-Q8_0.gguf"
         assert fetched == ["m-Q8_0.gguf"]
         remote(GGUFS, cached=["m-Q8_0.gguf"], online=False)
-        assert resolve(f"o/n:{tag}", offline=True).name == "m-Q8_0.gguf"
+        assert resolve(f"o/n:{tag}", Options(offline=True)).name == "m-Q8_0.gguf"
 
     def test_one_that_is_not_there(self, remote: Remote) -> None:
         remote(GGUFS)

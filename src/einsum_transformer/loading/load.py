@@ -1,0 +1,68 @@
+"""`load`: a model from whatever names one."""
+
+from pathlib import Path
+
+import numpy as np
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.loading.contents import look
+from einsum_transformer.loading.hub import DEFAULT_MODEL
+from einsum_transformer.loading.sources import Options, Source, find, name_of
+from einsum_transformer.loading.weights import random_weights, read_weights
+from einsum_transformer.models.adapter_text import with_own_text
+from einsum_transformer.models.model import Model
+from einsum_transformer.models.peft import with_adapter
+from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.models.unsupported import adapter_in
+from einsum_transformer.notes import note
+
+
+def load(
+    source: str | Path | RunConfig = DEFAULT_MODEL,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    adapter: str | Path | None = None,
+    max_layers: int | None = None,
+    seed: int | None = None,
+    weight_budget: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    allow_links: bool = False,
+) -> Model:
+    """A model from a Hugging Face folder, a hub id, a .gguf file, a config JSON (random weights), or the
+    default model.
+
+    Files are recognized by what is in them. Of a split GGUF any part names the model; so does a folder with
+    one GGUF model in it, and `owner/name:Q4_K_M` for one of several in a hub repository.
+
+    dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random
+    weights.
+    weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs
+    it. adapter: a PEFT or mlx-lm folder, whose adapters are put on the weights (unmerged; see `merged`); the
+    tokenizer and chat template in it come before the base's.
+    allow_links: read weights through links that lead out of the model's folder, as shared stores have them.
+    Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by
+    anything.
+    """
+    if quantization is not None:
+        raise InputError(
+            f"quantization {quantization!r} is not available; load without it (--set quantization=null)"
+        )
+    options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links)
+    model = _model(find(source, options), options)
+    return model if adapter is None else with_own_text(with_adapter(model, adapter), adapter)
+
+
+def _model(source: Source, options: Options) -> Model:
+    found = look(source, options)
+    assert found.config is not None
+    config = options.cut(found.config)
+    if found.tensors is None or found.places is None:
+        seed = options.seed or 0
+        decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source))
+        return Model(config, decoder, source=f"{name_of(source)} (random weights, seed {seed})")
+    path = found.tensors.path
+    if adapter := adapter_in(path):
+        note(f"{path / 'adapter_config.json'}: not used: {adapter}")
+    decoder = read_weights(found.tensors, config, found.places, options)
+    return Model(config, decoder, found.tokenizer, found.generation_config, str(path))

@@ -1,0 +1,115 @@
+"""What a user names as a model: found on disk, or fetched from the hub, and told apart by what is in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.formats.files import read_json
+from einsum_transformer.formats.folder import single_gguf
+from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
+from einsum_transformer.formats.sniff import is_json
+from einsum_transformer.loading import hub
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.run_config import RunConfig, parse_run_config
+
+DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a model is found and loaded: the arguments of `load`. Raises InputError for impossible ones."""
+
+    dtype: str = "float32"
+    max_layers: int | None = None
+    seed: int | None = None
+    weight_budget: int | None = None
+    revision: str | None = None
+    offline: bool = False
+    allow_links: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {self.dtype!r}: choose {' or '.join(DTYPES)}")
+        if self.weight_budget is not None and self.weight_budget < 0:
+            raise InputError(f"weight_budget is {self.weight_budget}: a number of bytes is expected")
+        if self.max_layers is not None and self.max_layers < 1:
+            raise InputError(f"max_layers is {self.max_layers}: at least 1")
+
+    def cut(self, config: ModelConfig) -> ModelConfig:
+        """The config with only the first `max_layers` layers."""
+        if self.max_layers is None or self.max_layers >= config.num_hidden_layers:
+            return config
+        return config.cut(self.max_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder in Hugging Face's format: config.json, safetensors weights, tokenizer."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A GGUF model, or any other file that is no JSON: opening it says what is wrong."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A config.json of Hugging Face's alone, and its keys; the weights are random."""
+
+    path: Path
+    keys: Mapping[str, Any]
+
+
+Source = Folder | TensorFile | ConfigFile | RunConfig
+
+
+def name_of(source: Source) -> str:
+    """The path of a source, for messages."""
+    return source.source if isinstance(source, RunConfig) else str(source.path)
+
+
+def find(source: str | Path | RunConfig, options: Options) -> Source:
+    """What `source` names. Raises InputError if it is not there, or a JSON file that is no config."""
+    if isinstance(source, RunConfig):
+        return source
+    path = resolve(source, options)
+    if path.is_dir():
+        return Folder(path)
+    if not is_json(path):
+        return TensorFile(path)
+    keys = read_json(path)
+    return ConfigFile(path, keys) if "model_type" in keys else parse_run_config(keys, str(path))
+
+
+def resolve(source: str | Path, options: Options) -> Path:
+    """The file or folder that `source` names, fetched from the hub if it is a repository that is not here.
+
+    A folder that holds one GGUF model and no safetensors weights stands for that file.
+    """
+    named = str(source)
+    if named.lower() == hub.DEFAULT_MODEL:
+        return hub.default_model(options.offline)
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return single_gguf(path, options.allow_links) or path
+        if path.exists():
+            return path
+        if leads_nowhere(path):
+            raise InputError(f"{path}: {LEADS_NOWHERE}")
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{named[:100]!r}: no such file or folder ({error.__class__.__name__})") from None
+    one_of_several = ":" in named and hub.is_repository(named)
+    local = path.suffix in (".json", ".gguf", ".safetensors") or named.startswith((".", "/", "~"))
+    if local and not one_of_several:
+        raise InputError(f"{source}: no such file or folder")
+    path = hub.download(named, options.revision, options.offline)
+    return (path.is_dir() and single_gguf(path, options.allow_links)) or path

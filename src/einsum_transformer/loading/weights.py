@@ -1,0 +1,78 @@
+"""The weights of a model: read from where they stand, all of them or under a budget, or random."""
+
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.errors import InputError
+from einsum_transformer.formats import TensorSource
+from einsum_transformer.leaves.lazy import Budget, LazyTensor
+from einsum_transformer.leaves.resident import read_all, rooms
+from einsum_transformer.loading.places import Place
+from einsum_transformer.loading.sources import Options
+from einsum_transformer.models.builder import WeightSpec, build, weights_of
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.decoder import Decoder
+
+Array = np.ndarray
+
+
+def read_weights(
+    tensors: TensorSource, config: ModelConfig, places: Mapping[str, Place], options: Options
+) -> Decoder:
+    """The decoder with its weights in memory, or under a budget with matrices that stay in the file."""
+    weights = weights_of(config)
+    budget, dtype = options.weight_budget, np.dtype(options.dtype)
+    # Norms and biases are small, and take part in sums rather than products: they are never lazy.
+    held = [weight for weight in weights if budget is None or len(weight.stored) == 1]
+    arrays = read_all(tensors, [places[weight.path].stored for weight in held], dtype)
+    loaded = {weight.path: array.reshape(weight.shape) for weight, array in zip(held, arrays)}
+    room = Budget(budget or 0)
+
+    def leaf(weight: WeightSpec) -> Any:
+        array = loaded.get(weight.path)
+        if array is not None:
+            return array
+        return LazyTensor(tensors, places[weight.path].stored, weight.shape, dtype, room)
+
+    return build(config, leaf)
+
+
+def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str) -> Decoder:
+    """Normal weights with the config's initializer_range, norms that scale by 1, biases 0; each tensor has a
+    stream of its own."""
+    if seed < 0:
+        raise InputError(f"seed is {seed}: it must be at least 0")
+    weights = weights_of(config)
+    needed = sum(math.prod(weight.stored) for weight in weights) * dtype.itemsize
+    if needed > (present := memory()):
+        sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f}"
+        raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
+
+    arrays = rooms([weight.stored for weight in weights], dtype)
+    places = {weight.path: array for weight, array in zip(weights, arrays)}
+
+    def leaf(weight: WeightSpec) -> Array:
+        if weight.path.endswith("norm.weight"):
+            return np.full(weight.shape, 1 - config.norm_offset, dtype)
+        if weight.path.endswith("bias"):
+            return np.zeros(weight.shape, dtype)
+        rng = np.random.default_rng([seed, zlib.crc32(weight.path.encode())])
+        values = rng.standard_normal(weight.shape, dtype=np.float32).astype(dtype, copy=False)
+        values *= config.initializer_range
+        places[weight.path][...] = values.reshape(weight.stored)
+        return places[weight.path].reshape(weight.shape)
+
+    return build(config, leaf)
+
+
+def memory() -> int:
+    """Bytes of memory of this machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not told on this system
+        return 1 << 62

@@ -1,0 +1,44 @@
+"""Amounts, lists and columns as text, for messages and tables."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+
+def quantity(amount: float, unit: str = "") -> str:
+    """An amount in three digits and a decimal prefix: 1.23 M, 538 MB."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(amount) < 999.5 or prefix == "P":
+            break
+        amount /= 1000
+    digits = 0 if prefix == "" and float(amount).is_integer() else max(0, 3 - len(str(int(abs(amount)))))
+    return f"{amount:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
+    """Rows of cells as lines of text, columns as wide as their longest cell; right: those that end together.
+
+    Names are results, so nothing is cut, however narrow a terminal or a pipe is.
+    """
+    widths, ends = [max(map(len, column)) for column in zip(*rows)], set(right)
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in ends else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process held so far, or None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def some(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
