@@ -16,6 +16,7 @@ from einsum_transformer.components.masks import Mask, Masked
 
 Array = np.ndarray
 
+_ALL = slice(None)
 TILE_BYTES = 1 << 20
 """Scores of a tile, so that they stay in a core's second-level cache between the two products."""
 
@@ -65,6 +66,8 @@ def boxes(q: Array, tiles: list[Tile], most_bytes: int, most_groups: int, least:
     largest = tiles[0]
     count = (largest.queries.stop - largest.queries.start) * (largest.keys.stop - largest.keys.start)
     fit = min(most_bytes // (count * q.dtype.itemsize), b * kv_heads * groups // least)
+    if fit >= b * kv_heads * groups and most_groups >= groups:
+        return [Box(_ALL, _ALL, _ALL)]
     step_g = max(1, min(most_groups, groups, fit))
     step_k = max(1, min(kv_heads, fit // step_g))
     step_b = max(1, min(b, fit // (step_g * step_k)))

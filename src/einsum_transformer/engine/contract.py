@@ -114,7 +114,8 @@ class Gradients:
         self.parts = parts
 
 
-_ndarray = np.ndarray
+# Looked up once: einsum begins with them.
+_ndarray, _kept_plans, _recording = np.ndarray, plans.kept, recorder.current
 
 
 def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) -> Array:
@@ -129,11 +130,11 @@ def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) ->
     What differs from np.einsum stands in docs/notation.md, section "Where einsum and np.einsum differ".
     Errors: EquationError names the equation, the operand, the letter and both sizes.
     """
-    if len(operands) == 2 and not keywords and recorder.current() is None:
+    if len(operands) == 2 and not keywords and _recording() is None:
         a, b = operands
         if type(a) is _ndarray and type(b) is _ndarray:
             try:
-                plan = plans.kept.get(
+                plan = _kept_plans.get(
                     (equation, a.shape, b.shape, a.strides, b.strides, a.dtype.num, b.dtype.num)
                 )
             except TypeError:  # sublists: `equation` is an operand
