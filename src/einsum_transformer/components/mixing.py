@@ -64,15 +64,17 @@ class Mixing:
         sums, shifts = np.empty_like(q[..., 0]), np.zeros_like(q[..., 0])
         slopes = self._slopes(q)
         pattern = _empty_pattern(q, k) if asked_for("pattern") else None
+        scale = q.dtype.type(self.scale)
 
         def run(box: Box, tile: Tile) -> None:
             here, there = box.of_queries(tile), box.of_keys(tile)
             with phase("scores"):
-                p = self._masked(self._scores(q[here], k[there]), slopes, box, tile, mask)
+                qb, kb = q[here] * scale, k[there]
+                p = self._masked(self._scores(qb, kb), slopes, box, tile, mask)
                 sink = None if sinks is None else sinks[box.kv_heads, box.groups, None]
                 total = exponentials(p, sink)
                 if total is None:
-                    p = self._masked(self._scores(q[here], k[there]), slopes, box, tile, mask)
+                    p = self._masked(self._scores(qb, kb), slopes, box, tile, mask)
                     total, shift = shifted_exponentials(p, sink)
                     shifts[here] = shift.transpose(0, 3, 1, 2)
                 total = sums[here] = total.transpose(0, 3, 1, 2)
@@ -94,7 +96,7 @@ class Mixing:
     def backward(self, dmixed: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """The gradients by q, k and v."""
         q, k, v, mixed, *_, mask = saved
-        slopes, lse = self._slopes(q), saved.lse
+        slopes, lse, scale = self._slopes(q), saved.lse, q.dtype.type(self.scale)
         # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         p_dp = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
         # Every query head has a dk and dv of its own until the end, so that no two boxes write to one place.
@@ -104,9 +106,9 @@ class Mixing:
         def run(box: Box) -> None:
             for tile in tiles:
                 here, there = box.of_queries(tile), box.of_keys(tile)
-                kb, vb, db = k[there], v[there], dmixed[here]
-                # p = exp(softcap(scale einsum("btkgh,bskh->bkgts", q, k)) + bias + mask - lse)
-                p = self._scores(q[here], kb)
+                qb, kb, vb, db = q[here] * scale, k[there], v[there], dmixed[here]
+                # p = exp(softcap(einsum("btkgh,bskh->bkgts", scale * q, k)) + bias + mask - lse)
+                p = self._scores(qb, kb)
                 slope = None if self.softcap is None else softcap_derivative(p, self.softcap)
                 p = self._masked(p, slopes, box, tile, mask)
                 p -= lse[here].transpose(0, 2, 3, 1)[..., None]
@@ -118,18 +120,16 @@ class Mixing:
                 dscores *= p
                 if slope is not None:
                     dscores *= slope
-                # scores = einsum("btkgh,bskh->bkgts", q, k)
+                # scores = einsum("btkgh,bskh->bkgts", scale * q, k)
                 dq[here] = einsum("bkgts,bskh->btkgh", dscores, kb)
-                dk[*there, box.groups] += einsum("bkgts,btkgh->bskh", dscores, q[here])[..., None, :]
+                dk[*there, box.groups] += einsum("bkgts,btkgh->bskh", dscores, qb)[..., None, :]
 
         tiles = list(query_tiles(mask, q.shape[1], self.query_block, q.dtype))
         coarse = q[..., 0].size * k.shape[1] >= 1 << 18
         # A tile's scores and their gradient are held at once; one group in a box, as dk and dv are.
-        parts = boxes(q, tiles, TILE_BYTES // 2, 1, least=8 if coarse else 1)
+        parts = boxes(q, tiles, TILE_BYTES // 2, 1, least=6 if coarse else 1)
         for_each(run, [(box,) for box in parts], coarse)
-        # scores = scale * ...
-        dq *= q.dtype.type(self.scale)
-        dk *= q.dtype.type(self.scale)
+        dq *= scale
         return dq, dk.sum(axis=3), dv.sum(axis=3)
 
     def sinks_backward(self, dmixed: Array, saved: Saved, sinks: Array) -> Array:
@@ -139,8 +139,8 @@ class Mixing:
         return -einsum("btkg,btkg->kg", p, einsum("btkgh,btkgh->btkg", dmixed, saved.mixed))
 
     def _scores(self, q: Array, k: Array) -> Array:
-        """softcap(scale q . k) of one tile."""
-        scores = einsum("btkgh,bskh->bkgts", q * q.dtype.type(self.scale), k)
+        """softcap(q . k) of one tile, whose queries are scaled already."""
+        scores = einsum("btkgh,bskh->bkgts", q, k)
         return scores if self.softcap is None else softcap(scores, self.softcap)
 
     def _masked(self, scores: Array, slopes: Array | None, box: Box, tile: Tile, mask: Mask) -> Array:
