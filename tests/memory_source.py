@@ -37,6 +37,9 @@ class MemorySource:
         rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
         return rows[start:stop]
 
+    def read_packed(self, name: str) -> None:
+        return None
+
     def release(self, name: str) -> None:
         pass
 

@@ -12,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize as gguf_dequantize
+from gguf.quants import quantize
 
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import gguf as module
@@ -200,6 +201,30 @@ def test_rows_are_those_of_the_whole(tmp_path):
         whole = whole.reshape(-1, whole.shape[-1]) if whole.ndim > 2 else whole
         for start, stop in ((0, len(whole)), (1, 3), (2, 2), (len(whole) - 2, len(whole))):
             np.testing.assert_array_equal(source.read_rows(name, start, stop), whole[start:stop], strict=True)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_packed_is_what_the_numbers_are_made_of(tmp_path, kind):
+    """Codes and scales are views of the file, and their product is what `read` gives."""
+    code = GGMLQuantizationType[kind]
+    values = np.random.default_rng(0).normal(size=(2, 4, 96)).astype(np.float32)
+    stored = quantize(values, code)
+    write(tmp_path / "t.gguf", {"x": (stored, code), "flat": (stored[0, 0], code), "f": (values, None)})
+    source = GGUFFile(tmp_path / "t.gguf")
+    packed = source.read_packed("x")
+    assert packed is not None
+    assert (packed.dtype, packed.shape) == (kind, (8, 96))
+    assert not any(part.flags.writeable or part.base is None for part in packed.parts.values())
+    parts = {name: part.astype(np.float32) for name, part in packed.parts.items()}
+    if kind == "Q8_0":
+        numbers = parts["codes"] * parts["scales"]
+    else:
+        nibbles = packed.parts["nibbles"]
+        low_and_high = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).astype(np.float32)
+        least = parts.get("minimums", -8 * parts["scales"])
+        numbers = low_and_high * parts["scales"] + least
+    np.testing.assert_allclose(numbers.reshape(2, 4, 96), source.read("x"), rtol=1e-6)
+    assert source.read_packed("f") is source.read_packed("flat") is None
 
 
 def test_type_that_cannot_be_dequantized_is_named(tmp_path):

@@ -13,6 +13,10 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 import einsum_transformer as et
+from einsum_transformer.engine import Leaf
+from einsum_transformer.formats import Packed
+from einsum_transformer.loading.weights import PACKED
+from einsum_transformer.tree import named_leaves
 from golden_files import write_folder
 from tiny_models import (
     CONFIG,
@@ -165,6 +169,37 @@ def test_quantized_matrices(kind: str, budget: int | None, tmp_path: Path) -> No
         np.testing.assert_array_equal(parameters[name], array, err_msg=name)
     expected = et.load(write_folder(tmp_path / "folder", config, exact)).logits(IDS)
     np.testing.assert_allclose(et.load(file, weight_budget=budget).logits(IDS), expected, rtol=0, atol=1e-4)
+
+
+class Halved(Leaf):
+    """A leaf of a test: half of what the file holds."""
+
+    def __init__(self, packed: Packed, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.packed, self.shape, self.dtype = packed, shape, dtype
+
+    def array(self) -> Array:
+        numbers = self.packed.parts["codes"] * self.packed.parts["scales"].astype(self.dtype)
+        return numbers.reshape(self.shape) / 2
+
+
+def test_a_kind_of_leaf_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry decides what becomes of a tensor that the file holds packed, whatever the budget is; rows
+    that the file has in another order are read as numbers."""
+    config, code = hf_config(**WIDE), gguf.GGMLQuantizationType.Q8_0
+    file = write_gguf_quantized(tmp_path / "m.gguf", config, random_weights(config), code)
+    plain = et.load(file).named_parameters()
+    monkeypatch.setitem(PACKED, "Q8_0", Halved)
+    for budget in (None, 0):
+        halved = et.load(file, weight_budget=budget)
+        kinds = {path: type(leaf) for path, leaf in named_leaves(halved.decoder)}
+        assert kinds["layers.0.mlp.down_proj"] is Halved
+        assert kinds["layers.0.self_attn.q_proj"] is not Halved
+        parameters = halved.named_parameters()
+        for name, array in plain.items():
+            path = name.removeprefix("model.").removesuffix(".weight")
+            factor = 0.5 if kinds.get(path, kinds.get(f"{path}.weight")) is Halved else 1
+            np.testing.assert_allclose(parameters[name], factor * array, rtol=1e-6)
+        assert np.isfinite(halved.logits(IDS)).all()
 
 
 def write_gguf_quantized(path: Path, config: dict[str, Any], weights: dict[str, Array], code: Any) -> Path:

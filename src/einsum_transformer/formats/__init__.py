@@ -1,6 +1,6 @@
 """Bytes to arrays and back: safetensors and GGUF, with no knowledge of models."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,18 @@ class TensorInfo:
     nbytes: int
     file: Path
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A quantized tensor as its file stores it."""
+
+    dtype: str
+    """The type in the file, which says what the parts mean."""
+    shape: tuple[int, ...]
+    """Of the numbers that it stands for, as a matrix."""
+    parts: Mapping[str, np.ndarray]
+    """Read-only views of the mapped file, such as codes and scales, each with a row for each row."""
 
 
 class Names(list[str]):
@@ -56,6 +68,10 @@ class TensorSource(Protocol):
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start to stop of the tensor as a matrix, all its axes but the last joined (of a vector: its
         numbers), without the rest."""
+        ...
+
+    def read_packed(self, name: str) -> Packed | None:
+        """The tensor as it is stored, None for a type that is read as numbers only."""
         ...
 
     def release(self, name: str) -> None:

@@ -14,6 +14,14 @@ _Q4_0 = np.dtype([("d", "<f2"), ("q", "V16")])
 _Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "V16")])
 _Q8_0 = np.dtype([("d", "<f2"), ("q", "V32")])
 
+PACKED = {
+    "Q8_0": np.dtype([("scales", "<f2"), ("codes", "i1", 32)]),
+    "Q4_0": np.dtype([("scales", "<f2"), ("nibbles", "u1", 16)]),
+    "Q4_1": np.dtype([("scales", "<f2"), ("minimums", "<f2"), ("nibbles", "u1", 16)]),
+}
+"""Type -> one block of 32 numbers, for the types that can be handed on as they are stored. Nibbles hold the
+first 16 numbers in their low halves."""
+
 
 def dequantize(stored: np.ndarray, dtype: str, block: tuple[int, int], out: np.ndarray) -> None:
     """Write the values of `stored`, bytes of blocks of type `dtype`, to the flat float32 `out`.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.errors import FormatError, InputError
-from einsum_transformer.formats import Names, TensorInfo, TensorSource
+from einsum_transformer.formats import Names, Packed, TensorInfo, TensorSource
 from einsum_transformer.formats.files import atomic_file, read_json, sync
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
@@ -138,6 +138,9 @@ class SafetensorsFolder:
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._holder(name).read_rows(name, start, stop)
+
+    def read_packed(self, name: str) -> Packed | None:
+        return self._holder(name).read_packed(name)
 
     def release(self, name: str) -> None:
         self._holder(name).release(name)

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from einsum_transformer.errors import FormatError
-from einsum_transformer.formats import TensorInfo, as_rows
-from einsum_transformer.formats.dequantize import dequantize
+from einsum_transformer.formats import Packed, TensorInfo, as_rows
+from einsum_transformer.formats.dequantize import PACKED, dequantize
 from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
 from einsum_transformer.formats.unsupported import instead
 
@@ -133,6 +133,16 @@ class GGUFFile(MappedFile):
         row_bytes = info.nbytes // math.prod(info.shape[:-1])  # whole blocks, as the header was checked for
         stored = self._stored(info)[start * row_bytes : stop * row_bytes]
         return self._dequantized(info, stored).reshape(-1, info.shape[-1])
+
+    def read_packed(self, name: str) -> Packed | None:
+        info = self.info(name)
+        block = PACKED.get(info.dtype)
+        if block is None or len(info.shape) < 2:
+            return None
+        rows = math.prod(info.shape[:-1])
+        blocks = self._stored(info).view(block).reshape(rows, -1)
+        parts = {part: blocks[part].reshape(rows, blocks.shape[1], -1) for part in block.names or ()}
+        return Packed(info.dtype, (rows, info.shape[-1]), parts)
 
     def _dequantized(self, info: TensorInfo, stored: np.ndarray) -> np.ndarray:
         elements, nbytes = _BLOCKS[info.dtype]

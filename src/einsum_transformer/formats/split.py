@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from einsum_transformer.errors import FormatError
+from einsum_transformer.formats import Packed
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
 from einsum_transformer.formats.mapped import quoted
@@ -45,6 +46,9 @@ class SplitGGUF(GGUFFile):
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._holder(name).read_rows(name, start, stop)
+
+    def read_packed(self, name: str) -> Packed | None:
+        return self._holder(name).read_packed(name)
 
     def release(self, name: str) -> None:
         self._holder(name).release(name)

@@ -3,13 +3,13 @@
 import math
 import os
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats import Packed, TensorSource
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import read_all, rooms
 from einsum_transformer.loading.places import Place
@@ -20,26 +20,37 @@ from einsum_transformer.models.decoder import Decoder
 
 Array = np.ndarray
 
+PACKED: dict[str, Callable[[Packed, tuple[int, ...], np.dtype], Leaf]] = {}
+"""Type of a tensor in its file -> what makes the leaf that keeps it so: (the tensor, the weight's shape, the
+type to compute in). Tensors of other types are read as numbers."""
+
 
 def read_weights(
     tensors: TensorSource, config: ModelConfig, places: Mapping[str, Place], options: Options
 ) -> Decoder:
-    """The decoder with its weights in memory, or under a budget with matrices that stay in the file."""
-    weights = weights_of(config)
+    """The decoder, each of whose weights is one of these, by the first rule that fits:
+
+    1. a leaf of `PACKED`, which keeps the tensor as its file stores it;
+    2. under a budget, a matrix that stays in the file until an equation needs it;
+    3. an array in memory, or a view of the mapped file.
+    """
     budget, dtype = options.weight_budget, np.dtype(options.dtype)
-    # Norms and biases are small, and take part in sums rather than products: they are never lazy.
-    held = [weight for weight in weights if budget is None or len(weight.stored) == 1]
-    arrays = read_all(tensors, [places[weight.path].stored for weight in held], dtype)
-    loaded = {weight.path: array.reshape(weight.shape) for weight, array in zip(held, arrays)}
+    leaves, held = {}, []
     room = Budget(budget or 0)
-
-    def leaf(weight: WeightSpec) -> Any:
-        array = loaded.get(weight.path)
-        if array is not None:
-            return array
-        return LazyTensor(tensors, places[weight.path].stored, weight.shape, dtype, room)
-
-    return build(config, leaf)
+    for weight in weights_of(config):
+        stored = places[weight.path].stored
+        kind = PACKED.get(tensors.info(stored.name).dtype) if stored.plain else None
+        packed = None if kind is None else tensors.read_packed(stored.name)
+        if kind is not None and packed is not None and packed.shape == weight.stored:
+            leaves[weight.path] = kind(packed, weight.shape, dtype)
+        # Norms and biases are small, and take part in sums rather than products: they are never lazy.
+        elif budget is not None and len(weight.stored) > 1:
+            leaves[weight.path] = LazyTensor(tensors, stored, weight.shape, dtype, room)
+        else:
+            held.append(weight)
+    arrays = read_all(tensors, [places[weight.path].stored for weight in held], dtype)
+    leaves |= {weight.path: array.reshape(weight.shape) for weight, array in zip(held, arrays)}
+    return build(config, lambda weight: leaves[weight.path])
 
 
 def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str) -> Decoder:
