@@ -251,6 +251,12 @@ def load_parts(prefix: str) -> dict[str, np.ndarray]:
         return {key.removeprefix(f"{prefix}/"): file[key] for key in file if key.startswith(f"{prefix}/")}
 
 
+def load_sinks() -> dict[str, np.ndarray]:
+    """Attention with sinks of transformers: see make_sinks in tools/golden_parts.py."""
+    with np.load(FOLDER / "sinks.npz") as file:
+        return dict(file)
+
+
 def load_greedy() -> dict[str, Any]:
     """SmolLM2's greedy continuations: see tools/golden_smollm2.py."""
     return json.loads((FOLDER / "smollm2_greedy.json").read_text(encoding="utf-8"))

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from einsum_transformer.components.attention import Attention
+from einsum_transformer.components.context import Context
+from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.rmsnorm import RMSNorm
-from einsum_transformer.components.rope import inverse_frequencies, rotation
+from einsum_transformer.components.rope import RopeConfig, inverse_frequencies, rotation
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.models.config import Keys
 from einsum_transformer.models.families.family import read_rope
-from golden_files import load_parts
+from golden_files import load_parts, load_sinks
 
 ROPE = load_parts("rope")
 ROPES = sorted({key.split("/")[0] for key in ROPE})
@@ -122,3 +125,33 @@ def test_sampling_distribution(row: int, column: int) -> None:
     reference = SAMPLING["probabilities"][row, column]
     np.testing.assert_array_equal(ours > 0, reference > 0)
     np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", ["full", "window"])
+def test_attention_with_sinks(case: str) -> None:
+    """Output and every gradient, in float64."""
+    golden = load_sinks()
+    config = json.loads(str(golden["config"]))
+    kv_heads, h = config["num_key_value_heads"], config["head_dim"]
+    groups, d = config["num_attention_heads"] // kv_heads, config["hidden_size"]
+    shapes = {"q": (kv_heads, groups, h), "k": (kv_heads, h), "v": (kv_heads, h)}
+
+    def weights(prefix: str) -> dict[str, np.ndarray]:
+        found = {"sinks": golden[f"{prefix}sinks"].reshape(kv_heads, groups)}
+        for name, shape in shapes.items():
+            found[f"{name}_proj"] = golden[f"{prefix}{name}_proj.weight"].reshape(*shape, d)
+            found[f"{name}_bias"] = golden[f"{prefix}{name}_proj.bias"].reshape(shape)
+        found["o_proj"] = golden[f"{prefix}o_proj.weight"].reshape(d, kv_heads, groups, h)
+        return found | {"o_bias": golden[f"{prefix}o_proj.bias"]}
+
+    window = config["sliding_window"] if case == "window" else None
+    attention = Attention(**weights(""), mixing=Mixing(h**-0.5, window, query_block=4))
+    x, positions = golden["x"], np.arange(golden["x"].shape[1])
+    rope = RopeConfig(**config["rope_parameters"])
+    context = Context(positions, rotation(rope, h, np.broadcast_to(positions, x.shape[:2]), x.dtype))
+    y, saved = attention.forward(x, context)
+    np.testing.assert_allclose(y, golden[f"{case}/y"], rtol=0, atol=1e-13)
+    dx, gradient = attention.backward(golden["dy"], saved, context)
+    np.testing.assert_allclose(dx, golden[f"{case}/dx"], rtol=0, atol=1e-12)
+    for name, expected in weights(f"{case}/grad/").items():
+        np.testing.assert_allclose(getattr(gradient, name), expected, rtol=0, atol=1e-12, err_msg=name)

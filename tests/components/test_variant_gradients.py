@@ -25,6 +25,7 @@ from einsum_transformer.components.moe import MoE, Routing
 from einsum_transformer.components.qk_norm import HeadNorm, WholeNorm
 from einsum_transformer.components.rmsnorm import RMSNorm
 from einsum_transformer.components.rope import RopeConfig, rotation
+from einsum_transformer.engine import Recorder
 from einsum_transformer.numerics.activations import ACTIVATIONS, GELU, GELU_TANH, gelu
 from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 from einsum_transformer.numerics.softmax import softmax
@@ -171,6 +172,31 @@ def test_soft_caps_and_alibi(
 def test_attention_with_norms_of_queries_and_keys() -> None:
     assert_attention(attention(q_norm=HeadNorm(normal(H)), k_norm=HeadNorm(normal(H, seed=1), 1e-6, 1.0)))
     assert_attention(attention(q_norm=WholeNorm(normal(K, G, H)), k_norm=WholeNorm(normal(K, 1, H, seed=1))))
+
+
+@pytest.mark.parametrize("query_block", [2, 64])
+@pytest.mark.parametrize("size", [1.0, 200.0])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sinks(padded: bool, window: int | None, size: float, query_block: int) -> None:
+    """Also sinks that are far above and far below every score, whose exponentials leave float64."""
+    mixing = Mixing(1.3, window, query_block=query_block)
+    weights = attention(mixing=mixing, sinks=size * normal(K, G))
+    assert_attention(weights, np.array([0, 3]) if padded else None)
+
+
+def test_a_sink_is_a_key_whose_value_is_zero() -> None:
+    """Against a softmax over one more score; the weights of the other values are what a reader sees."""
+    x, queries = normal(1, T, D), np.arange(T)
+    weights = attention(mixing=Mixing(), rope=None, sinks=normal(K, G))
+    with Recorder(values="pattern") as recorder:
+        weights.forward(x, Context(queries))
+    q, k = np.einsum("btd,kghd->bkgth", x, weights.q_proj), np.einsum("btd,khd->bkth", x, weights.k_proj)
+    scores = np.einsum("bkgth,bksh->bkgts", q, k)
+    scores = np.where(queries[:, None] >= queries, scores, -np.inf)
+    sinks = np.broadcast_to(weights.sinks[:, :, None, None], (1, K, G, T, 1))
+    expected = softmax(np.concatenate([scores, sinks], axis=-1))[..., :-1]
+    np.testing.assert_allclose(recorder.values["pattern"], expected, atol=1e-12)
 
 
 def test_alibi_is_a_bias_by_distance() -> None:

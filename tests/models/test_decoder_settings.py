@@ -12,10 +12,14 @@ import pytest
 
 import einsum_transformer as et
 from components.gradient import assert_weight_gradients
+from einsum_transformer.analysis.gradcheck import gradcheck
 from einsum_transformer.components.latent_attention import LatentAttention, LatentQuery
+from einsum_transformer.errors import ConfigError
+from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.builder import WeightSpec, build
 from einsum_transformer.models.config import LatentConfig, ModelConfig
 from einsum_transformer.models.decoder import Decoder
+from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.tree import map_named
 from tiny_models import config_of, tiny_model
 
@@ -119,3 +123,21 @@ def test_a_config_json_that_cannot_say_it_is_not_saved(name: str, tmp_path: Path
     model = tiny_model()
     with pytest.raises(et.InputError, match=f"cannot say {name} = 0.5"):
         replace(model, config=replace(model.config, **{name: 0.5})).save(tmp_path)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_with_sinks(lora: bool) -> None:
+    """Gradients, a cached run, the names of tensors, and what cannot have sinks."""
+    config = replace(SMALL, sinks=True)
+    model = et.Model(config, random_decoder(config))
+    assert model.named_parameters()["model.layers.0.self_attn.sinks"].shape == (4,)
+    if lora:
+        model = with_lora(model, LoRAConfig(2))
+    found = gradcheck(model, TOKENS, TOKENS)
+    assert found.passed, [row for row in found.rows if row.error > found.tolerance]
+    assert any("sinks" in row.name for row in found.rows) is not lora
+    cache = model.cache()
+    pieces = [model.decoder.forward(TOKENS[:, i : i + 1], cache)[0] for i in range(TOKENS.shape[1])]
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), model.logits(TOKENS), atol=1e-10)
+    with pytest.raises(ConfigError, match="sinks"):
+        replace(config, fused_qkv="role")

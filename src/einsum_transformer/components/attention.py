@@ -12,7 +12,7 @@ from einsum_transformer.components.context import Context
 from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.qk_norm import QKNorm
-from einsum_transformer.engine import einsum, phase, tap, weight_grad
+from einsum_transformer.engine import einsum, is_trained, phase, tap, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -42,6 +42,8 @@ class Attention:
     o_bias: Annotated[Array, "d"] | None = None
     q_norm: QKNorm | None = None
     k_norm: QKNorm | None = None
+    sinks: Annotated[Array, "(k g)"] | None = None
+    """The score of one more key of each query head, whose value is zero."""
     mixing: Mixing = static(default=Mixing())
     rope: int | None = static(default=0)
     """Which of the decoder's rotations this layer's queries and keys get; None: NoPE."""
@@ -61,7 +63,7 @@ class Attention:
                 q, saved_q = self.q_norm.forward(q)
                 k, saved_k = self.k_norm.forward(k[:, :, :, None])
                 q, k = tap("q_norm", q), tap("k_norm", k[:, :, :, 0])
-        mixed, saved_mix = attend(q, k, v, context, self.mixing)
+        mixed, saved_mix = attend(q, k, v, context, self.mixing, self.sinks)
         with phase("output"):
             y = einsum("btkgh,dkgh->btd", mixed, self.o_proj)
             if self.o_bias is not None:
@@ -75,6 +77,10 @@ class Attention:
             dmixed = einsum("btd,dkgh->btkgh", dy, self.o_proj)
             do_proj = weight_grad(self.o_proj, "btd,btkgh->dkgh", dy, mixed)
             do_bias = weight_grad(self.o_bias, "btd->d", dy)
+        dsinks = None
+        if self.sinks is not None and is_trained(self.sinks):
+            with phase("scores"):
+                dsinks = self.mixing.sinks_backward(dmixed, saved.mix, self.sinks)
         dq, dk, dv = attend_backward(dmixed, saved.mix, context, self.mixing)
         dq_norm = dk_norm = None
         with phase("qkv"):
@@ -97,6 +103,7 @@ class Attention:
                 o_bias=do_bias,
                 q_norm=dq_norm,
                 k_norm=dk_norm,
+                sinks=dsinks,
                 mixing=self.mixing,
                 rope=self.rope,
             )
@@ -188,7 +195,9 @@ class FusedAttention:
         return q.reshape(b, t, kv_heads, groups, size), k.reshape(shape), v.reshape(shape)
 
 
-def attend(q: Array, k: Array, v: Array, context: Context, mixing: Mixing) -> tuple[Array, core.Saved]:
+def attend(
+    q: Array, k: Array, v: Array, context: Context, mixing: Mixing, sinks: Any = None
+) -> tuple[Array, core.Saved]:
     """Projected queries, keys and values -> mixed values: RoPE, the cache, the core."""
     rotation, cache = context.rotation, context.cache
     with phase("rope"):
@@ -198,7 +207,8 @@ def attend(q: Array, k: Array, v: Array, context: Context, mixing: Mixing) -> tu
     if cache is not None:
         with phase("cache"):
             k, v, index = cache.append(k, v)
-    return mixing.forward(q, k, v, Mask(context.positions, index, mixing.window, context.pads))
+    mask = Mask(context.positions, index, mixing.window, context.pads)
+    return mixing.forward(q, k, v, mask, sinks)
 
 
 def attend_backward(

@@ -155,7 +155,8 @@ class _Builder:
         without = _ATTENTION_BIASES - _QKV_BIASES if config.qkv_bias else _ATTENTION_BIASES
         if config.qk_norm is not None:
             settings |= {name: self.qk_norm(f"{path}.{name}") for name in ("q_norm", "k_norm")}
-        return self.component(Attention, path, () if config.attention_bias else without, **settings)
+        absent = (*(() if config.attention_bias else without), *(() if config.sinks else ("sinks",)))
+        return self.component(Attention, path, absent, **settings)
 
     def latent_attention(self, path: str, latent: LatentConfig, settings: dict[str, Any]) -> LatentAttention:
         size = latent.qk_nope_head_dim + latent.qk_rope_head_dim

@@ -138,6 +138,8 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     clip_qkv: float | None = None
+    sinks: bool = False
+    """Whether the softmax of each query head has a learned sink; not with fused or latent attention."""
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     local_rope: RopeConfig | None = None
     """The rotation of the layers with a window, where they have one of their own."""
@@ -190,6 +192,8 @@ class ModelConfig:
                 f"config keys disagree: latent attention has a key for each of {self.num_attention_heads} "
                 f"heads, num_key_value_heads is {self.num_key_value_heads}"
             )
+        if self.sinks and (self.latent is not None or self.fused_qkv is not None):
+            raise ConfigError("config keys disagree: sinks need matrices of their own for q, k and v")
         for name, most in (("norm_eps", 1), ("initializer_range", 100)):
             _check_range(name, getattr(self, name), most)
         for name in _FACTORS:
