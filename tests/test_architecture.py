@@ -160,16 +160,7 @@ _NAMED = (ast.FunctionDef, ast.ClassDef, ast.alias)
 
 
 def check_import_side_effects(path: str, source: str) -> Iterator[str]:
-    """A module only imports, defines and assigns."""
-    allowed = (
-        ast.Import,
-        ast.ImportFrom,
-        ast.FunctionDef,
-        ast.AsyncFunctionDef,
-        ast.ClassDef,
-        ast.Assign,
-        ast.AnnAssign,
-    )
+    """A module only imports, defines and assigns names of its own, but for the one effect that is named."""
     for node in ast.parse(source).body:
         docstring = (
             isinstance(node, ast.Expr)
@@ -177,10 +168,23 @@ def check_import_side_effects(path: str, source: str) -> Iterator[str]:
             and isinstance(node.value.value, str)
         )
         guard = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        own = all(isinstance(name, (ast.Name, ast.Tuple)) for target in targets for name in ast.walk(target)
+                  if not isinstance(name, (ast.Store, ast.Starred)))  # fmt: skip
+        named = path == f"{HOME}__init__.py" and ast.unparse(node).startswith(_NAMED_EFFECT)
         if not (
-            docstring or isinstance(node, allowed) or guard in ("TYPE_CHECKING", "__name__ == '__main__'")
+            docstring
+            or (isinstance(node, _DEFINITIONS) and (own or named))
+            or guard in ("TYPE_CHECKING", "__name__ == '__main__'")
         ):
             yield f"{path}:{node.lineno}: {ast.unparse(node)[:60]}"
+
+
+_DEFINITIONS = (
+    *(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef),
+    *(ast.ClassDef, ast.Assign, ast.AnnAssign),
+)
+_NAMED_EFFECT = "os.environ['OPENBLAS_THREAD_TIMEOUT'] = "
 
 
 def equations(tree: ast.AST) -> Iterator[tuple[int, ast.expr]]:
@@ -208,15 +212,23 @@ def check_legend(path: str, source: str) -> Iterator[str]:
 
 
 def check_backward_equations(path: str, source: str) -> Iterator[str]:
-    """A contraction in a backward function has the three terms of one in a forward function of the file.
+    """A contraction in a backward function has the three terms of one in a forward function of the same class
+    (or, outside of classes, of the file).
 
     A sum of products of two arrays of one shape (`btd,btd->bt`) is a reduction and belongs to no contraction.
     """
-    tree = ast.parse(source)
-    backward = {line for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and "backward" in f.name
+    body = ast.parse(source).body
+    classes = [node for node in body if isinstance(node, ast.ClassDef)]
+    others = ast.Module([node for node in body if node not in classes], [])
+    for scope in (*classes, others):
+        yield from _without_forward(path, scope)
+
+
+def _without_forward(path: str, scope: ast.AST) -> Iterator[str]:
+    backward = {line for f in ast.walk(scope) if isinstance(f, ast.FunctionDef) and "backward" in f.name
                 for line, _ in equations(f)}  # fmt: skip
     forward, wanted = set(), []
-    for line, argument in equations(tree):
+    for line, argument in equations(scope):
         if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
             continue
         parsed = Equation.parse(argument.value)
@@ -288,6 +300,11 @@ def test_a_cycle_is_found() -> None:
 
 COMPONENT, MODEL = f"{HOME}components/x.py", f"{HOME}models/x.py"
 PLANTED = [
+    (check_import_side_effects, f"{HOME}cli/x.py", "os.environ['OPENBLAS_THREAD_TIMEOUT'] = '22'"),
+    (check_import_side_effects, f"{HOME}__init__.py", "os.environ['OMP_NUM_THREADS'] = '1'"),
+    (check_backward_equations, COMPONENT,
+     "class A:\n    def forward():\n        einsum('btd,fd->btf', x, w)\n"
+     "class B:\n    def backward():\n        einsum('btf,fd->btd', dy, w)"),
     (check_leaf_kinds, MODEL, "if isinstance(weight, (Frozen, LoRA)): pass"),
     (check_ranks, COMPONENT, "from einsum_transformer.models.config import ModelConfig"),
     (check_ranks, COMPONENT, "def f():\n    import einsum_transformer.cli.app"),

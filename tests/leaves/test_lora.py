@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
+from einsum_transformer.engine import EquationError, weight_grad
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
@@ -164,3 +165,29 @@ def test_an_adapter_on_an_adapter_is_refused(tiny: et.Model) -> None:
     model = with_lora(tiny, LoRAConfig())
     with pytest.raises(InputError, match="merge it first"):
         with_lora(model, LoRAConfig())
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["array", "frozen", "LoRA"])
+def test_order_means_the_same_for_every_operand(kind: str, order: Any) -> None:
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((6, 5)), rng.standard_normal((2, 3, 5))
+    weight: Any = w
+    if kind == "frozen":
+        weight = Frozen(w)
+    if kind == "LoRA":
+        weight = LoRA("w", w, rng.standard_normal((2, 5)), rng.standard_normal((6, 2)), 0.5, 1)
+    y = et.einsum("btd,fd->btf", x, weight, order=order)
+    assert y.flags.c_contiguous if order == "C" else y.flags.f_contiguous
+    np.testing.assert_allclose(y, np.einsum("btd,fd->btf", x, np.asarray(weight)), rtol=1e-12)
+
+
+def test_operands_of_a_gradient_that_is_not_wanted_are_not_looked_at() -> None:
+    for weight in (None, Frozen(np.ones((3, 2)))):
+        assert weight_grad(weight, "btf,btd->fd", None, None) is None
+
+
+def test_the_letter_of_the_rank_is_taken() -> None:
+    weight = LoRA("w", np.ones((3, 2)), np.ones((1, 2)), np.ones((3, 1)), 1.0, 1)
+    with pytest.raises(EquationError, match="letter r"):
+        et.einsum("rd,fd->rf", np.ones((4, 2)), weight)

@@ -31,4 +31,4 @@ class Embedding:
         # x = scale * take_rows(weight, tokens): rows of tokens that occur more than once add up
         if self.scale != 1:
             dy = dy * np.asarray(self.scale, dy.dtype)
-        return Embedding(add_rows(self.weight, saved, dy), self.scale)
+        return Embedding(weight=add_rows(self.weight, saved, dy), scale=self.scale)
