@@ -126,8 +126,9 @@ class Mixing:
 
         tiles = list(query_tiles(mask, q.shape[1], self.query_block, q.dtype))
         coarse = q[..., 0].size * k.shape[1] >= 1 << 18
-        # A tile's scores and their gradient are held at once; one group in a box, as dk and dv are.
-        parts = boxes(q, tiles, TILE_BYTES // 2, 1, least=6 if coarse else 1)
+        # A tile's scores and their gradient are held at once; one group in a box, as dk and dv are, and two
+        # boxes for each.
+        parts = boxes(q, tiles, TILE_BYTES // 2, 1, least=2 * q.shape[3])
         for_each(run, [(box,) for box in parts], coarse)
         dq *= scale
         return dq, dk.sum(axis=3), dv.sum(axis=3)

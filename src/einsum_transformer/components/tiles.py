@@ -29,6 +29,11 @@ class Tile:
     keys: slice
     masked: Masked
 
+    @property
+    def size(self) -> int:
+        """Scores of one head of one row."""
+        return (self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start)
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -63,9 +68,8 @@ def boxes(q: Array, tiles: list[Tile], most_bytes: int, most_groups: int, least:
     """All rows and heads of q (b, t, k, g, h) in boxes whose largest tile has about most_bytes of scores, at
     least so many boxes where there are as many heads; the groups of a key/value head stay together first."""
     b, _, kv_heads, groups, _ = q.shape
-    largest = tiles[0]
-    count = (largest.queries.stop - largest.queries.start) * (largest.keys.stop - largest.keys.start)
-    fit = min(most_bytes // (count * q.dtype.itemsize), b * kv_heads * groups // least)
+    largest = max(tile.size for tile in tiles)
+    fit = min(most_bytes // (largest * q.dtype.itemsize), b * kv_heads * groups // least)
     if fit >= b * kv_heads * groups and most_groups >= groups:
         return [Box(_ALL, _ALL, _ALL)]
     step_g = max(1, min(most_groups, groups, fit))

@@ -152,6 +152,8 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._entered = False
         _frame.set(self._outer)
+        self._outer = None
+        self._weights.clear()
 
     def _keep(self, name: str, value: Array) -> None:
         self.values[name] = np.array(value)
