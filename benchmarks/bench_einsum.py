@@ -24,7 +24,7 @@ import numpy as np
 from machine import Table, median, progress
 
 import einsum_transformer as et
-from einsum_transformer.engine import Equation, blas
+from einsum_transformer.engine import Equation, blas, weight_grad
 
 Array = np.ndarray
 Task = Callable[[], Any]
@@ -36,7 +36,8 @@ FIRST_GUESS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call that a component made: einsum or weight_grad, and its operands' shapes and strides."""
+    """One call that a component made, of einsum or weight_grad, and the shapes and strides of its operands; a
+    weight is the last."""
 
     function: Callable[..., Array]
     equation: str
@@ -76,6 +77,12 @@ class Row:
         return self.optimized / self.ours
 
 
+def weight_grad_of_last(equation: str, *operands: Array) -> Array:
+    """weight_grad, with the weight last."""
+    *given, weight = operands
+    return weight_grad(weight, equation, *given)
+
+
 @contextmanager
 def recording() -> Iterator[list[Call]]:
     """Every einsum and weight_grad of the components, while the context lasts."""
@@ -83,10 +90,14 @@ def recording() -> Iterator[list[Call]]:
     originals = []
 
     def spy(function: Callable[..., Array]) -> Callable[..., Array]:
-        def recorded(equation: str, *operands: Array, **options: Any) -> Array:
-            layouts = tuple((operand.shape, operand.strides) for operand in operands)
-            calls.append(Call(function, equation, layouts, options))
-            return function(equation, *operands, **options)
+        def recorded(*arguments: Any, **options: Any) -> Array:
+            if all(each is not None for each in arguments):  # a bias that is not there has no gradient
+                before = int(function is weight_grad)
+                replayed = weight_grad_of_last if before else function
+                operands = (*arguments[before + 1 :], *arguments[:before])
+                layouts = tuple((operand.shape, operand.strides) for operand in operands)
+                calls.append(Call(replayed, arguments[before], layouts, options))
+            return function(*arguments, **options)
 
         return recorded
 
