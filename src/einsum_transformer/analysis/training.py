@@ -25,7 +25,8 @@ from einsum_transformer.engine.phases import (
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import atomic_file
-from einsum_transformer.tables import peak_rss_bytes, quantity
+from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, with_lines
+from einsum_transformer.training.loop import StepReport, Trainer
 
 Key = tuple[str, ...]
 
@@ -132,29 +133,27 @@ class TrainingReport:
 
 def training_report(
     times: StepTimes,
-    losses: Sequence[float],
-    seconds: Sequence[float],
-    targets: int,
-    skipped: int,
+    reports: Sequence[StepReport],
+    trainer: Trainer,
     parameters: int,
-    weights: Sequence[np.ndarray],
-    optimizer_bytes: int,
-    clipped: int = 0,
     random_vocabulary: int | None = None,
 ) -> TrainingReport:
-    """From the seconds of all phases, and what each step reported: its loss and its seconds.
+    """From the seconds of all phases, and what each step reported.
 
-    clipped: steps whose gradients were scaled down. random_vocabulary: the size of the vocabulary if every
-    step drew random tokens from it, which cannot be learnt.
+    parameters: of the model, its adapters aside. random_vocabulary: the size of the vocabulary if every step
+    drew random tokens from it, which cannot be learnt.
     """
+    losses, seconds = [report.loss for report in reports], [report.seconds for report in reports]
+    weights, moments, clip = trainer.weights.values(), trainer.compute.moments(), trainer.settings.clip_norm
+    clipped = sum(clip is not None and report.norm > clip for report in reports)
     whole = math.fsum(seconds)
     stages = tuple(_stage(name, times.of((name,)), whole) for name in TRAINING if (name,) in times.by_path)
     finite = np.flatnonzero(np.isfinite(losses))
     slope = float(np.polyfit(finite, np.array(losses)[finite], 1)[0]) if len(finite) > 1 else 0.0
-    step = _stage("step", list(seconds), whole)
+    step = _stage("step", seconds, whole)
     return TrainingReport(
         steps=len(losses),
-        skipped=skipped,
+        skipped=trainer.bad_steps,
         seconds=whole,
         step=step,
         stages=stages,
@@ -164,15 +163,15 @@ def training_report(
         loss_first=losses[0],
         loss_last=losses[-1],
         loss_trend=slope,
-        tokens_per_second=targets / whole if whole > 0 else 0.0,
+        tokens_per_second=sum(report.targets for report in reports) / whole if whole > 0 else 0.0,
         parameters=parameters,
         trainable=sum(array.size for array in weights),
         gradient_bytes=sum(array.nbytes for array in weights),
-        optimizer_bytes=optimizer_bytes,
+        optimizer_bytes=sum(array.nbytes for arrays in moments.values() for array in arrays.values()),
         peak_rss_bytes=peak_rss_bytes(),
         blas=str(blas.current()),
         threads=blas.get_threads(),
-        advice=tuple(_advice(np.array(losses)[finite], step, skipped, clipped, random_vocabulary)),
+        advice=tuple(_advice(np.array(losses)[finite], step, trainer.bad_steps, clipped, random_vocabulary)),
     )
 
 
@@ -240,15 +239,12 @@ def _advice(
 
 def render(found: TrainingReport) -> Any:
     """The report for a terminal, as a rich renderable."""
-    from rich.console import Group
-    from rich.text import Text
-
-    tables: list[Any] = [_table("stage", [found.step, *found.stages], indent=True), Text("")]
+    tables: list[Any] = [_table("stage", [found.step, *found.stages], indent=True), ""]
     for name, parts in found.tables.items():
         if parts:
             total = Stage(f"{name}, sum", *_sums(parts))
-            tables += [_table(name, [*parts, total], heading=f"of {name}"), Text("")]
-    return Group(*tables, *(Text(line) for line in summary(found)))
+            tables += [_table(name, [*parts, total], heading=f"of {name}"), ""]
+    return with_lines(tables, summary(found))
 
 
 def _sums(parts: Sequence[Stage]) -> tuple[float, float, float, float, float]:
@@ -260,12 +256,7 @@ def _sums(parts: Sequence[Stage]) -> tuple[float, float, float, float, float]:
 
 
 def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: str = "share") -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(title)
-    for column in ("mean ms", "p50 ms", "p99 ms", "total s", heading):
-        table.add_column(column, justify="right")
+    table = terminal_table((title, "mean ms", "p50 ms", "p99 ms", "total s", heading))
     for i, stage in enumerate(stages):
         times = [f"{1000 * value:.2f}" for value in (stage.mean, stage.p50, stage.p99)]
         depth = "  " if indent and i else ""
@@ -275,12 +266,7 @@ def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: s
 
 def render_costs(rows: Sequence[Cost], optimizer: str) -> Any:
     """What training has to hold, before it begins."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("to train")
-    for column in ("parameters", "share", "gradients", f"state of {optimizer}"):
-        table.add_column(column, justify="right")
+    table = terminal_table(("to train", "parameters", "share", "gradients", f"state of {optimizer}"))
     for row in rows:
         sizes = [quantity(row.gradient_bytes, "B"), quantity(row.optimizer_bytes, "B")]
         table.add_row(row.name, f"{row.trainable:,}", f"{100 * row.share:.3f} %", *sizes)

@@ -9,6 +9,7 @@ import typer
 
 from einsum_transformer.cli import options
 from einsum_transformer.errors import InputError
+from einsum_transformer.tables import terminal_table
 
 if TYPE_CHECKING:
     from einsum_transformer.models.adapters import Merged
@@ -76,12 +77,7 @@ def merge(
 
 
 def _table(report: list[Merged]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("weight")
-    for heading in ("rms change", "rms error", "error of change"):
-        table.add_column(heading, justify="right")
+    table = terminal_table(("weight", "rms change", "rms error", "error of change"))
     for row in report:
         table.add_row(row.name, f"{row.change:.3g}", f"{row.error:.3g}", f"{row.relative:.3%}")
     return table

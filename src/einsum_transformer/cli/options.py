@@ -188,7 +188,7 @@ class Sampled:
         metavar="X", help="Above 1, tokens that occurred become less likely."
     )
     seed: Seed = None
-    stop: list[str] | None = flag(metavar="TEXT", help="End at this text; may be repeated.")  # noqa: RUF009
+    stop: list[str] | None = flag(metavar="TEXT", help="End at this text; may be repeated.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,25 +117,13 @@ class TrainingRun:
             self.live.console.print(text) if self.live is not None else options.note(text)
 
     def report(self, loaded: Model, random_vocabulary: int | None) -> TrainingReport:
-        from einsum_transformer.analysis.training import StepTimes, training_report
+        from einsum_transformer.analysis.training import training_report
 
         if not self.reports:
             raise InputError(
                 f"{self.journal.folder}: all {self.steps} steps are done already; ask for more with --steps"
             )
-        clip, trainer = self.trainer.settings.clip_norm, self.trainer
-        found = training_report(
-            self.times or StepTimes(),
-            [report.loss for report in self.reports],
-            [report.seconds for report in self.reports],
-            sum(report.targets for report in self.reports),
-            trainer.bad_steps,
-            _count(loaded),
-            list(trainer.weights.values()),
-            sum(array.nbytes for moment in trainer.compute.moments().values() for array in moment.values()),
-            sum(clip is not None and report.norm > clip for report in self.reports),
-            random_vocabulary,
-        )
+        found = training_report(self.times, self.reports, self.trainer, _count(loaded), random_vocabulary)
         self.journal.note(jsonlib.dumps(found.to_dict()))
         return found
 
