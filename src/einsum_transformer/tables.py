@@ -35,7 +35,7 @@ def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str
 
 
 def terminal_table(headings: Sequence[str], left: Collection[int] = (0,)) -> Table:
-    """A table for a terminal, without rows yet; left: columns that begin together, all others end together."""
+    """A table for a terminal, without rows yet; left: columns that begin together, not end so."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")

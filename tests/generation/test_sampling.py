@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.generation.keys import merged
 from einsum_transformer.generation.sampling import Sampling
 
 Array = np.ndarray
@@ -202,13 +203,18 @@ def test_numbers_out_of_range(name: str, value: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+def said(settings: dict[str, Any] | None, **given: Any) -> Sampling:
+    """What generation_config.json says, and what is given instead."""
+    return Sampling.of(merged(settings, given))
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in MISTYPED.items() for value in values]
 )
 def test_wrong_types_in_generation_config(name: str, value: Any) -> None:
     """The file comes from outside, so its values may be of any type."""
     with pytest.raises(InputError, match=name) as caught:
-        Sampling.from_generation_config({"do_sample": True, name: value})
+        said({"do_sample": True, name: value})
     assert "\n" not in str(caught.value)
 
 
@@ -221,11 +227,9 @@ def test_what_generation_config_says() -> None:
         "min_p": 0.1,
         "repetition_penalty": 1.2,
     }
-    assert Sampling.from_generation_config(stated) == Sampling(0.6, 20, 0.9, 0.1, 1.2)
-    assert Sampling.from_generation_config(stated, temperature=0.0, top_k=0) == Sampling(
-        0.0, 0, 0.9, 0.1, 1.2
-    )
-    assert Sampling.from_generation_config(stated | {"do_sample": False}).temperature == 0
-    assert Sampling.from_generation_config({"do_sample": True}).temperature == 1
-    assert Sampling.from_generation_config({"temperature": 0.6}).temperature == 0
-    assert Sampling.from_generation_config(None) == Sampling.from_generation_config({}) == Sampling()
+    assert said(stated) == Sampling(0.6, 20, 0.9, 0.1, 1.2)
+    assert said(stated, temperature=0.0, top_k=0) == Sampling(0.0, 0, 0.9, 0.1, 1.2)
+    assert said(stated | {"do_sample": False}).temperature == 0
+    assert said({"do_sample": True}).temperature == 1
+    assert said({"temperature": 0.6}).temperature == 0
+    assert said(None) == said({}) == Sampling()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,6 @@ class Report:
     blas: str
     threads: int
     rope: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in JSON types."""
-        return asdict(self)
 
 
 def report(spans: Sequence[Span], run: Run) -> Report:

@@ -112,16 +112,14 @@ def _turn(talk: _Talk, line: str, terminal: bool) -> None:
 
 def _next_line() -> str:
     """A line of standard input in UTF-8; a byte order mark before the first is no text."""
-    raw = (
-        sys.stdin.buffer.readline()
-        if isinstance(sys.stdin, io.TextIOWrapper)
-        else sys.stdin.readline().encode()
-    )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        raw = sys.stdin.buffer.readline()
+    else:  # whatever a program puts in its place has text
+        raw = sys.stdin.readline().encode()
     if not raw:
         raise EOFError
     try:
-        line = raw.decode() if isinstance(raw, bytes) else raw
-        return line.removeprefix("\ufeff")
+        return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input: not UTF-8 text (byte {error.start} of a line)") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -42,4 +43,4 @@ def diff(
     names = (short[0], short[1]) if short[0] != short[1] else ("A", "B")
     with options.announced("counting the tiles of attention ...", json):
         found = compare(configs[0], configs[1], batch, tokens, names)
-    options.write_line(found.to_dict() if json else render(found))
+    options.write_line(asdict(found) if json else render(found))

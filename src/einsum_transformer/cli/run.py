@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -304,7 +304,7 @@ class _Job:
 
 def _json(source: str, results: list[Generation], found: Report) -> dict[str, Any]:
     """One object for a row; for a batch its first entries are lists."""
-    numbers = found.to_dict()
+    numbers = asdict(found)
     table = numbers.pop("rows")
     facts = {
         name: numbers.pop(name) for name in ("blas", "threads", "kv_cache_bytes", "peak_rss_bytes", "rope")

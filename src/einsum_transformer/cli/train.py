@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -328,7 +328,7 @@ def train(
             run.plot(plot)
     if shown.json:
         curves = {"losses": list(run.losses.values()), "validation": run.validated, "folder": str(folder)}
-        options.write_line({"model": loaded.source} | found.to_dict() | curves)
+        options.write_line({"model": loaded.source} | asdict(found) | curves)
     elif not shown.quiet:
         show(found, run, folder, output is not None)
 

@@ -127,7 +127,8 @@ def _divided(
 
     By default nothing is held out where that would leave less than a batch.
     """
-    from einsum_transformer.training.data import held_out, read_examples
+    from einsum_transformer.training.data import held_out
+    from einsum_transformer.training.records import read_examples
 
     valid = text.valid
     if valid is None and text.valid_share is None and (Path(str(text.data)) / "valid.jsonl").is_file():

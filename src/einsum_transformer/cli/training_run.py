@@ -6,7 +6,7 @@ import json as jsonlib
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ class TrainingRun:
                 f"{self.journal.folder}: all {self.steps} steps are done already; ask for more with --steps"
             )
         found = training_report(self.times, self.reports, self.trainer, _count(loaded), random_vocabulary)
-        self.journal.note(jsonlib.dumps(found.to_dict()))
+        self.journal.note(jsonlib.dumps(asdict(found)))
         return found
 
     def plot(self, path: str) -> None:

@@ -21,15 +21,18 @@ _ENVIRONMENT = {
     # a virtual environment there before it starts.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
-# Off is where Ray stays on the loopback interface, which it does on other systems than Linux by default.
-_LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _STORE_BYTES = 1 << 27
 """Of a local object store, beyond what is known to lie in it."""
 
 
-def import_ray() -> Any:
-    """The package ray, or one line that says how to install it."""
-    for name, value in _ENVIRONMENT.items():
+def import_ray(local: bool) -> Any:
+    """The package ray, or one line that says how to install it.
+
+    local: a Ray that listens on the loopback interface alone, if this is its first import.
+    """
+    # Off is where Ray stays on the loopback interface, which it does on other systems than Linux by default.
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if local else {}
+    for name, value in (_ENVIRONMENT | loopback).items():
         os.environ.setdefault(name, value)
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -40,19 +43,12 @@ def import_ray() -> Any:
     return ray
 
 
-def import_local_ray() -> Any:
-    """`import_ray` for a Ray that listens on the loopback interface alone, if this is its first import."""
-    for name, value in _LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    return import_ray()
-
-
 class Connection:
     """A Ray that is in use already, one that is connected to at `address`, or a local one for this process
     alone; `close` ends what was begun here."""
 
     def __init__(self, address: str | None, workers: int, store_bytes: int) -> None:
-        self.ray = import_local_ray() if address is None else import_ray()
+        self.ray = import_ray(local=address is None)
         if address is not None and not _ADDRESS.fullmatch(address):
             raise InputError(f"Ray address {address!r}: auto or host:port is expected")
         self.ours = not self.ray.is_initialized()

@@ -12,34 +12,11 @@ from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import LengthNote, context_limit
 from einsum_transformer.generation.keys import FILE, OtherOptions, merged
-from einsum_transformer.generation.rows import (
-    PREFILL_CHUNK,
-    Generation,
-    Row,
-    Settings,
-    end_tokens,
-    lengthen,
-    prefill,
-    scores,
-)
+from einsum_transformer.generation.rows import Generation, Row, Settings, lengthen, prefill, scores
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
-from einsum_transformer.generation.stopping import StopMatcher
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note_once
-
-__all__ = [
-    "PREFILL_CHUNK",
-    "Generation",
-    "Settings",
-    "StopMatcher",
-    "encode",
-    "end_tokens",
-    "generate",
-    "options",
-    "prefill",
-    "stream",
-]
 
 Array = np.ndarray
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation import filters, processors
-from einsum_transformer.generation.keys import SAMPLING, merged, parsed
+from einsum_transformer.generation.keys import SAMPLING, parsed
 from einsum_transformer.generation.processors import Processor
 from einsum_transformer.numerics.softmax import softmax
 
@@ -57,11 +57,6 @@ class Sampling:
     def of(values: Mapping[str, Any]) -> Sampling:
         """What the values of `keys.merged` say."""
         return Sampling(**{name: value for name, value in values.items() if name in SAMPLING})
-
-    @staticmethod
-    def from_generation_config(settings: Mapping[str, Any] | None, **given: Any) -> Sampling:
-        """What `given` says where it is not None, else what generation_config.json says, else greedy."""
-        return Sampling.of(merged(settings, given))
 
     def sampler(
         self, prompt: Sequence[int] = (), ends: Sequence[int] = (), max_length: int | None = None
