@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from math import prod
@@ -102,10 +103,10 @@ def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Pair]]:
 
 
 def _components(config: ModelConfig) -> dict[str, int]:
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for weight in weights_of(config):
         name = re.sub(r"^layers\.\d+\.|\.\d+(?=\.)|\.weight$", "", weight.path)
-        found[name] = found.get(name, 0) + prod(weight.stored)
+        found[name] += prod(weight.stored)
     return found
 
 

@@ -25,6 +25,7 @@ from einsum_transformer.engine.phases import (
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import atomic_file
+from einsum_transformer.models.model import Model
 from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, with_lines
 from einsum_transformer.training.loop import StepReport, Trainer
 
@@ -80,25 +81,6 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What a kind of training has to hold, by exact count; bytes."""
-
-    name: str
-    trainable: int
-    share: float
-    gradient_bytes: int
-    optimizer_bytes: int
-
-
-def costs(parameters: int, itemsize: int, moments: int, adapters: Mapping[str, int]) -> list[Cost]:
-    """The cost of training all `parameters`, and of each kind of adapter: name -> its numbers."""
-    return [
-        Cost(name, count, count / max(parameters, 1), count * itemsize, count * itemsize * moments)
-        for name, count in ({"all weights": parameters} | dict(adapters)).items()
-    ]
-
-
-@dataclass(frozen=True, slots=True)
 class TrainingReport:
     """The numbers of a training; seconds, bytes, parameters."""
 
@@ -131,13 +113,12 @@ def training_report(
     times: StepTimes,
     reports: Sequence[StepReport],
     trainer: Trainer,
-    parameters: int,
     random_vocabulary: int | None = None,
 ) -> TrainingReport:
     """From the seconds of all phases, and what each step reported.
 
-    parameters: of the model, its adapters aside. random_vocabulary: the size of the vocabulary if every step
-    drew random tokens from it, which cannot be learnt.
+    random_vocabulary: the size of the vocabulary if every step drew random tokens from it, which cannot be
+    learnt.
     """
     losses, seconds = [report.loss for report in reports], [report.seconds for report in reports]
     weights, moments, clip = trainer.weights.values(), trainer.compute.moments(), trainer.settings.clip_norm
@@ -160,7 +141,7 @@ def training_report(
         loss_last=losses[-1],
         loss_trend=slope,
         tokens_per_second=sum(report.targets for report in reports) / whole if whole > 0 else 0.0,
-        parameters=parameters,
+        parameters=_parameters(trainer.model),
         trainable=sum(array.size for array in weights),
         gradient_bytes=sum(array.nbytes for array in weights),
         optimizer_bytes=sum(array.nbytes for arrays in moments.values() for array in arrays.values()),
@@ -169,6 +150,12 @@ def training_report(
         threads=blas.get_threads(),
         advice=tuple(_advice(np.array(losses)[finite], step, trainer.bad_steps, clipped, random_vocabulary)),
     )
+
+
+def _parameters(model: Model) -> int:
+    """Of a model without its adapters."""
+    own = model.adapter_parameters()
+    return sum(array.size for name, array in model.named_parameters().items() if name not in own)
 
 
 def _stage(name: str, values: list[float], whole: float) -> Stage:
@@ -260,12 +247,18 @@ def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: s
     return table
 
 
-def render_costs(rows: Sequence[Cost], optimizer: str) -> Any:
-    """What training has to hold, before it begins."""
-    table = terminal_table(("to train", "parameters", "share", "gradients", f"state of {optimizer}"))
-    for row in rows:
-        sizes = [quantity(row.gradient_bytes, "B"), quantity(row.optimizer_bytes, "B")]
-        table.add_row(row.name, f"{row.trainable:,}", f"{100 * row.share:.3f} %", *sizes)
+def render_costs(trainer: Trainer) -> Any:
+    """What training has to hold, before it begins: for all weights, and for the adapters if there are any."""
+    optimizer, lora = trainer.settings.optimizer, trainer.model.lora
+    parameters, weights = _parameters(trainer.model), trainer.weights.values()
+    kinds = {"all weights": parameters}
+    if lora is not None:
+        kinds[f"LoRA rank {lora.r}"] = sum(array.size for array in weights)
+    itemsize, state = next(iter(weights)).itemsize, f"state of {type(optimizer).__name__}"
+    table = terminal_table(("to train", "parameters", "share", "gradients", state))
+    for name, count in kinds.items():
+        sizes = [quantity(n * count * itemsize, "B") for n in (1, len(optimizer.moments))]
+        table.add_row(name, f"{count:,}", f"{100 * count / max(parameters, 1):.3f} %", *sizes)
     return table
 
 

@@ -138,8 +138,7 @@ class AdapterFlags:
         from einsum_transformer.models.adapters import with_lora
         from einsum_transformer.models.lora_config import ALL_LINEAR, LoRAConfig
 
-        values = (self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_dropout)
-        given = self.lora or self.rslora or any(value is not None for value in values)
+        given = self != AdapterFlags()
         if model.lora is not None:
             if given:
                 raise InputError(
@@ -323,7 +322,7 @@ def train(
             run.save(keep.keep_last)
         if merge and output is not None:
             run.merge(folder / "merged")
-        found = run.report(loaded, None if text.data or fixed else loaded.config.vocab_size)
+        found = run.report(None if text.data or fixed else loaded.config.vocab_size)
         if plot is not None:
             run.plot(plot)
     if shown.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,16 +97,9 @@ def count_of(number: int, name: str) -> str:
 
 
 def _check_no_data(text: TextFlags) -> None:
-    flags = (
-        ("--valid", text.valid is not None),
-        ("--valid-share", text.valid_share is not None),
-        ("--mask-prompt", text.mask_prompt),
-        ("--pad", text.pad),
-        ("--long", not text.split_long),
-    )
-    for flag, given in flags:
-        if given:
-            raise InputError(f"{flag} needs --data, a file of text")
+    for flag in fields(text):
+        if getattr(text, flag.name) != flag.default:
+            raise InputError(f"--{flag.name.replace('_', '-')} needs --data, a file of text")
 
 
 def _note_long(examples: Sequence[Example], length: int, text: TextFlags) -> None:

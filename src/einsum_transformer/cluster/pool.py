@@ -93,20 +93,13 @@ def _knock(address: str) -> None:
 class Pool:
     """`count` workers made of one plan, each with its share of its machine's threads.
 
-    threads: of a machine, all its cores by default. timeout: seconds that an answer may take. recovered:
-    called with the number of a worker that took a dead one's place, before it is asked anything.
+    threads: of a machine, all its cores by default. timeout: seconds that an answer may take.
     """
 
-    def __init__(
-        self,
-        ray: Any,
-        plan: Plan,
-        count: int,
-        threads: int | None,
-        timeout: float,
-        recovered: Callable[[int], None] = lambda worker: None,
-    ) -> None:
-        self.ray, self.plan, self.timeout, self.recovered = ray, ray.put(plan), timeout, recovered
+    def __init__(self, ray: Any, plan: Plan, count: int, threads: int | None, timeout: float) -> None:
+        self.ray, self.plan, self.timeout = ray, ray.put(plan), timeout
+        self.recovered: Callable[[int], None] = lambda worker: None
+        """Called with the number of a worker that took a dead one's place, before it is asked anything."""
         errors = ray.exceptions
         self.lost = (
             errors.RayActorError,

@@ -203,10 +203,8 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
         raise InputError(f"the prompt is {type(prompt).__name__}: give {kinds}")
     if not items:
         raise InputError("the prompt is empty: give at least one token")
-    if isinstance(items[0], Mapping):
-        return [_chat(model, items)], True
-    if not isinstance(items[0], (str, Sequence, np.ndarray)):
-        return [_token_row(items)], True
+    if not isinstance(items[0], (str, Sequence, np.ndarray)):  # of one prompt: messages or token ids
+        return [_row(model, items)], True
     rows = [_row(model, item) for item in items]
     if not all(rows):
         raise InputError(f"prompt {rows.index([])} of the batch is empty")

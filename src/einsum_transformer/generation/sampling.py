@@ -67,14 +67,6 @@ class Sampling:
         """
         return Sampler(self, _processors(self, list(prompt), ends, max_length))
 
-    def choose(self, logits: Array, history: Sequence[int], rng: np.random.Generator) -> int:
-        """The next token's id, from its scores (v,) and a prompt."""
-        return self.sampler(history).choose(logits, history, rng)
-
-    def probabilities(self, logits: Array, history: Sequence[int]) -> Array:
-        """The distribution (v,) that `choose` draws from."""
-        return self.sampler(history).probabilities(logits, history)
-
 
 def _processors(
     sampling: Sampling, prompt: list[int], ends: Sequence[int], max_length: int | None

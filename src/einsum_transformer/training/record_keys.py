@@ -251,7 +251,7 @@ def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise InputError(f"{where}: a list of messages is expected")
     for i, message in enumerate(value):
-        if chosen(message, f"{where}[{i}]") is not None and chosen(message, where) is False:
+        if chosen(message, f"{where}[{i}]") is False:
             raise InputError(
                 f"{where}[{i}]: weights of messages belong to messages, not to prompt and completion"
             )
