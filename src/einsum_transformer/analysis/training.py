@@ -80,6 +80,10 @@ class Stage:
     share: float
 
 
+_NUMBERS = ("mean", "p50", "p99", "seconds", "share")
+"""Of a stage."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
     """The numbers of a training; seconds, bytes, parameters."""
@@ -225,17 +229,10 @@ def render(found: TrainingReport) -> Any:
     tables: list[Any] = [_table("stage", [found.step, *found.stages], indent=True), ""]
     for name, parts in found.tables.items():
         if parts:
-            total = Stage(f"{name}, sum", *_sums(parts))
+            sums = (math.fsum(getattr(part, key) for part in parts) for key in _NUMBERS)
+            total = Stage(f"{name}, sum", *sums)
             tables += [_table(name, [*parts, total], heading=f"of {name}"), ""]
     return with_lines(tables, summary(found))
-
-
-def _sums(parts: Sequence[Stage]) -> tuple[float, float, float, float, float]:
-    mean, p50, p99, seconds, share = (
-        math.fsum(getattr(part, name) for part in parts)
-        for name in ("mean", "p50", "p99", "seconds", "share")
-    )
-    return mean, p50, p99, seconds, share
 
 
 def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: str = "share") -> Any:

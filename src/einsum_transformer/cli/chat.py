@@ -45,17 +45,7 @@ def chat(
     """
     source = named.source()
     config = None if isinstance(source, str) else source
-    loaded, _ = options.open_model(
-        source,
-        hub,
-        loading,
-        loading.dtype,
-        shown.silent,
-        loading.weight_budget,
-        max_layers=loading.max_layers,
-        adapter=loading.adapter_path,
-        seed=sampled.seed,
-    )
+    loaded, _ = loading.open(source, hub, sampled.seed, shown.silent)
     templates = {} if loaded.tokenizer is None else loaded.tokenizer.chat_templates
     if loaded.tokenizer is None or (not templates and template.chat_template is None):
         raise InputError(f"{loaded.source}: has no chat template; `run` continues plain text")

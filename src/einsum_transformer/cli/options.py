@@ -166,6 +166,13 @@ class Loading(Machine):
     max_layers: MaxLayers = None
     dtype: Dtype = None
 
+    def open(
+        self, source: str | RunConfig, hub: Hub, seed: int | None, quiet: bool
+    ) -> tuple[LoadedModel, float]:
+        """The model, as `open_model` has it."""
+        more = {"max_layers": self.max_layers, "adapter": self.adapter_path, "seed": seed}
+        return open_model(source, hub, self, self.dtype, quiet, self.weight_budget, **more)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:

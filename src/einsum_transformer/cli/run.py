@@ -96,17 +96,7 @@ def run(
         raise InputError("--chat needs a prompt of text, --tokens has ids")
     given = given_prompt(prompt, prompt_file, tokens)
     asked = _Prompt(**given, chat=chat, template=template, batch_size=batch_size, silent=shown.silent)
-    loaded, load_seconds = options.open_model(
-        source,
-        hub,
-        loading,
-        loading.dtype,
-        shown.silent,
-        loading.weight_budget,
-        max_layers=loading.max_layers,
-        adapter=loading.adapter_path,
-        seed=sampled.seed,
-    )
+    loaded, load_seconds = loading.open(source, hub, sampled.seed, shown.silent)
     sampling, settings = options.generation_settings(loaded, keys, sampled, context, ignore_eos=ignore_eos)
     speculation = options.speculation_of(loaded, keys, drafting, loading, hub, shown.silent)
     rows = asked.rows(loaded, keys, sampled.seed or 0)
