@@ -64,7 +64,8 @@ def our_probabilities(logits: np.ndarray, history: np.ndarray, parameters: dict[
 
     parameters: any of repetition_penalty, temperature, top_k, top_p, min_p; one that is absent is off.
     """
-    return Sampling(**{"temperature": 1.0} | parameters).probabilities(logits, history)
+    sampler = Sampling(**{"temperature": 1.0} | parameters).sampler(history.tolist())
+    return sampler.probabilities(logits, history.tolist())
 
 
 def case_of(name: str) -> dict[str, Any]:

@@ -1,7 +1,13 @@
 """Amounts, lists and columns as text, for messages and tables."""
 
+from __future__ import annotations
+
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def quantity(amount: float, unit: str = "") -> str:
@@ -26,6 +32,24 @@ def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str
             for i, (cell, width) in enumerate(zip(row, widths))
         ]
         yield "  ".join(cells).rstrip()
+
+
+def terminal_table(headings: Sequence[str], left: Collection[int] = (0,)) -> Table:
+    """A table for a terminal, without rows yet; left: columns that begin together, not end so."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i in left else "right")
+    return table
+
+
+def with_lines(tables: Iterable[Any], lines: Iterable[str]) -> Any:
+    """Tables and the lines below them, as a rich renderable."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(*tables, *map(Text, lines))
 
 
 def peak_rss_bytes() -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -202,7 +202,7 @@ def test_what_is_printed(found: Report) -> None:
     assert f"parts {STAGES:.3f} s = 98.9 % of {STAGES + 10:.3f} s; outside of any phase: 10.000 s" in printed
     assert "first token after 745.000 s (775.000 s with loading the model)" in printed
     assert "KV cache 1.23 kB" in printed
-    json.dumps(found.to_dict(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_rope_made_visible() -> None:

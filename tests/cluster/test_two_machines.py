@@ -11,7 +11,7 @@ import pytest
 
 from cluster_runs import STEPS, final, snapshot, trainer
 from einsum_transformer.cluster.data_parallel import data_parallel
-from einsum_transformer.cluster.pool import import_local_ray
+from einsum_transformer.cluster.pool import import_ray
 from einsum_transformer.errors import InputError
 from einsum_transformer.training.loop import Local
 
@@ -22,7 +22,7 @@ MACHINE = {"num_cpus": 2, "object_store_memory": 1 << 27, "include_dashboard": F
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A head with two CPUs; this process connects to it by its address."""
-    ray = import_local_ray()
+    ray = import_ray(local=True)
     utils = importlib.import_module("ray.cluster_utils")
     found = utils.Cluster(initialize_head=True, head_node_args=MACHINE)
     yield found
@@ -52,4 +52,4 @@ def test_a_machine_that_goes_away_changes_nothing(cluster: Any, shard_optimizer:
 def test_more_workers_than_the_cluster_has_cpus(cluster: Any) -> None:
     with pytest.raises(InputError, match=r"^[0-2] of 3 Ray workers started within 5 s.*free CPUs"):
         trainer(data_parallel(3, cluster.address, 2, 5))
-    assert not import_local_ray().is_initialized()
+    assert not import_ray(local=True).is_initialized()

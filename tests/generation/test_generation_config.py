@@ -59,7 +59,7 @@ def test_the_tables_belong_to_the_dataclasses() -> None:
 
 def test_the_reference_defaults_of_sampling() -> None:
     """top_k is 50 where `do_sample` is true; every other default is off."""
-    found = Sampling.from_generation_config({"do_sample": True})
+    found = Sampling.of(keys.merged({"do_sample": True}, {}))
     off = {"forced_eos_token_id": (), "exponential_decay_length_penalty": None, "bad_words_ids": ()}
     for name, value in REFERENCE["defaults"].items():
         if name in keys.SAMPLING:

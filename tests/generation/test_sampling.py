@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from einsum_transformer.errors import InputError
+from einsum_transformer.generation.keys import merged
 from einsum_transformer.generation.sampling import Sampling
 
 Array = np.ndarray
@@ -57,7 +58,7 @@ def chi_square(counts: Array, probabilities: Array) -> float:
 
 def draw(sampling: Sampling, count: int, history: tuple[int, ...] = (), seed: int = 0) -> Array:
     rng = np.random.default_rng(seed)
-    tokens = [sampling.choose(LOGITS, history, rng) for _ in range(count)]
+    tokens = [sampling.sampler(history).choose(LOGITS, history, rng) for _ in range(count)]
     return np.bincount(tokens, minlength=len(LOGITS))
 
 
@@ -95,7 +96,9 @@ def test_draws(case: dict[str, Any]) -> None:
     }
     sampling = Sampling(**options)
     history = case.get("history", ())
-    np.testing.assert_allclose(sampling.probabilities(LOGITS, history), probabilities, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        sampling.sampler(history).probabilities(LOGITS, history), probabilities, rtol=0, atol=1e-6
+    )
     counts = draw(sampling, 5000, history)
     freedom = int((probabilities > 0).sum()) - 1
     assert chi_square(counts, probabilities) <= CRITICAL.get(freedom, 0.0)
@@ -122,7 +125,7 @@ def test_any_distribution(
 ) -> None:
     """Sums to 1, keeps the best token, and where no threshold is near, equals the plain computation."""
     scores = np.array(logits, np.float64) / 8
-    got = Sampling(temperature, top_k, top_p, min_p, penalty).probabilities(scores, [0])
+    got = Sampling(temperature, top_k, top_p, min_p, penalty).sampler([0]).probabilities(scores, [0])
     assert got.sum() == pytest.approx(1)
     assert (got >= 0).all()
     slightly = [(top_p * (1 + e), min_p * (1 + e)) for e in (-1e-9, 1e-9)]
@@ -135,30 +138,31 @@ def test_any_distribution(
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_tiny_temperature_is_greedy(temperature: float, dtype: type) -> None:
     """Not an overflow: the limit of the softmax is the best token."""
-    sampling = Sampling(temperature=temperature)
+    sampler = Sampling(temperature=temperature).sampler()
     logits = LOGITS.astype(dtype)
-    assert sampling.probabilities(logits, ())[0] == 1
-    assert {sampling.choose(logits, (), np.random.default_rng(seed)) for seed in range(5)} == {0}
+    assert sampler.probabilities(logits, ())[0] == 1
+    assert {sampler.choose(logits, (), np.random.default_rng(seed)) for seed in range(5)} == {0}
 
 
 @pytest.mark.parametrize("penalty", [1e-40, 1e-3, 1e3, 1e40, 1e300])
 def test_an_extreme_penalty_gives_a_distribution(penalty: float) -> None:
     sampling = Sampling(temperature=1.0, repetition_penalty=penalty)
-    p = sampling.probabilities(LOGITS, [0, 4])
+    p = sampling.sampler([0, 4]).probabilities(LOGITS, [0, 4])
     assert np.isfinite(p).all()
     assert p.sum() == pytest.approx(1)
 
 
 def test_greedy_takes_the_first_of_equals_after_the_penalty() -> None:
     rng = np.random.default_rng(0)
-    assert Sampling().choose(np.array([1.0, 3.0, 3.0]), (), rng) == 1
-    assert Sampling(repetition_penalty=2.0).choose(np.array([1.0, 3.0, 2.9]), [1], rng) == 2
-    assert Sampling(repetition_penalty=2.0).choose(np.array([-1.0, -1.5]), [0, 0], rng) == 1
+    assert Sampling().sampler().choose(np.array([1.0, 3.0, 3.0]), (), rng) == 1
+    penalized = Sampling(repetition_penalty=2.0)
+    assert penalized.sampler([1]).choose(np.array([1.0, 3.0, 2.9]), [1], rng) == 2
+    assert penalized.sampler([0, 0]).choose(np.array([-1.0, -1.5]), [0, 0], rng) == 1
 
 
 def test_choosing_changes_no_logits() -> None:
     logits = LOGITS.copy()
-    Sampling(0.7, 3, 0.9, 0.1, 1.5).choose(logits, [0, 1], np.random.default_rng(0))
+    Sampling(0.7, 3, 0.9, 0.1, 1.5).sampler([0, 1]).choose(logits, [0, 1], np.random.default_rng(0))
     np.testing.assert_array_equal(logits, LOGITS)
 
 
@@ -173,8 +177,9 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
             return self.value
 
     scores = np.array([-np.inf, 0.0, -np.inf, 0.0, -np.inf], np.float32)
+    sampler = Sampling(temperature=1.0).sampler()
     for value in (0.0, np.nextafter(1.0, 0.0)):
-        assert Sampling(temperature=1.0).choose(scores, (), Fixed(value)) in (1, 3)  # type: ignore[arg-type]
+        assert sampler.choose(scores, (), Fixed(value)) in (1, 3)  # type: ignore[arg-type]
 
 
 WRONG = {
@@ -202,13 +207,18 @@ def test_numbers_out_of_range(name: str, value: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+def said(settings: dict[str, Any] | None, **given: Any) -> Sampling:
+    """What generation_config.json says, and what is given instead."""
+    return Sampling.of(merged(settings, given))
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in MISTYPED.items() for value in values]
 )
 def test_wrong_types_in_generation_config(name: str, value: Any) -> None:
     """The file comes from outside, so its values may be of any type."""
     with pytest.raises(InputError, match=name) as caught:
-        Sampling.from_generation_config({"do_sample": True, name: value})
+        said({"do_sample": True, name: value})
     assert "\n" not in str(caught.value)
 
 
@@ -221,11 +231,9 @@ def test_what_generation_config_says() -> None:
         "min_p": 0.1,
         "repetition_penalty": 1.2,
     }
-    assert Sampling.from_generation_config(stated) == Sampling(0.6, 20, 0.9, 0.1, 1.2)
-    assert Sampling.from_generation_config(stated, temperature=0.0, top_k=0) == Sampling(
-        0.0, 0, 0.9, 0.1, 1.2
-    )
-    assert Sampling.from_generation_config(stated | {"do_sample": False}).temperature == 0
-    assert Sampling.from_generation_config({"do_sample": True}).temperature == 1
-    assert Sampling.from_generation_config({"temperature": 0.6}).temperature == 0
-    assert Sampling.from_generation_config(None) == Sampling.from_generation_config({}) == Sampling()
+    assert said(stated) == Sampling(0.6, 20, 0.9, 0.1, 1.2)
+    assert said(stated, temperature=0.0, top_k=0) == Sampling(0.0, 0, 0.9, 0.1, 1.2)
+    assert said(stated | {"do_sample": False}).temperature == 0
+    assert said({"do_sample": True}).temperature == 1
+    assert said({"temperature": 0.6}).temperature == 0
+    assert said(None) == said({}) == Sampling()

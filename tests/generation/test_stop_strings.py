@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import einsum_transformer as et
-from einsum_transformer.generation.decode import Generation, Settings, StopMatcher, stream
+from einsum_transformer.generation.decode import Generation, Settings, stream
 from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.generation.stopping import StopMatcher
 from tiny_models import make_tokenizer, successor_model
 
 LETTERS = st.text("ab.", max_size=30)

@@ -93,7 +93,7 @@ def test_a_continued_cache_passes_that_length(golden_model: Models) -> None:
     """The second of two turns on one cache goes beyond it."""
     golden, model = load_golden("phi3_longrope"), golden_model("phi3_longrope")
     text = golden.tokens[0, :20].tolist()
-    cache, sampling = model.cache(), Sampling.from_generation_config({}, temperature=0)
+    cache, sampling = model.cache(), Sampling()
     for turn in (text[:11], text[11:]):
         results = [Generation(turn)]
         list(stream(model, results, sampling, Settings(1, ignore_eos=True), cache))

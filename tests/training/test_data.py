@@ -12,15 +12,8 @@ import pytest
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.tokenizer import Tokenizer
-from einsum_transformer.training.data import (
-    Example,
-    Rows,
-    TextBatches,
-    arrange,
-    held_out,
-    mean_loss,
-    read_examples,
-)
+from einsum_transformer.training.data import Rows, TextBatches, arrange, held_out, mean_loss
+from einsum_transformer.training.records import Example, read_examples
 from tiny_models import tiny_model
 
 TEMPLATE = (

@@ -15,7 +15,7 @@ import pytest
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.training import record_keys as keys
-from einsum_transformer.training.data import Example, read_examples
+from einsum_transformer.training.records import Example, read_examples
 
 TEMPLATE = (
     "{% if tools %}<tools>{% for t in tools %}{{ t.function.name }}{% endfor %}</tools>{% endif %}"

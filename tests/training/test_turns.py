@@ -14,7 +14,7 @@ import pytest
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.tokenizer import Tokenizer
-from einsum_transformer.training.data import Example, read_examples
+from einsum_transformer.training.records import Example, read_examples
 from einsum_transformer.training.turns import Conversation
 from text.text_golden import byte_level, from_golden, golden
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import prod
 from typing import Any
 
@@ -51,10 +52,6 @@ class Comparison:
     """Bytes that one more token takes in the cache, in layers without a window or within it."""
     cache: tuple[int, int]
     """Bytes of the cache at this batch and length; a window's layers hold no more than the window."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The comparison in JSON types."""
-        return asdict(self)
 
 
 def compare(
@@ -106,10 +103,10 @@ def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Pair]]:
 
 
 def _components(config: ModelConfig) -> dict[str, int]:
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for weight in weights_of(config):
         name = re.sub(r"^layers\.\d+\.|\.\d+(?=\.)|\.weight$", "", weight.path)
-        found[name] = found.get(name, 0) + prod(weight.stored)
+        found[name] += prod(weight.stored)
     return found
 
 
@@ -134,28 +131,16 @@ def render(found: Comparison) -> str:
     """The comparison as text."""
     rows = f"batch {found.batch}, {found.tokens} tokens, float32"
     totals = [
-        ("parameters", *(quantity(n) for n in found.parameters), _ratio(*found.parameters)),
-        ("FLOPs of a forward pass", *(quantity(n) for n in found.flops), _ratio(*found.flops)),
-        (
-            "bytes of its equations",
-            *(quantity(n, "B") for n in found.bytes_moved),
-            _ratio(*found.bytes_moved),
-        ),
-        (
-            "cache, each token",
-            *(quantity(n, "B") for n in found.cache_per_token),
-            _ratio(*found.cache_per_token),
-        ),
-        ("cache, all tokens", *(quantity(n, "B") for n in found.cache), _ratio(*found.cache)),
+        _row("parameters", found.parameters),
+        _row("FLOPs of a forward pass", found.flops),
+        _row("bytes of its equations", found.bytes_moved, "B"),
+        _row("cache, each token", found.cache_per_token, "B"),
+        _row("cache, all tokens", found.cache, "B"),
     ]
     settings = [(name, _short(one), _short(other), "") for name, (one, other) in found.fields.items()]
-    parts = [
-        (name, quantity(one), quantity(other), _ratio(one, other))
-        for name, (one, other) in found.components.items()
-        if one != other
-    ]
+    parts = [_row(name, pair) for name, pair in found.components.items() if pair[0] != pair[1]]
     steps = [
-        (f"{step.equation}  {_place(step)}", *(quantity(n) for n in step.flops), _ratio(*step.flops))
+        _row(f"{step.equation}  {_place(step)}", step.flops)
         for step in found.steps
         if step.flops[0] != step.flops[1]
     ]
@@ -170,6 +155,13 @@ def render(found: Comparison) -> str:
     return "\n".join([*lines, f"{same} of {len(found.steps)} equations cost the same in both"])
 
 
+def _row(name: str, pair: tuple[int, int], unit: str = "") -> tuple[str, ...]:
+    """Two amounts and their ratio."""
+    a, b = pair
+    ratio = "only in B" if not a and b else "only in A" if a and not b else f"{b / a:.2f}" if a else ""
+    return name, quantity(a, unit), quantity(b, unit), ratio
+
+
 def _place(step: StepPair) -> str:
     """The weight or phase, and the part of the layer where that is not plain."""
     part = step.where.rpartition(" / ")[2]
@@ -182,10 +174,6 @@ def _table(title: str, names: tuple[str, str], rows: list[tuple[str, ...]]) -> I
         yield f"{title}: none"
         return
     yield from columns([(title, *names, "B / A"), *rows], right=(1, 2, 3))
-
-
-def _ratio(a: int, b: int) -> str:
-    return "only in B" if not a and b else "only in A" if a and not b else f"{b / a:.2f}" if a else ""
 
 
 def _short(value: Any) -> str:

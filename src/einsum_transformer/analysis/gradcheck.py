@@ -23,6 +23,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import gradients_by_name, trainable
 from einsum_transformer.numerics.softmax import cross_entropy
+from einsum_transformer.tables import terminal_table, with_lines
 
 Array = np.ndarray
 
@@ -168,13 +169,7 @@ def by_component(found: GradCheck) -> list[tuple[str, int, Checked]]:
 
 def render(found: GradCheck) -> Any:
     """The comparisons for a terminal, as a rich renderable."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("component", "checks", "worst error", "where", ""):
-        table.add_column(heading, justify="right" if heading in ("checks", "worst error") else "left")
+    table = terminal_table(("component", "checks", "worst error", "where", ""), left=(0, 3, 4))
     for name, count, worst in [("all at once", 1, found.whole), *by_component(found)]:
         verdict = "ok" if worst.error <= found.tolerance else "WRONG"
         table.add_row(name, str(count), f"{worst.error:.1e}", f"{worst.name} {worst.what}", verdict)
@@ -183,4 +178,4 @@ def render(found: GradCheck) -> Any:
     lines.append(
         f"{len(found.rows) + 1} checks: gradients {verdict} central differences to {found.tolerance:g}"
     )
-    return Group(table, *(Text(line) for line in lines))
+    return with_lines([table], lines)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -64,10 +65,10 @@ class Inspection:
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
         """Type in the files -> bytes of its tensors, the largest first."""
-        found: dict[str, int] = {}
+        found = Counter[str]()
         for tensor in self.tensors:
-            found[tensor.dtype] = found.get(tensor.dtype, 0) + tensor.nbytes
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+            found[tensor.dtype] += tensor.nbytes
+        return dict(found.most_common())
 
     def to_dict(self) -> dict[str, Any]:
         """The facts in JSON types."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from einsum_transformer.engine import blas
 from einsum_transformer.engine.phases import ATTENTION, COUNTED_AS, FEED_FORWARD, LAYER, PASS, STAGES
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.tables import peak_rss_bytes, quantity
+from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, with_lines
 
 Key = tuple[str, ...]
 
@@ -103,10 +103,6 @@ class Report:
     blas: str
     threads: int
     rope: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in JSON types."""
-        return asdict(self)
 
 
 def report(spans: Sequence[Span], run: Run) -> Report:
@@ -243,20 +239,13 @@ def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
 
 def render(found: Report) -> Any:
     """The report for a terminal of 80 columns or more, as a rich renderable."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage")
-    for heading in ("calls", "p50 ms", "p99 ms", "total s", "share"):
-        table.add_column(heading, justify="right")
+    table = terminal_table(("stage", "calls", "p50 ms", "p99 ms", "total s", "share"))
     for row in found.rows:
         style = "" if row.part else "bold" if row.depth == 0 else "cyan"
         cells = [f"{row.seconds:.3f}", f"{100 * row.share:.1f} %"] if row.calls else ["-", "-"]
         spread = ["-" if p is None else f"{1000 * p:.3f}" for p in (row.p50, row.p99)]
         table.add_row("  " * row.depth + row.name, str(row.calls or "-"), *spread, *cells, style=style)
-    return Group(table, *(Text(line) for line in summary(found)))
+    return with_lines([table], summary(found))
 
 
 def summary(found: Report) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.tables import terminal_table, with_lines
+
 Array = np.ndarray
 
 
@@ -84,13 +86,9 @@ class RoutingReader:
 
 def render(layers: list[LayerRouting]) -> Any:
     """The layers for a terminal, as a rich renderable."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for heading in ("experts", "choices", "busiest", "its share", "max / mean", "idle", "entropy", "load"):
-        table.add_column(heading, justify="left" if heading == "experts" else "right")
+    table = terminal_table(
+        ("experts", "choices", "busiest", "its share", "max / mean", "idle", "entropy", "load")
+    )
     for each in layers:
         total, busiest = sum(each.choices), int(np.argmax(each.choices))
         share = 100 * each.choices[busiest] / max(total, 1)
@@ -108,4 +106,4 @@ def render(layers: list[LayerRouting]) -> Any:
     note = (
         f"entropy: of the router's probabilities, load: of where the tokens went, in bits; {most:.2f} is even"
     )
-    return Group(table, Text(note))
+    return with_lines([table], [note])

@@ -6,7 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from einsum_transformer.engine.phases import (
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import atomic_file
-from einsum_transformer.tables import peak_rss_bytes, quantity
+from einsum_transformer.models.model import Model
+from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, with_lines
+from einsum_transformer.training.loop import StepReport, Trainer
 
 Key = tuple[str, ...]
 
@@ -78,23 +80,8 @@ class Stage:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a kind of training has to hold, by exact count; bytes."""
-
-    name: str
-    trainable: int
-    share: float
-    gradient_bytes: int
-    optimizer_bytes: int
-
-
-def costs(parameters: int, itemsize: int, moments: int, adapters: Mapping[str, int]) -> list[Cost]:
-    """The cost of training all `parameters`, and of each kind of adapter: name -> its numbers."""
-    return [
-        Cost(name, count, count / max(parameters, 1), count * itemsize, count * itemsize * moments)
-        for name, count in ({"all weights": parameters} | dict(adapters)).items()
-    ]
+_NUMBERS = ("mean", "p50", "p99", "seconds", "share")
+"""Of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,36 +112,29 @@ class TrainingReport:
     threads: int
     advice: tuple[str, ...] = field(default=())
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report in JSON types."""
-        return asdict(self)
-
 
 def training_report(
     times: StepTimes,
-    losses: Sequence[float],
-    seconds: Sequence[float],
-    targets: int,
-    skipped: int,
-    parameters: int,
-    weights: Sequence[np.ndarray],
-    optimizer_bytes: int,
-    clipped: int = 0,
+    reports: Sequence[StepReport],
+    trainer: Trainer,
     random_vocabulary: int | None = None,
 ) -> TrainingReport:
-    """From the seconds of all phases, and what each step reported: its loss and its seconds.
+    """From the seconds of all phases, and what each step reported.
 
-    clipped: steps whose gradients were scaled down. random_vocabulary: the size of the vocabulary if every
-    step drew random tokens from it, which cannot be learnt.
+    random_vocabulary: the size of the vocabulary if every step drew random tokens from it, which cannot be
+    learnt.
     """
+    losses, seconds = [report.loss for report in reports], [report.seconds for report in reports]
+    weights, moments, clip = trainer.weights.values(), trainer.compute.moments(), trainer.settings.clip_norm
+    clipped = sum(clip is not None and report.norm > clip for report in reports)
     whole = math.fsum(seconds)
     stages = tuple(_stage(name, times.of((name,)), whole) for name in TRAINING if (name,) in times.by_path)
     finite = np.flatnonzero(np.isfinite(losses))
     slope = float(np.polyfit(finite, np.array(losses)[finite], 1)[0]) if len(finite) > 1 else 0.0
-    step = _stage("step", list(seconds), whole)
+    step = _stage("step", seconds, whole)
     return TrainingReport(
         steps=len(losses),
-        skipped=skipped,
+        skipped=trainer.bad_steps,
         seconds=whole,
         step=step,
         stages=stages,
@@ -164,16 +144,22 @@ def training_report(
         loss_first=losses[0],
         loss_last=losses[-1],
         loss_trend=slope,
-        tokens_per_second=targets / whole if whole > 0 else 0.0,
-        parameters=parameters,
+        tokens_per_second=sum(report.targets for report in reports) / whole if whole > 0 else 0.0,
+        parameters=_parameters(trainer.model),
         trainable=sum(array.size for array in weights),
         gradient_bytes=sum(array.nbytes for array in weights),
-        optimizer_bytes=optimizer_bytes,
+        optimizer_bytes=sum(array.nbytes for arrays in moments.values() for array in arrays.values()),
         peak_rss_bytes=peak_rss_bytes(),
         blas=str(blas.current()),
         threads=blas.get_threads(),
-        advice=tuple(_advice(np.array(losses)[finite], step, skipped, clipped, random_vocabulary)),
+        advice=tuple(_advice(np.array(losses)[finite], step, trainer.bad_steps, clipped, random_vocabulary)),
     )
+
+
+def _parameters(model: Model) -> int:
+    """Of a model without its adapters."""
+    own = model.adapter_parameters()
+    return sum(array.size for name, array in model.named_parameters().items() if name not in own)
 
 
 def _stage(name: str, values: list[float], whole: float) -> Stage:
@@ -240,32 +226,17 @@ def _advice(
 
 def render(found: TrainingReport) -> Any:
     """The report for a terminal, as a rich renderable."""
-    from rich.console import Group
-    from rich.text import Text
-
-    tables: list[Any] = [_table("stage", [found.step, *found.stages], indent=True), Text("")]
+    tables: list[Any] = [_table("stage", [found.step, *found.stages], indent=True), ""]
     for name, parts in found.tables.items():
         if parts:
-            total = Stage(f"{name}, sum", *_sums(parts))
-            tables += [_table(name, [*parts, total], heading=f"of {name}"), Text("")]
-    return Group(*tables, *(Text(line) for line in summary(found)))
-
-
-def _sums(parts: Sequence[Stage]) -> tuple[float, float, float, float, float]:
-    mean, p50, p99, seconds, share = (
-        math.fsum(getattr(part, name) for part in parts)
-        for name in ("mean", "p50", "p99", "seconds", "share")
-    )
-    return mean, p50, p99, seconds, share
+            sums = (math.fsum(getattr(part, key) for part in parts) for key in _NUMBERS)
+            total = Stage(f"{name}, sum", *sums)
+            tables += [_table(name, [*parts, total], heading=f"of {name}"), ""]
+    return with_lines(tables, summary(found))
 
 
 def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: str = "share") -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(title)
-    for column in ("mean ms", "p50 ms", "p99 ms", "total s", heading):
-        table.add_column(column, justify="right")
+    table = terminal_table((title, "mean ms", "p50 ms", "p99 ms", "total s", heading))
     for i, stage in enumerate(stages):
         times = [f"{1000 * value:.2f}" for value in (stage.mean, stage.p50, stage.p99)]
         depth = "  " if indent and i else ""
@@ -273,17 +244,18 @@ def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: s
     return table
 
 
-def render_costs(rows: Sequence[Cost], optimizer: str) -> Any:
-    """What training has to hold, before it begins."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("to train")
-    for column in ("parameters", "share", "gradients", f"state of {optimizer}"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        sizes = [quantity(row.gradient_bytes, "B"), quantity(row.optimizer_bytes, "B")]
-        table.add_row(row.name, f"{row.trainable:,}", f"{100 * row.share:.3f} %", *sizes)
+def render_costs(trainer: Trainer) -> Any:
+    """What training has to hold, before it begins: for all weights, and for the adapters if there are any."""
+    optimizer, lora = trainer.settings.optimizer, trainer.model.lora
+    parameters, weights = _parameters(trainer.model), trainer.weights.values()
+    kinds = {"all weights": parameters}
+    if lora is not None:
+        kinds[f"LoRA rank {lora.r}"] = sum(array.size for array in weights)
+    itemsize, state = next(iter(weights)).itemsize, f"state of {type(optimizer).__name__}"
+    table = terminal_table(("to train", "parameters", "share", "gradients", state))
+    for name, count in kinds.items():
+        sizes = [quantity(n * count * itemsize, "B") for n in (1, len(optimizer.moments))]
+        table.add_row(name, f"{count:,}", f"{100 * count / max(parameters, 1):.3f} %", *sizes)
     return table
 
 

@@ -18,6 +18,7 @@ from einsum_transformer.cli.explain import explain
 from einsum_transformer.cli.gradcheck import gradcheck
 from einsum_transformer.cli.inspect import inspect
 from einsum_transformer.cli.merge import merge
+from einsum_transformer.cli.options import ungrouped
 from einsum_transformer.cli.parity import parity
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.run import run
@@ -81,7 +82,7 @@ def _application() -> typer.Typer:
     )
     application.callback()(_etx)
     for command in (run, chat, explain, diff, inspect, train, merge, gradcheck, parity, pull):
-        application.command(command.__name__)(command)
+        application.command(command.__name__)(ungrouped(command))
     return application
 
 

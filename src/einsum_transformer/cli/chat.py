@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json as jsonlib
 import sys
 import time
 from contextlib import suppress
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from einsum_transformer.cli import options
-from einsum_transformer.cli.chat_flags import chat_options
+from einsum_transformer.cli.chat_flags import ChatFlags
 from einsum_transformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,38 +24,14 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
-    system_prompt: options.SystemPrompt = None,
-    chat_template: options.ChatTemplate = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = None,
-    enable_thinking: options.EnableThinking = None,
-    tools: options.Tools = None,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ctx_size: options.CtxSize = None,
-    prefill_step_size: options.PrefillStep = None,
-    draft_model: options.DraftModel = None,
-    draft_layers: options.DraftLayers = None,
-    prompt_lookup: options.Lookup = None,
-    num_draft_tokens: options.DraftTokens = None,
-    blas: options.Blas = "auto",
-    threads: options.Threads = None,
-    weight_budget: options.WeightBudget = None,
-    adapter_path: options.AdapterPath = None,
-    max_layers: options.MaxLayers = None,
-    dtype: options.Dtype = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_links: options.AllowLinks = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    named: options.Named,
+    template: ChatFlags,
+    sampled: options.Sampled,
+    context: options.Context,
+    drafting: options.Drafting,
+    loading: options.Loading,
+    hub: options.Hub,
+    shown: options.Shown,
 ) -> None:
     """Talk with a model.
 
@@ -68,53 +43,22 @@ def chat(
     etx chat qwen3/ --no-thinking --tools tools.json
     printf 'Hello!\\nWhat did I say?\\n' | etx chat --temp 0 --quiet
     """
-    source = options.source_of(model, model_flag, None, None)
-    silent = quiet or json
-    where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
-    where |= {"adapter": adapter_path, "allow_links": allow_links}
-    loaded, _ = options.open_model(
-        source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
-    )
+    source = named.source()
+    config = None if isinstance(source, str) else source
+    loaded, _ = loading.open(source, hub, sampled.seed, shown.silent)
     templates = {} if loaded.tokenizer is None else loaded.tokenizer.chat_templates
-    if loaded.tokenizer is None or (not templates and chat_template is None):
+    if loaded.tokenizer is None or (not templates and template.chat_template is None):
         raise InputError(f"{loaded.source}: has no chat template; `run` continues plain text")
-    asked = chat_options(templates, chat_template, chat_template_kwargs, enable_thinking, tools)
-    sampling, settings = options.generation_settings(
-        loaded,
-        None if isinstance(source, str) else source,
-        max_tokens=max_tokens,
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        ctx_size=ctx_size,
-        prefill_step_size=prefill_step_size,
-    )
-    drafting = options.speculation_of(
-        loaded,
-        None if isinstance(source, str) else source,
-        draft_model,
-        draft_layers,
-        prompt_lookup,
-        num_draft_tokens,
-        dtype=dtype,
-        weight_budget=weight_budget,
-        quiet=silent,
-        revision=revision,
-        offline=offline,
-        allow_links=allow_links,
-    )
-    talk = _Talk(loaded, sampling, settings, system_prompt, drafting, asked, not json, not silent)
+    asked = template.options(templates)
+    sampling, settings = options.generation_settings(loaded, config, sampled, context)
+    speculation = options.speculation_of(loaded, config, drafting, loading, hub, shown.silent)
+    talk = _Talk(loaded, sampling, settings, template.system_prompt, speculation, asked, shown)
     try:
-        _converse(talk, terminal=sys.stdin.isatty() and not silent)
+        _converse(talk, terminal=sys.stdin.isatty() and not shown.silent)
     finally:
         # What was answered is shown also if a later turn fails.
-        if json:
-            held = {"model": loaded.source, "messages": talk.messages, "turns": talk.turns}
-            options.write(jsonlib.dumps(held) + "\n")
+        if shown.json:
+            options.write_line({"model": loaded.source, "messages": talk.messages, "turns": talk.turns})
 
 
 def _converse(talk: _Talk, terminal: bool) -> None:
@@ -158,16 +102,14 @@ def _turn(talk: _Talk, line: str, terminal: bool) -> None:
 
 def _next_line() -> str:
     """A line of standard input in UTF-8; a byte order mark before the first is no text."""
-    raw = (
-        sys.stdin.buffer.readline()
-        if isinstance(sys.stdin, io.TextIOWrapper)
-        else sys.stdin.readline().encode()
-    )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        raw = sys.stdin.buffer.readline()
+    else:  # whatever a program puts in its place has text
+        raw = sys.stdin.readline().encode()
     if not raw:
         raise EOFError
     try:
-        line = raw.decode() if isinstance(raw, bytes) else raw
-        return line.removeprefix("\ufeff")
+        return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input: not UTF-8 text (byte {error.start} of a line)") from None
 
@@ -183,8 +125,7 @@ class _Talk:
     speculation: Speculation | None
     options: dict[str, Any]
     """Those of `Tokenizer.encode_chat`."""
-    shown: bool
-    notes: bool
+    shown: options.Shown
     messages: list[dict[str, str]] = field(default_factory=list)
     turns: list[dict[str, Any]] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
@@ -219,10 +160,10 @@ class _Talk:
                 self.model, [result], self.sampling, self.settings, cache, self.speculation, self.passed
             )
             for _, piece in pieces:
-                if self.shown:
+                if not self.shown.json:
                     options.write(piece)
         finally:
-            if self.shown:
+            if not self.shown.json:
                 options.write("\n")
         seconds = time.perf_counter() - started
         self.cache, self.cached = cache, [*rendered, *result.tokens][: cache.length]
@@ -265,6 +206,6 @@ class _Talk:
             "seconds": seconds,
         }
         self.turns.append(turn)
-        if self.notes:
+        if not self.shown.silent:
             read, new = turn["prompt_tokens"], turn["tokens"]
             options.note(f"[{held} tokens kept, {read} read, {new} generated, {seconds:.1f} s]")

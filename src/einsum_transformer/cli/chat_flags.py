@@ -1,12 +1,14 @@
-"""The flags of a chat template, for `chat` and `run --chat`."""
+"""The flags of a chat, for `chat` and `run --chat`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from einsum_transformer.cli import options
 from einsum_transformer.cli.prompts import read_text
 from einsum_transformer.errors import InputError
 
@@ -16,30 +18,51 @@ _RESERVED = frozenset(
 )
 
 
-def chat_options(
-    templates: Mapping[str, str],
-    chat_template: str | None,
-    chat_template_kwargs: str | None,
-    enable_thinking: bool | None,
-    tools: str | None,
-) -> dict[str, Any]:
-    """The options of `Tokenizer.encode_chat` that the flags ask for; `templates`: the checkpoint's."""
-    found: dict[str, Any] = {}
-    if chat_template_kwargs is not None:
-        found |= _object(chat_template_kwargs, "--chat-template-kwargs")
-        if reserved := sorted(found.keys() & _RESERVED):
-            raise InputError(f"--chat-template-kwargs: {', '.join(reserved)} is no variable of a template")
-    if enable_thinking is not None:
-        if found.get("enable_thinking", enable_thinking) != enable_thinking:
-            raise InputError(
-                "--chat-template-kwargs and --enable-thinking/--no-thinking contradict each other"
-            )
-        found["enable_thinking"] = enable_thinking
-    if chat_template is not None:
-        found["chat_template"] = _template(chat_template, templates)
-    if tools is not None:
-        found["tools"] = _tools(tools)
-    return found
+@dataclass(frozen=True, slots=True)
+class ChatFlags:
+    """What a chat begins with, and how it is written."""
+
+    system_prompt: str | None = options.flag(metavar="TEXT", help="The system message of a chat.")
+    chat_template: str | None = options.flag(
+        "--chat-template",
+        "--chat-template-file",
+        metavar="FILE|TEXT|NAME",
+        help="A jinja template, its file, or the name of one of the model's; default the model's own.",
+    )
+    chat_template_kwargs: str | None = options.flag(
+        "--chat-template-kwargs",
+        "--chat-template-config",
+        metavar="JSON",
+        help="Variables of the chat template, as a JSON object.",
+    )
+    enable_thinking: bool | None = options.flag(
+        "--enable-thinking/--no-thinking", help="The template's variable enable_thinking."
+    )
+    tools: str | None = options.flag(
+        "--tools", metavar="FILE.json", help="Tools for the chat template, a list of objects."
+    )
+
+    def options(self, templates: Mapping[str, str]) -> dict[str, Any]:
+        """The options of `Tokenizer.encode_chat` that the flags ask for; `templates`: the checkpoint's."""
+        found: dict[str, Any] = {}
+        if self.chat_template_kwargs is not None:
+            found |= _object(self.chat_template_kwargs, "--chat-template-kwargs")
+            if reserved := sorted(found.keys() & _RESERVED):
+                raise InputError(
+                    f"--chat-template-kwargs: {', '.join(reserved)} is no variable of a template"
+                )
+        thinking = self.enable_thinking
+        if thinking is not None:
+            if found.get("enable_thinking", thinking) != thinking:
+                raise InputError(
+                    "--chat-template-kwargs and --enable-thinking/--no-thinking contradict each other"
+                )
+            found["enable_thinking"] = thinking
+        if self.chat_template is not None:
+            found["chat_template"] = _template(self.chat_template, templates)
+        if self.tools is not None:
+            found["tools"] = _tools(self.tools)
+        return found
 
 
 def _template(given: str, templates: Mapping[str, str]) -> str:

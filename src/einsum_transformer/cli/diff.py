@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +35,7 @@ def diff(
     from einsum_transformer.analysis.compare import compare, render
     from einsum_transformer.loading.configs import read_config
 
-    sources = [options.source_of(source, None, None, None) for source in (a, b)]
+    sources = [options.source_of(source) for source in (a, b)]
     # A JSON config of the project stays one: its adapters count too.
     checked = [read_config(source, offline, allow_links) for source in sources]
     configs = [each if isinstance(source, str) else source for source, each in zip(sources, checked)]
@@ -43,4 +43,4 @@ def diff(
     names = (short[0], short[1]) if short[0] != short[1] else ("A", "B")
     with options.announced("counting the tiles of attention ...", json):
         found = compare(configs[0], configs[1], batch, tokens, names)
-    options.write((jsonlib.dumps(found.to_dict()) if json else render(found)) + "\n")
+    options.write_line(asdict(found) if json else render(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from typing import Annotated
 
 import typer
@@ -11,9 +10,8 @@ from einsum_transformer.cli import options
 
 
 def explain(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
-    config: options.ConfigFlag = None,
+    *,
+    named: options.NamedOrConfig,
     batch: Annotated[int, typer.Option("--batch", "-b", metavar="N", min=1, help="Rows.")] = 1,
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each row.")] = 128,
     backward: Annotated[bool, typer.Option("--backward", help="Also the gradient equations.")] = False,
@@ -40,7 +38,7 @@ def explain(
     from einsum_transformer.loading.configs import read_config
     from einsum_transformer.models.peft import with_adapter
 
-    source = options.source_of(model, model_flag, config, assignments)
+    source = named.source(assignments)
     config_read = read_config(source, offline, allow_links)
     described = config_read if isinstance(source, str) else source
     if adapter_path is not None:
@@ -48,4 +46,4 @@ def explain(
         described = with_adapter(without_weights(config_read, name), adapter_path)
     with options.announced("counting the tiles of attention ...", json):
         program = dry_run(described, batch, tokens, backward)
-    options.write((jsonlib.dumps(program.to_dict()) if json else str(program)) + "\n")
+    options.write_line(program.to_dict() if json else str(program))

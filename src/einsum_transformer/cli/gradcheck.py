@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from typing import Annotated
 
 import typer
@@ -11,9 +10,8 @@ from einsum_transformer.cli import options
 
 
 def gradcheck(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
-    config: options.ConfigFlag = None,
+    *,
+    named: options.NamedOrConfig,
     adapter_path: options.AdapterPath = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows.")] = 2,
     seq_len: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a row.")] = 8,
@@ -25,15 +23,11 @@ def gradcheck(
         bool, typer.Option("--grad-checkpoint", help="Check the backward pass that runs blocks again.")
     ] = False,
     seed: options.Seed = None,
-    blas: options.Blas = "auto",
-    threads: options.Threads = None,
+    machine: options.Machine,
     max_layers: options.MaxLayers = None,
     assignments: options.Assignments = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_links: options.AllowLinks = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    hub: options.Hub,
+    shown: options.Shown,
 ) -> None:
     """Compare the gradient of every parameter with central differences of the loss, in float64.
 
@@ -50,19 +44,9 @@ def gradcheck(
     from einsum_transformer.analysis.gradcheck import render
     from einsum_transformer.models.adapters import with_lora
 
-    source = options.source_of(model, model_flag, config, assignments)
+    source = named.source(assignments)
     loaded, _ = options.open_model(
-        source,
-        blas=blas,
-        threads=threads,
-        dtype="float64",
-        quiet=True,
-        max_layers=max_layers,
-        seed=seed,
-        revision=revision,
-        offline=offline,
-        allow_links=allow_links,
-        adapter=adapter_path,
+        source, hub, machine, "float64", quiet=True, max_layers=max_layers, seed=seed, adapter=adapter_path
     )
     lora = None if isinstance(source, str) else source.lora
     if lora is not None and loaded.lora is None:
@@ -74,13 +58,13 @@ def gradcheck(
     targets[0, 0] = tokens[0, 1]
 
     def told(done: int, total: int) -> None:
-        if not (quiet or json) and (done == total or done % 20 == 0):
+        if not shown.silent and (done == total or done % 20 == 0):
             options.note(f"{done} of {total} parameters")
 
     found = check(loaded, tokens[:, :-1], targets, tolerance, parameters, grad_checkpoint, seed or 0, told)
-    if json:
-        options.write(jsonlib.dumps({"model": loaded.source} | found.to_dict()) + "\n")
-    elif not quiet:
+    if shown.json:
+        options.write_line({"model": loaded.source} | found.to_dict())
+    elif not shown.quiet:
         options.console().print(render(found))
     if not found.passed:
         raise typer.Exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -11,15 +11,12 @@ from einsum_transformer.cli import options
 
 
 def inspect(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
-    config: options.ConfigFlag = None,
+    *,
+    named: options.NamedOrConfig,
     every: Annotated[
         bool, typer.Option("--all", help="A line for each tensor, not for each kind of tensor.")
     ] = False,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_links: options.AllowLinks = False,
+    hub: options.Hub,
     json: options.Json = False,
 ) -> None:
     """List what a checkpoint holds: tensors, types, sizes, and what each is in the model.
@@ -38,8 +35,8 @@ def inspect(
     from einsum_transformer.analysis.inspect import render
     from einsum_transformer.loading.sources import Options, find
 
-    how = Options(revision=revision, offline=offline, allow_links=allow_links)
-    found = look(find(options.source_of(model, model_flag, config, None), how), how)
-    options.write((jsonlib.dumps(found.to_dict()) if json else render(found, every)) + "\n")
+    how = Options(**asdict(hub))
+    found = look(find(named.source(), how), how)
+    options.write_line(found.to_dict() if json else render(found, every))
     if found.problems:
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from einsum_transformer.cli import options
 from einsum_transformer.errors import InputError
+from einsum_transformer.tables import terminal_table
 
 if TYPE_CHECKING:
     from einsum_transformer.models.adapters import Merged
@@ -18,8 +18,8 @@ _TYPES = {"f32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16"
 
 
 def merge(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
+    *,
+    named: options.Named,
     adapter_path: options.AdapterPath = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Where the model is written.")
@@ -28,11 +28,8 @@ def merge(
     unmerge: Annotated[
         bool, typer.Option("--unmerge", help="Take an adapter that was merged out of the weights.")
     ] = False,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_links: options.AllowLinks = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    hub: options.Hub,
+    shown: options.Shown,
 ) -> None:
     """Write a model with an adapter merged into its weights, W + scaling * B A, and how exact each became.
 
@@ -52,7 +49,7 @@ def merge(
         raise InputError("--adapter-path and --output are needed: the adapter, and where the model goes")
     if dtype not in _TYPES:
         raise InputError(f"--dtype {dtype!r}: choose f32 or bf16")
-    source = options.source_of(model, model_flag, None, None)
+    source = named.source()
     name = source if isinstance(source, str) else source.source
     folder, target = Path(name), Path(output)
     if target.exists() and folder.exists() and target.samefile(folder):
@@ -62,25 +59,14 @@ def merge(
         raise InputError(f"{name}: {adapter_path} was not merged into it, so it cannot be taken out")
     if not unmerge and own in held:
         raise InputError(f"{name}: {adapter_path} is merged into it already; --unmerge takes it out")
-    silent = quiet or json
-    loaded, _ = options.open_model(
-        source,
-        blas="auto",
-        threads=None,
-        dtype=None,
-        quiet=silent,
-        revision=revision,
-        offline=offline,
-        allow_links=allow_links,
-        adapter=adapter_path,
-    )
+    loaded, _ = options.open_model(source, hub, options.Machine(), quiet=shown.silent, adapter=adapter_path)
     whole, report = merged(loaded, _TYPES[dtype], -1 if unmerge else 1)
     whole.save(target, dtype=_TYPES[dtype])
     write_merged(target, [each for each in held if each != own] if unmerge else [*held, own])
-    if json:
+    if shown.json:
         rows = [{"name": r.name, "change": r.change, "error": r.error} for r in report]
-        options.write(jsonlib.dumps({"model": loaded.source, "folder": output, "tensors": rows}) + "\n")
-    elif not quiet:
+        options.write_line({"model": loaded.source, "folder": output, "tensors": rows})
+    elif not shown.quiet:
         options.console().print(_table(report))
         worst = max(report, key=lambda row: row.relative)
         done = "without" if unmerge else "with"
@@ -91,12 +77,7 @@ def merge(
 
 
 def _table(report: list[Merged]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("weight")
-    for heading in ("rms change", "rms error", "error of change"):
-        table.add_column(heading, justify="right")
+    table = terminal_table(("weight", "rms change", "rms error", "error of change"))
     for row in report:
         table.add_row(row.name, f"{row.change:.3g}", f"{row.error:.3g}", f"{row.relative:.3%}")
     return table

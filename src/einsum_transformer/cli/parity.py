@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +11,8 @@ from einsum_transformer.cli import options
 
 
 def parity(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
+    *,
+    named: options.Named,
     reference: Annotated[
         str,
         typer.Option(
@@ -29,13 +28,10 @@ def parity(
         float | None, typer.Option(metavar="X", min=0, help="Largest relative error of a step; default 1e-4.")
     ] = None,
     adapter_path: options.AdapterPath = None,
-    blas: options.Blas = "auto",
-    threads: options.Threads = None,
+    machine: options.Machine,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_links: options.AllowLinks = False,
+    hub: options.Hub,
     json: options.Json = False,
     quiet: Annotated[
         bool,
@@ -61,23 +57,11 @@ def parity(
     dump = open_reference(Path(reference))
     ids = None if tokens is None else read_tokens(Path(tokens))
     loaded, _ = options.open_model(
-        options.source_of(model, model_flag, None, None),
-        blas=blas,
-        threads=threads,
-        dtype=dtype,
-        quiet=quiet or json,
-        max_layers=max_layers,
-        revision=revision,
-        offline=offline,
-        allow_links=allow_links,
-        adapter=adapter_path,
+        named.source(), hub, machine, dtype, quiet or json, max_layers=max_layers, adapter=adapter_path
     )
     if ids is not None:
         ids = loaded.checked(ids, f"the ids of {tokens}")
     found = compare(loaded, dump, TOLERANCE if tolerance is None else tolerance, ids)
-    told = (
-        jsonlib.dumps({"model": loaded.source} | found.to_dict()) if json else render(found, every=not quiet)
-    )
-    options.write(told + "\n")
+    options.write_line({"model": loaded.source} | found.to_dict() if json else render(found, every=not quiet))
     if not found.passed:
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from typing import Annotated
 
 import typer
@@ -37,4 +36,4 @@ def pull(
         if repo.lower() == hub.DEFAULT_MODEL
         else hub.download(repo, revision, offline)
     )
-    options.write(jsonlib.dumps({"repo": repo, "path": str(path)}) + "\n" if json else f"{path}\n")
+    options.write_line({"repo": repo, "path": str(path)} if json else str(path))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from einsum_transformer.cli import options
-from einsum_transformer.cli.chat_flags import chat_options
+from einsum_transformer.cli.chat_flags import ChatFlags
 from einsum_transformer.cli.prompts import given_prompt
 from einsum_transformer.errors import InputError
 
@@ -32,9 +31,8 @@ _IDS_SHOWN = 16
 
 
 def run(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
-    config: options.ConfigFlag = None,
+    *,
+    named: options.NamedOrConfig,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="`-` reads stdin.")
     ] = None,
@@ -47,26 +45,11 @@ def run(
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Put the prompt into the chat template; default raw.")
     ] = None,
-    system_prompt: options.SystemPrompt = None,
-    chat_template: options.ChatTemplate = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = None,
-    enable_thinking: options.EnableThinking = None,
-    tools: options.Tools = None,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ignore_eos: options.IgnoreEos = False,
-    ctx_size: options.CtxSize = None,
-    prefill_step_size: options.PrefillStep = None,
-    draft_model: options.DraftModel = None,
-    draft_layers: options.DraftLayers = None,
-    prompt_lookup: options.Lookup = None,
-    num_draft_tokens: options.DraftTokens = None,
+    template: ChatFlags,
+    sampled: options.Sampled,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end tokens.")] = False,
+    context: options.Context,
+    drafting: options.Drafting,
     prefill_only: Annotated[
         bool, typer.Option("--prefill-only", help="Stop before the first new token.")
     ] = False,
@@ -80,18 +63,10 @@ def run(
             help="Rows of random tokens, where there is no tokenizer.",
         ),
     ] = None,
-    blas: options.Blas = "auto",
-    threads: options.Threads = None,
-    weight_budget: options.WeightBudget = None,
-    adapter_path: options.AdapterPath = None,
-    max_layers: options.MaxLayers = None,
-    dtype: options.Dtype = None,
+    loading: options.Loading,
     assignments: options.Assignments = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_links: options.AllowLinks = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    hub: options.Hub,
+    shown: options.Shown,
 ) -> None:
     """Continue a prompt, and show where the time went.
 
@@ -106,66 +81,26 @@ def run(
     etx run --config configs/fast_lora.json --set n_layers=4 -n 16
     etx run --prompt-file notes.txt --prompt-lookup 3 --num-draft-tokens 8
     """
-    source = options.source_of(model, model_flag, config, assignments)
+    source = named.source(assignments)
     keys = None if isinstance(source, str) else source
-    silent = quiet or json
-    if prefill_only and (draft_model, draft_layers, prompt_lookup) != (None, None, None):
+    drafts = (drafting.draft_model, drafting.draft_layers, drafting.prompt_lookup)
+    if prefill_only and drafts != (None, None, None):
         raise InputError(
             "--prefill-only makes no token, so there is nothing to draft: leave out one of the flags"
         )
-    template = (chat_template, chat_template_kwargs, enable_thinking, tools)
     names = ("--chat-template", "--chat-template-kwargs", "--enable-thinking/--no-thinking", "--tools")
-    for flag, value in zip(("--system-prompt", *names), (system_prompt, *template)):
+    for flag, value in zip(("--system-prompt", *names), astuple(template)):
         if value is not None and not chat:
             raise InputError(f"{flag} needs --chat")
     if tokens is not None and chat:
         raise InputError("--chat needs a prompt of text, --tokens has ids")
     given = given_prompt(prompt, prompt_file, tokens)
-    asked = _Prompt(
-        **given,
-        chat=chat,
-        system=system_prompt,
-        template=template,
-        batch_size=batch_size,
-        seed=seed or 0,
-        silent=silent,
-    )
-    where = {"max_layers": max_layers, "seed": seed, "revision": revision, "offline": offline}
-    where |= {"adapter": adapter_path, "allow_links": allow_links}
-    loaded, load_seconds = options.open_model(
-        source, blas=blas, threads=threads, dtype=dtype, weight_budget=weight_budget, quiet=silent, **where
-    )
-    sampling, settings = options.generation_settings(
-        loaded,
-        keys,
-        max_tokens=max_tokens,
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        ctx_size=ctx_size,
-        prefill_step_size=prefill_step_size,
-        ignore_eos=ignore_eos,
-    )
-    drafting = options.speculation_of(
-        loaded,
-        keys,
-        draft_model,
-        draft_layers,
-        prompt_lookup,
-        num_draft_tokens,
-        dtype=dtype,
-        weight_budget=weight_budget,
-        quiet=silent,
-        revision=revision,
-        offline=offline,
-        allow_links=allow_links,
-    )
-    rows = asked.rows(loaded, keys)
-    job = _Job(loaded, load_seconds, rows, sampling, settings, drafting, json, quiet)
+    asked = _Prompt(**given, chat=chat, template=template, batch_size=batch_size, silent=shown.silent)
+    loaded, load_seconds = loading.open(source, hub, sampled.seed, shown.silent)
+    sampling, settings = options.generation_settings(loaded, keys, sampled, context, ignore_eos=ignore_eos)
+    speculation = options.speculation_of(loaded, keys, drafting, loading, hub, shown.silent)
+    rows = asked.rows(loaded, keys, sampled.seed or 0)
+    job = _Job(loaded, load_seconds, rows, sampling, settings, speculation, shown)
     job.prefill() if prefill_only or (keys is not None and keys.prefill_only) else job.generate()
 
 
@@ -178,17 +113,14 @@ class _Prompt:
     source: str | None
     """Where they come from: a flag, or the file of the ids."""
     chat: bool | None
-    system: str | None
-    template: tuple[str | None, str | None, bool | None, str | None]
-    """The flags about the chat template, in the order of `chat_options`."""
+    template: ChatFlags
     batch_size: int | None
-    seed: int
     silent: bool
 
-    def rows(self, model: Model, config: RunConfig | None) -> list[list[int]]:
+    def rows(self, model: Model, config: RunConfig | None, seed: int) -> list[list[int]]:
         """Token ids, all rows of one length."""
         if model.tokenizer is None and self.text is None and self.tokens is None:
-            return self._random(model, config)
+            return self._random(model, config, seed)
         if self.batch_size is not None:
             raise InputError("--batch-size: only for a run on random tokens (no prompt and no tokenizer)")
         if self.tokens is not None:
@@ -212,11 +144,11 @@ class _Prompt:
             if text == "" and (tokenizer is None or not tokenizer.encode_once(text)):
                 raise InputError(f"{self.source}: the prompt is empty: give at least one character")
             return encode(model, text)
-        asked = chat_options(tokenizer.chat_templates, *self.template)
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        asked, about = self.template.options(tokenizer.chat_templates), self.template.system_prompt
+        system = [] if about is None else [{"role": "system", "content": about}]
         return tokenizer.encode_chat([*system, {"role": "user", "content": text}], **asked)
 
-    def _random(self, model: Model, config: RunConfig | None) -> list[list[int]]:
+    def _random(self, model: Model, config: RunConfig | None, seed: int) -> list[list[int]]:
         import numpy as np
 
         from einsum_transformer.analysis.compare import cache_bytes
@@ -228,8 +160,8 @@ class _Prompt:
             sizes = f"{needed / 2**30:,.1f} GiB of keys and values, the machine has {present / 2**30:,.1f}"
             raise InputError(f"{rows} x {length} tokens need {sizes}: lower --batch-size or seq_len")
         if not self.silent:
-            options.note(f"no tokenizer: {rows} x {length} random token ids of seed {self.seed}")
-        rng = np.random.default_rng(self.seed)
+            options.note(f"no tokenizer: {rows} x {length} random token ids of seed {seed}")
+        rng = np.random.default_rng(seed)
         return rng.integers(0, model.config.vocab_size, (rows, length)).tolist()
 
 
@@ -243,16 +175,15 @@ class _Job:
     sampling: Sampling
     settings: Settings
     speculation: Speculation | None
-    json: bool
-    quiet: bool
+    shown: options.Shown
 
     def generate(self) -> None:
         from einsum_transformer.engine import Recorder
         from einsum_transformer.generation.decode import Generation
 
         results = [Generation(row) for row in self.rows]
-        live = len(results) == 1 and self.model.tokenizer is not None and not self.json
-        recorder = None if self.quiet and not self.json else Recorder()
+        live = len(results) == 1 and self.model.tokenizer is not None and not self.shown.json
+        recorder = None if self.shown.quiet and not self.shown.json else Recorder()
         routers = _read_routers(recorder)
         with recorder or nullcontext():
             started = time.perf_counter()
@@ -264,7 +195,7 @@ class _Job:
                 if live:
                     options.write("\n")
             seconds = time.perf_counter() - started
-        if not live and not self.json:
+        if not live and not self.shown.json:
             self._write_rows(results)
         self._finish(results, recorder, routers, started, seconds)
 
@@ -298,7 +229,7 @@ class _Job:
             seconds = time.perf_counter() - started
         results = [Generation(row, finish_reason="prefill", kv_cache_bytes=cache.nbytes) for row in self.rows]
         likeliest = [int(token) for token in np.argmax(logits, axis=-1)]
-        if not self.json:
+        if not self.shown.json:
             self._write_likeliest(likeliest)
         self._finish(results, recorder, routers, started, seconds, likeliest_next=_one_or_all(likeliest))
 
@@ -314,7 +245,7 @@ class _Job:
             if self.model.tokenizer is not None:
                 options.write(f"{name}{result.text}\n")
                 continue
-            shown = result.tokens if self.quiet else result.tokens[:_IDS_SHOWN]
+            shown = result.tokens if self.shown.quiet else result.tokens[:_IDS_SHOWN]
             more = f" ... ({len(result.tokens)} tokens)" if len(shown) < len(result.tokens) else ""
             options.write(f"{name}{' '.join(map(str, shown))}{more}\n")
 
@@ -346,11 +277,11 @@ class _Job:
             ),
         )
         layers = routers.layers()
-        if self.json:
+        if self.shown.json:
             more |= {"routing": [each.to_dict() for each in layers]} if layers else {}
             more |= {"speculation": results[0].speculation} if self.speculation else {}
-            options.write(jsonlib.dumps(_json(self.model.source, results, found) | more) + "\n")
-        elif not self.quiet:
+            options.write_line(_json(self.model.source, results, found) | more)
+        elif not self.shown.quiet:
             terminal = options.console()
             terminal.print()
             terminal.print(render(found))
@@ -363,7 +294,7 @@ class _Job:
 
 def _json(source: str, results: list[Generation], found: Report) -> dict[str, Any]:
     """One object for a row; for a batch its first entries are lists."""
-    numbers = found.to_dict()
+    numbers = asdict(found)
     table = numbers.pop("rows")
     facts = {
         name: numbers.pop(name) for name in ("blas", "threads", "kv_cache_bytes", "peak_rss_bytes", "rope")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from einsum_transformer.cli import options
-from einsum_transformer.cli.training_data import count_of
+from einsum_transformer.cli.training_data import TextFlags, count_of
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 
@@ -26,23 +25,193 @@ if TYPE_CHECKING:
 _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
 
 
+@dataclass(frozen=True, slots=True)
+class OptimizerFlags:
+    """How weights follow their gradients."""
+
+    optimizer: str = options.flag(default="sgd", metavar="sgd|adamw", help="How weights change.")
+    momentum: float = options.flag(default=0.0, metavar="X", help="Of sgd.")
+    nesterov: bool = options.flag("--nesterov", default=False, help="With sgd and a momentum.")
+    weight_decay: float | None = options.flag(metavar="X", help="Default 0 for sgd, 0.01 for adamw.")
+    decay_matrices_only: bool = options.flag(
+        "--decay-matrices-only", default=False, help="No weight decay of norms and biases."
+    )
+    beta1: float | None = options.flag("--beta1", "--adam-beta1", metavar="X", help="Of adamw; default 0.9.")
+    beta2: float | None = options.flag(
+        "--beta2", "--adam-beta2", metavar="X", help="Of adamw; default 0.999."
+    )
+    eps: float | None = options.flag("--eps", "--adam-epsilon", metavar="X", help="Of adamw; default 1e-8.")
+
+    def made(self) -> SGD | AdamW:
+        """The optimizer; raises InputError for flags that do not go together."""
+        from einsum_transformer.training.optimizers import OPTIMIZERS, SGD, AdamW
+
+        name, decay = self.optimizer, self.weight_decay
+        if name not in OPTIMIZERS:
+            raise InputError(f"--optimizer {name!r}: choose {' or '.join(OPTIMIZERS)}")
+        of_adam = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
+        given = {key: value for key, value in of_adam.items() if value is not None}
+        if name == "sgd" and given:
+            raise InputError(f"--{next(iter(given))} belongs to adamw; sgd has --momentum")
+        if self.decay_matrices_only and not (name == "adamw" if decay is None else decay):
+            raise InputError("--decay-matrices-only says what --weight-decay holds for, but that is 0")
+        if name == "sgd":
+            return SGD(self.momentum, self.nesterov, decay or 0.0, self.decay_matrices_only)
+        if self.momentum or self.nesterov:
+            raise InputError("--momentum and --nesterov belong to sgd; adamw has moments of its own")
+        if self.eps == 0:
+            note("--eps 0: a weight with gradients of 0 alone becomes nan; 1e-8 is usual")
+        if decay is not None:
+            given["weight_decay"] = decay
+        return AdamW(decay_matrices_only=self.decay_matrices_only, **given)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleFlags:
+    """How the learning rate changes."""
+
+    schedule: str = options.flag(
+        default="constant", metavar="constant|linear|cosine", help="How the learning rate goes to --min-lr."
+    )
+    min_lr: float | None = options.flag(
+        metavar="X", min=0, help="Where linear and cosine schedules end; default 0."
+    )
+    warmup_steps: int = options.flag(default=0, metavar="N", min=0, help="Steps of rising learning rate.")
+
+    def made(self, lr: float, steps: int) -> Schedule:
+        """The schedule; raises InputError for flags that do not go together."""
+        from einsum_transformer.training.schedule import Schedule
+
+        if self.min_lr is not None and self.schedule == "constant":
+            raise InputError("--min-lr is where a schedule ends: choose --schedule cosine or linear")
+        if self.min_lr is not None and self.min_lr > lr:
+            raise InputError(f"--min-lr {self.min_lr}: more than the learning rate, {lr}")
+        return Schedule(lr, steps, self.schedule, self.warmup_steps, self.min_lr or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFlags:
+    """What a step sees, and in which parts."""
+
+    batch_size: int | None = options.flag("--batch-size", "-b", metavar="N", min=1, help="Rows of a step.")
+    seq_len: int | None = options.flag(metavar="N", min=1, help="Tokens of a row.")
+    grad_accumulation_steps: int = options.flag(
+        default=1, metavar="N", min=1, help="Parts a batch is computed in, one after the other."
+    )
+    grad_checkpoint: bool = options.flag(
+        "--grad-checkpoint", default=False, help="Less memory: blocks run again for the backward pass."
+    )
+    fix_batch: bool = options.flag("--fix-batch", default=False, help="The same batch at every step.")
+
+
+@dataclass(frozen=True, slots=True)
+class KeepFlags:
+    """Where checkpoints are, and which."""
+
+    output: str | None = options.flag(
+        "--output", "-o", metavar="FOLDER", help="Keep the result and checkpoints here."
+    )
+    save_every: int | None = options.flag(metavar="N", min=1, help="A checkpoint in --output every N steps.")
+    keep_last: int = options.flag(
+        default=2, metavar="N", min=1, help="Checkpoints that stay; older ones are removed."
+    )
+    resume: bool = options.flag(
+        "--resume", default=False, help="Go on from the newest checkpoint in --output."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFlags:
+    """Which adapters are trained."""
+
+    lora: bool = options.flag("--lora", default=False, help="Train adapters; all weights stay as they are.")
+    lora_rank: int | None = options.flag(metavar="N", min=1, help="Default 8.")
+    lora_alpha: float | None = options.flag(metavar="X", help="Default 16.")
+    lora_dropout: float | None = options.flag(metavar="P", help="Of the adapters' inputs; default 0.")
+    lora_targets: str | None = options.flag(
+        metavar="NAMES", help="q_proj,v_proj (default), all-linear, or a regular expression."
+    )
+    rslora: bool = options.flag("--rslora", default=False, help="Scale by alpha / sqrt(rank).")
+
+    def put_on(self, model: Model, keys: RunConfig | None, seed: int) -> Model:
+        """The model, with the adapters that flags or its JSON config ask for."""
+        from einsum_transformer.models.adapters import with_lora
+        from einsum_transformer.models.lora_config import ALL_LINEAR, LoRAConfig
+
+        given = self != AdapterFlags()
+        if model.lora is not None:
+            if given:
+                raise InputError(
+                    "--adapter-path says what the adapter is; --lora and its flags begin a new one"
+                )
+            return model
+        if not self.lora and not (keys and keys.use_lora):
+            if given:
+                raise InputError("flags of LoRA were given without --lora")
+            return model
+        rank, alpha = (keys.lora_rank, keys.lora_alpha) if keys else (8, 16.0)
+        targets: str | tuple[str, ...] = keys.lora_target_modules if keys else ("q_proj", "v_proj")
+        if self.lora_targets is not None:
+            names = tuple(part.strip() for part in self.lora_targets.split(","))
+            plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+            if not all(names):
+                raise InputError(
+                    f"--lora-targets {self.lora_targets!r}: names with commas between them are expected"
+                )
+            targets = names if plain and self.lora_targets != ALL_LINEAR else self.lora_targets
+        rank = rank if self.lora_rank is None else self.lora_rank
+        alpha = alpha if self.lora_alpha is None else self.lora_alpha
+        config = LoRAConfig(rank, alpha, targets, self.lora_dropout or 0.0, self.rslora)
+        return with_lora(model, config, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFlags:
+    """What else than this process computes."""
+
+    ray_workers: int | None = options.flag(
+        metavar="N", min=1, help="Divide each batch over N Ray workers; threads are divided too."
+    )
+    ray_address: str | None = options.flag(
+        metavar="HOST:PORT", help="Of a Ray cluster; default: start one here."
+    )
+    shard_optimizer: bool = options.flag(
+        "--shard-optimizer", default=False, help="Divide the optimizer's state over the workers too."
+    )
+    worker_timeout: float = options.flag(
+        default=600.0, metavar="SECONDS", help="The longest that a worker's answer may take."
+    )
+
+    def compute(self, threads: int | None, batches: RandomTokens | TextBatches) -> Any:
+        """Who computes: this process, or workers of a Ray cluster."""
+        from einsum_transformer.training.loop import Local
+
+        workers = self.ray_workers
+        if workers is None:
+            for flag, given in (
+                ("--ray-address", self.ray_address),
+                ("--shard-optimizer", self.shard_optimizer),
+            ):
+                if given:
+                    raise InputError(f"{flag} needs --ray-workers, their number")
+            return Local
+        from einsum_transformer.cluster.data_parallel import check_rows, data_parallel
+        from einsum_transformer.training.data import TextBatches
+
+        if isinstance(batches, TextBatches) and workers > len(batches.rows):
+            raise InputError(
+                f"{count_of(len(batches.rows), 'row')} cannot be divided over {workers} Ray workers, and "
+                "the data gives no more: use fewer workers, more data, or shorter rows (--seq-len)"
+            )
+        # Before Ray starts, which takes its time.
+        check_rows(batches.batch_size // batches.accumulation, workers)
+        return data_parallel(workers, self.ray_address, threads, self.worker_timeout, self.shard_optimizer)
+
+
 def train(
-    model: options.Model = None,
-    model_flag: options.ModelFlag = None,
-    config: options.ConfigFlag = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text, or JSON records of text, prompts or messages.")
-    ] = None,
-    valid: Annotated[str | None, typer.Option(metavar="FILE", help="Data to validate with.")] = None,
-    valid_share: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Without --valid, the part of --data that is held out; default 0.05."),
-    ] = None,
-    mask_prompt: Annotated[bool, typer.Option("--mask-prompt", help="Learn the answers only.")] = False,
-    pad: Annotated[bool, typer.Option("--pad", help="A row for each example, not packed ones.")] = False,
-    long: Annotated[
-        str, typer.Option(metavar="split|refuse", help="What becomes of examples longer than a row.")
-    ] = "split",
+    *,
+    named: options.NamedOrConfig,
+    text: TextFlags,
     steps: Annotated[
         int, typer.Option("--steps", "--iters", metavar="N", min=1, help="Steps of training.")
     ] = 10,
@@ -56,108 +225,31 @@ def train(
             help="Default: learning_rate of the config, or 0.001.",
         ),
     ] = None,
-    optimizer: Annotated[str, typer.Option(metavar="sgd|adamw", help="How weights change.")] = "sgd",
-    momentum: Annotated[float, typer.Option(metavar="X", help="Of sgd.")] = 0.0,
-    nesterov: Annotated[bool, typer.Option("--nesterov", help="With sgd and a momentum.")] = False,
-    weight_decay: Annotated[
-        float | None, typer.Option(metavar="X", help="Default 0 for sgd, 0.01 for adamw.")
-    ] = None,
-    decay_matrices_only: Annotated[
-        bool, typer.Option("--decay-matrices-only", help="No weight decay of norms and biases.")
-    ] = False,
-    beta1: Annotated[
-        float | None, typer.Option("--beta1", "--adam-beta1", metavar="X", help="Of adamw; default 0.9.")
-    ] = None,
-    beta2: Annotated[
-        float | None, typer.Option("--beta2", "--adam-beta2", metavar="X", help="Of adamw; default 0.999.")
-    ] = None,
-    eps: Annotated[
-        float | None, typer.Option("--eps", "--adam-epsilon", metavar="X", help="Of adamw; default 1e-8.")
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(metavar="constant|linear|cosine", help="How the learning rate goes to --min-lr.")
-    ] = "constant",
-    min_lr: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="Where linear and cosine schedules end; default 0."),
-    ] = None,
-    warmup_steps: Annotated[int, typer.Option(metavar="N", min=0, help="Steps of rising learning rate.")] = 0,
+    optimizer: OptimizerFlags,
+    schedule: ScheduleFlags,
     clip_norm: Annotated[
         float | None, typer.Option(metavar="X", help="Bound for the norm of all gradients together.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows of a step.")
-    ] = None,
-    seq_len: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens of a row.")] = None,
-    grad_accumulation_steps: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Parts a batch is computed in, one after the other.")
-    ] = 1,
-    grad_checkpoint: Annotated[
-        bool,
-        typer.Option("--grad-checkpoint", help="Less memory: blocks run again for the backward pass."),
-    ] = False,
-    fix_batch: Annotated[bool, typer.Option("--fix-batch", help="The same batch at every step.")] = False,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Train adapters; all weights stay as they are.")
-    ] = False,
-    lora_rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default 8.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(metavar="X", help="Default 16.")] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option(metavar="P", help="Of the adapters' inputs; default 0.")
-    ] = None,
-    lora_targets: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="q_proj,v_proj (default), all-linear, or a regular expression."),
-    ] = None,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    batches: BatchFlags,
+    adapters: AdapterFlags,
     merge: Annotated[
         bool,
         typer.Option("--merge", help="At the end also write --output/merged, the adapters in the weights."),
     ] = False,
     adapter_path: options.AdapterPath = None,
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Keep the result and checkpoints here."),
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="A checkpoint in --output every N steps.")
-    ] = None,
-    keep_last: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Checkpoints that stay; older ones are removed.")
-    ] = 2,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")
-    ] = False,
+    keep: KeepFlags,
     eval_every: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Validate every N steps, not only at both ends.")
     ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the loss curve.")] = None,
-    ray_workers: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Divide each batch over N Ray workers; threads are divided too."
-        ),
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of a Ray cluster; default: start one here.")
-    ] = None,
-    shard_optimizer: Annotated[
-        bool, typer.Option("--shard-optimizer", help="Divide the optimizer's state over the workers too.")
-    ] = False,
-    worker_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="The longest that a worker's answer may take.")
-    ] = 600.0,
+    cluster: ClusterFlags,
     seed: options.Seed = None,
-    blas: options.Blas = "auto",
-    threads: options.Threads = None,
+    machine: options.Machine,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
     assignments: options.Assignments = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_links: options.AllowLinks = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    hub: options.Hub,
+    shown: options.Shown,
 ) -> None:
     """Train a model on text, or on random tokens, and show how the loss and the time went.
 
@@ -175,101 +267,69 @@ def train(
     etx run --adapter-path my-run/step-00000100 -p "Once upon a time"
     """
     from einsum_transformer.analysis.training import check_plot
-    from einsum_transformer.cli.training_data import Text, batches_of
+    from einsum_transformer.cli.training_data import batches_of
     from einsum_transformer.cli.training_run import TrainingRun, show
     from einsum_transformer.generation.context import check_length
     from einsum_transformer.training.journal import Journal
     from einsum_transformer.training.loop import Settings, Trainer
 
-    source = options.source_of(model, model_flag, config, assignments)
+    source = named.source(assignments)
     keys = None if isinstance(source, str) else source
     rate = lr if lr is not None else keys.learning_rate if keys else _RATE
     settings = Settings(
-        _schedule(rate, steps, schedule, warmup_steps, min_lr),
-        _optimizer(
-            optimizer,
-            momentum,
-            nesterov,
-            weight_decay,
-            decay_matrices_only,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-        ),
-        clip_norm,
-        seed or 0,
-        grad_checkpoint,
+        schedule.made(rate, steps), optimizer.made(), clip_norm, seed or 0, batches.grad_checkpoint
     )
-    if output is None and (resume or save_every):
+    output = keep.output
+    if output is None and (keep.resume or keep.save_every):
         raise InputError("--resume and --save-every need --output, the folder that checkpoints are in")
     merge = merge or bool(keys and keys.use_lora and keys.lora_merge_after_training)
     if merge and output is None:
         raise InputError("merging after training needs --output, the folder that the model goes to")
-    if long not in ("split", "refuse"):
-        raise InputError(f"--long {long!r}: choose split or refuse")
+    if text.long not in ("split", "refuse"):
+        raise InputError(f"--long {text.long!r}: choose split or refuse")
     if plot is not None:
         check_plot(plot)
         if Path(plot).suffix.lower() != ".png":
             raise InputError(
                 f"--plot {plot}: a PNG image is written, so a name that ends in .png is expected"
             )
-    silent = quiet or json
     loaded, _ = options.open_model(
-        source,
-        blas=blas,
-        threads=threads,
-        dtype=dtype,
-        quiet=True,
-        max_layers=max_layers,
-        seed=seed,
-        revision=revision,
-        offline=offline,
-        allow_links=allow_links,
-        adapter=adapter_path,
+        source, hub, machine, dtype, quiet=True, max_layers=max_layers, seed=seed, adapter=adapter_path
     )
-    rows = batch_size or (keys.batch_size if keys else _BATCH)
-    length = seq_len or (keys.seq_len if keys else _LENGTH)
+    rows = batches.batch_size or (keys.batch_size if keys else _BATCH)
+    length = batches.seq_len or (keys.seq_len if keys else _LENGTH)
     check_length(loaded.config, length, "--seq-len", strict=keys is not None)  # it says max_seq_len itself
-    text = Text(data, valid, valid_share, mask_prompt, not pad, long == "split", output if resume else None)
-    loaded, batches, validation = batches_of(
-        loaded, text, rows, length, seed or 0, fix_batch, grad_accumulation_steps
+    resumed, parts, fixed = (
+        output if keep.resume else None,
+        batches.grad_accumulation_steps,
+        batches.fix_batch,
     )
+    loaded, data, validation = batches_of(loaded, text, resumed, rows, length, seed or 0, fixed, parts)
     if eval_every and validation is None:
         note("--eval-every: there is nothing to validate with")
-    compute = _compute(ray_workers, ray_address, threads, worker_timeout, shard_optimizer, batches)
-    adapters = _Adapters(lora, lora_rank, lora_alpha, lora_dropout, lora_targets, rslora)
-    adapted = _with_adapters(loaded, keys, adapters, seed or 0)
+    compute = cluster.compute(machine.threads, data)
+    adapted = adapters.put_on(loaded, keys, seed or 0)
     if merge and adapted.lora is None:
         raise InputError("--merge: there is no adapter to merge; train one with --lora or --adapter-path")
     folder = Path(output or _new_folder(loaded.source))
-    with Journal(folder, resume) as journal, ExitStack() as stack:
-        trainer = Trainer(adapted, batches, settings, compute)
+    with Journal(folder, keep.resume) as journal, ExitStack() as stack:
+        trainer = Trainer(adapted, data, settings, compute)
         stack.callback(trainer.compute.close)
-        run = TrainingRun(trainer, journal, steps, validation, rows, silent, stack)
-        run.begin(resume)
-        run.train(save_every if output else None, keep_last, eval_every)
+        run = TrainingRun(trainer, journal, steps, validation, rows, shown.silent, stack)
+        run.begin(keep.resume)
+        run.train(keep.save_every if output else None, keep.keep_last, eval_every)
         if output is not None:
-            run.save(keep_last)
+            run.save(keep.keep_last)
         if merge and output is not None:
             run.merge(folder / "merged")
-        found = run.report(loaded, None if data or fix_batch else loaded.config.vocab_size)
+        found = run.report(None if text.data or fixed else loaded.config.vocab_size)
         if plot is not None:
             run.plot(plot)
-    if json:
+    if shown.json:
         curves = {"losses": list(run.losses.values()), "validation": run.validated, "folder": str(folder)}
-        options.write(jsonlib.dumps({"model": loaded.source} | found.to_dict() | curves) + "\n")
-    elif not quiet:
+        options.write_line({"model": loaded.source} | asdict(found) | curves)
+    elif not shown.quiet:
         show(found, run, folder, output is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Adapters:
-    wanted: bool
-    rank: int | None
-    alpha: float | None
-    dropout: float | None
-    targets: str | None
-    rslora: bool
 
 
 def _new_folder(source: str) -> str:
@@ -280,101 +340,3 @@ def _new_folder(source: str) -> str:
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
     return str(folder)
-
-
-def _compute(
-    workers: int | None,
-    address: str | None,
-    threads: int | None,
-    timeout: float,
-    shard: bool,
-    batches: RandomTokens | TextBatches,
-) -> Any:
-    """Who computes: this process, or workers of a Ray cluster."""
-    from einsum_transformer.training.loop import Local
-
-    if workers is None:
-        for flag, given in (("--ray-address", address), ("--shard-optimizer", shard)):
-            if given:
-                raise InputError(f"{flag} needs --ray-workers, their number")
-        return Local
-    from einsum_transformer.cluster.data_parallel import check_rows, data_parallel
-    from einsum_transformer.training.data import TextBatches
-
-    if isinstance(batches, TextBatches) and workers > len(batches.rows):
-        raise InputError(
-            f"{count_of(len(batches.rows), 'row')} cannot be divided over {workers} Ray workers, and "
-            "the data gives no more: use fewer workers, more data, or shorter rows (--seq-len)"
-        )
-    # Before Ray starts, which takes its time.
-    check_rows(batches.batch_size // batches.accumulation, workers)
-    return data_parallel(workers, address, threads, timeout, shard)
-
-
-def _schedule(lr: float, steps: int, shape: str, warmup_steps: int, min_lr: float | None) -> Schedule:
-    from einsum_transformer.training.schedule import Schedule
-
-    if min_lr is not None and shape == "constant":
-        raise InputError("--min-lr is where a schedule ends: choose --schedule cosine or linear")
-    if min_lr is not None and min_lr > lr:
-        raise InputError(f"--min-lr {min_lr}: more than the learning rate, {lr}")
-    return Schedule(lr, steps, shape, warmup_steps, min_lr or 0.0)
-
-
-def _optimizer(
-    name: str,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float | None,
-    matrices_only: bool,
-    **of_adam: float | None,
-) -> SGD | AdamW:
-    from einsum_transformer.training.optimizers import OPTIMIZERS, SGD, AdamW
-
-    if name not in OPTIMIZERS:
-        raise InputError(f"--optimizer {name!r}: choose {' or '.join(OPTIMIZERS)}")
-    given = {key: value for key, value in of_adam.items() if value is not None}
-    if name == "sgd" and given:
-        raise InputError(f"--{next(iter(given))} belongs to adamw; sgd has --momentum")
-    if matrices_only and not (name == "adamw" if weight_decay is None else weight_decay):
-        raise InputError("--decay-matrices-only says what --weight-decay holds for, but that is 0")
-    if name == "sgd":
-        return SGD(momentum, nesterov, weight_decay or 0.0, matrices_only)
-    if momentum or nesterov:
-        raise InputError("--momentum and --nesterov belong to sgd; adamw has moments of its own")
-    if given.get("eps") == 0:
-        note("--eps 0: a weight with gradients of 0 alone becomes nan; 1e-8 is usual")
-    if weight_decay is not None:
-        given["weight_decay"] = weight_decay
-    return AdamW(decay_matrices_only=matrices_only, **given)
-
-
-def _with_adapters(model: Model, keys: RunConfig | None, flags: _Adapters, seed: int) -> Model:
-    """The model, with the adapters that flags or its JSON config ask for."""
-    from einsum_transformer.models.adapters import with_lora
-    from einsum_transformer.models.lora_config import ALL_LINEAR, LoRAConfig
-
-    values = (flags.rank, flags.alpha, flags.targets, flags.dropout)
-    given = flags.wanted or flags.rslora or any(value is not None for value in values)
-    if model.lora is not None:
-        if given:
-            raise InputError("--adapter-path says what the adapter is; --lora and its flags begin a new one")
-        return model
-    if not given and not (keys and keys.use_lora):
-        return model
-    if not flags.wanted and not (keys and keys.use_lora):
-        raise InputError("flags of LoRA were given without --lora")
-    rank, alpha = (keys.lora_rank, keys.lora_alpha) if keys else (8, 16.0)
-    targets: str | tuple[str, ...] = keys.lora_target_modules if keys else ("q_proj", "v_proj")
-    if flags.targets is not None:
-        plain = all(
-            part.strip().replace("_", "").replace(".", "").isalnum() for part in flags.targets.split(",")
-        )
-        names = tuple(part.strip() for part in flags.targets.split(","))
-        if not all(names):
-            raise InputError(f"--lora-targets {flags.targets!r}: names with commas between them are expected")
-        targets = names if plain and flags.targets != ALL_LINEAR else flags.targets
-    rank = rank if flags.rank is None else flags.rank
-    alpha = alpha if flags.alpha is None else flags.alpha
-    config = LoRAConfig(rank, alpha, targets, flags.dropout or 0.0, flags.rslora)
-    return with_lora(model, config, seed)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+import json
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from rich.progress import BarColumn, Progress, TextColumn
+
+from einsum_transformer.analysis.training import (
+    StepTimes,
+    TrainingReport,
+    plot_losses,
+    render,
+    render_costs,
+    training_report,
+)
 from einsum_transformer.cli import options
+from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
-
-if TYPE_CHECKING:
-    from einsum_transformer.analysis.training import TrainingReport
-    from einsum_transformer.models.model import Model
-    from einsum_transformer.training.data import Rows
-    from einsum_transformer.training.journal import Journal
-    from einsum_transformer.training.loop import StepReport, Trainer
+from einsum_transformer.models.adapters import merged
+from einsum_transformer.tables import peak_rss_bytes, quantity
+from einsum_transformer.training import state
+from einsum_transformer.training.data import Rows, mean_loss
+from einsum_transformer.training.journal import Journal
+from einsum_transformer.training.loop import StepReport, Trainer
 
 _LINE_EVERY = 1.0  # seconds between lines of progress where there is no terminal
 
@@ -37,14 +46,12 @@ class TrainingRun:
     losses: dict[int, float] = field(default_factory=dict)
     validated: dict[int, float] = field(default_factory=dict)
     reports: list[StepReport] = field(default_factory=list)
-    times: Any = None
-    live: Any = None
+    times: StepTimes = field(default_factory=StepTimes)
+    live: Progress | None = None
     spoken: float = 0.0
 
     def begin(self, resume: bool) -> None:
         """Go on from the newest checkpoint, or write what is begun; then the costs and a first validation."""
-        from einsum_transformer.training import state
-
         trainer, journal = self.trainer, self.journal
         found = state.checkpoints(journal.folder) if resume else []
         if found:
@@ -59,16 +66,12 @@ class TrainingRun:
             about = {"source": trainer.model.source, "begun": time.strftime("%Y-%m-%d %H:%M:%S")}
             journal.about(about | {"steps": self.steps} | state.description(trainer))
         if not self.silent:
-            self._show_costs()
+            options.console().print(render_costs(trainer))
         if self.validation is not None and not found:
             self.validate()
 
     def train(self, save_every: int | None, keep_last: int, eval_every: int | None) -> None:
         """All steps that are left."""
-        from einsum_transformer.analysis.training import StepTimes
-        from einsum_transformer.engine import Recorder
-
-        self.times = StepTimes()
         done = self.trainer.steps_done
         self.live = None if self.silent or not sys.stderr.isatty() else self._progress(done)
         with Recorder() as recorder:
@@ -88,8 +91,6 @@ class TrainingRun:
             self.live.stop()
 
     def validate(self) -> None:
-        from einsum_transformer.training.data import mean_loss
-
         assert self.validation is not None
         step = self.trainer.steps_done
         loss = self.validated[step] = mean_loss(self.trainer.model, self.validation, self.batch_size)
@@ -97,15 +98,11 @@ class TrainingRun:
         self.say(f"step {step}/{self.steps}  validation loss {loss:.4f}")
 
     def save(self, keep_last: int) -> None:
-        from einsum_transformer.training import state
-
         place = state.save(self.trainer, self.journal.folder, keep_last)
         self.journal.note(f"checkpoint {place.name}")
         self.journal.commit()
 
     def merge(self, folder: Path) -> None:
-        from einsum_transformer.models.adapters import merged
-
         whole, report = merged(self.trainer.model)
         whole.save(folder)
         self.say(f"merged {len(report)} adapters into the weights: {folder}")
@@ -116,32 +113,16 @@ class TrainingRun:
         if not self.silent:
             self.live.console.print(text) if self.live is not None else options.note(text)
 
-    def report(self, loaded: Model, random_vocabulary: int | None) -> TrainingReport:
-        from einsum_transformer.analysis.training import StepTimes, training_report
-
+    def report(self, random_vocabulary: int | None) -> TrainingReport:
         if not self.reports:
             raise InputError(
                 f"{self.journal.folder}: all {self.steps} steps are done already; ask for more with --steps"
             )
-        clip, trainer = self.trainer.settings.clip_norm, self.trainer
-        found = training_report(
-            self.times or StepTimes(),
-            [report.loss for report in self.reports],
-            [report.seconds for report in self.reports],
-            sum(report.targets for report in self.reports),
-            trainer.bad_steps,
-            _count(loaded),
-            list(trainer.weights.values()),
-            sum(array.nbytes for moment in trainer.compute.moments().values() for array in moment.values()),
-            sum(clip is not None and report.norm > clip for report in self.reports),
-            random_vocabulary,
-        )
-        self.journal.note(jsonlib.dumps(found.to_dict()))
+        found = training_report(self.times, self.reports, self.trainer, random_vocabulary)
+        self.journal.note(json.dumps(asdict(found)))
         return found
 
     def plot(self, path: str) -> None:
-        from einsum_transformer.analysis.training import plot_losses
-
         plot_losses(path, self.losses, self.validated, self.trainer.model.source)
         self.say(f"wrote {path}")
 
@@ -170,38 +151,15 @@ class TrainingRun:
             options.note(line)
             self.spoken = time.monotonic()
 
-    def _progress(self, done: int) -> Any:
-        from rich.progress import BarColumn, Progress, TextColumn
-
+    def _progress(self, done: int) -> Progress:
         console = options.console()
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
         live = self.stack.enter_context(Progress(*columns, console=console))
         live.add_task("", total=self.steps, completed=done)
         return live
 
-    def _show_costs(self) -> None:
-        from einsum_transformer.analysis.training import costs, render_costs
-
-        trainer = self.trainer
-        adapters, lora = {}, trainer.model.lora
-        if lora is not None:
-            count = sum(array.size for array in trainer.weights.values())
-            adapters = {f"LoRA rank {lora.r}": count}
-        itemsize = next(iter(trainer.weights.values())).itemsize
-        name, moments = trainer.settings.optimizer, trainer.settings.optimizer.moments
-        rows = costs(_count(trainer.model), itemsize, len(moments), adapters)
-        options.console().print(render_costs(rows, type(name).__name__))
-
-
-def _count(model: Model) -> int:
-    """The parameters of a model without those of its adapters."""
-    own = model.adapter_parameters()
-    return sum(array.size for name, array in model.named_parameters().items() if name not in own)
-
 
 def show(found: TrainingReport, run: TrainingRun, folder: Path, kept: bool) -> None:
-    from einsum_transformer.analysis.training import render
-
     terminal = options.console()
     terminal.print()
     terminal.print(render(found))
@@ -213,8 +171,6 @@ def show(found: TrainingReport, run: TrainingRun, folder: Path, kept: bool) -> N
 
 
 def _memory() -> str:
-    from einsum_transformer.tables import peak_rss_bytes, quantity
-
     peak = peak_rss_bytes()
     return "" if peak is None else f"peak {quantity(peak, 'B')}"
 

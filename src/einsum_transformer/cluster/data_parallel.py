@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def data_parallel(
     return lambda model, settings: kind(model, settings, workers, address, threads, timeout)
 
 
-class DataParallel:
+class DataParallel(AbstractContextManager["DataParallel"]):
     """Workers compute; see `data_parallel`. Close it, or use it in a `with`, to end what it started."""
 
     def __init__(
@@ -122,12 +122,7 @@ class DataParallel:
         self.pool.close()
         self.connection.close()
 
-    def __enter__(self) -> DataParallel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -21,15 +21,18 @@ _ENVIRONMENT = {
     # a virtual environment there before it starts.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
-# Off is where Ray stays on the loopback interface, which it does on other systems than Linux by default.
-_LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _STORE_BYTES = 1 << 27
 """Of a local object store, beyond what is known to lie in it."""
 
 
-def import_ray() -> Any:
-    """The package ray, or one line that says how to install it."""
-    for name, value in _ENVIRONMENT.items():
+def import_ray(local: bool) -> Any:
+    """The package ray, or one line that says how to install it.
+
+    local: a Ray that listens on the loopback interface alone, if this is its first import.
+    """
+    # Off is where Ray stays on the loopback interface, which it does on other systems than Linux by default.
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if local else {}
+    for name, value in (_ENVIRONMENT | loopback).items():
         os.environ.setdefault(name, value)
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -40,19 +43,12 @@ def import_ray() -> Any:
     return ray
 
 
-def import_local_ray() -> Any:
-    """`import_ray` for a Ray that listens on the loopback interface alone, if this is its first import."""
-    for name, value in _LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    return import_ray()
-
-
 class Connection:
     """A Ray that is in use already, one that is connected to at `address`, or a local one for this process
     alone; `close` ends what was begun here."""
 
     def __init__(self, address: str | None, workers: int, store_bytes: int) -> None:
-        self.ray = import_local_ray() if address is None else import_ray()
+        self.ray = import_ray(local=address is None)
         if address is not None and not _ADDRESS.fullmatch(address):
             raise InputError(f"Ray address {address!r}: auto or host:port is expected")
         self.ours = not self.ray.is_initialized()
@@ -97,20 +93,13 @@ def _knock(address: str) -> None:
 class Pool:
     """`count` workers made of one plan, each with its share of its machine's threads.
 
-    threads: of a machine, all its cores by default. timeout: seconds that an answer may take. recovered:
-    called with the number of a worker that took a dead one's place, before it is asked anything.
+    threads: of a machine, all its cores by default. timeout: seconds that an answer may take.
     """
 
-    def __init__(
-        self,
-        ray: Any,
-        plan: Plan,
-        count: int,
-        threads: int | None,
-        timeout: float,
-        recovered: Callable[[int], None] = lambda worker: None,
-    ) -> None:
-        self.ray, self.plan, self.timeout, self.recovered = ray, ray.put(plan), timeout, recovered
+    def __init__(self, ray: Any, plan: Plan, count: int, threads: int | None, timeout: float) -> None:
+        self.ray, self.plan, self.timeout = ray, ray.put(plan), timeout
+        self.recovered: Callable[[int], None] = lambda worker: None
+        """Called with the number of a worker that took a dead one's place, before it is asked anything."""
         errors = ray.exceptions
         self.lost = (
             errors.RayActorError,

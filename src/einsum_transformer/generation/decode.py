@@ -12,34 +12,11 @@ from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import LengthNote, context_limit
 from einsum_transformer.generation.keys import FILE, OtherOptions, merged
-from einsum_transformer.generation.rows import (
-    PREFILL_CHUNK,
-    Generation,
-    Row,
-    Settings,
-    end_tokens,
-    lengthen,
-    prefill,
-    scores,
-)
+from einsum_transformer.generation.rows import Generation, Row, Settings, lengthen, prefill, scores
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
-from einsum_transformer.generation.stopping import StopMatcher
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note_once
-
-__all__ = [
-    "PREFILL_CHUNK",
-    "Generation",
-    "Settings",
-    "StopMatcher",
-    "encode",
-    "end_tokens",
-    "generate",
-    "options",
-    "prefill",
-    "stream",
-]
 
 Array = np.ndarray
 
@@ -226,10 +203,8 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
         raise InputError(f"the prompt is {type(prompt).__name__}: give {kinds}")
     if not items:
         raise InputError("the prompt is empty: give at least one token")
-    if isinstance(items[0], Mapping):
-        return [_chat(model, items)], True
-    if not isinstance(items[0], (str, Sequence, np.ndarray)):
-        return [_token_row(items)], True
+    if not isinstance(items[0], (str, Sequence, np.ndarray)):  # of one prompt: messages or token ids
+        return [_row(model, items)], True
     rows = [_row(model, item) for item in items]
     if not all(rows):
         raise InputError(f"prompt {rows.index([])} of the batch is empty")

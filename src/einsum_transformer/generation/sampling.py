@@ -10,7 +10,7 @@ import numpy as np
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation import filters, processors
-from einsum_transformer.generation.keys import SAMPLING, merged, parsed
+from einsum_transformer.generation.keys import SAMPLING, parsed
 from einsum_transformer.generation.processors import Processor
 from einsum_transformer.numerics.softmax import softmax
 
@@ -58,11 +58,6 @@ class Sampling:
         """What the values of `keys.merged` say."""
         return Sampling(**{name: value for name, value in values.items() if name in SAMPLING})
 
-    @staticmethod
-    def from_generation_config(settings: Mapping[str, Any] | None, **given: Any) -> Sampling:
-        """What `given` says where it is not None, else what generation_config.json says, else greedy."""
-        return Sampling.of(merged(settings, given))
-
     def sampler(
         self, prompt: Sequence[int] = (), ends: Sequence[int] = (), max_length: int | None = None
     ) -> Sampler:
@@ -71,14 +66,6 @@ class Sampling:
         prompt: the tokens that it begins with; ends: the ids that end it; max_length: tokens of both.
         """
         return Sampler(self, _processors(self, list(prompt), ends, max_length))
-
-    def choose(self, logits: Array, history: Sequence[int], rng: np.random.Generator) -> int:
-        """The next token's id, from its scores (v,) and a prompt."""
-        return self.sampler(history).choose(logits, history, rng)
-
-    def probabilities(self, logits: Array, history: Sequence[int]) -> Array:
-        """The distribution (v,) that `choose` draws from."""
-        return self.sampler(history).probabilities(logits, history)
 
 
 def _processors(

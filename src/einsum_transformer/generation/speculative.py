@@ -302,15 +302,8 @@ def speculation(
     lookup = int(prompt_lookup)
     if prompt_lookup is True:
         lookup = _stated(model, stated, "max_matching_ngram_size", LOOKUP)
-    asked = [
-        name
-        for name, value in (
-            ("draft_model", draft_model),
-            ("draft_layers", draft_layers),
-            ("prompt_lookup", lookup or None),
-        )
-        if value is not None
-    ]
+    ways = {"draft_model": draft_model, "draft_layers": draft_layers, "prompt_lookup": lookup or None}
+    asked = [name for name, value in ways.items() if value is not None]
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)} both draft: choose one")
     if not asked:

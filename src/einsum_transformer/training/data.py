@@ -15,8 +15,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy
-from einsum_transformer.training.records import Example as Example
-from einsum_transformer.training.records import read_examples as read_examples
+from einsum_transformer.training.records import Example
 
 Array = np.ndarray
 Batch = tuple[Array, Array]
@@ -51,8 +50,7 @@ class RandomTokens:
 
     def __post_init__(self) -> None:
         _check_counts(self.batch_size, self.accumulation, self.seed)
-        if self.length < 1:
-            raise InputError(f"length is {self.length}: at least 1 is expected")
+        _check_positive(length=self.length)
 
     def batch(self, step: int) -> list[Batch]:
         rng = np.random.default_rng([self.seed, 0 if self.fixed else step])
@@ -92,8 +90,7 @@ def arrange(examples: Sequence[Example], length: int, pack: bool = True, split_l
 
     split_long: an example of more than length + 1 tokens goes over several rows; else it is refused.
     """
-    if length < 1:
-        raise InputError(f"length is {length}: at least 1 is expected")
+    _check_positive(length=length)
     for example in examples:
         if len(example.tokens) > length + 1 and not split_long:
             raise InputError(
@@ -200,10 +197,14 @@ def mean_loss(model: Model, rows: Rows, batch_size: int) -> float:
 
 
 def _check_counts(batch_size: int, accumulation: int, seed: int) -> None:
-    for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
-        if value < 1:
-            raise InputError(f"{name} is {value}: at least 1 is expected")
+    _check_positive(batch_size=batch_size, accumulation=accumulation)
     if seed < 0:
         raise InputError(f"seed is {seed}: it must be at least 0")
     if batch_size < accumulation:
         raise InputError(f"accumulation splits a batch of {batch_size} into {accumulation}: at most its size")
+
+
+def _check_positive(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"{name} is {value}: at least 1 is expected")

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from einsum_transformer.errors import InputError
@@ -36,9 +35,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         last = () if error is None else (partial(self.note, f"ended by {type(error).__name__}: {error}"),)
         for action in (*last, self._log.close, self._metrics.close):
             # Where the disk is full this fails as well; told is then what failed first.

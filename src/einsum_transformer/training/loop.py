@@ -218,13 +218,10 @@ class Trainer:
         while self.steps_done < steps:
             yield self.step()
 
+    # What overflows is found below and told in the report; NumPy's warnings would say it less well.
+    @np.errstate(over="ignore", invalid="ignore")
     def step(self) -> StepReport:
         """One step; the weights are as they were if a number in it is not finite."""
-        # What overflows is found below and told in the report; NumPy's warnings would say it less well.
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self._step()
-
-    def _step(self) -> StepReport:
         begin, number = time.perf_counter(), self.steps_done
         with phase("batch"):
             parts = self.batches.batch(number)

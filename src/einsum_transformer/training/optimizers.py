@@ -8,9 +8,10 @@ its passes are done, on all threads.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +28,22 @@ _ROW = 1 << 10  # elements whose squares are summed in the precision of the grad
 _EXACT = 1e-20, 1e30  # sums of float32 squares outside may have lost terms to underflow, or all to overflow
 
 
-class Optimizer(Protocol):
-    """How weights follow their gradients."""
+class Optimizer(ABC):
+    """How weights follow their gradients: settings, which a dataclass adds its own to."""
+
+    __slots__ = ()
+    weight_decay: float
+    decay_matrices_only: bool
+    """No decay of norms and biases, by their names, as in transformers' Trainer."""
 
     @property
+    @abstractmethod
     def moments(self) -> tuple[str, ...]:
         """The names of the arrays that it keeps for each weight."""
-        ...
+
+    @abstractmethod
+    def change(self, lr: float, step: int, scale: float) -> Callable[..., None]:
+        """What `update` does: change(w, g, scratch, decay, *moments) of pieces of one weight."""
 
     def update(
         self,
@@ -46,7 +56,10 @@ class Optimizer(Protocol):
     ) -> None:
         """Change `weights` and `state` in place by one step, the `step`-th counted from 0, with gradients *
         scale."""
-        ...
+        every = not self.decay_matrices_only
+        decay = {name: self.weight_decay if every or is_matrix(name) else 0.0 for name in weights}
+        moments = [state[moment] for moment in self.moments]
+        _by_pieces(self.change(lr, step, scale), weights, gradients, decay, moments)
 
 
 def start(optimizer: Optimizer, weights: Arrays) -> dict[str, dict[str, Array]]:
@@ -55,12 +68,9 @@ def start(optimizer: Optimizer, weights: Arrays) -> dict[str, dict[str, Array]]:
 
 
 @dataclass(frozen=True, slots=True)
-class SGD:
+class SGD(Optimizer):
     """g += weight_decay w; without momentum w -= lr g, with it m = momentum m + g (g at the first step), and
-    then w -= lr m, or with nesterov w -= lr (g + momentum m) (torch.optim.SGD, dampening 0).
-
-    decay_matrices_only: no decay of norms and biases, by their names.
-    """
+    then w -= lr m, or with nesterov w -= lr (g + momentum m) (torch.optim.SGD, dampening 0)."""
 
     momentum: float = 0.0
     nesterov: bool = False
@@ -76,15 +86,7 @@ class SGD:
     def moments(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
 
-    def update(
-        self,
-        weights: Arrays,
-        gradients: Arrays,
-        state: Mapping[str, Arrays],
-        lr: float,
-        step: int,
-        scale: float = 1.0,
-    ) -> None:
+    def change(self, lr: float, step: int, scale: float) -> Callable[..., None]:
         def change(w: Array, g: Array, scratch: Array, decay: float, m: Array | None = None) -> None:
             np.multiply(g, scale, out=scratch)
             if decay:
@@ -101,18 +103,15 @@ class SGD:
             scratch *= lr
             w -= scratch
 
-        decay = _decay(self, weights)
-        _by_pieces(change, weights, gradients, decay, [state[moment] for moment in self.moments])
+        return change
 
 
 @dataclass(frozen=True, slots=True)
-class AdamW:
+class AdamW(Optimizer):
     """Adam with decoupled decay (Loshchilov and Hutter, 2019; torch.optim.AdamW), t = step + 1:
 
     w *= 1 - lr weight_decay; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
     w -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps).
-
-    decay_matrices_only: no decay of norms and biases, by their names, as in transformers' Trainer.
     """
 
     beta1: float = 0.9
@@ -128,15 +127,7 @@ class AdamW:
     def moments(self) -> tuple[str, ...]:
         return "m", "v"
 
-    def update(
-        self,
-        weights: Arrays,
-        gradients: Arrays,
-        state: Mapping[str, Arrays],
-        lr: float,
-        step: int,
-        scale: float = 1.0,
-    ) -> None:
+    def change(self, lr: float, step: int, scale: float) -> Callable[..., None]:
         step_size = lr / (1 - self.beta1 ** (step + 1))
         root = 1 / math.sqrt(1 - self.beta2 ** (step + 1))
 
@@ -157,10 +148,10 @@ class AdamW:
                 w *= 1 - lr * decay
             w -= scratch
 
-        _by_pieces(change, weights, gradients, _decay(self, weights), [state["m"], state["v"]])
+        return change
 
 
-OPTIMIZERS: dict[str, type[SGD] | type[AdamW]] = {"sgd": SGD, "adamw": AdamW}
+OPTIMIZERS = {"sgd": SGD, "adamw": AdamW}
 
 
 def global_norm(gradients: Arrays) -> float:
@@ -195,12 +186,6 @@ def _sum_of_squares(piece: Array) -> float:
 def is_matrix(name: str) -> bool:
     """Whether a weight is neither a norm's nor a bias, by its name as in transformers' Trainer."""
     return "norm" not in name and not name.endswith("bias")
-
-
-def _decay(optimizer: SGD | AdamW, weights: Arrays) -> dict[str, float]:
-    """The decay of each weight."""
-    every = not optimizer.decay_matrices_only
-    return {name: optimizer.weight_decay if every or is_matrix(name) else 0.0 for name in weights}
 
 
 def _by_pieces(

@@ -151,6 +151,7 @@ _ARGUMENTS = frozenset(
         "spans",
     }
 )
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 _ALIASES = frozenset({"thinking", "reasoning", "reasoning_content"})
 
 
@@ -208,7 +209,7 @@ def _named(raw: Mapping[str, Any]) -> str:
 def _check_meaning(present: Mapping[str, Any], form: str) -> None:
     used = FORMS[form]
     for key, why in REFUSED.items():
-        if key not in used and present.get(key) not in (None, [], "", {}):
+        if key not in used and present.get(key) not in _EMPTY:
             raise InputError(f"{key!r}: {why}")
     for key in WEIGHTS:
         if present.get(key, 1) != 1:
@@ -228,7 +229,7 @@ def _check_meaning(present: Mapping[str, Any], form: str) -> None:
     if label is False or label in preference:
         raise InputError("'label': unpaired preference data; keep the records with true, without the key")
     for key in CONTEXT:
-        if key not in used and present.get(key) not in (None, [], "", {}, "[]", "{}"):
+        if key not in used and present.get(key) not in (*_EMPTY, "[]", "{}"):
             raise InputError(
                 f"{key!r}: a chat template renders it, which needs messages instead of {used[0]!r}"
             )
@@ -240,7 +241,7 @@ def unused(raw: Mapping[str, Any], used: Sequence[str]) -> list[str]:
     return [
         key
         for key, value in raw.items()
-        if key not in known and value not in (None, "", [], {}) and not (key in SWITCHES and value == 1)
+        if key not in known and value not in _EMPTY and not (key in SWITCHES and value == 1)
     ]
 
 
@@ -250,7 +251,7 @@ def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise InputError(f"{where}: a list of messages is expected")
     for i, message in enumerate(value):
-        if chosen(message, f"{where}[{i}]") is not None and chosen(message, where) is False:
+        if chosen(message, f"{where}[{i}]") is False:
             raise InputError(
                 f"{where}[{i}]: weights of messages belong to messages, not to prompt and completion"
             )
@@ -293,11 +294,6 @@ def _renamed(message: dict[str, Any], where: str) -> dict[str, Any]:
     return {"role": _SHAREGPT[role.lower()], "content": message.get("value")} | rest
 
 
-def tools_of(raw: Mapping[str, Any]) -> list[Any] | None:
-    """The tools of a record: a list of objects, or the same as a JSON string."""
-    return _list(raw, "tools")
-
-
 def variables_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What else the chat template is given."""
     variables = raw.get("chat_template_kwargs")
@@ -310,11 +306,12 @@ def variables_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in variables:
         if name in _ARGUMENTS or not name.isidentifier():
             raise InputError(f"chat_template_kwargs: {name!r} is no variable of a template")
-    documents = _list(raw, "documents")
+    documents = objects_of(raw, "documents")
     return variables if documents is None else {**variables, "documents": documents}
 
 
-def _list(raw: Mapping[str, Any], key: str) -> list[Any] | None:
+def objects_of(raw: Mapping[str, Any], key: str) -> list[Any] | None:
+    """The tools or documents of a record: a list of objects, or the same as a JSON string."""
     value = raw.get(key)
     if isinstance(value, str):
         if not value.strip():
@@ -355,13 +352,8 @@ def without_flags(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def message_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys of messages beside role and content that have a value."""
-    found = {
-        key: None
-        for message in messages
-        for key, value in message.items()
-        if key not in MESSAGE_NEUTRAL and value not in (None, "", [], {})
-    }
-    return list(found)
+    pairs = (pair for message in messages for pair in message.items())
+    return list(dict.fromkeys(k for k, v in pairs if k not in MESSAGE_NEUTRAL and v not in _EMPTY))
 
 
 def is_read(name: str, template: str) -> bool:

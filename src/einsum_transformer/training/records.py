@@ -199,7 +199,7 @@ class _Reader:
                 f"{self.tokenizer.source} has no chat template, which messages need; put its "
                 'chat_template.jinja into the model\'s folder, or write {"prompt": ..., "completion": ...}'
             )
-        tools, variables = keys.tools_of(raw), keys.variables_of(raw)
+        tools, variables = keys.objects_of(raw, "tools"), keys.variables_of(raw)
         sources = " ".join(self.tokenizer.chat_templates.values())
         if sources:
             named = [*(["tools"] if tools else []), *variables, *keys.message_keys(messages)]

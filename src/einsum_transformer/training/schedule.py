@@ -15,8 +15,7 @@ class Schedule:
     """lr(step) for step 0 ... steps - 1.
 
     Warm-up: lr * (step + 1) / warmup_steps while step < warmup_steps. Then, with p from 0 to 1 over the steps
-    that
-    are left: constant lr; linear lr + (final - lr) * p; cosine final + (lr - final) * (1 + cos(pi p)) / 2.
+    that are left: constant lr; linear lr + (final - lr) p; cosine final + (lr - final) (1 + cos(pi p)) / 2.
     """
 
     lr: float

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ Array = np.ndarray
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 _NAME = re.compile(r"step-\d{8}")
 _LEFTOVER = re.compile(r"\.(step-\d{8}|run\.json|metrics\.jsonl)\.[0-9a-f]{12}\.tmp")
+_COUNTS = ("steps_done", "bad_steps", "bad_in_a_row")
+"""Of a trainer."""
 _SUMS = {
     "data.sha256": "the data have other contents or other tokens",
     "frozen": "the frozen weights, which are not trained, are others",
@@ -62,7 +65,7 @@ def save(trainer: Trainer, root: str | Path, keep: int | None = None) -> Path:
                 error.filename = str(place)
             raise
         sync_folder(root)
-    for old in checkpoints(root)[: -keep or None] if keep else []:
+    for old in checkpoints(root)[:-keep] if keep else []:
         # Renamed first: removing takes a while, and what is cut off in between is no checkpoint any more.
         aside = root / f".{old.name}.{os.urandom(6).hex()}.tmp"
         os.rename(old, aside)
@@ -101,22 +104,19 @@ def restore(trainer: Trainer, folder: str | Path) -> list[str]:
             f"{folder}: is of another training: {'; '.join(differing)}; to begin a new one with its weights, "
             f"{begin} and another output folder (-o), without --resume{' and without --lora' * adapter}"
         )
-    counts = {key: state.get(key) for key in ("steps_done", "bad_steps", "bad_in_a_row")}
+    counts = {key: state.get(key) for key in _COUNTS}
     for key, count in counts.items():
         if type(count) is not int or count < 0:
             raise FormatError(f"{folder / STATE}: {key} is {count!r}, a count is expected")
     _read_weights(trainer, folder)
     moments = trainer.compute.moments()
     if moments:
-        file = SafetensorsFile(folder / OPTIMIZER)
-        try:
+        with closing(SafetensorsFile(folder / OPTIMIZER)) as file:
             read = {
                 moment: {name: _tensor(file, f"{moment}.{name}", like) for name, like in arrays.items()}
                 for moment, arrays in moments.items()
             }
-            trainer.compute.restore(read)
-        finally:
-            file.close()
+        trainer.compute.restore(read)
     for key, count in counts.items():
         setattr(trainer, key, count)
     return _differences(state.get("machine"), _machine())
@@ -190,13 +190,8 @@ def _write(trainer: Trainer, folder: Path) -> None:
     if moments:
         named = {f"{moment}.{name}": w for moment, arrays in moments.items() for name, w in arrays.items()}
         write_safetensors(folder / OPTIMIZER, named)
-    state = {
-        "steps_done": trainer.steps_done,
-        "bad_steps": trainer.bad_steps,
-        "bad_in_a_row": trainer.bad_in_a_row,
-        "training": description(trainer),
-        "machine": _machine(),
-    }
+    counts = {key: getattr(trainer, key) for key in _COUNTS}
+    state = counts | {"training": description(trainer), "machine": _machine()}
     write_json(folder / STATE, state)
     files = {path.name: path for path in sorted(folder.iterdir())}
     listed = {name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
@@ -227,15 +222,13 @@ def _read_weights(trainer: Trainer, folder: Path) -> None:
     else:
         own, prefix = model.adapter_parameters(), peft.PREFIX
         source = SafetensorsFile(folder / peft.TENSORS)
-    try:
+    with closing(source):
         read = {name: _tensor(source, prefix + name, w) for name, w in own.items()}
-        if model.lora is not None:
-            model.set_adapter_parameters(read)
-            return
-        for name, w in own.items():
-            np.copyto(w, read[name])
-    finally:
-        source.close()
+    if model.lora is not None:
+        model.set_adapter_parameters(read)
+        return
+    for name, w in own.items():
+        np.copyto(w, read[name])
 
 
 def _tensor(source: TensorSource, name: str, like: Array) -> Array:
