@@ -46,7 +46,7 @@ def test_a_folder_is_read_as_transformers_reads_it(name: str, tmp_path: Path) ->
             "named"
         ]
         assert made.vocab_size == expected["size"]
-        ids = {"bos_token": made.bos_id, "eos_token": made.eos_id, "pad_token": made.pad_id}
+        ids = {"bos_token": made.bos_id, "eos_token": made.eos_id}
         assert {key: number for key, number in ids.items() if number is not None} == {
             key: pair[1] for key, pair in expected["named"].items() if key in ids
         }

@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
@@ -17,9 +20,6 @@ from einsum_transformer.text.config_keys import note_config_keys
 from einsum_transformer.text.gguf_vocab import check_charsmap
 from einsum_transformer.text.native import checked
 from einsum_transformer.text.vocab_merges import class_of, read_merges
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _MAX_BYTES = {
     "tokenizer.json": 1 << 29,
@@ -47,7 +47,7 @@ CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt
 class FolderTokenizer:
     """What a folder says: the native tokenizer, special tokens by name, chat templates and settings."""
 
-    backend: "tokenizers.Tokenizer"
+    backend: Tokenizer
     named: dict[str, str]
     chat_templates: dict[str, str]
     clean_up: bool
@@ -102,10 +102,10 @@ class _Started:
     """
 
     kind: str
-    backend: "tokenizers.Tokenizer"
+    backend: Tokenizer
     defaults: Mapping[str, str]
     has_file: bool
-    shell: "tokenizers.Tokenizer | None" = None
+    shell: Tokenizer | None = None
     listed: Any = ()
 
 
@@ -157,10 +157,8 @@ def _other_form(folder: Path) -> str | None:
     return None
 
 
-def _read_backend(text: str, path: Path) -> tuple["tokenizers.Tokenizer", dict[str, str]]:
+def _read_backend(text: str, path: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The native tokenizer without padding and truncation, and the pad token that its padding names."""
-    from tokenizers import Tokenizer
-
     backend = checked(f"{path}: not a usable tokenizer", lambda: Tokenizer.from_str(text))
     padding = _padding(backend)
     backend.no_truncation()
@@ -168,7 +166,7 @@ def _read_backend(text: str, path: Path) -> tuple["tokenizers.Tokenizer", dict[s
     return backend, padding
 
 
-def _padding(backend: "tokenizers.Tokenizer") -> dict[str, str]:
+def _padding(backend: Tokenizer) -> dict[str, str]:
     padding = backend.padding
     return {} if padding is None else {"pad_token": padding["pad_token"]}
 
@@ -198,7 +196,7 @@ def _check_normalizer(text: str, path: Path) -> None:
 
 def _note_differences(
     kind: str,
-    backend: "tokenizers.Tokenizer",
+    backend: Tokenizer,
     config: Mapping[str, Any],
     named: Mapping[str, str],
     folder: Path,
@@ -219,7 +217,7 @@ def _note_differences(
         note(f"{path}: {', '.join(differing)} is not used: tokenizer.json says otherwise, and it decides")
 
 
-def _byte_level_state(backend: "tokenizers.Tokenizer") -> bool | None:
+def _byte_level_state(backend: Tokenizer) -> bool | None:
     """`add_prefix_space` of a byte-level pre-tokenizer, None for another kind."""
     pre = backend.pre_tokenizer
     state = b"" if pre is None else pre.__getstate__()
@@ -228,10 +226,8 @@ def _byte_level_state(backend: "tokenizers.Tokenizer") -> bool | None:
     return b'"add_prefix_space":true' in state
 
 
-def _cleans_up(backend: "tokenizers.Tokenizer", config: Mapping[str, Any]) -> bool:
+def _cleans_up(backend: Tokenizer, config: Mapping[str, Any]) -> bool:
     """As in transformers 5, the key has no effect on BPE unless a second key forces it."""
-    from tokenizers.models import BPE
-
     forced = config.get(CLEAN_UP_BPE) is True
     return config.get(_CLEAN_UP) is True and (forced or not isinstance(backend.model, BPE))
 

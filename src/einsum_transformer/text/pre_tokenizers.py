@@ -4,10 +4,8 @@ The names and their meaning are llama.cpp's (`llama-vocab.cpp`); the patterns ar
 tokenizer.json.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenizers.pre_tokenizers import PreTokenizer
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 _ENGLISH = r"'s|'t|'re|'ve|'m|'ll|'d"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,11 +86,8 @@ BEGINS_AND_KEEPS_WORDS = frozenset(
 )
 
 
-def pre_tokenizer(name: str) -> "PreTokenizer | None":
+def pre_tokenizer(name: str) -> PreTokenizer | None:
     """The pre-tokenizer of that name, ending in the map of bytes to characters; None for an unknown name."""
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-
     if name not in _BY_NAME:
         return None
     splits = [Split(Regex(pattern), "isolated") for pattern in _BY_NAME[name]]
