@@ -237,7 +237,7 @@ def _stated(value: Any, folder: str) -> list[tuple[int, AddedToken]]:
         number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else MAX_TOKEN_ID
         if isinstance(item, str):
             raise InputError(f'{where}[{key!r}]: expected {{"content": string}}')
-        pairs.append((_bounded(number, where, key), _token(item, f"{where}[{key!r}]", special=None)))
+        pairs.append((bounded_id(number, where, key), _token(item, f"{where}[{key!r}]", special=None)))
     return sorted(pairs, key=lambda pair: pair[0])
 
 
@@ -250,7 +250,7 @@ def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> dict[in
             raise InputError(f"{where}: {content!r}: expected a token id, got {number!r}")
         is_special = content in special
         token = AddedToken(content, normalized=not is_special, special=is_special)
-        tokens[_bounded(number, where, content)] = token
+        tokens[bounded_id(number, where, content)] = token
     return tokens
 
 
@@ -262,11 +262,12 @@ def _listed(entries: Any, folder: str) -> dict[int, AddedToken]:
         number = entry.get("id") if isinstance(entry, Mapping) else None
         if not isinstance(number, int) or isinstance(number, bool):
             raise InputError(f"{where}: expected objects with an id and a content")
-        tokens[_bounded(number, where, number)] = _token(entry, where, special=None)
+        tokens[bounded_id(number, where, number)] = _token(entry, where, special=None)
     return tokens
 
 
-def _bounded(number: int, where: str, key: Any) -> int:
-    if not 0 <= number < MAX_TOKEN_ID:
+def bounded_id(number: Any, where: str, key: Any) -> int:
+    """A token id in range; `key` is whose it is, for the message."""
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_TOKEN_ID:
         raise InputError(f"{where}: {key!r}: a token id is a number from 0 to {MAX_TOKEN_ID - 1}")
     return number

@@ -14,11 +14,6 @@ _MAX_DEPTH = 90
 _END = "CONTINUE_FINAL_MESSAGE_TAG "  # the mark that transformers uses
 
 
-def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """The text of `render_chat_spans`."""
-    return render_chat_spans(template, messages, **options)[0]
-
-
 def render_chat_spans(
     template: str,
     messages: Sequence[Mapping[str, Any]],

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, PreTokenizer
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.text.added_tokens import MAX_TOKEN_ID, Specials
+from einsum_transformer.text.added_tokens import Specials, bounded_id
 from einsum_transformer.text.native import checked
 from einsum_transformer.text.pre_tokenizers import QWEN2, QWEN35
 
@@ -151,8 +151,7 @@ def _prefixes(config: Mapping[str, Any]) -> bool:
 
 def _ids(vocab: Mapping[str, Any], path: str) -> dict[str, int]:
     for token, number in vocab.items():
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_TOKEN_ID:
-            raise InputError(f"{path}: {token[:50]!r}: a token id is a number from 0 to {MAX_TOKEN_ID - 1}")
+        bounded_id(number, path, token[:50])
     if len(set(vocab.values())) != len(vocab):
         raise InputError(f"{path}: two tokens have the same id")
     return dict(vocab)

@@ -90,7 +90,8 @@ def read_folder(folder: Path) -> FolderTokenizer:
     if started.has_file:
         _note_differences(kind, backend, config, named, folder)
     backend.encode_special_tokens = config.get("split_special_tokens") is True
-    return FolderTokenizer(backend, named, _templates(folder, config), _cleans_up(backend, config))
+    templates = {name: text for name, (text, _) in _templates(folder, config).items()}
+    return FolderTokenizer(backend, named, templates, _cleans_up(backend, config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,44 +258,38 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name.
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, Path]]:
+    """Name -> chat template and its file.
 
     chat_template.jinja and additional_chat_templates/NAME.jinja, else those of tokenizer_config.json.
     """
-    files = {"default": _read(folder, "chat_template.jinja")}
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if len(more) > _MAX_TEMPLATES:
         raise InputError(
             f"{folder / 'additional_chat_templates'}: {len(more)} files; at most {_MAX_TEMPLATES} are read"
         )
-    files |= {path.name.removesuffix(".jinja"): _read(path.parent, path.name) for path in more}
-    found = {name: text for name, text in files.items() if text is not None}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.name.removesuffix(".jinja"): path for path in more}
+    texts = {name: (_read(path.parent, path.name), path) for name, path in files.items()}
+    found = {name: (text, path) for name, (text, path) in texts.items() if text is not None}
     return found or _config_templates(config.get("chat_template"), folder / "tokenizer_config.json")
 
 
 def templates_in(folder: Path) -> dict[str, tuple[str, Path]]:
     """Name -> chat template and its file, of a folder that may hold no tokenizer: as `read_folder` finds
     them, or else that of chat_template.json, where processors of transformers 4 have it."""
-    held = folder / "tokenizer_config.json"
-    found = _templates(folder, _read_json(folder, held.name))
-    if not found:
-        held = folder / "chat_template.json"
-        found = _config_templates(_read_json(folder, held.name).get("chat_template"), held)
-    more = (folder / "additional_chat_templates").glob("*.jinja")
-    alone = {path.name.removesuffix(".jinja"): path for path in more}
-    if (folder / "chat_template.jinja").is_file():
-        alone["default"] = folder / "chat_template.jinja"
-    return {name: (text, alone.get(name, held)) for name, text in found.items()}
+    found = _templates(folder, _read_json(folder, "tokenizer_config.json"))
+    old = "chat_template.json"
+    return found or _config_templates(_read_json(folder, old).get("chat_template"), folder / old)
 
 
-def _config_templates(value: Any, path: Path) -> dict[str, str]:
+def _config_templates(value: Any, path: Path) -> dict[str, tuple[str, Path]]:
     if value is None:
         return {}
     if isinstance(value, str):
-        return {"default": value}
+        return {"default": (value, path)}
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = {item.get("name"): item.get("template") for item in value}
     if isinstance(value, dict) and all(isinstance(x, str) for pair in value.items() for x in pair):
-        return value
+        return {name: (text, path) for name, text in value.items()}
     raise InputError(f"{path}: chat_template: expected a string or named templates")

@@ -120,12 +120,12 @@ def has_gguf_tokenizer(values: Mapping[str, Any], source: str) -> bool:
         return False
     if isinstance(model, str) and model in _BUILDERS:
         return True
-    known = ", ".join(_BUILDERS)
-    note(
-        f"{source}: tokenizer.ggml.model {model!r:.60} is not supported (known: {known}), so the model takes "
-        "token ids and no text"
-    )
+    note(f"{source}: {_not_supported(model)}, so the model takes token ids and no text")
     return False
+
+
+def _not_supported(model: Any) -> str:
+    return f"tokenizer.ggml.model {model!r:.60} is not supported (known: {', '.join(_BUILDERS)})"
 
 
 def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
@@ -133,8 +133,7 @@ def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
     model = values.get("tokenizer.ggml.model")
     build = _BUILDERS.get(model) if isinstance(model, str) else None
     if build is None:
-        known = ", ".join(_BUILDERS)
-        raise InputError(f"{source}: tokenizer.ggml.model {model!r} is not supported (known: {known})")
+        raise InputError(f"{source}: {_not_supported(model)}")
     data = Metadata(values, source)
     vocab = build(data)
     note_gguf_keys(values, source)
