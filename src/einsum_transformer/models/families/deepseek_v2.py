@@ -72,7 +72,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     assert moe is not None
     limited = moe.n_group > 1
     return (
-        write_shared(config)
+        write_shared(config, "attention_bias")
         | write_experts(config)
         | {
             "kv_lora_rank": latent.kv_lora_rank,
@@ -84,7 +84,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
             "n_group": moe.n_group if limited else None,
             "topk_group": moe.topk_group if limited else None,
             "routed_scaling_factor": moe.routed_scaling_factor,
-            "attention_bias": config.attention_bias,
         }
     )
 

@@ -31,10 +31,9 @@ def _read(keys: Keys) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None
-    return write_shared(config) | {
+    return write_shared(config, "sliding_window") | {
         "num_local_experts": config.moe.num_experts,
         "num_experts_per_tok": config.moe.num_experts_per_tok,
-        "sliding_window": config.sliding_window,
     }
 
 

@@ -31,7 +31,7 @@ def _read(keys: Keys) -> ModelConfig:
 def _write(config: ModelConfig) -> dict[str, Any]:
     rope = config.rope
     assert rope is not None
-    written = write_shared(config) | {"sliding_window": config.sliding_window}
+    written = write_shared(config, "sliding_window")
     written["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.rope_type == "longrope":
         # transformers 4 takes these three keys and no other.
