@@ -5,8 +5,6 @@ embedding `.lora_embedding_A` [r, in] and `.lora_embedding_B` [out, r] (https://
 those of stacked experts are in stacked.py. The folders of mlx-lm are in mlx_adapter.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """adapter_config.json, as PEFT writes it: every key is obeyed, known to change nothing, refused, or noted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

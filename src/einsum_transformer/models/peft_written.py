@@ -1,7 +1,5 @@
 """adapter_config.json of a model, such that `peft` puts the same adapters on the same weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

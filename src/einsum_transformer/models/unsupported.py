@@ -1,7 +1,5 @@
 """What JSON files describe that is no decoder this package runs, in words that say what to use instead."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Activation functions, each beside its derivative."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

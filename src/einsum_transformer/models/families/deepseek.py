@@ -1,7 +1,5 @@
 """deepseek: DeepSeekMoE 16B: llama with experts from the second layer on, some of them for every token."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.errors import ConfigError

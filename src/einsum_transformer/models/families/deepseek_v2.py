@@ -1,7 +1,5 @@
 """deepseek_v2: latent attention, and experts of which a router chooses among all or among the best groups."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """gemma: norms that multiply by 1 + weight, embeddings scaled by sqrt(hidden_size), GeGLU, one matrix for
 embedding and head."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

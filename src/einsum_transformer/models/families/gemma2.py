@@ -1,8 +1,6 @@
 """gemma2: gemma with norms before and after attention and feed-forward, soft caps of scores and logits, and
 windows in every other layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 """gemma3_text, and the text part of gemma3: gemma2 without soft caps, with an RMSNorm of every query and key
 head, five layers with a window to one without, and a rotation for each of the two kinds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,8 +1,6 @@
 """gpt2: learned positions, LayerNorm, biases everywhere, one matrix for q, k and v; matrices are stored
 [in, out]."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig

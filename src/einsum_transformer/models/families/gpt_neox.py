@@ -1,8 +1,6 @@
 """gpt_neox: Pythia and GPT-NeoX: attention beside the feed-forward, each after a LayerNorm of its own, RoPE
 on a part of each head, one matrix for q, k and v head by head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

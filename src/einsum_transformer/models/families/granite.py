@@ -1,7 +1,5 @@
 """granite: Granite 3: llama with factors of embeddings, scores, residual branches and logits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

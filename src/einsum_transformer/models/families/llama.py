@@ -1,7 +1,5 @@
 """llama: Llama 2 and 3, SmolLM2, TinyLlama, Yi, DeepSeek-LLM and all others with model_type "llama"."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 """mistral: Mistral 7B, Nemo and all others with model_type "mistral": llama with a sliding window and no
 biases."""
 
-from __future__ import annotations
-
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family

@@ -1,7 +1,5 @@
 """mixtral: mistral with experts in the place of the feed-forward, their weights divided by their sum."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig, MoEConfig

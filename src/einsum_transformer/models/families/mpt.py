@@ -1,8 +1,6 @@
 """mpt: ALiBi in the place of position embeddings, no bias anywhere, also in the LayerNorms, one matrix for q,
 k and v."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 """olmo2: norms after attention and feed-forward in the place of those before, and an RMSNorm of all queries
 and of all keys."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """olmo3: olmo2 with windows in three of four layers, whose RoPE is never scaled."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig

@@ -1,8 +1,6 @@
 """phi: Phi 1, 1.5 and 2: attention beside the feed-forward after one LayerNorm, biases everywhere, RoPE on a
 part of each head."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig

@@ -1,7 +1,5 @@
 """phi3: Phi 3, 3.5 and 4: llama with one matrix for q, k and v, one for gate and up, a window, longrope."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

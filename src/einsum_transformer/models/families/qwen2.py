@@ -1,8 +1,6 @@
 """qwen2: Qwen 1.5, 2 and 2.5, QwQ and all others with model_type "qwen2": llama with biases of q, k and v,
 and with windows, if any, in the later layers alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig

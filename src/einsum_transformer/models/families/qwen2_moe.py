@@ -1,7 +1,5 @@
 """qwen2_moe: qwen2 with experts, and beside them a shared expert behind a gate of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

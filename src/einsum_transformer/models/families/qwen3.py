@@ -1,7 +1,5 @@
 """qwen3: qwen2 without biases, with an RMSNorm of every query and key head."""
 
-from __future__ import annotations
-
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family

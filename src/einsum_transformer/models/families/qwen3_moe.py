@@ -1,7 +1,5 @@
 """qwen3_moe: qwen3 with experts and no shared one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

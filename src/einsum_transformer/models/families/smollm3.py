@@ -1,7 +1,5 @@
 """smollm3: llama whose every fourth layer is told no positions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
