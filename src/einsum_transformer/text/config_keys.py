@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.notes import note
-from einsum_transformer.text.added_tokens import is_typed
+from einsum_transformer.text.added_tokens import NAMES, is_typed
 from einsum_transformer.text.classes import COMPLETE
 
 OBEYED = frozenset(
     {
-        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+        *NAMES,
         *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
         *("model_specific_special_tokens", "chat_template", "split_special_tokens"),
         "clean_up_tokenization_spaces",

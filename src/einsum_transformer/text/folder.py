@@ -15,11 +15,10 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 from einsum_transformer.text.added_tokens import TokenFiles, add_tokens, check_stated_ids
 from einsum_transformer.text.class_build import build_class, finish_class, parts_of
-from einsum_transformer.text.classes import BACKEND, DEFAULT_EXTRA, DEFAULTS, NO_PAD, class_name
+from einsum_transformer.text.classes import BACKEND, DEFAULT_EXTRA, DEFAULTS, NO_PAD, class_name, class_of
 from einsum_transformer.text.config_keys import note_config_keys
 from einsum_transformer.text.gguf_vocab import check_charsmap
 from einsum_transformer.text.native import checked
-from einsum_transformer.text.vocab_merges import class_of, read_merges
 
 _MAX_BYTES = {
     "tokenizer.json": 1 << 29,
@@ -120,7 +119,7 @@ def _start(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) ->
             f"{'' if found is None else f'; {found}'}"
         )
     kind = class_of(config, model, str(folder))
-    merges = read_merges(_read(folder, "merges.txt") or "", f"{folder}/merges.txt")
+    merges = _merges(_read(folder, "merges.txt") or "", f"{folder}/merges.txt")
     backend = build_class(kind, _read_json(folder, "vocab.json"), merges, config, f"{folder}/vocab.json")
     return _Started(kind, backend, DEFAULTS[kind], has_file=False)
 
@@ -141,6 +140,20 @@ def _start_from_file(text: str, path: Path, config: Mapping[str, Any], model: Ma
     backend = build_class(kind, vocab, merges, config, str(path))
     defaults = DEFAULTS[kind] if kind in NO_PAD else _padding(shell) | DEFAULTS[kind]
     return _Started(kind, backend, defaults, True, shell, listed)
+
+
+def _merges(text: str, path: str) -> list[tuple[str, str]]:
+    """The pairs of merges.txt, one a line, best first, after a line `#version: ...`."""
+    pairs = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line or line.startswith("#version"):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2:
+            raise InputError(f"{path}, line {number}: expected two tokens with a space between them")
+        pairs.append((parts[0], parts[1]))
+    return pairs
 
 
 def _has_merges(folder: Path) -> bool:

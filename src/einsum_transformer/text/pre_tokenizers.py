@@ -36,6 +36,8 @@ _DEEPSEEK3 = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 
+_LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+
 # Each text is cut by the first pattern, each piece by the next; what lies between matches is a piece as well.
 _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     (
@@ -55,7 +57,7 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
         r"\p{N}",
         GPT2,
     ),
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): (_LLAMA3,),
+    _LLAMA3_NAMES: (_LLAMA3,),
     ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): (_LLAMA3,),
     ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2", "kormo", "solar-open"): (
         QWEN2,
@@ -81,9 +83,7 @@ _BY_NAME = {name: patterns for names, patterns in _PATTERNS.items() for name in 
 
 # Vocabularies made by tiktoken: a word that is a token is taken whole, whatever the merges say, and a text
 # begins with BOS.
-BEGINS_AND_KEEPS_WORDS = frozenset(
-    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
-)
+BEGINS_AND_KEEPS_WORDS = frozenset({*_LLAMA3_NAMES, "tekken"})
 
 
 def pre_tokenizer(name: str) -> PreTokenizer | None:
