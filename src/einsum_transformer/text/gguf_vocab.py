@@ -41,8 +41,8 @@ class GgufVocab:
     named: Mapping[str, str]
     """Special tokens by the names that chat templates know."""
     turn_end_ids: tuple[int, ...]
-    add_bos: bool
-    add_eos: bool
+    edges: Mapping[str, bool]
+    """`add_bos_token` and `add_eos_token`."""
     refusal: str | None = None
     """Why text cannot be encoded, None if it can."""
 
@@ -140,7 +140,8 @@ def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
     if data.out_of_range:
         ids = ", ".join(f"tokenizer.ggml.{key} = {value}" for key, value in data.out_of_range.items())
         note(f"{source}: not used, since the vocabulary has {len(data.tokens)} tokens: {ids}")
-    for name, wanted in (("bos", vocab.add_bos), ("eos", vocab.add_eos)):
+    for name in ("bos", "eos"):
+        wanted = vocab.edges[f"add_{name}_token"]
         if wanted and f"{name}_token" not in vocab.named and f"{name}_token_id" not in data.out_of_range:
             raise InputError(
                 f"{source}: tokenizer.ggml.add_{name}_token is set, but there is no {name}_token_id"
@@ -164,9 +165,11 @@ def _finish(
     added = [*sorted(special), *(index for index in data.of_type(USER_DEFINED) if index not in special)]
     tokens = [AddedToken(data.tokens[index], special=index in special, normalized=False) for index in added]
     checked(f"{data.source}: tokenizer.ggml.token_type", lambda: backend.add_tokens(tokens))
-    add_bos = data.get("add_bos_token", bool, add_bos and "bos_token" in named)
-    add_eos = data.get("add_eos_token", bool, add_eos and "eos_token" in named)
-    return GgufVocab(backend, named, tuple(ends), add_bos, add_eos)
+    edges = {
+        "add_bos_token": data.get("add_bos_token", bool, add_bos and "bos_token" in named),
+        "add_eos_token": data.get("add_eos_token", bool, add_eos and "eos_token" in named),
+    }
+    return GgufVocab(backend, named, tuple(ends), edges)
 
 
 def _byte_level_bpe(data: Metadata) -> GgufVocab:

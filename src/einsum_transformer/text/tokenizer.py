@@ -87,8 +87,7 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
         """Build the tokenizer that a GGUF file's `tokenizer.*` keys describe; `source` is the file's path."""
         vocab = read_gguf_vocab(metadata, str(source))
-        edges = {"add_bos_token": vocab.add_bos, "add_eos_token": vocab.add_eos}
-        _set_edges(vocab.backend, edges, vocab.named)
+        _set_edges(vocab.backend, vocab.edges, vocab.named)
         prefix = "tokenizer.chat_template"
         templates = {
             key.removeprefix(prefix).removeprefix(".") or "default": value
@@ -98,7 +97,9 @@ class Tokenizer:
         if not all(isinstance(template, str) for template in templates.values()):
             raise InputError(f"{source}: {prefix}: not a string")
         ends = _end_ids(vocab.backend, vocab.named, vocab.turn_end_ids)
-        return cls(vocab.backend, str(source), vocab.named, ends, templates, edges, refusal=vocab.refusal)
+        return cls(
+            vocab.backend, str(source), vocab.named, ends, templates, vocab.edges, refusal=vocab.refusal
+        )
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
