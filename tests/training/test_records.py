@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     trained = Tokenizer.train(["to be or not to be, that is the question"] * 3, 270)
-    return Tokenizer(trained.backend, "test", None, 0, None, None, {}, frozenset({0}), {"default": TEMPLATE})
+    return replace(trained, source="test", chat_templates={"default": TEMPLATE})
 
 
 def read(

@@ -206,10 +206,8 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("content"), str)
 
 
-def _token(value: Any, where: str, special: bool | None = True) -> AddedToken:
-    """An AddedToken of a string, or of an object with `content` and flags; special=None: as it says."""
-    if isinstance(value, str):
-        return AddedToken(value, special=bool(special))
+def _token(value: Any, where: str, special: bool | None = None) -> AddedToken:
+    """An AddedToken of an object with `content` and flags; special=None: as it says."""
     if not _is_token(value):
         raise InputError(f'{where}: expected a string or {{"content": string}}')
     flags = {name: value[name] for name in _FLAGS if name in value}
@@ -237,7 +235,7 @@ def _stated(value: Any, folder: str) -> list[tuple[int, AddedToken]]:
         number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else MAX_TOKEN_ID
         if isinstance(item, str):
             raise InputError(f'{where}[{key!r}]: expected {{"content": string}}')
-        pairs.append((bounded_id(number, where, key), _token(item, f"{where}[{key!r}]", special=None)))
+        pairs.append((bounded_id(number, where, key), _token(item, f"{where}[{key!r}]")))
     return sorted(pairs, key=lambda pair: pair[0])
 
 
@@ -262,7 +260,7 @@ def _listed(entries: Any, folder: str) -> dict[int, AddedToken]:
         number = entry.get("id") if isinstance(entry, Mapping) else None
         if not isinstance(number, int) or isinstance(number, bool):
             raise InputError(f"{where}: expected objects with an id and a content")
-        tokens[bounded_id(number, where, number)] = _token(entry, where, special=None)
+        tokens[bounded_id(number, where, number)] = _token(entry, where)
     return tokens
 
 
