@@ -201,7 +201,7 @@ def test_tools_that_the_template_does_not_read_are_noted(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    other = Tokenizer(tokenizer.backend, "test", None, 0, None, None, {}, frozenset({0}), {"default": plain})
+    other = replace(tokenizer, chat_templates={"default": plain})
     read(tmp_path, other, {"messages": CHAT, "tools": [TOOL]})
     assert "tools (1)" in caplog.text
 
