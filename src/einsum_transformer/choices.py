@@ -1,7 +1,5 @@
 """Settings with a fixed set of values, which their type lists: `norm: Literal["rms", "layer"]`."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 

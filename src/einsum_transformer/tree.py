@@ -1,7 +1,5 @@
 """Walks over nested frozen dataclasses: weights, gradients and optimizer moments are one type."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -88,13 +88,13 @@ def test_norms_of_queries() -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("activation", [GELU, GELU_TANH], ids=lambda a: a.name)
+@pytest.mark.parametrize("activation", [GELU, GELU_TANH], ids=["gelu", "gelu_tanh"])
 def test_mlp(activation: Any, biased: bool) -> None:
     biases = (normal(F, seed=2), normal(D, seed=3)) if biased else (None, None)
     assert_component(MLP(normal(F, D), normal(D, F, seed=1), *biases, activation))
 
 
-@pytest.mark.parametrize("activation", [GELU, GELU_TANH], ids=lambda a: a.name)
+@pytest.mark.parametrize("activation", [GELU, GELU_TANH], ids=["gelu", "gelu_tanh"])
 def test_geglu(activation: Any) -> None:
     weights = GatedMLP(normal(F, D), normal(F, D, seed=1), normal(D, F, seed=2), activation=activation)
     assert_component(weights)

@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, np.ndarray]:
 )
 def test_each_layout_survives_a_round_trip(tmp_path, limit, names):
     tensors = four_tensors()
-    write_safetensors_folder(tmp_path / "new" / "folder", tensors, limit, {"format": "np"})
+    write_safetensors_folder(tmp_path / "new" / "folder", tensors, limit)
     assert files(tmp_path / "new" / "folder") == names
     source = open_tensors(tmp_path / "new" / "folder")
     assert source.names() == list(tensors)

@@ -131,7 +131,7 @@ def test_any_alignment_is_followed(tmp_path, alignment):
     values = np.arange(8, dtype=np.float32)
     pairs = [ARCHITECTURE, pair("general.alignment", UINT32, struct.pack("<I", alignment))]
     source = opened(tmp_path, raw_file(pairs, [tensor("x")], values.tobytes(), alignment=alignment))
-    assert source.alignment == alignment
+    assert source.info("x").offset % alignment == 0
     np.testing.assert_array_equal(source.read("x"), values)
 
 

@@ -12,14 +12,15 @@ from text_golden import golden
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.text import sandbox
-from einsum_transformer.text.chat_template import render_chat, render_chat_spans
+from einsum_transformer.text.chat_template import render_chat_spans
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 PLAIN: dict[str, Any] = {"add_generation_prompt": False, "seconds": 10.0}
 
 
 def render(template: str, messages: Any = MESSAGES, **options: Any) -> str:
-    return render_chat(template, messages, **{"add_generation_prompt": True, "seconds": 10.0, **options})
+    options = {"add_generation_prompt": True, "seconds": 10.0, **options}
+    return render_chat_spans(template, messages, **options)[0]
 
 
 class Clock(datetime.datetime):

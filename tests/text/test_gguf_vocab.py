@@ -64,11 +64,13 @@ def test_merges_in_the_file_are_used_instead_of_scores() -> None:
 def test_special_ids_and_flags() -> None:
     begin, end, think = (byte_level().backend.token_to_id(token) for token in SPECIAL)
     tokenizer = byte_level(add_bos_token=True, add_eos_token=True, padding_token_id=end)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (begin, end, end, None)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (begin, end)
+    names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "pad_token": SPECIAL[1]}
+    assert tokenizer.named == names
     assert tokenizer.encode("hello")[0] == begin
     assert tokenizer.encode("hello")[-1] == end
     assert tokenizer.encode("hello", add_special_tokens=False) == tokenizer.encode("hello")[1:-1]
-    assert tokenizer.adds_bos
+    assert tokenizer.encode("") == [begin, end]
     assert tokenizer.decode([begin, think, end]) == "<think>"
     assert tokenizer.decode([begin, think, end], skip_special_tokens=False) == "<|begin|><think><|im_end|>"
 
@@ -87,7 +89,8 @@ def test_a_word_that_is_a_token_is_kept_whole_where_llama_cpp_does() -> None:
 
 @pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
 def test_bos_by_default_where_llama_cpp_has_it(pre: str, begins: bool) -> None:
-    assert byte_level(pre).adds_bos is begins
+    tokenizer = byte_level(pre)
+    assert tokenizer.encode("") == [tokenizer.bos_id] * begins
 
 
 def test_sentencepiece_defaults() -> None:
@@ -102,7 +105,8 @@ def test_sentencepiece_defaults() -> None:
     )
     metadata = {key: value for key, value in case.items() if not key.endswith(names)}
     tokenizer = Tokenizer.from_gguf(metadata, Path("x.gguf"))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.named["unk_token"] == tokenizer.token(0)
     assert tokenizer.encode("the") == from_golden("sentencepiece").encode("the")
 
 
@@ -209,7 +213,7 @@ def test_an_unknown_pre_tokenizer_stops_text_and_nothing_else(
     tokenizer = byte_level("unheard-of", add_bos_token=True)
     assert "tokenizer.ggml.pre 'unheard-of' is not known" in caplog.text
     assert tokenizer.decode(byte_level().encode("hello")) == "hello"
-    assert tokenizer.adds_bos
+    assert tokenizer.encode("") == [tokenizer.bos_id]
     message = r"tiny\.gguf: tokenizer\.ggml\.pre: 'unheard-of' is not a known pre-tokenizer"
     for call in (tokenizer.encode, tokenizer.encode_once):
         with pytest.raises(InputError, match=message):
@@ -230,12 +234,12 @@ def test_special_ids_outside_the_vocabulary_are_noted(
     assert len(caplog.messages) == 1
     ids = byte_level(add_bos_token=kind != "bos").encode("hello")
     assert tokenizer.encode("hello") == ids
-    assert token_id not in {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id}
+    assert set(tokenizer.named.values()) <= tokenizer.backend.get_vocab().keys()
 
 
 def test_sentencepiece_takes_its_default_for_a_special_id_outside_the_vocabulary() -> None:
     tokenizer = from_golden("sentencepiece", bos_token_id=10**6, unknown_token_id=2**32 - 1)
-    assert (tokenizer.bos_id, tokenizer.unk_id) == (1, 0)
+    assert (tokenizer.bos_id, tokenizer.named["unk_token"]) == (1, tokenizer.token(0))
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ def test_a_folder_saved_by_transformers(folder: Path) -> None:
     assert [tokenizer.encode(text) for text in case["strings"]] == case["ids"]
     assert tokenizer.token(tokenizer.bos_id or 0) == "<|begin|>"
     assert tokenizer.token(tokenizer.eos_id or 0) == "<|im_end|>"
-    assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.adds_bos) == (None, None, True)
+    assert not {"pad_token", "unk_token"} & tokenizer.named.keys()
+    assert tokenizer.encode("")[:1] == [tokenizer.bos_id]
     assert {tokenizer.token(i) for i in tokenizer.end_of_generation_ids} == {"<|im_end|>", "<|endoftext|>"}
     assert tokenizer.chat_template == case["files"]["chat_template.jinja"]
     assert tokenizer.vocab_size == 564
@@ -65,18 +66,19 @@ def test_special_tokens_in_their_forms(folder: Path) -> None:
     tokenizer = configure(folder, eos_token={"content": "<think>", "lstrip": False}, pad_token="hel")
     assert tokenizer.token(tokenizer.eos_id or 0) == "<think>"
     assert tokenizer.decode(tokenizer.encode("<|im_end|>hello")) == "lo"
-    assert tokenizer.encode("hel", add_special_tokens=False) == [tokenizer.pad_id]
+    assert tokenizer.encode("hel", add_special_tokens=False) == [tokenizer.backend.token_to_id("hel")]
+    assert tokenizer.named["pad_token"] == "hel"
     (folder / "tokenizer_config.json").unlink()
     write_files(
         folder, {"special_tokens_map.json": {"eos_token": "<|im_end|>", "unk_token": {"content": "<think>"}}}
     )
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.token(tokenizer.eos_id or 0) == "<|im_end|>"
-    assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
+    assert tokenizer.named["unk_token"] == "<think>"
     write_files(folder, {"tokenizer_config.json": {"eos_token": "<|begin|>", "unk_token": None}})
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.token(tokenizer.eos_id or 0) == "<|im_end|>"  # special_tokens_map.json goes first
-    assert tokenizer.token(tokenizer.unk_id or 0) == "<think>"
+    assert tokenizer.named["unk_token"] == "<think>"
 
 
 def test_where_the_chat_template_comes_from(folder: Path) -> None:
@@ -179,15 +181,7 @@ def test_saved_and_read_again(name: str, tmp_path: Path) -> None:
             assert again.encode(text, special) == ours.encode(text, special)
     ids = [0, 1, 2, 300, 301, ours.vocab_size - 1]
     assert again.decode(ids) == ours.decode(ids)
-    for attribute in (
-        "bos_id",
-        "eos_id",
-        "pad_id",
-        "unk_id",
-        "adds_bos",
-        "vocab_size",
-        "end_of_generation_ids",
-    ):
+    for attribute in ("bos_id", "eos_id", "named", "vocab_size", "end_of_generation_ids"):
         assert getattr(again, attribute) == getattr(ours, attribute), attribute
 
 
@@ -216,7 +210,7 @@ def test_a_post_processor_of_its_own_survives_saving(tmp_path: Path) -> None:
     write_files(tmp_path, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": {"bos_token": "[A]"}})
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode("x") == [0, 1, 2]
-    assert tokenizer.adds_bos
+    assert tokenizer.bos_id == 0
     tokenizer.save(tmp_path / "again")
     assert Tokenizer.from_folder(tmp_path / "again").encode("x") == [0, 1, 2]
 

@@ -31,7 +31,7 @@ CHAT = [
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     trained = Tokenizer.train(["to be or not to be, that is the question"] * 3, 270)
-    return Tokenizer(trained.backend, "test", None, 0, None, None, {}, frozenset({0}), {"default": TEMPLATE})
+    return dataclasses.replace(trained, source="test", chat_templates={"default": TEMPLATE})
 
 
 def write(path: Path, lines: list[Any]) -> Path:

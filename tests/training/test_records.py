@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     trained = Tokenizer.train(["to be or not to be, that is the question"] * 3, 270)
-    return Tokenizer(trained.backend, "test", None, 0, None, None, {}, frozenset({0}), {"default": TEMPLATE})
+    return replace(trained, source="test", chat_templates={"default": TEMPLATE})
 
 
 def read(
@@ -200,7 +201,7 @@ def test_tools_that_the_template_does_not_read_are_noted(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    other = Tokenizer(tokenizer.backend, "test", None, 0, None, None, {}, frozenset({0}), {"default": plain})
+    other = replace(tokenizer, chat_templates={"default": plain})
     read(tmp_path, other, {"messages": CHAT, "tools": [TOOL]})
     assert "tools (1)" in caplog.text
 

@@ -208,7 +208,6 @@ def write_safetensors_folder(
     folder: str | Path,
     tensors: Mapping[str, np.ndarray],
     max_shard_bytes: int = 5_000_000_000,
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `model.safetensors`, or an index and shards of at most `max_shard_bytes` of tensors.
 
@@ -226,7 +225,7 @@ def write_safetensors_folder(
             sync(index)
         for shard, members in shards.items():
             file = stack.enter_context(atomic_file(folder / shard))
-            write_tensors(file, tensors, members, metadata)
+            write_tensors(file, tensors, members)
             sync(file)
     current = shards.keys() if SINGLE in shards else {*shards, INDEX}
     for path in list(folder.iterdir()):

@@ -96,13 +96,12 @@ class GGUFFile(MappedFile):
     """
 
     metadata: dict[str, Any]
-    alignment: int
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         try:
             header = _Header(self.path, self._map)
-            self.metadata, self.alignment, self._tensors = header.metadata, header.alignment, header.tensors
+            self.metadata, self._tensors = header.metadata, header.tensors
         except BaseException:
             self.close()
             raise
@@ -151,7 +150,7 @@ class GGUFFile(MappedFile):
             dequantize(stored, info.dtype, _BLOCKS[info.dtype], out)
         except NotImplementedError:
             raise FormatError(
-                f"{self.path}: tensor {quoted(info.name)} has type {info.dtype}, "
+                f"{info.file}: tensor {quoted(info.name)} has type {info.dtype}, "
                 "which cannot be dequantized; convert the file to another type"
             ) from None
         return out

@@ -141,33 +141,22 @@ def describe(tensors: Mapping[str, np.ndarray]) -> dict[str, Entry]:
     return entries
 
 
-def write_safetensors(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write `tensors` to `path` one by one; an older file is replaced once the new one is on the disk.
 
     Each tensor is asked for twice (for its shape, then for its bytes), so that a mapping which makes its
-    arrays on access holds one at a time. `metadata` is {"format": "pt"} unless given. Raises InputError for a
-    name or a type that the format does not have.
+    arrays on access holds one at a time. Raises InputError for a name or type that the format does not have.
     """
     entries = describe(tensors)
     with atomic_file(Path(path)) as file:
-        write_tensors(file, tensors, entries, metadata)
+        write_tensors(file, tensors, entries)
 
 
-def write_tensors(
-    file: BinaryIO,
-    tensors: Mapping[str, np.ndarray],
-    entries: Mapping[str, Entry],
-    metadata: Mapping[str, str] | None,
-) -> None:
+def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> None:
     """Write the header and the bytes of those `tensors` that `entries` describes."""
-    metadata = {"format": "pt"} if metadata is None else dict(metadata)
-    if not all(isinstance(text, str) for item in metadata.items() for text in item):
-        raise InputError("safetensors metadata must map strings to strings")
     # Wide types first keeps every tensor aligned to its own type.
     order = sorted(entries, key=lambda name: (-DTYPES[entries[name].dtype][1], name))
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         entry = entries[name]

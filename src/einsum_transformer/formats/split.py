@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from einsum_transformer.errors import FormatError
-from einsum_transformer.formats import Packed
+from einsum_transformer.formats import TensorInfo
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
 from einsum_transformer.formats.mapped import quoted
@@ -24,7 +24,7 @@ class SplitGGUF(GGUFFile):
     """All parts of a split GGUF as one TensorSource; each tensor's `info` names the part that holds it."""
 
     def __init__(self, parts: list[GGUFFile]) -> None:
-        self.path, self.metadata, self.alignment = parts[0].path, parts[0].metadata, parts[0].alignment
+        self.path, self.metadata = parts[0].path, parts[0].metadata
         self._parts = parts
         self._holders: dict[str, GGUFFile] = {}
         for part in parts:
@@ -41,25 +41,15 @@ class SplitGGUF(GGUFFile):
                     f"{len(self._tensors)} tensors"
                 )
 
-    def read(self, name: str) -> np.ndarray:
-        return self._holder(name).read(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._holder(name).read_rows(name, start, stop)
-
-    def read_packed(self, name: str) -> Packed | None:
-        return self._holder(name).read_packed(name)
-
     def release(self, name: str) -> None:
-        self._holder(name).release(name)
+        self._holders[self.info(name).name].release(name)
 
     def close(self) -> None:
         for part in self._parts:
             part.close()
 
-    def _holder(self, name: str) -> GGUFFile:
-        self.info(name)  # refuses a name that no part has
-        return self._holders[name]
+    def _stored(self, info: TensorInfo) -> np.ndarray:
+        return self._holders[info.name]._stored(info)
 
 
 def open_gguf(path: Path, allow_links: bool = False) -> GGUFFile:

@@ -46,7 +46,7 @@ def named(kind: str, head: bytes = b"") -> str:
     return _KINDS.get(kind, "")
 
 
-def not_text(data: bytes, wanted: str = "text") -> str:
+def not_text(data: bytes) -> str:
     """What bytes are that were given as text, in words with the way out; "" if they may be text.
 
     A Git LFS pointer is text itself; every other kind shows by bytes that no text has, so that a text may
@@ -57,7 +57,7 @@ def not_text(data: bytes, wanted: str = "text") -> str:
         return named(kind) if len(data) < _MOST_POINTER else ""
     if kind in ("text", "JSON", "empty") or not (b"\x00" in data or _undecodable(data)):
         return ""
-    return named(kind, head).replace(", not a model", f", not {wanted}")
+    return named(kind, head).replace(", not a model", ", not text")
 
 
 def _undecodable(data: bytes) -> bool:

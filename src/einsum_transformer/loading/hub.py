@@ -1,7 +1,5 @@
 """Model folders from the Hugging Face hub, what is cached first."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """The tokenizer and the chat template that an adapter's folder may hold beside the adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

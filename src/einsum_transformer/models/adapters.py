@@ -1,7 +1,5 @@
 """LoRA on a model: adapters put on, and merged into the weights."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable, Mapping

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -327,9 +328,12 @@ class Keys:
         self.defaulted: list[str] = []
         self.unused: list[str] = []
         """Keys of objects inside this one that nobody read, as `rope_scaling.x`."""
+        self._theirs: Mapping[str, str] = {}
+        """Names that are asked for -> the file's, which stay those of messages and lists."""
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         """The value of `name`; `default` where it is absent or null, an error where there is no default."""
+        name = self._theirs.get(name, name)
         self.seen.add(name)
         value = self.raw.get(name)
         if value is None:
@@ -354,24 +358,12 @@ class Keys:
 
     def renamed(self, names: Mapping[str, str]) -> Keys:
         """The same keys, those of `names` under other names; what is read there counts as read here."""
-        back = {new: old for old, new in names.items()}
-        keys = _Renamed({names.get(key, key): value for key, value in self.raw.items()}, self.source)
-        keys.original, keys.back = self, back
+        keys = copy(self)
+        keys._theirs = {here: there for there, here in names.items() if there in self.raw}
         return keys
 
     def left_over(self) -> tuple[str, ...]:
         return (*sorted(set(self.raw) - self.seen), *self.unused)
-
-
-class _Renamed(Keys):
-    """Keys under other names than their file's, which stay those of messages and lists."""
-
-    original: Keys
-    back: Mapping[str, str]
-
-    def get(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        own = self.back.get(name, name)
-        return self.original.get(own if own in self.original.raw else name, kind, default)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,5 @@
 """Where scores that are not finite come from."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Tensors are named `<module>.lora_a` [in, r] and `<module>.lora_b` [r, out], and 
 y = W x + scale (x lora_a) lora_b (https://github.com/ml-explore/mlx-lm, tuner/lora.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

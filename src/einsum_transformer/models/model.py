@@ -1,7 +1,5 @@
 """Model: a decoder with its config, its tokenizer and the names its weights have in a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -5,8 +5,6 @@ embedding `.lora_embedding_A` [r, in] and `.lora_embedding_B` [out, r] (https://
 those of stacked experts are in stacked.py. The folders of mlx-lm are in mlx_adapter.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable
@@ -23,22 +21,10 @@ from einsum_transformer.models import mlx_adapter
 from einsum_transformer.models.adapters import Planned, matrices_of, no_matrix, planned_stack, put_on
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
-from einsum_transformer.models.peft_config import CONFIG, note_base, read_config
+from einsum_transformer.models.peft_config import CONFIG, config_dict, note_base, read_config
 from einsum_transformer.models.peft_names import PREFIX, names_in
-from einsum_transformer.models.peft_written import config_dict
 from einsum_transformer.models.stacked import Pair, Stack, stacks_of
 
-__all__ = [
-    "CONFIG",
-    "PREFIX",
-    "TENSORS",
-    "adapter_digest",
-    "config_dict",
-    "is_adapter",
-    "read_config",
-    "with_adapter",
-    "write_adapter",
-]
 Array = np.ndarray
 
 TENSORS = "adapter_model.safetensors"
@@ -47,11 +33,6 @@ _TENSOR = re.compile(
 )
 _COPY = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<kind>weight|bias)")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter."""
-    return (folder / CONFIG).is_file()
 
 
 def adapter_digest(folder: str | Path) -> str:
@@ -85,8 +66,11 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
             config = read_config(folder)
             note_base(folder, model.source)
             planned, pairs = _read_pairs(folder, model, config)
+        matrices = matrices_of(model)
         for path, own in planned.items():
-            _check_pair(model, path, own, pairs[path])
+            outputs, inputs = matrices[path].stored
+            module = model.family.module_name(path)
+            _check_shapes(module, pairs[path], (own.rank, inputs), (outputs, own.rank))
         return put_on(model, config, planned, lambda path, *_: pairs[path])
     except (ConfigError, FormatError):
         raise
@@ -174,17 +158,21 @@ def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[st
         raise FormatError(f"{path}: holds no LoRA matrices")
     planned: dict[str, Planned] = {}
     pairs: dict[str, Pair] = {}
-    stacks = stacks_of(matrices_of(model))
+    matrices = matrices_of(model)
+    stacks = stacks_of(matrices)
     for (place, depth), parts in whole.items():
         pair, module = (parts["A"].array, parts["B"].array), parts["A"].module
-        if place in matrices_of(model):
+        if place in matrices:
             name = f"{module}.weight" if config.targets_parameter(f"{module}.weight") else module
             planned[place], pairs[place] = Planned(*config.rank_and_scaling(name)), pair
             continue
         wrappers = [d for other, d in whole if other == place]
         stack, name = _stack_at(path, place, module, depth, wrappers, stacks, config)
         rank, alpha = config.rank_and_alpha(name)
-        _check_stack(model, name, stack, rank, pair)
+        outputs, inputs = matrices[stack.paths[0]].stored
+        experts, all_ranks = len(stack.experts), rank * len(stack.experts)
+        wanted = (all_ranks, inputs), (outputs * len(stack.experts[0]), all_ranks)
+        _check_shapes(f"{name}, {experts} experts", pair, *wanted)
         planned |= planned_stack(stack, config, rank, alpha)
         pairs |= stack.split(*pair)
     return planned, pairs
@@ -242,26 +230,12 @@ def _stack_at(
     return stacks[f"{place}.{name}"], f"{module}.{name}"
 
 
-def _check_stack(model: Model, name: str, stack: Stack, rank: int, pair: Pair) -> None:
-    place, experts = matrices_of(model)[stack.paths[0]], len(stack.experts)
-    outputs, inputs = place.stored
-    expected = (rank * experts, inputs), (outputs * len(stack.experts[0]), rank * experts)
-    if (pair[0].shape, pair[1].shape) != expected:
-        raise _misshapen(f"{name}, {experts} experts", pair, expected)
-
-
-def _check_pair(model: Model, path: str, own: Planned, pair: Pair) -> None:
-    stored = matrices_of(model)[path].stored
-    expected = (own.rank, stored[1]), (stored[0], own.rank)
-    if (pair[0].shape, pair[1].shape) != expected:
-        raise _misshapen(model.family.module_name(path), pair, expected)
-
-
-def _misshapen(what: str, pair: Pair, expected: tuple[tuple[int, ...], tuple[int, ...]]) -> InputError:
-    return InputError(
-        f"the adapter of {what} is {list(pair[0].shape)} and {list(pair[1].shape)}, its config and the model "
-        f"ask for {list(expected[0])} and {list(expected[1])}: is it for another base model?"
-    )
+def _check_shapes(what: str, pair: Pair, a: tuple[int, int], b: tuple[int, int]) -> None:
+    if (pair[0].shape, pair[1].shape) != (a, b):
+        raise InputError(
+            f"the adapter of {what} is {list(pair[0].shape)} and {list(pair[1].shape)}, its config and the "
+            f"model ask for {list(a)} and {list(b)}: is it for another base model?"
+        )
 
 
 def _check_copy(file: SafetensorsFile, name: str, places: dict[str, str], model: Model) -> None:

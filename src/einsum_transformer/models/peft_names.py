@@ -1,24 +1,16 @@
 """The names that PEFT gives the matrices of adapters, and the layout they have there."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.safetensors import SafetensorsFile
-from einsum_transformer.models.stacked import EXPERT, stacks_of
+from einsum_transformer.leaves.lora import LoRA
+from einsum_transformer.models.families.family import Family
+from einsum_transformer.models.stacked import EXPERT, Array, stacks_of
 from einsum_transformer.notes import note
-
-if TYPE_CHECKING:
-    from einsum_transformer.leaves.lora import LoRA
-    from einsum_transformer.models.families.family import Family
-
-Array = np.ndarray
 
 PREFIX = "base_model.model."
 """What every name in a file of PEFT begins with."""

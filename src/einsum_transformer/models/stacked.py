@@ -9,8 +9,6 @@ transformers 5 holds the experts of a layer as two parameters, `experts.gate_up_
 so that the gate (the first f rows) and the up matrix of an expert have their own rows of B and one A.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ cfg = et.read_run_config("configs/llama.json")
 et.explain(et.enable_moe(et.enable_mqa(cfg), num_experts=8, top_k=2))
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What JSON files describe that is no decoder this package runs, in words that say what to use instead."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,12 +57,17 @@ def other_model(raw: Mapping[str, Any]) -> str:
 
 def quantized(raw: Mapping[str, Any]) -> str:
     """What quantized the weights that a config.json describes, with the way out; "" if they are not."""
-    text = raw.get("text_config")
-    for keys in (raw, text if isinstance(text, dict) else {}):
+    for keys in _whole_and_text(raw):
         for name in ("quantization_config", "quantization", "compression_config"):
             if (settings := keys.get(name)) is not None:
                 return f"{name}: {_method(settings)}"
     return ""
+
+
+def _whole_and_text(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """A config.json, and the part of it that describes the text model of a multimodal one."""
+    text = raw.get("text_config")
+    return (raw, text) if isinstance(text, dict) else (raw,)
 
 
 def _method(settings: Any) -> str:
@@ -126,8 +129,7 @@ def adapter_in(folder: Path) -> str:
 
 def check_layers(raw: Mapping[str, Any], source: str) -> None:
     """Refuse absurd numbers of layers before anything is made for each of them."""
-    text = raw.get("text_config")
-    for keys in (raw, text if isinstance(text, dict) else {}):
+    for keys in _whole_and_text(raw):
         for name in _LAYERS:
             value = keys.get(name)
             if isinstance(value, (int, float)) and value > MOST_LAYERS:

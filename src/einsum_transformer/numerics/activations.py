@@ -1,7 +1,5 @@
 """Activation functions, each beside its derivative."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ Array = np.ndarray
 class Activation:
     """A function by element, and the function that gives it together with its derivative."""
 
-    name: str
     forward: Callable[[Array], Array]
     with_derivative: Callable[[Array], tuple[Array, Array]]
 
@@ -93,9 +90,9 @@ def gelu_tanh_and_derivative(x: Array) -> tuple[Array, Array]:
     return y, slope
 
 
-SILU = Activation("silu", silu, silu_and_derivative)
-GELU = Activation("gelu", gelu, gelu_and_derivative)
-GELU_TANH = Activation("gelu_tanh", gelu_tanh, gelu_tanh_and_derivative)
+SILU = Activation(silu, silu_and_derivative)
+GELU = Activation(gelu, gelu_and_derivative)
+GELU_TANH = Activation(gelu_tanh, gelu_tanh_and_derivative)
 HiddenAct = Literal["silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"]
 ACTIVATIONS: dict[HiddenAct, Activation] = {
     "silu": SILU,

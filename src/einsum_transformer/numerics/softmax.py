@@ -1,4 +1,4 @@
-"""Softmax over the last axis, its logarithm, and the cross-entropy built on it."""
+"""Softmax over the last axis, and the cross-entropy built on it."""
 
 from collections.abc import Iterator
 
@@ -19,12 +19,6 @@ def softmax(x: Array) -> Array:
     y = np.exp(x - np.where(np.isfinite(top), top, 0))
     total = y.sum(axis=-1, keepdims=True)
     return y / np.where(total == 0, 1, total)
-
-
-def log_softmax(x: Array) -> Array:
-    """x - log(sum(exp(x))) over the last axis."""
-    shifted = x - x.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def cross_entropy(logits: Array, targets: Array, count: int | None = None) -> tuple[float, Saved]:

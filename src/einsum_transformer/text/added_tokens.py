@@ -7,14 +7,13 @@ tokenizer_config.json. Flags in these files go before those in tokenizer.json.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 from einsum_transformer.text.native import checked
-
-if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_TOKEN_ID = 1 << 24
@@ -28,8 +27,8 @@ _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 class Specials:
     """Special tokens with a name, `bos_token` and also `image_token`, and those without one."""
 
-    named: "dict[str, str | AddedToken]"
-    extra: "list[str | AddedToken]"
+    named: dict[str, str | AddedToken]
+    extra: list[str | AddedToken]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class TokenFiles:
 
 
 def add_tokens(
-    backend: "Tokenizer",
+    backend: Tokenizer,
     files: TokenFiles,
     defaults: Mapping[str, str],
     folder: str,
@@ -78,7 +77,7 @@ def add_tokens(
     return specials
 
 
-def check_stated_ids(backend: "Tokenizer", entries: Any, path: str) -> None:
+def check_stated_ids(backend: Tokenizer, entries: Any, path: str) -> None:
     """Check that the tokens listed in tokenizer.json have the ids stated there; `tokenizers` only warns."""
     for entry in entries if isinstance(entries, list) else []:
         if not _is_token(entry):
@@ -160,11 +159,9 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _register(
-    backend: "Tokenizer", stated: list[tuple[int, "AddedToken"]], specials: Specials, folder: str
+    backend: Tokenizer, stated: list[tuple[int, AddedToken]], specials: Specials, folder: str
 ) -> None:
     """Add the stated tokens, and those special ones that are in neither list."""
-    from tokenizers import AddedToken
-
     present = backend.get_added_tokens_decoder().values()
     tokens: list[str | AddedToken] = [token for _, token in stated]
     known = {token.content for token in present} | {str(token) for token in tokens}
@@ -185,8 +182,8 @@ def _register(
 
 
 def _check_ids(
-    backend: "Tokenizer",
-    stated: list[tuple[int, "AddedToken"]],
+    backend: Tokenizer,
+    stated: list[tuple[int, AddedToken]],
     before: Mapping[str, int | None],
     folder: str,
 ) -> None:
@@ -209,12 +206,8 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("content"), str)
 
 
-def _token(value: Any, where: str, special: bool | None = True) -> "AddedToken":
-    """An AddedToken of a string, or of an object with `content` and flags; special=None: as it says."""
-    from tokenizers import AddedToken
-
-    if isinstance(value, str):
-        return AddedToken(value, special=bool(special))
+def _token(value: Any, where: str, special: bool | None = None) -> AddedToken:
+    """An AddedToken of an object with `content` and flags; special=None: as it says."""
     if not _is_token(value):
         raise InputError(f'{where}: expected a string or {{"content": string}}')
     flags = {name: value[name] for name in _FLAGS if name in value}
@@ -225,13 +218,13 @@ def _token(value: Any, where: str, special: bool | None = True) -> "AddedToken":
     return AddedToken(value["content"], **flags)
 
 
-def _special(value: Any, where: str) -> "str | AddedToken":
+def _special(value: Any, where: str) -> str | AddedToken:
     """A special token, which its own flag can make an ordinary one; a string stays a string."""
     stated = isinstance(value, Mapping) and ("special" in value or "__type" in value)
     return value if isinstance(value, str) else _token(value, where, special=None if stated else True)
 
 
-def _stated(value: Any, folder: str) -> list[tuple[int, "AddedToken"]]:
+def _stated(value: Any, folder: str) -> list[tuple[int, AddedToken]]:
     """(id, token) of `added_tokens_decoder`, in the order of ids."""
     where = f"{folder}/{_CONFIG}: added_tokens_decoder"
     if not isinstance(value, Mapping):
@@ -242,14 +235,12 @@ def _stated(value: Any, folder: str) -> list[tuple[int, "AddedToken"]]:
         number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else MAX_TOKEN_ID
         if isinstance(item, str):
             raise InputError(f'{where}[{key!r}]: expected {{"content": string}}')
-        pairs.append((_bounded(number, where, key), _token(item, f"{where}[{key!r}]", special=None)))
+        pairs.append((bounded_id(number, where, key), _token(item, f"{where}[{key!r}]")))
     return sorted(pairs, key=lambda pair: pair[0])
 
 
-def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> dict[int, "AddedToken"]:
+def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> dict[int, AddedToken]:
     """Tokens of added_tokens.json, {content: id}, by their ids."""
-    from tokenizers import AddedToken
-
     where = f"{folder}/{_LEGACY}"
     tokens = {}
     for content, number in value.items():
@@ -257,11 +248,11 @@ def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> dict[in
             raise InputError(f"{where}: {content!r}: expected a token id, got {number!r}")
         is_special = content in special
         token = AddedToken(content, normalized=not is_special, special=is_special)
-        tokens[_bounded(number, where, content)] = token
+        tokens[bounded_id(number, where, content)] = token
     return tokens
 
 
-def _listed(entries: Any, folder: str) -> dict[int, "AddedToken"]:
+def _listed(entries: Any, folder: str) -> dict[int, AddedToken]:
     """Tokens of tokenizer.json by their ids."""
     where = f"{folder}/tokenizer.json: added_tokens"
     tokens = {}
@@ -269,11 +260,12 @@ def _listed(entries: Any, folder: str) -> dict[int, "AddedToken"]:
         number = entry.get("id") if isinstance(entry, Mapping) else None
         if not isinstance(number, int) or isinstance(number, bool):
             raise InputError(f"{where}: expected objects with an id and a content")
-        tokens[_bounded(number, where, number)] = _token(entry, where, special=None)
+        tokens[bounded_id(number, where, number)] = _token(entry, where)
     return tokens
 
 
-def _bounded(number: int, where: str, key: Any) -> int:
-    if not 0 <= number < MAX_TOKEN_ID:
+def bounded_id(number: Any, where: str, key: Any) -> int:
+    """A token id in range; `key` is whose it is, for the message."""
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_TOKEN_ID:
         raise InputError(f"{where}: {key!r}: a token id is a number from 0 to {MAX_TOKEN_ID - 1}")
     return number

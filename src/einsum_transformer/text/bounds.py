@@ -153,13 +153,10 @@ def _braces_size(text: str, *args: Any, **kwargs: Any) -> float:
 
 def _widest(widths: Sequence[Any]) -> int:
     """The largest width among digits of a format string and the integer arguments that can serve as one."""
-    return max(
-        (abs(int(width)) for width in widths if isinstance(width, int) or _is_digits(width)), default=0
-    )
-
-
-def _is_digits(value: Any) -> bool:
-    return isinstance(value, str) and value.isdecimal()
+    numbers = [
+        each for each in widths if isinstance(each, int) or (isinstance(each, str) and each.isdecimal())
+    ]
+    return max((abs(int(number)) for number in numbers), default=0)
 
 
 def _replaced_size(text: Any, old: Any, new: Any, *_: Any, **__: Any) -> int:

@@ -8,8 +8,6 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 from einsum_transformer.text.chat_template import template_variables
 
-# Keywords that are obeyed by name, in the signature of `Tokenizer.render_chat`.
-OBEYED = frozenset({"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"})
 # Keyword -> (the values that change nothing, what to do instead of another one).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenize": ((True,), "render_chat gives the text"),

@@ -11,12 +11,8 @@ T = TypeVar("T")
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 90
+_SECONDS = 2.0
 _END = "CONTINUE_FINAL_MESSAGE_TAG "  # the mark that transformers uses
-
-
-def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """The text of `render_chat_spans`."""
-    return render_chat_spans(template, messages, **options)[0]
 
 
 def render_chat_spans(
@@ -27,7 +23,7 @@ def render_chat_spans(
     continue_final_message: bool | str = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
-    seconds: float = 2.0,
+    seconds: float = _SECONDS,
     max_chars: int = 1_000_000,
     **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
@@ -95,7 +91,7 @@ def _cut_at_end(text: str, final: str) -> str:
 
 
 @lru_cache(maxsize=32)
-def template_variables(template: str, seconds: float = 2.0) -> frozenset[str]:
+def template_variables(template: str) -> frozenset[str]:
     """Names of the variables that a template reads; raises InputError for one that is wrong."""
     from jinja2 import meta
 
@@ -105,7 +101,7 @@ def template_variables(template: str, seconds: float = 2.0) -> frozenset[str]:
         compile_template(template)
         return frozenset(meta.find_undeclared_variables(environment().parse(template)))
 
-    return _bounded(read, seconds, len(template) + 1000, WATCHED)
+    return _bounded(read, _SECONDS, len(template) + 1000, WATCHED)
 
 
 def _render(

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, PreTokenizer, Sequence, Split
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.text.added_tokens import MAX_TOKEN_ID, Specials
+from einsum_transformer.text.added_tokens import Specials, bounded_id
 from einsum_transformer.text.native import checked
 from einsum_transformer.text.pre_tokenizers import QWEN2, QWEN35
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import PreTokenizer
 
 _SPACE = "▁"
 _WORDS = {"Qwen2Tokenizer": QWEN2, "Qwen3_5Tokenizer": QWEN35}
@@ -22,10 +22,8 @@ _SPELLS_SPACES = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokeni
 
 def build_class(
     kind: str, vocab: Mapping[str, Any], merges: list[tuple[str, str]], config: Mapping[str, Any], where: str
-) -> "Tokenizer":
+) -> Tokenizer:
     """The tokenizer of class `kind` without added tokens and post-processor; `where` begins an InputError."""
-    from tokenizers import Tokenizer, normalizers
-
     ids = _ids(vocab, where)
     backend = Tokenizer(checked(f"{where}: unusable vocabulary", lambda: _model(kind, ids, merges, config)))
     if kind in _COMPOSED:
@@ -37,10 +35,8 @@ def build_class(
     return backend
 
 
-def parts_of(text: str, path: str) -> tuple["Tokenizer", dict[str, Any], list[tuple[str, str]]] | None:
+def parts_of(text: str, path: str) -> tuple[Tokenizer, dict[str, Any], list[tuple[str, str]]] | None:
     """(tokenizer without a vocabulary, vocabulary, merges) of a tokenizer.json; None if it is no BPE."""
-    from tokenizers import Tokenizer
-
     whole: dict[str, Any] = checked(f"{path}: not a usable tokenizer", lambda: dict(json.loads(text)))
     model = whole.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -69,15 +65,12 @@ def builds_another(kind: str, text: str, path: str) -> bool:
 
 def finish_class(
     kind: str,
-    backend: "Tokenizer",
+    backend: Tokenizer,
     config: Mapping[str, Any],
     specials: Specials,
-    shell: "Tokenizer | None",
+    shell: Tokenizer | None,
 ) -> None:
     """Set the post-processor, which may need added tokens; shell: as in `parts_of`, if any."""
-    from tokenizers import AddedToken
-    from tokenizers.processors import RobertaProcessing
-
     named = {name: str(token) for name, token in specials.named.items()}
     values = (*specials.named.values(), *specials.extra)
     if kind == "Qwen2Tokenizer":
@@ -107,9 +100,7 @@ def finish_class(
     _begin_and_end(backend, before, after)
 
 
-def _begin_and_end(backend: "Tokenizer", before: list[str], after: list[str]) -> None:
-    from tokenizers.processors import TemplateProcessing
-
+def _begin_and_end(backend: Tokenizer, before: list[str], after: list[str]) -> None:
     pieces = {text: backend.token_to_id(text) for text in (*before, *after)}
     tokens: Any = [{"id": text, "ids": [number], "tokens": [text]} for text, number in pieces.items()]
     backend.post_processor = TemplateProcessing(
@@ -117,9 +108,7 @@ def _begin_and_end(backend: "Tokenizer", before: list[str], after: list[str]) ->
     )
 
 
-def _model(kind: str, ids: dict[str, int], merges: list[tuple[str, str]], config: Mapping[str, Any]) -> "BPE":
-    from tokenizers.models import BPE
-
+def _model(kind: str, ids: dict[str, int], merges: list[tuple[str, str]], config: Mapping[str, Any]) -> BPE:
     if kind not in _SPELLS_SPACES:
         return BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
     if kind == "LlamaTokenizer":
@@ -130,10 +119,7 @@ def _model(kind: str, ids: dict[str, int], merges: list[tuple[str, str]], config
     return BPE(ids, merges, fuse_unk=True, byte_fallback=True, **own)
 
 
-def _pre_tokenizer(kind: str, config: Mapping[str, Any]) -> "PreTokenizer":
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
-
+def _pre_tokenizer(kind: str, config: Mapping[str, Any]) -> PreTokenizer:
     if kind == "GemmaTokenizer":
         return Split(" ", "merged_with_previous", invert=False)
     if kind in _SPELLS_SPACES:
@@ -149,9 +135,7 @@ def _pre_tokenizer(kind: str, config: Mapping[str, Any]) -> "PreTokenizer":
     return Sequence([Digits(individual_digits=True), byte_level]) if kind == "CohereTokenizer" else byte_level
 
 
-def _set_decoder(kind: str, backend: "Tokenizer", config: Mapping[str, Any]) -> None:
-    from tokenizers import decoders
-
+def _set_decoder(kind: str, backend: Tokenizer, config: Mapping[str, Any]) -> None:
     if kind not in _SPELLS_SPACES:
         backend.decoder = decoders.ByteLevel()
         return
@@ -167,8 +151,7 @@ def _prefixes(config: Mapping[str, Any]) -> bool:
 
 def _ids(vocab: Mapping[str, Any], path: str) -> dict[str, int]:
     for token, number in vocab.items():
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_TOKEN_ID:
-            raise InputError(f"{path}: {token[:50]!r}: a token id is a number from 0 to {MAX_TOKEN_ID - 1}")
+        bounded_id(number, path, token[:50])
     if len(set(vocab.values())) != len(vocab):
         raise InputError(f"{path}: two tokens have the same id")
     return dict(vocab)

@@ -8,6 +8,8 @@ BACKEND, takes tokenizer.json as it is. The rules and tables are those of transf
 from collections.abc import Mapping
 from typing import Any
 
+from einsum_transformer.errors import InputError
+
 BACKEND = "TokenizersBackend"
 # Written beside a tokenizer.json that is complete, so that no class builds the tokenizer anew. transformers
 # does not know the key.
@@ -87,6 +89,9 @@ MISSTATED = frozenset(
     {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "hyperclovax_vision_v2"}
 )
 
+# Those that can do without a tokenizer.json, by vocab.json and merges.txt.
+_BYTE_LEVEL = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "RobertaTokenizer")
+
 
 def class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: bool) -> str:
     """The class, a key of DEFAULTS or BACKEND, as AutoTokenizer finds it.
@@ -103,8 +108,8 @@ def class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: 
     if stated is not None and not _has_code(config):
         if stated == "LlamaTokenizer" and byte_level and model_type not in MISSTATED:
             return BACKEND
-        if registered is not None and registered != stated:
-            name = registered if registered == BACKEND or model_type in MISSTATED else stated
+        if registered is not None and (registered == BACKEND or model_type in MISSTATED):
+            name = registered
     return name if name in DEFAULTS else BACKEND
 
 
@@ -112,6 +117,22 @@ def stated_class(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | N
     """`tokenizer_class` of tokenizer_config.json, else of config.json, without its ending Fast."""
     stated = config.get("tokenizer_class") or model.get("tokenizer_class")
     return None if not stated else str(stated).removesuffix("Fast")
+
+
+def class_of(config: Mapping[str, Any], model: Mapping[str, Any], folder: str) -> str:
+    """The class of a folder with vocab.json and merges.txt alone; InputError for another one."""
+    stated = stated_class(config, model)
+    # Where transformers wants a tokenizer.json, a class that can do without one is taken at its word.
+    for name in (class_name(config, model, False), stated):
+        if name in _BYTE_LEVEL:
+            return name
+    known = ", ".join(_BYTE_LEVEL)
+    what = f"tokenizer_class {stated!r}" if stated is not None else f"model_type {model.get('model_type')!r}"
+    raise InputError(
+        f"{folder}: vocab.json and merges.txt with {what}: the classes {known} are known; "
+        f"convert another one with transformers, AutoTokenizer.from_pretrained({folder!r})"
+        f".save_pretrained({folder!r})"
+    )
 
 
 def _has_code(config: Mapping[str, Any]) -> bool:

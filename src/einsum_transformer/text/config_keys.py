@@ -4,28 +4,25 @@ A key is obeyed, neutral (it changes neither ids nor text here), given its meani
 the key itself is not used), or named in a note.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.notes import note
-from einsum_transformer.text.added_tokens import is_typed
+from einsum_transformer.text.added_tokens import NAMES, is_typed
 from einsum_transformer.text.classes import COMPLETE
 
 OBEYED = frozenset(
     {
-        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+        *NAMES,
         *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
         *("model_specific_special_tokens", "chat_template", "split_special_tokens"),
         "clean_up_tokenization_spaces",
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
         # For a class that builds its tokenizer from the vocabulary (classes.py); for another one
-        # tokenizer.json says these itself (see CHECKED).
+        # tokenizer.json says these itself, and a note names a key that contradicts it.
         *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy", COMPLETE),
     }
 )
-
-# tokenizer.json states the same; a note names the key where the two differ.
-CHECKED = frozenset({"add_bos_token", "add_eos_token", "add_prefix_space"})
 
 NEUTRAL = frozenset(
     {
@@ -122,32 +119,25 @@ GGUF_NOTED = {
 
 def note_config_keys(config: Mapping[str, Any], path: str) -> None:
     """Name the keys of a tokenizer_config.json that are not used although they may matter, in one note."""
-    reasons = []
-    for key in _set(config):
-        if key in NOTED:
-            reasons.append(f"{key}: {NOTED[key]}")
-        elif key not in OBEYED | NEUTRAL | CONVERTED and not _is_named_token(key, config[key]):
-            reasons.append(f"{key}: not a known key")
-    if reasons:
-        note(f"{path}: not used: {'; '.join(reasons)}")
+    named = {key for key, value in config.items() if _is_named_token(key, value)}
+    _note_keys(config, OBEYED | NEUTRAL | CONVERTED | named, NOTED, path)
 
 
 def note_gguf_keys(metadata: Mapping[str, Any], path: str) -> None:
     """The same for the `tokenizer.*` keys of a GGUF file."""
-    reasons = []
-    for key in _set(metadata):
-        if not key.startswith("tokenizer.") or key.startswith("tokenizer.chat_template."):
-            continue
-        if key in GGUF_NOTED:
-            reasons.append(f"{key}: {GGUF_NOTED[key]}")
-        elif key not in GGUF_OBEYED | GGUF_NEUTRAL:
-            reasons.append(f"{key}: not a known key")
-    if reasons:
-        note(f"{path}: not used: {'; '.join(reasons)}")
+    own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    templates = {key for key in own if key.startswith("tokenizer.chat_template.")}
+    _note_keys(own, GGUF_OBEYED | GGUF_NEUTRAL | templates, GGUF_NOTED, path)
 
 
-def _set(values: Mapping[str, Any]) -> Iterable[str]:
-    return (key for key, value in values.items() if value is not None and value is not False)
+def _note_keys(
+    values: Mapping[str, Any], known: frozenset[str], reasons: Mapping[str, str], path: str
+) -> None:
+    """Name in one note the keys that are set and not known; reasons: why some of them are not used."""
+    is_set = [key for key, value in values.items() if value is not None and value is not False]
+    if unused := [key for key in is_set if key not in known]:
+        why = "; ".join(f"{key}: {reasons.get(key, 'not a known key')}" for key in unused)
+        note(f"{path}: not used: {why}")
 
 
 def _is_named_token(key: str, value: Any) -> bool:

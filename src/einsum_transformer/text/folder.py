@@ -6,20 +6,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 from einsum_transformer.text.added_tokens import TokenFiles, add_tokens, check_stated_ids
 from einsum_transformer.text.class_build import build_class, finish_class, parts_of
-from einsum_transformer.text.classes import BACKEND, DEFAULT_EXTRA, DEFAULTS, NO_PAD, class_name
+from einsum_transformer.text.classes import BACKEND, DEFAULT_EXTRA, DEFAULTS, NO_PAD, class_name, class_of
 from einsum_transformer.text.config_keys import note_config_keys
 from einsum_transformer.text.gguf_vocab import check_charsmap
 from einsum_transformer.text.native import checked
-from einsum_transformer.text.vocab_merges import class_of, read_merges
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _MAX_BYTES = {
     "tokenizer.json": 1 << 29,
@@ -47,7 +46,7 @@ CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt
 class FolderTokenizer:
     """What a folder says: the native tokenizer, special tokens by name, chat templates and settings."""
 
-    backend: "tokenizers.Tokenizer"
+    backend: Tokenizer
     named: dict[str, str]
     chat_templates: dict[str, str]
     clean_up: bool
@@ -90,7 +89,8 @@ def read_folder(folder: Path) -> FolderTokenizer:
     if started.has_file:
         _note_differences(kind, backend, config, named, folder)
     backend.encode_special_tokens = config.get("split_special_tokens") is True
-    return FolderTokenizer(backend, named, _templates(folder, config), _cleans_up(backend, config))
+    templates = {name: text for name, (text, _) in _templates(folder, config).items()}
+    return FolderTokenizer(backend, named, templates, _cleans_up(backend, config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ class _Started:
     """
 
     kind: str
-    backend: "tokenizers.Tokenizer"
+    backend: Tokenizer
     defaults: Mapping[str, str]
     has_file: bool
-    shell: "tokenizers.Tokenizer | None" = None
+    shell: Tokenizer | None = None
     listed: Any = ()
 
 
@@ -119,7 +119,7 @@ def _start(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) ->
             f"{'' if found is None else f'; {found}'}"
         )
     kind = class_of(config, model, str(folder))
-    merges = read_merges(_read(folder, "merges.txt") or "", f"{folder}/merges.txt")
+    merges = _merges(_read(folder, "merges.txt") or "", f"{folder}/merges.txt")
     backend = build_class(kind, _read_json(folder, "vocab.json"), merges, config, f"{folder}/vocab.json")
     return _Started(kind, backend, DEFAULTS[kind], has_file=False)
 
@@ -142,6 +142,20 @@ def _start_from_file(text: str, path: Path, config: Mapping[str, Any], model: Ma
     return _Started(kind, backend, defaults, True, shell, listed)
 
 
+def _merges(text: str, path: str) -> list[tuple[str, str]]:
+    """The pairs of merges.txt, one a line, best first, after a line `#version: ...`."""
+    pairs = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line or line.startswith("#version"):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2:
+            raise InputError(f"{path}, line {number}: expected two tokens with a space between them")
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
 def _has_merges(folder: Path) -> bool:
     return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
 
@@ -157,10 +171,8 @@ def _other_form(folder: Path) -> str | None:
     return None
 
 
-def _read_backend(text: str, path: Path) -> tuple["tokenizers.Tokenizer", dict[str, str]]:
+def _read_backend(text: str, path: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The native tokenizer without padding and truncation, and the pad token that its padding names."""
-    from tokenizers import Tokenizer
-
     backend = checked(f"{path}: not a usable tokenizer", lambda: Tokenizer.from_str(text))
     padding = _padding(backend)
     backend.no_truncation()
@@ -168,7 +180,7 @@ def _read_backend(text: str, path: Path) -> tuple["tokenizers.Tokenizer", dict[s
     return backend, padding
 
 
-def _padding(backend: "tokenizers.Tokenizer") -> dict[str, str]:
+def _padding(backend: Tokenizer) -> dict[str, str]:
     padding = backend.padding
     return {} if padding is None else {"pad_token": padding["pad_token"]}
 
@@ -198,7 +210,7 @@ def _check_normalizer(text: str, path: Path) -> None:
 
 def _note_differences(
     kind: str,
-    backend: "tokenizers.Tokenizer",
+    backend: Tokenizer,
     config: Mapping[str, Any],
     named: Mapping[str, str],
     folder: Path,
@@ -219,7 +231,7 @@ def _note_differences(
         note(f"{path}: {', '.join(differing)} is not used: tokenizer.json says otherwise, and it decides")
 
 
-def _byte_level_state(backend: "tokenizers.Tokenizer") -> bool | None:
+def _byte_level_state(backend: Tokenizer) -> bool | None:
     """`add_prefix_space` of a byte-level pre-tokenizer, None for another kind."""
     pre = backend.pre_tokenizer
     state = b"" if pre is None else pre.__getstate__()
@@ -228,10 +240,8 @@ def _byte_level_state(backend: "tokenizers.Tokenizer") -> bool | None:
     return b'"add_prefix_space":true' in state
 
 
-def _cleans_up(backend: "tokenizers.Tokenizer", config: Mapping[str, Any]) -> bool:
+def _cleans_up(backend: Tokenizer, config: Mapping[str, Any]) -> bool:
     """As in transformers 5, the key has no effect on BPE unless a second key forces it."""
-    from tokenizers.models import BPE
-
     forced = config.get(CLEAN_UP_BPE) is True
     return config.get(_CLEAN_UP) is True and (forced or not isinstance(backend.model, BPE))
 
@@ -261,44 +271,38 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name.
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, Path]]:
+    """Name -> chat template and its file.
 
     chat_template.jinja and additional_chat_templates/NAME.jinja, else those of tokenizer_config.json.
     """
-    files = {"default": _read(folder, "chat_template.jinja")}
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if len(more) > _MAX_TEMPLATES:
         raise InputError(
             f"{folder / 'additional_chat_templates'}: {len(more)} files; at most {_MAX_TEMPLATES} are read"
         )
-    files |= {path.name.removesuffix(".jinja"): _read(path.parent, path.name) for path in more}
-    found = {name: text for name, text in files.items() if text is not None}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.name.removesuffix(".jinja"): path for path in more}
+    texts = {name: (_read(path.parent, path.name), path) for name, path in files.items()}
+    found = {name: (text, path) for name, (text, path) in texts.items() if text is not None}
     return found or _config_templates(config.get("chat_template"), folder / "tokenizer_config.json")
 
 
 def templates_in(folder: Path) -> dict[str, tuple[str, Path]]:
     """Name -> chat template and its file, of a folder that may hold no tokenizer: as `read_folder` finds
     them, or else that of chat_template.json, where processors of transformers 4 have it."""
-    held = folder / "tokenizer_config.json"
-    found = _templates(folder, _read_json(folder, held.name))
-    if not found:
-        held = folder / "chat_template.json"
-        found = _config_templates(_read_json(folder, held.name).get("chat_template"), held)
-    more = (folder / "additional_chat_templates").glob("*.jinja")
-    alone = {path.name.removesuffix(".jinja"): path for path in more}
-    if (folder / "chat_template.jinja").is_file():
-        alone["default"] = folder / "chat_template.jinja"
-    return {name: (text, alone.get(name, held)) for name, text in found.items()}
+    found = _templates(folder, _read_json(folder, "tokenizer_config.json"))
+    old = "chat_template.json"
+    return found or _config_templates(_read_json(folder, old).get("chat_template"), folder / old)
 
 
-def _config_templates(value: Any, path: Path) -> dict[str, str]:
+def _config_templates(value: Any, path: Path) -> dict[str, tuple[str, Path]]:
     if value is None:
         return {}
     if isinstance(value, str):
-        return {"default": value}
+        return {"default": (value, path)}
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = {item.get("name"): item.get("template") for item in value}
     if isinstance(value, dict) and all(isinstance(x, str) for pair in value.items() for x in pair):
-        return value
+        return {name: (text, path) for name, text in value.items()}
     raise InputError(f"{path}: chat_template: expected a string or named templates")

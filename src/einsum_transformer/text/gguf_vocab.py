@@ -6,18 +6,17 @@ and merge is checked before it is used.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE, Unigram
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 from einsum_transformer.text.config_keys import note_gguf_keys
 from einsum_transformer.text.native import checked
 from einsum_transformer.text.pre_tokenizers import BEGINS_AND_KEEPS_WORDS, pre_tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
 
 T = TypeVar("T")
 
@@ -38,16 +37,12 @@ MAX_PIECE = 1024  # characters; cutting a token in all ways takes the square of 
 class GgufVocab:
     """A tokenizer without its post-processor, and the ids and switches that the metadata gives beside it."""
 
-    backend: "tokenizers.Tokenizer"
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    unk_id: int | None
-    turn_end_ids: tuple[int, ...]
-    add_bos: bool
-    add_eos: bool
-    named_ids: Mapping[str, int]
+    backend: Tokenizer
+    named: Mapping[str, str]
     """Special tokens by the names that chat templates know."""
+    turn_end_ids: tuple[int, ...]
+    edges: Mapping[str, bool]
+    """`add_bos_token` and `add_eos_token`."""
     refusal: str | None = None
     """Why text cannot be encoded, None if it can."""
 
@@ -125,12 +120,12 @@ def has_gguf_tokenizer(values: Mapping[str, Any], source: str) -> bool:
         return False
     if isinstance(model, str) and model in _BUILDERS:
         return True
-    known = ", ".join(_BUILDERS)
-    note(
-        f"{source}: tokenizer.ggml.model {model!r:.60} is not supported (known: {known}), so the model takes "
-        "token ids and no text"
-    )
+    note(f"{source}: {_not_supported(model)}, so the model takes token ids and no text")
     return False
+
+
+def _not_supported(model: Any) -> str:
+    return f"tokenizer.ggml.model {model!r:.60} is not supported (known: {', '.join(_BUILDERS)})"
 
 
 def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
@@ -138,19 +133,16 @@ def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
     model = values.get("tokenizer.ggml.model")
     build = _BUILDERS.get(model) if isinstance(model, str) else None
     if build is None:
-        known = ", ".join(_BUILDERS)
-        raise InputError(f"{source}: tokenizer.ggml.model {model!r} is not supported (known: {known})")
+        raise InputError(f"{source}: {_not_supported(model)}")
     data = Metadata(values, source)
     vocab = build(data)
     note_gguf_keys(values, source)
     if data.out_of_range:
         ids = ", ".join(f"tokenizer.ggml.{key} = {value}" for key, value in data.out_of_range.items())
         note(f"{source}: not used, since the vocabulary has {len(data.tokens)} tokens: {ids}")
-    for name, wanted, token_id in (
-        ("bos", vocab.add_bos, vocab.bos_id),
-        ("eos", vocab.add_eos, vocab.eos_id),
-    ):
-        if wanted and token_id is None and f"{name}_token_id" not in data.out_of_range:
+    for name in ("bos", "eos"):
+        wanted = vocab.edges[f"add_{name}_token"]
+        if wanted and f"{name}_token" not in vocab.named and f"{name}_token_id" not in data.out_of_range:
             raise InputError(
                 f"{source}: tokenizer.ggml.add_{name}_token is set, but there is no {name}_token_id"
             )
@@ -159,33 +151,28 @@ def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
 
 def _finish(
     data: Metadata,
-    backend: "tokenizers.Tokenizer",
+    backend: Tokenizer,
     defaults: Mapping[str, int],
     add_bos: bool = False,
     add_eos: bool = False,
 ) -> GgufVocab:
     """Read the special ids, and register the control and user-defined tokens, which are found in texts."""
-    from tokenizers import AddedToken
-
-    names = tuple(_NAMES.values())
     ids = {name: data.id(key, defaults.get(key)) for name, key in _NAMES.items()}
-    bos, eos, unk, pad = (ids[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
+    named = {name: data.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
     ends = [token_id for name in ("eot_token_id", "eom_token_id") if (token_id := data.id(name)) is not None]
-    named = {token_id for name in names if (token_id := data.id(name)) is not None}
-    special = {*data.of_type(CONTROL, UNKNOWN), *ends, *named}
+    stated = {token_id for key in _NAMES.values() if (token_id := data.id(key)) is not None}
+    special = {*data.of_type(CONTROL, UNKNOWN), *ends, *stated}
     added = [*sorted(special), *(index for index in data.of_type(USER_DEFINED) if index not in special)]
     tokens = [AddedToken(data.tokens[index], special=index in special, normalized=False) for index in added]
     checked(f"{data.source}: tokenizer.ggml.token_type", lambda: backend.add_tokens(tokens))
-    add_bos = data.get("add_bos_token", bool, add_bos and bos is not None)
-    add_eos = data.get("add_eos_token", bool, add_eos and eos is not None)
-    given = {name: number for name, number in ids.items() if number is not None}
-    return GgufVocab(backend, bos, eos, pad, unk, tuple(ends), add_bos, add_eos, given)
+    edges = {
+        "add_bos_token": data.get("add_bos_token", bool, add_bos and "bos_token" in named),
+        "add_eos_token": data.get("add_eos_token", bool, add_eos and "eos_token" in named),
+    }
+    return GgufVocab(backend, named, tuple(ends), edges)
 
 
 def _byte_level_bpe(data: Metadata) -> GgufVocab:
-    from tokenizers import Tokenizer, decoders
-    from tokenizers.models import BPE
-
     name = data.get("pre", str, None)
     if name is None:
         name = "default"
@@ -207,9 +194,6 @@ def _byte_level_bpe(data: Metadata) -> GgufVocab:
 
 
 def _sentencepiece_bpe(data: Metadata) -> GgufVocab:
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-
     defaults = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     unknown = data.id("unknown_token_id", defaults["unknown_token_id"])
     merges = _split_merges(data) if data.has("merges") else _merges_from_scores(data)
@@ -221,9 +205,6 @@ def _sentencepiece_bpe(data: Metadata) -> GgufVocab:
 
 
 def _unigram(data: Metadata) -> GgufVocab:
-    from tokenizers import Regex, Tokenizer, normalizers
-    from tokenizers.models import Unigram
-
     defaults = {"eos_token_id": 1, "unknown_token_id": 2, "padding_token_id": 0}
     scores = _scores(data)
     pieces = list(zip(data.tokens, scores.tolist()))
@@ -242,13 +223,11 @@ def _unigram(data: Metadata) -> GgufVocab:
     return _finish(data, backend, defaults, add_eos=True)
 
 
-def _spaces_as_underscores(data: Metadata, backend: "tokenizers.Tokenizer", before: list[Any]) -> None:
+def _spaces_as_underscores(data: Metadata, backend: Tokenizer, before: list[Any]) -> None:
     """SentencePiece writes a space as U+2581 and, unless told otherwise, one more in front of the text.
 
     As in llama.cpp, that one is also written after a special token and before text that begins with a space.
     """
-    from tokenizers import decoders, normalizers
-
     prefix = data.get("add_space_prefix", bool, True)
     spaces = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
     backend.normalizer = normalizers.Sequence([*before, *spaces])

@@ -4,10 +4,8 @@ The names and their meaning are llama.cpp's (`llama-vocab.cpp`); the patterns ar
 tokenizer.json.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenizers.pre_tokenizers import PreTokenizer
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 _ENGLISH = r"'s|'t|'re|'ve|'m|'ll|'d"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,6 +36,8 @@ _DEEPSEEK3 = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 
+_LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+
 # Each text is cut by the first pattern, each piece by the next; what lies between matches is a piece as well.
 _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     (
@@ -57,7 +57,7 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
         r"\p{N}",
         GPT2,
     ),
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): (_LLAMA3,),
+    _LLAMA3_NAMES: (_LLAMA3,),
     ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): (_LLAMA3,),
     ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2", "kormo", "solar-open"): (
         QWEN2,
@@ -83,16 +83,11 @@ _BY_NAME = {name: patterns for names, patterns in _PATTERNS.items() for name in 
 
 # Vocabularies made by tiktoken: a word that is a token is taken whole, whatever the merges say, and a text
 # begins with BOS.
-BEGINS_AND_KEEPS_WORDS = frozenset(
-    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
-)
+BEGINS_AND_KEEPS_WORDS = frozenset({*_LLAMA3_NAMES, "tekken"})
 
 
-def pre_tokenizer(name: str) -> "PreTokenizer | None":
+def pre_tokenizer(name: str) -> PreTokenizer | None:
     """The pre-tokenizer of that name, ending in the map of bytes to characters; None for an unknown name."""
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-
     if name not in _BY_NAME:
         return None
     splits = [Split(Regex(pattern), "isolated") for pattern in _BY_NAME[name]]

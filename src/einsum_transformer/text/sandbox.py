@@ -50,25 +50,22 @@ def _join(parts: Any) -> str:
 class ChatCodeGenerator(CodeGenerator):
     """Writes every container, slice and `~` of a template so that what it makes passes through `keep`."""
 
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self.write("environment.keep(")
-        super().visit_List(node, frame)
+    def _kept(self, visit: Callable[..., None], node: nodes.Node, frame: Frame, makes: bool = True) -> None:
+        self.write("environment.keep(" if makes else "(")
+        visit(node, frame)
         self.write(")")
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._kept(super().visit_List, node, frame)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self.write("environment.keep(")
-        super().visit_Dict(node, frame)
-        self.write(")")
+        self._kept(super().visit_Dict, node, frame)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        self.write("environment.keep(" if node.ctx == "load" else "(")
-        super().visit_Tuple(node, frame)
-        self.write(")")
+        self._kept(super().visit_Tuple, node, frame, node.ctx == "load")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        self.write("environment.keep(" if isinstance(node.arg, nodes.Slice) else "(")
-        super().visit_Getitem(node, frame)
-        self.write(")")
+        self._kept(super().visit_Getitem, node, frame, isinstance(node.arg, nodes.Slice))
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concatenate(context, (")

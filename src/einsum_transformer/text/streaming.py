@@ -2,12 +2,11 @@
 
 import codecs
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 
 from einsum_transformer.text.native import checked
-
-if TYPE_CHECKING:
-    import tokenizers
 
 
 class StreamDecoder(ABC):
@@ -23,7 +22,7 @@ class StreamDecoder(ABC):
 
 
 def stream_decoder(
-    backend: "tokenizers.Tokenizer",
+    backend: Tokenizer,
     skipped: frozenset[str],
     cleaned: bool = False,
     source: str = "tokenizer",
@@ -32,8 +31,6 @@ def stream_decoder(
 
     cleaned: spaces before punctuation are removed, see `clean_up`. source: begins an InputError.
     """
-    from tokenizers.decoders import ByteLevel
-
     if cleaned:
         return CleanStream(stream_decoder(backend, skipped, source=source))
     decoder = backend.decoder
@@ -46,7 +43,7 @@ def stream_decoder(
 class ByteLevelStream(StreamDecoder):
     """Byte-level BPE: tokens spell bytes, and the bytes of all tokens are UTF-8 (GPT-2's encoder.py)."""
 
-    def __init__(self, backend: "tokenizers.Tokenizer", skipped: frozenset[str]) -> None:
+    def __init__(self, backend: Tokenizer, skipped: frozenset[str]) -> None:
         self._backend, self._skipped = backend, skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._bytes = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -74,9 +71,7 @@ class WindowStream(StreamDecoder):
     held back until a run of byte tokens or an unfinished character ends.
     """
 
-    def __init__(
-        self, backend: "tokenizers.Tokenizer", skipped: frozenset[str], reads_bytes: bool, source: str
-    ) -> None:
+    def __init__(self, backend: Tokenizer, skipped: frozenset[str], reads_bytes: bool, source: str) -> None:
         self._backend, self._skipped, self._reads_bytes = backend, skipped, reads_bytes
         self._source = source
         self._last: list[int] = []

@@ -2,9 +2,13 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import Encoding, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
@@ -17,9 +21,6 @@ from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_fol
 from einsum_transformer.text.gguf_vocab import has_gguf_tokenizer, read_gguf_vocab
 from einsum_transformer.text.native import checked
 from einsum_transformer.text.streaming import StreamDecoder, clean_up, stream_decoder
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _SMALLEST_VOCABULARY = 257
 _END_CHARS = 4096  # of a long text that are encoded to see its first and last tokens
@@ -47,17 +48,14 @@ _TURN_ENDS = (
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the special ids and chat templates that a checkpoint gives beside it."""
 
-    backend: "tokenizers.Tokenizer"
+    backend: Backend
     source: str
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    unk_id: int | None
-    edges: Mapping[str, bool]
+    named: Mapping[str, str]
+    """Special tokens by name (`bos_token`, `image_token`, ...), which chat templates get as variables."""
     end_of_generation_ids: frozenset[int]
     chat_templates: Mapping[str, str]
-    named: Mapping[str, str] = field(default_factory=dict)
-    """Special tokens by name (`bos_token`, `image_token`, ...), which chat templates get as variables."""
+    edges: Mapping[str, bool] = field(default_factory=dict)
+    """`add_bos_token` and `add_eos_token` of a GGUF file; {} where tokenizer.json itself says so."""
     clean_up: bool = False
     """Whether decoded text loses the spaces before punctuation (`clean_up_tokenization_spaces`)."""
     refusal: str | None = None
@@ -72,16 +70,8 @@ class Tokenizer:
         names the file that is wrong.
         """
         read = read_folder(folder)
-        backend, named = read.backend, read.named
-        bos, eos, pad, unk = (
-            backend.token_to_id(named[name]) if name in named else None
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        )
-        ends = _end_ids(backend, eos, ())
-        templates = read.chat_templates
-        return cls(
-            backend, str(folder), bos, eos, pad, unk, {}, ends, templates, named, clean_up=read.clean_up
-        )
+        ends = _end_ids(read.backend, read.named)
+        return cls(read.backend, str(folder), read.named, ends, read.chat_templates, clean_up=read.clean_up)
 
     @classmethod
     def in_folder(cls, folder: Path) -> "Tokenizer | None":
@@ -97,8 +87,7 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
         """Build the tokenizer that a GGUF file's `tokenizer.*` keys describe; `source` is the file's path."""
         vocab = read_gguf_vocab(metadata, str(source))
-        edges = {"add_bos_token": vocab.add_bos, "add_eos_token": vocab.add_eos}
-        _set_edges(vocab.backend, edges, vocab.bos_id, vocab.eos_id)
+        _set_edges(vocab.backend, vocab.edges, vocab.named)
         prefix = "tokenizer.chat_template"
         templates = {
             key.removeprefix(prefix).removeprefix(".") or "default": value
@@ -107,18 +96,14 @@ class Tokenizer:
         }
         if not all(isinstance(template, str) for template in templates.values()):
             raise InputError(f"{source}: {prefix}: not a string")
-        ids = (vocab.bos_id, vocab.eos_id, vocab.pad_id, vocab.unk_id)
-        ends = _end_ids(vocab.backend, vocab.eos_id, vocab.turn_end_ids)
-        named = {name: vocab.backend.id_to_token(i) or "" for name, i in vocab.named_ids.items()}
-        made = cls(vocab.backend, str(source), *ids, edges, ends, templates, named)
-        return replace(made, refusal=vocab.refusal)
+        ends = _end_ids(vocab.backend, vocab.named, vocab.turn_end_ids)
+        return cls(
+            vocab.backend, str(source), vocab.named, ends, templates, vocab.edges, refusal=vocab.refusal
+        )
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
         """A byte-level BPE of `vocab_size` tokens learnt from texts; its EOS is `<|endoftext|>`, id 0."""
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers, trainers
-
         if vocab_size < _SMALLEST_VOCABULARY:
             raise InputError(
                 f"a tokenizer of {vocab_size} tokens: the bytes and EOS alone are {_SMALLEST_VOCABULARY}"
@@ -133,8 +118,7 @@ class Tokenizer:
             show_progress=False,
         )
         checked("the texts give no tokenizer", lambda: backend.train_from_iterator(texts, trainer))
-        named = {"eos_token": "<|endoftext|>"}
-        return cls(backend, "trained on the data", None, 0, None, None, {}, frozenset({0}), {}, named)
+        return cls(backend, "trained on the data", {"eos_token": "<|endoftext|>"}, frozenset({0}), {})
 
     @property
     def vocab_size(self) -> int:
@@ -142,9 +126,14 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
-    def adds_bos(self) -> bool:
-        """Whether `encode` begins a text with BOS."""
-        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
+    def bos_id(self) -> int | None:
+        """The id of `bos_token`, None if there is none."""
+        return _id_of(self.backend, self.named.get("bos_token"))
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of `eos_token`, None if there is none."""
+        return _id_of(self.backend, self.named.get("eos_token"))
 
     @property
     def chat_template(self) -> str | None:
@@ -162,7 +151,7 @@ class Tokenizer:
         """Ids of `text`; `add_special_tokens` puts BOS and EOS around it if the checkpoint asks for them."""
         return self._encoded(text, add_special_tokens).ids
 
-    def _encoded(self, text: str, add_special_tokens: bool) -> "tokenizers.Encoding":
+    def _encoded(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -261,23 +250,19 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         chat_template: str | None = None,
-        continue_final_message: bool | str = False,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
+        **options: Any,
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of `render_chat`, without its note, and the (first, past the last) character of each
         `{% generation %}` block in it."""
         if add_generation_prompt is None:
-            add_generation_prompt = not continue_final_message
+            add_generation_prompt = not options.get("continue_final_message", False)
         template = choose_template(self.chat_templates, chat_template, tools is not None, self.source)
         return render_chat_spans(
             template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
             tools=tools,
-            documents=documents,
-            **{**self._names(), **check_options(variables)},
+            **{**self.named, **check_options(options)},
         )
 
     def encode_chat(
@@ -312,7 +297,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": self.clean_up,
             **({CLEAN_UP_BPE: True} if self.clean_up else {}),
             **({"split_special_tokens": True} if self.backend.encode_special_tokens else {}),
-            **{name: text for name, text in self._names().items() if name in NAMES},
+            **{name: text for name, text in self.named.items() if name in NAMES},
         }
         if own := {name: text for name, text in self.named.items() if name not in NAMES}:
             config["extra_special_tokens"] = own
@@ -335,35 +320,19 @@ class Tokenizer:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8", newline="")
 
-    def _names(self) -> dict[str, str]:
-        """The named special tokens, those that are known by their ids alone included."""
-        ids = {
-            "bos_token": self.bos_id,
-            "eos_token": self.eos_id,
-            "pad_token": self.pad_id,
-            "unk_token": self.unk_id,
-        }
-        return {name: self.token(i) for name, i in ids.items() if i is not None} | dict(self.named)
+
+def _id_of(backend: Backend, token: str | None) -> int | None:
+    return None if token is None else backend.token_to_id(token)
 
 
-def _special_ids(backend: "tokenizers.Tokenizer") -> frozenset[int]:
-    return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-
-
-def _set_edges(
-    backend: "tokenizers.Tokenizer", edges: Mapping[str, bool], bos: int | None, eos: int | None
-) -> None:
-    """Make `encode` put BOS and EOS around a text; without either key, tokenizer.json has said how."""
-    from tokenizers.processors import TemplateProcessing
-
-    if not edges:
-        return
-    before = ["bos"] * (bos is not None and edges.get("add_bos_token", False))
-    after = ["eos"] * (eos is not None and edges.get("add_eos_token", False))
-    ids = {"bos": bos, "eos": eos}
+def _set_edges(backend: Backend, edges: Mapping[str, bool], named: Mapping[str, str]) -> None:
+    """Make `encode` put BOS and EOS around a text."""
+    before, after = (
+        [name] * (edges[f"add_{name}_token"] and f"{name}_token" in named) for name in ("bos", "eos")
+    )
+    texts = {name: named[f"{name}_token"] for name in (*before, *after)}
     tokens: Any = [
-        {"id": name, "ids": [ids[name]], "tokens": [backend.id_to_token(ids[name] or 0)]}
-        for name in (*before, *after)
+        {"id": name, "ids": [backend.token_to_id(text)], "tokens": [text]} for name, text in texts.items()
     ]
     pair = [f"{item}:1" for item in (*before, "$B", *after)]
     backend.post_processor = TemplateProcessing(
@@ -371,8 +340,9 @@ def _set_edges(
     )
 
 
-def _end_ids(backend: "tokenizers.Tokenizer", eos: int | None, more: Iterable[int]) -> frozenset[int]:
-    special = _special_ids(backend)
+def _end_ids(backend: Backend, named: Mapping[str, str], more: Iterable[int] = ()) -> frozenset[int]:
+    eos = _id_of(backend, named.get("eos_token"))
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     ends = {name: i for name in _TURN_ENDS if (i := backend.token_to_id(name)) in special}
     if "<|return|>" in ends and "<|call|>" in ends:
         ends.pop("<|end|>", None)  # in that format <|end|> separates a turn's channels

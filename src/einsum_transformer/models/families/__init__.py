@@ -1,7 +1,5 @@
 """The registry: one line a family."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A key in none of the tables is named in one note when the model is loaded. trans
 they are keys of other models, of other programs, or misspelt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,8 +1,5 @@
 """deepseek: DeepSeekMoE 16B: llama with experts from the second layer on, some of them for every token."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.errors import ConfigError
@@ -64,10 +61,6 @@ def _read(keys: Keys) -> ModelConfig:
     )
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config) | write_experts(config) | {"attention_bias": config.attention_bias}
-
-
 def read_gguf_experts(keys: Keys, **settings: Any) -> MoEConfig:
     """The experts of the DeepSeek mixtures in GGUF files."""
     size, first = keys.get("expert_feed_forward_length", int), keys.get("leading_dense_block_count", int, 0)
@@ -83,16 +76,14 @@ def read_gguf_experts(keys: Keys, **settings: Any) -> MoEConfig:
     )
 
 
-def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    return gguf.read_shared(keys, metadata, "deepseek", moe=read_gguf_experts(keys))
-
-
 FAMILY = Family(
     model_type="deepseek",
     architecture="DeepseekForCausalLM",
     read_config=_read,
-    write_config=_write,
-    read_gguf=_read_gguf,
+    write_config=lambda config: write_shared(config, "attention_bias") | write_experts(config),
+    read_gguf=lambda keys, metadata: gguf.read_shared(
+        keys, metadata, "deepseek", moe=read_gguf_experts(keys)
+    ),
     gguf_names=gguf.NAMES | gguf.EXPERTS,
     gguf_permuted=gguf.PERMUTED,
     names={"shared_expert": "shared_experts"},

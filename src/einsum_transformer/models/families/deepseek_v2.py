@@ -1,7 +1,5 @@
 """deepseek_v2: latent attention, and experts of which a router chooses among all or among the best groups."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -72,7 +70,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     assert moe is not None
     limited = moe.n_group > 1
     return (
-        write_shared(config)
+        write_shared(config, "attention_bias")
         | write_experts(config)
         | {
             "kv_lora_rank": latent.kv_lora_rank,
@@ -84,7 +82,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
             "n_group": moe.n_group if limited else None,
             "topk_group": moe.topk_group if limited else None,
             "routed_scaling_factor": moe.routed_scaling_factor,
-            "attention_bias": config.attention_bias,
         }
     )
 

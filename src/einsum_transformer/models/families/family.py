@@ -149,6 +149,19 @@ def read_rope(
     return rope
 
 
+_ROPE_KEYS: dict[str, dict[str, tuple[type, Any]]] = {
+    "llama3": {"low_freq_factor": (float, ...), "high_freq_factor": (float, ...)},
+    "longrope": {"short_factor": (list, ...), "long_factor": (list, ...), "attention_factor": (float, None)},
+    "yarn": {
+        "beta_fast": (float, 32.0),
+        "beta_slow": (float, 1.0),
+        "truncate": (bool, True),
+        **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), (float, None)),
+    },
+}
+"""What a rope_type has beside its factor: key -> kind and default; ... where there is none."""
+
+
 def read_rope_type(
     inner: Keys,
     max_positions: int,
@@ -179,19 +192,8 @@ def read_rope_type(
     if kind != "default":
         default = max_positions / max(trained, 1) if kind in ("yarn", "longrope") else ...
         settings["factor"] = inner.get("factor", float, default)
-    if kind == "llama3":
-        settings["low_freq_factor"] = inner.get("low_freq_factor", float)
-        settings["high_freq_factor"] = inner.get("high_freq_factor", float)
-    if kind == "longrope":
-        settings["short_factor"] = _numbers(inner, "short_factor")
-        settings["long_factor"] = _numbers(inner, "long_factor")
-        settings["attention_factor"] = inner.get("attention_factor", float, None)
-    if kind == "yarn":
-        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-            settings[name] = inner.get(name, float, default)
-        settings["truncate"] = inner.get("truncate", bool, True)
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            settings[name] = inner.get(name, float, None)
+    for name, (of, default) in _ROPE_KEYS.get(kind, {}).items():
+        settings[name] = _numbers(inner, name) if of is list else inner.get(name, of, default)
     try:
         return RopeConfig(**settings)
     except ConfigError as error:
@@ -254,18 +256,11 @@ def write_rope_type(rope: RopeConfig) -> dict[str, Any] | None:
     if rope.rope_type == "default":
         return None
     scaling: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
-    if rope.rope_type in ("llama3", "yarn", "longrope"):
+    if rope.rope_type in _ROPE_KEYS:
         scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
-    if rope.rope_type == "llama3":
-        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.rope_type == "longrope":
-        scaling |= {"short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
-    if rope.rope_type == "yarn":
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-    if rope.rope_type in ("yarn", "longrope"):
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if (value := getattr(rope, name)) is not None:
-                scaling[name] = value
+    for name, (of, _) in _ROPE_KEYS.get(rope.rope_type, {}).items():
+        if (value := getattr(rope, name)) is not None:
+            scaling[name] = list(value) if of is list else value
     return scaling
 
 

@@ -1,8 +1,6 @@
 """gemma: norms that multiply by 1 + weight, embeddings scaled by sqrt(hidden_size), GeGLU, one matrix for
 embedding and head."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -46,10 +44,7 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config) | {
-        "hidden_activation": config.hidden_act,
-        "attention_bias": config.attention_bias,
-    }
+    return write_shared(config, "attention_bias") | {"hidden_activation": config.hidden_act}
 
 
 def read_gguf_common(
@@ -61,16 +56,12 @@ def read_gguf_common(
     return gguf.read_shared(keys, metadata, model_type, **fixed | settings)
 
 
-def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    return read_gguf_common(keys, metadata, "gemma")
-
-
 FAMILY = Family(
     model_type="gemma",
     architecture="GemmaForCausalLM",
     read_config=_read,
     write_config=_write,
-    read_gguf=_read_gguf,
+    read_gguf=lambda keys, metadata: read_gguf_common(keys, metadata, "gemma"),
     gguf_names=gguf.NAMES,
     gguf_norm_offset=1.0,
 )

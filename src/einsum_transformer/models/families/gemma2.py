@@ -1,8 +1,6 @@
 """gemma2: gemma with norms before and after attention and feed-forward, soft caps of scores and logits, and
 windows in every other layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,12 +23,8 @@ def _read(keys: Keys) -> ModelConfig:
         attn_logit_softcapping=keys.nullable("attn_logit_softcapping", float, 50.0),
         final_logit_softcapping=keys.nullable("final_logit_softcapping", float, 30.0),
         attention_scale=read_scale(keys),
-        **read_windows(keys, _alternating),
+        **read_windows(keys, lambda layers: [FULL if i % 2 else SLIDING for i in range(layers)]),
     )
-
-
-def _alternating(layers: int) -> list[LayerType]:
-    return [FULL if i % 2 else SLIDING for i in range(layers)]
 
 
 def read_scale(keys: Keys) -> float:
@@ -51,10 +45,8 @@ def read_windows(keys: Keys, default: Callable[[int], list[LayerType]]) -> dict[
 def write_common(config: ModelConfig) -> dict[str, Any]:
     """What gemma2 and gemma3 have in common beyond gemma."""
     scalar = round((config.attention_scale or config.head_dim**-0.5) ** -2, 6)
-    return write_shared(config, act="hidden_activation") | {
-        "attention_bias": config.attention_bias,
-        "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
+    fields = ("attention_bias", "attn_logit_softcapping", "final_logit_softcapping")
+    return write_shared(config, *fields, act="hidden_activation") | {
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
         "sliding_window": config.sliding_window or 4096,
         "layer_types": [FULL if window is None else SLIDING for window in config.windows],

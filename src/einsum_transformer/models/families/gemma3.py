@@ -1,8 +1,6 @@
 """gemma3_text, and the text part of gemma3: gemma2 without soft caps, with an RMSNorm of every query and key
 head, five layers with a window to one without, and a rotation for each of the two kinds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,23 +10,18 @@ from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family, read_layered_ropes, write_layered_ropes
-from einsum_transformer.models.families.gemma import TANH, read_common, read_gguf_common
+from einsum_transformer.models.families.gemma import DEFAULTS, TANH, read_common, read_gguf_common
 from einsum_transformer.models.families.gemma2 import gguf_scale, read_scale, read_windows, write_common
 
-_DEFAULTS: dict[str, Any] = {
+_DEFAULTS = DEFAULTS | {
     "vocab_size": 262208,
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 256,
     "hidden_activation": TANH,
     "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
 }
 """The text parts of multimodal configs leave out whatever is as here."""
 

@@ -1,7 +1,5 @@
 """What the families have in common in GGUF files: the names of weights and the keys of the metadata."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ with which each leaves the arithmetic as it is. Every other value of a key in th
 that is in no table is named in one note.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,15 +1,12 @@
 """gpt2: learned positions, LayerNorm, biases everywhere, one matrix for q, k and v; matrices are stored
 [in, out]."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family, refuse
-from einsum_transformer.models.families.llama import read_shared
+from einsum_transformer.models.families.llama import read_shared, write_shared
 
 _NAMES = {
     "n_embd": "hidden_size",
@@ -61,28 +58,12 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    eos = list(config.eos_token_id)
-    return {
-        "vocab_size": config.vocab_size,
-        "n_embd": config.hidden_size,
-        "n_head": config.num_attention_heads,
-        "n_layer": config.num_hidden_layers,
-        "n_positions": config.max_position_embeddings,
-        "n_inner": config.intermediate_size,
-        "activation_function": config.hidden_act,
-        "layer_norm_epsilon": config.norm_eps,
+    own = {
         "scale_attn_weights": config.attention_scale is None,
         "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.pad_token_id,
     }
-
-
-def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    return gguf.read_shared(keys, metadata, "gpt2", hidden_act="gelu_new", **_FIXED)
+    without = ("num_key_value_heads", "head_dim")
+    return write_shared(config, eps="norm_eps", names=_NAMES, without=without) | own
 
 
 FAMILY = Family(
@@ -90,7 +71,9 @@ FAMILY = Family(
     architecture="GPT2LMHeadModel",
     read_config=_read,
     write_config=_write,
-    read_gguf=_read_gguf,
+    read_gguf=lambda keys, metadata: gguf.read_shared(
+        keys, metadata, "gpt2", hidden_act="gelu_new", **_FIXED
+    ),
     gguf_names=gguf.NAMES | gguf.FUSED | {"embed_positions": "position_embd"},
     prefix="transformer.",
     other_prefixes=("",),

@@ -1,8 +1,6 @@
 """gpt_neox: Pythia and GPT-NeoX: attention beside the feed-forward, each after a LayerNorm of its own, RoPE
 on a part of each head, one matrix for q, k and v head by head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,17 +34,13 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    written = write_shared(config, eps="layer_norm_eps")
     assert config.rope is not None
-    written["rotary_emb_base"] = written.pop("rope_theta")
-    written.pop("partial_rotary_factor", None)
-    for name in ("head_dim", "num_key_value_heads"):
-        del written[name]
-    return written | {
+    own = {
         "rotary_pct": config.rope.partial_rotary_factor,
         "use_parallel_residual": config.block != "pre_norm",
-        "attention_bias": config.attention_bias,
     }
+    without = ("num_key_value_heads", "head_dim")
+    return write_shared(config, "attention_bias", eps="layer_norm_eps", names=_NAMES, without=without) | own
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:

@@ -1,7 +1,5 @@
 """granite: Granite 3: llama with factors of embeddings, scores, residual branches and logits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,12 +26,9 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config) | {
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+    return write_shared(config, "attention_bias", "mlp_bias", "residual_multiplier") | {
         "embedding_multiplier": config.embedding_scale,
         "attention_multiplier": config.scale_of(0),
-        "residual_multiplier": config.residual_multiplier,
         "logits_scaling": 1 / config.logit_scale,
     }
 

@@ -1,7 +1,5 @@
 """llama: Llama 2 and 3, SmolLM2, TinyLlama, Yi, DeepSeek-LLM and all others with model_type "llama"."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,10 +66,20 @@ def read_shared(
     return ModelConfig(**fields | settings)
 
 
-def write_shared(config: ModelConfig, eps: str = "rms_norm_eps", act: str = "hidden_act") -> dict[str, Any]:
-    """The inverse of `read_shared`."""
+def write_shared(
+    config: ModelConfig,
+    *fields: str,
+    eps: str = "rms_norm_eps",
+    act: str = "hidden_act",
+    names: Mapping[str, str] | None = None,
+    without: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The inverse of `read_shared`, and further fields whose keys have their names.
+
+    names: those of the file -> those of here, as for `Keys.renamed`. without: keys that the file has not.
+    """
     eos = list(config.eos_token_id)
-    return {
+    written = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -88,7 +96,10 @@ def write_shared(config: ModelConfig, eps: str = "rms_norm_eps", act: str = "hid
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": config.pad_token_id,
+        **{field: getattr(config, field) for field in fields},
     }
+    theirs = {here: there for there, here in (names or {}).items()}
+    return {theirs.get(key, key): value for key, value in written.items() if key not in without}
 
 
 def _read(keys: Keys) -> ModelConfig:
@@ -98,10 +109,6 @@ def _read(keys: Keys) -> ModelConfig:
         attention_bias=keys.get("attention_bias", bool, False),
         mlp_bias=keys.get("mlp_bias", bool, False),
     )
-
-
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
@@ -119,7 +126,7 @@ FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     read_config=_read,
-    write_config=_write,
+    write_config=lambda config: write_shared(config, "attention_bias", "mlp_bias"),
     read_gguf=_read_gguf,
     gguf_names=gguf.NAMES,
     gguf_permuted=gguf.PERMUTED,

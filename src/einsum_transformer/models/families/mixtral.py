@@ -1,7 +1,5 @@
 """mixtral: mistral with experts in the place of the feed-forward, their weights divided by their sum."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig, MoEConfig
@@ -31,10 +29,9 @@ def _read(keys: Keys) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None
-    return write_shared(config) | {
+    return write_shared(config, "sliding_window") | {
         "num_local_experts": config.moe.num_experts,
         "num_experts_per_tok": config.moe.num_experts_per_tok,
-        "sliding_window": config.sliding_window,
     }
 
 

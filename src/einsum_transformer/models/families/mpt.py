@@ -1,15 +1,13 @@
 """mpt: ALiBi in the place of position embeddings, no bias anywhere, also in the LayerNorms, one matrix for q,
 k and v."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family, refuse
-from einsum_transformer.models.families.llama import read_shared
+from einsum_transformer.models.families.llama import read_shared, write_shared
 
 _NAMES = {
     "d_model": "hidden_size",
@@ -67,15 +65,9 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    eos = list(config.eos_token_id)
-    return {
-        "vocab_size": config.vocab_size,
-        "d_model": config.hidden_size,
-        "n_heads": config.num_attention_heads,
-        "n_layers": config.num_hidden_layers,
-        "max_seq_len": config.max_position_embeddings,
+    without = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act")
+    return write_shared(config, eps="norm_eps", names=_NAMES, without=without) | {
         "expansion_ratio": config.intermediate_size // config.hidden_size,
-        "layer_norm_epsilon": config.norm_eps,
         "no_bias": True,
         "attn_config": {
             "alibi": True,
@@ -84,11 +76,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
             "clip_qkv": config.clip_qkv,
             "softmax_scale": config.attention_scale,
         },
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.pad_token_id,
     }
 
 

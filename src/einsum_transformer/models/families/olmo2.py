@@ -1,8 +1,6 @@
 """olmo2: norms after attention and feed-forward in the place of those before, and an RMSNorm of all queries
 and of all keys."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,19 +11,17 @@ from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
-def _read(keys: Keys) -> ModelConfig:
+def read_common(keys: Keys, model_type: str, **settings: Any) -> ModelConfig:
+    """What the generations have in common."""
     return read_shared(
         keys,
-        "olmo2",
+        model_type,
         {"rms_norm_eps": 1e-5, "pad_token_id": 1, "eos_token_id": 50279},
         block="post_norm",
         qk_norm="whole",
         attention_bias=keys.get("attention_bias", bool, False),
+        **settings,
     )
-
-
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config) | {"attention_bias": config.attention_bias}
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
@@ -46,8 +42,8 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
 FAMILY = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
-    read_config=_read,
-    write_config=_write,
+    read_config=lambda keys: read_common(keys, "olmo2"),
+    write_config=lambda config: write_shared(config, "attention_bias"),
     read_gguf=_read_gguf,
     gguf_names=gguf.NAMES | gguf.POST_NORMS | gguf.QK_NORMS,
 )

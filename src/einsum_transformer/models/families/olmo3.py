@@ -1,14 +1,13 @@
 """olmo3: olmo2 with windows in three of four layers, whose RoPE is never scaled."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family, read_layered_ropes, write_layered_ropes
 from einsum_transformer.models.families.gemma2 import read_windows
-from einsum_transformer.models.families.llama import read_shared, write_shared
+from einsum_transformer.models.families.llama import write_shared
+from einsum_transformer.models.families.olmo2 import read_common
 
 _THETA = 500_000.0
 
@@ -18,23 +17,11 @@ def _read(keys: Keys) -> ModelConfig:
     # Files of transformers 4 have one rope_theta for both kinds of layers.
     theta = keys.get("rope_theta", float, _THETA)
     rope, local = read_layered_ropes(keys, keys.get("max_position_embeddings", int, 2048), theta, theta)
-    return read_shared(
-        keys,
-        "olmo3",
-        {"rms_norm_eps": 1e-5, "pad_token_id": 1, "eos_token_id": 50279},
-        block="post_norm",
-        qk_norm="whole",
-        attention_bias=keys.get("attention_bias", bool, False),
-        rope=rope,
-        local_rope=local,
-        **windows,
-    )
+    return read_common(keys, "olmo3", rope=rope, local_rope=local, **windows)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    written = {key: value for key, value in write_shared(config).items() if key != "rope_scaling"}
-    return written | {
-        "attention_bias": config.attention_bias,
+    return write_shared(config, "attention_bias", without=("rope_scaling",)) | {
         "rope_parameters": write_layered_ropes(config),
         "sliding_window": config.sliding_window or 4096,
         "layer_types": [FULL if window is None else SLIDING for window in config.windows],

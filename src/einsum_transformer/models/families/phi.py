@@ -1,9 +1,6 @@
 """phi: Phi 1, 1.5 and 2: attention beside the feed-forward after one LayerNorm, biases everywhere, RoPE on a
 part of each head."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
@@ -24,13 +21,7 @@ _FIXED: dict[str, Any] = {
 
 def _read(keys: Keys) -> ModelConfig:
     refuse(keys, "qk_layernorm", bool, False)
-    return read_shared(
-        keys,
-        "phi",
-        _DEFAULTS,
-        eps="layer_norm_eps",
-        **_FIXED,
-    )
+    return read_shared(keys, "phi", _DEFAULTS, eps="layer_norm_eps", **_FIXED)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -39,16 +30,14 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return written | {"partial_rotary_factor": config.rope.partial_rotary_factor}
 
 
-def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    return gguf.read_shared(keys, metadata, "phi", partial=True, **_FIXED, hidden_act="gelu_new")
-
-
 FAMILY = Family(
     model_type="phi",
     architecture="PhiForCausalLM",
     read_config=_read,
     write_config=_write,
-    read_gguf=_read_gguf,
+    read_gguf=lambda keys, metadata: gguf.read_shared(
+        keys, metadata, "phi", partial=True, **_FIXED, hidden_act="gelu_new"
+    ),
     gguf_names=gguf.NAMES,
     gguf_architecture="phi2",
     names={"o_proj": "dense", "up_proj": "fc1", "down_proj": "fc2", "norm": "final_layernorm"},

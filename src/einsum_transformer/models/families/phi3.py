@@ -1,7 +1,5 @@
 """phi3: Phi 3, 3.5 and 4: llama with one matrix for q, k and v, one for gate and up, a window, longrope."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +29,7 @@ def _read(keys: Keys) -> ModelConfig:
 def _write(config: ModelConfig) -> dict[str, Any]:
     rope = config.rope
     assert rope is not None
-    written = write_shared(config) | {"sliding_window": config.sliding_window}
+    written = write_shared(config, "sliding_window")
     written["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.rope_type == "longrope":
         # transformers 4 takes these three keys and no other.

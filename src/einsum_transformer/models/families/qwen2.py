@@ -1,9 +1,6 @@
 """qwen2: Qwen 1.5, 2 and 2.5, QwQ and all others with model_type "qwen2": llama with biases of q, k and v,
 and with windows, if any, in the later layers alone."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Any
 
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
@@ -38,23 +35,11 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read(keys: Keys) -> ModelConfig:
-    return read_shared(keys, "qwen2", qkv_bias=True, **read_windows(keys))
-
-
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config) | write_windows(config)
-
-
-def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    return gguf.read_shared(keys, metadata, "qwen2", qkv_bias=True)
-
-
 FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    read_config=_read,
-    write_config=_write,
-    read_gguf=_read_gguf,
+    read_config=lambda keys: read_shared(keys, "qwen2", qkv_bias=True, **read_windows(keys)),
+    write_config=lambda config: write_shared(config) | write_windows(config),
+    read_gguf=lambda keys, metadata: gguf.read_shared(keys, metadata, "qwen2", qkv_bias=True),
     gguf_names=gguf.NAMES,
 )

@@ -1,7 +1,5 @@
 """qwen2_moe: qwen2 with experts, and beside them a shared expert behind a gate of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,13 +64,11 @@ def _read(keys: Keys) -> ModelConfig:
 def _write(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None
     return (
-        write_shared(config)
+        write_shared(config, "qkv_bias", "sliding_window")
         | write_experts(config)
         | {
             "shared_expert_intermediate_size": config.moe.shared_intermediate_size,
-            "qkv_bias": config.qkv_bias,
             "use_sliding_window": config.sliding_window is not None,
-            "sliding_window": config.sliding_window,
             "layer_types": [FULL if window is None else SLIDING for window in config.windows],
         }
     )

@@ -1,10 +1,5 @@
 """qwen3: qwen2 without biases, with an RMSNorm of every query and key head."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family
@@ -23,19 +18,11 @@ def _read(keys: Keys) -> ModelConfig:
     )
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return write_shared(config) | write_windows(config) | {"attention_bias": config.attention_bias}
-
-
-def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    return gguf.read_shared(keys, metadata, "qwen3", qk_norm="head")
-
-
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     read_config=_read,
-    write_config=_write,
-    read_gguf=_read_gguf,
+    write_config=lambda config: write_shared(config, "attention_bias") | write_windows(config),
+    read_gguf=lambda keys, metadata: gguf.read_shared(keys, metadata, "qwen3", qk_norm="head"),
     gguf_names=gguf.NAMES | gguf.QK_NORMS,
 )

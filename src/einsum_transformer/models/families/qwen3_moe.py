@@ -1,7 +1,5 @@
 """qwen3_moe: qwen3 with experts and no shared one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,15 +26,8 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return (
-        write_shared(config)
-        | write_experts(config)
-        | {
-            "attention_bias": config.attention_bias,
-            "use_sliding_window": config.sliding_window is not None,
-            "sliding_window": config.sliding_window,
-        }
-    )
+    window = {"use_sliding_window": config.sliding_window is not None}
+    return write_shared(config, "attention_bias", "sliding_window") | write_experts(config) | window
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:

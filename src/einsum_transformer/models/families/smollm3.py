@@ -1,7 +1,5 @@
 """smollm3: llama whose every fourth layer is told no positions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,13 +50,10 @@ def _read(keys: Keys) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     layers = range(config.num_hidden_layers)
-    return write_shared(config) | {
+    return write_shared(config, "attention_bias", "mlp_bias", "sliding_window") | {
         "no_rope_layers": [int(config.rope_of(i) is not None) for i in layers],
         "use_sliding_window": config.sliding_window is not None,
-        "sliding_window": config.sliding_window,
         "layer_types": [FULL if window is None else SLIDING for window in config.windows],
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
     }
 
 
