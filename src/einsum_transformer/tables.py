@@ -64,5 +64,6 @@ def peak_rss_bytes() -> int | None:
 
 def some(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
+    end = " and" if separator == ", " else f"{separator}and"
+    more = f"{end} {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more

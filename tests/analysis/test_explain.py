@@ -18,6 +18,8 @@ from einsum_transformer.engine import Recorder, ShapeArray, blas
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.builder import build, weights_of
+from einsum_transformer.models.config import Keys
+from einsum_transformer.models.families import family_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.parameters import trainable
 from einsum_transformer.models.run_config import override, parse_run_config
@@ -242,3 +244,15 @@ def test_a_dry_array_passes_checks_and_never_becomes_numbers() -> None:
         bool(x > 0)
     with pytest.raises(TypeError, match=r"\(2, 3\) in a dry run has no numbers"):
         np.asarray(x)
+
+
+def test_experts_keep_their_names_behind_dense_layers() -> None:
+    """The dry run has one layer of each kind, so its numbers of layers are not those of the model."""
+    raw = {"model_type": "qwen3_moe", "num_hidden_layers": 5, "mlp_only_layers": [0, 1, 2], "num_experts": 4}
+    raw |= {"num_experts_per_tok": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    raw |= {"head_dim": 8, "intermediate_size": 40, "moe_intermediate_size": 16, "vocab_size": 61}
+    config = family_of("qwen3_moe", "here").read_config(Keys(raw, "here"))
+    steps = et.explain(config, tokens=8, backward=True).steps
+    roles = {step.role for step in steps if step.layers == (3, 4)}
+    assert {"gate", "gate_proj", "up_proj", "down_proj", "dgate_proj", "dup_proj"} <= roles
+    assert all(step.role not in ("router", "experts") for step in steps if "fd" in step.equation)

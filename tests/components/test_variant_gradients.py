@@ -185,6 +185,20 @@ def test_sinks(padded: bool, window: int | None, size: float, query_block: int) 
     assert_attention(weights, np.array([0, 3]) if padded else None)
 
 
+def test_a_sink_of_minus_infinity_is_none() -> None:
+    """Also in a padded row that sees no key."""
+    sinks, pads = np.full((K, G), -np.inf), np.array([0, T])
+    weights, x = attention(mixing=Mixing(), sinks=sinks), normal(B, T, D)
+    context = Context(np.arange(T), pads=pads)
+    y, saved = weights.forward(x, context)
+    dx, gradient = weights.backward(np.ones_like(y), saved, context)
+    plain, saved = replace(weights, sinks=None).forward(x, context)
+    expected, _ = replace(weights, sinks=None).backward(np.ones_like(y), saved, context)
+    np.testing.assert_array_equal(y, plain)
+    np.testing.assert_array_equal(dx, expected)
+    np.testing.assert_array_equal(gradient.sinks, 0)
+
+
 def test_a_sink_is_a_key_whose_value_is_zero() -> None:
     """Against a softmax over one more score; the weights of the other values are what a reader sees."""
     x, queries = normal(1, T, D), np.arange(T)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.tree import map_named
-from golden_files import load_golden, write_folder
+from golden_files import Folders, load_golden, write_folder
 from tiny_models import tiny_model, write_tiny
 
 IDS = np.random.default_rng(0).integers(0, 61, (2, 11))
@@ -416,3 +418,65 @@ def test_every_phase_of_the_package_is_listed() -> None:
     sources = Path(et.__file__).parent.rglob("*.py")
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     assert set(re.findall(r'\bphase\("([^"]+)"', text)) == set(phases.NAMES)
+
+
+def in_a_phase() -> Iterator[int]:
+    with phase("suspended"):
+        yield 1
+        yield 2
+
+
+@pytest.mark.parametrize("where", ["here", "another thread"])
+def test_a_generator_that_is_closed_afterwards_wakes_nothing(where: str) -> None:
+    """A recorder that was left stays left, in this thread and in the one that closes the generator."""
+    with Recorder(events=True) as recorder:
+        suspended = in_a_phase()
+        next(suspended)
+    heard: list[int] = []
+
+    def close() -> None:
+        suspended.close()
+        with phase("later"):
+            einsum("ij->ji", np.ones((2, 3)))
+        heard.append(len(recorder.spans) + len(recorder.events))
+
+    if where == "here":
+        close()
+    else:
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join(60)
+    with phase("later still"):
+        einsum("ij->ji", np.ones((2, 3)))
+    assert heard == [0]
+    assert recorder.spans == recorder.events == []
+
+
+def test_a_recorder_that_another_thread_leaves_is_left() -> None:
+    recorder = Recorder()
+    recorder.__enter__()
+    thread = threading.Thread(target=recorder.__exit__)
+    thread.start()
+    thread.join(60)
+    with phase("later"):
+        tap("x", np.ones(2))
+    assert recorder.spans == []
+
+
+def test_a_reader_may_not_return_another_kind_of_numbers() -> None:
+    for wrong in (np.array([1j, 2j]), np.array([None, None])):
+        with pytest.raises(TypeError), Recorder().on_value(lambda name, value, wrong=wrong: wrong, "x"):
+            tap("x", np.ones(2))
+
+
+@pytest.mark.parametrize("budget", [None, 1_000])
+def test_parts_of_weights_are_known_too(budget: int | None, golden_folder: Folders) -> None:
+    """Absorbed latent attention uses the rows of one matrix in two products, in memory or from the file."""
+    model = et.load(golden_folder("deepseek_v2_direct"), weight_budget=budget)
+    cache = model.cache()
+    model.decoder.forward(np.arange(6)[None], cache)
+    with Recorder(events=True) as recorder:
+        model.decoder.forward(np.array([[3]]), cache)
+    named = Counter(event.weight for event in recorder.events if "khc" in event.equation)
+    layers = model.config.num_hidden_layers
+    assert named == {f"layers.{i}.self_attn.kv_b_proj": 2 for i in range(layers)}

@@ -191,3 +191,15 @@ def test_the_letter_of_the_rank_is_taken() -> None:
     weight = LoRA("w", np.ones((3, 2)), np.ones((1, 2)), np.ones((3, 1)), 1.0, 1)
     with pytest.raises(EquationError, match="letter r"):
         et.einsum("rd,fd->rf", np.ones((4, 2)), weight)
+
+
+def test_nothing_is_written_into_a_leaf_or_through_it() -> None:
+    held = np.ones((3, 2))
+    weight: Any = Frozen(held)
+    with pytest.raises(TypeError):
+        weight += 1
+    with pytest.raises(TypeError):
+        np.add(held, 1, out=weight)
+    np.array(weight)[...] = 5
+    assert (held == 1).all()
+    np.testing.assert_array_equal(np.asarray(weight[1:]), held[1:])

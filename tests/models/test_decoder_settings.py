@@ -16,11 +16,11 @@ from einsum_transformer.analysis.gradcheck import gradcheck
 from einsum_transformer.components.latent_attention import LatentAttention, LatentQuery
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.adapters import with_lora
-from einsum_transformer.models.builder import WeightSpec, build
+from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.config import LatentConfig, ModelConfig
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.tree import map_named
+from einsum_transformer.tree import map_named, named_leaves
 from tiny_models import config_of, tiny_model
 
 Array = np.ndarray
@@ -141,3 +141,12 @@ def test_a_model_with_sinks(lora: bool) -> None:
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), model.logits(TOKENS), atol=1e-10)
     with pytest.raises(ConfigError, match="sinks"):
         replace(config, fused_qkv="role")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_listed_in_the_order_of_the_program(tied: bool) -> None:
+    config = replace(SMALL, tie_word_embeddings=tied)
+    listed = [spec.path for spec in weights_of(config)]
+    assert listed[0] == "embed_tokens.weight"
+    assert (listed[-1] == "lm_head.weight") is not tied
+    assert sorted(listed) == sorted(path for path, _ in named_leaves(random_decoder(config)))

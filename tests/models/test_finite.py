@@ -16,9 +16,11 @@ from einsum_transformer.generation.decode import Generation, stream
 from einsum_transformer.generation.rows import Settings
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.models.adapters import with_lora
+from einsum_transformer.models.builder import build
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.tree import named_leaves
 from golden_files import MODELS, Models, load_golden, write_folder
+from tiny_models import config_of
 
 EMBEDDING = "model.embed_tokens.weight"
 # One weight of each kind: (golden model, tensor, the step that is named).
@@ -95,6 +97,21 @@ def test_numbers_that_grow_too_large(tmp_path: Path) -> None:
     assert "inf appears first in model.layers.1.mlp.up_proj: its weights are finite" in error
     assert "--dtype float64" in error
     assert np.isfinite(et.load(folder, dtype="float64").logits(golden.tokens)).all()
+
+
+def test_a_sink_that_is_not_finite_is_named() -> None:
+    config = replace(config_of(), sinks=True)
+    rng = np.random.default_rng(0)
+    model = et.Model(config, build(config, lambda spec: rng.standard_normal(spec.shape) * 0.1))
+    model.decoder.layers[1].self_attn.sinks[0, 1] = np.nan
+    error = error_of(lambda: model.logits([[1, 2, 3]]))
+    assert "the weight model.layers.1.self_attn.sinks holds nan or inf" in error
+
+
+def test_a_reader_that_makes_nan_is_named(golden_model: Models) -> None:
+    with Recorder().on_value(lambda name, value: np.full_like(value, np.nan), "layers.0.self_attn"):
+        error = error_of(lambda: golden_model("llama_gqa").logits([[1, 2, 3]]))
+    assert "finite when they are computed again" in error
 
 
 SETTINGS: list[dict[str, Any]] = [

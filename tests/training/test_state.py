@@ -80,6 +80,28 @@ def test_resuming_at_every_step_is_not_seen(make: Any, optimizer: Any, tmp_path:
     assert len(state.checkpoints(tmp_path)) == STEPS - 1
 
 
+def test_a_checkpoint_from_before_a_field_of_configs_was_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not there yet was as its default is; another value is another training."""
+    training, now = trainer(full), state.description
+
+    def before(of: Trainer) -> dict[str, Any]:
+        found = now(of)
+        for field in ("sinks", "residual_multiplier", "logit_scale"):
+            del found["model"][field]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "description", before)
+        folder = state.save(training, tmp_path)
+    assert state.restore(trainer(full), folder) == []
+    other = trainer(full)
+    other.model = replace(other.model, config=replace(other.model.config, residual_multiplier=0.5))
+    with pytest.raises(InputError, match=r"model.residual_multiplier is 1.0 there and 0.5 here"):
+        state.restore(other, folder)
+
+
 def test_a_checkpoint_is_a_model_or_an_adapter(tmp_path: Path) -> None:
     ids = np.arange(12).reshape(2, 6)
     one = trainer(full)

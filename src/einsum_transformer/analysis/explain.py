@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -143,7 +144,7 @@ def explain(
     weights = weights_of(config)
     paths = {path for path, _ in named_leaves(decoder)}
     adapters = sum(prod(w.shape) for name, w in trainable(decoder).items() if name not in paths)
-    matrices = {weight.path for weight in weights if len(weight.stored) > 1} | {EMBEDDING, HEAD}
+    matrices = {_in_layer(weight.path) for weight in weights if len(weight.stored) > 1} | {EMBEDDING, HEAD}
     steps = tuple(_steps(recorder.events, members, matrices))
     parameters = sum(prod(weight.stored) for weight in weights)
     return Program(config, batch, tokens, backward, parameters, steps, adapters)
@@ -191,10 +192,15 @@ def _role(event: Event, matrices: Collection[str]) -> str:
     if event.weight is None:
         return event.path[-1]
     place, adapter, part = event.weight.partition(".lora_")
-    if place not in matrices:
+    if _in_layer(place) not in matrices:
         return event.path[-1]
     name = place.removesuffix(".weight").rpartition(".")[2]
     return f"{'d' * event.gradient}{name}{adapter}{part}"
+
+
+def _in_layer(path: str) -> str:
+    """The path of a weight without the number of its layer, which the dry run counts anew."""
+    return re.sub(r"^layers\.\d+\.", "", path)
 
 
 def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from einsum_transformer.components.rope import Rotation
 Array = np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """Where the tokens of a pass are in their sequence, and what came before them, as one layer sees it."""
 
     positions: Array

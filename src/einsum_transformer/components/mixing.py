@@ -8,13 +8,13 @@ the saved log of its softmax sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from einsum_transformer.components.masks import Mask, add_mask, alibi_slopes
 from einsum_transformer.components.tiles import TILE_BYTES, Box, Tile, boxes, query_tiles
-from einsum_transformer.engine import asked_for, einsum, phase, tap
+from einsum_transformer.engine import asked_for, einsum, phase, tap, weight_grad
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 
@@ -133,11 +133,11 @@ class Mixing:
         dq *= scale
         return dq, dk.sum(axis=3), dv.sum(axis=3)
 
-    def sinks_backward(self, dmixed: Array, saved: Saved, sinks: Array) -> Array:
+    def sinks_backward(self, dmixed: Array, saved: Saved, sinks: Array) -> Any:
         """The gradient by the sinks (k, g): that of a score, for a key whose value is zero."""
         # p = exp(sink - lse), dp = 0, dsink = sum_bt p * (dp - sum_s p dp)
         p = np.exp(sinks - saved.lse)
-        return -einsum("btkg,btkg->kg", p, einsum("btkgh,btkgh->btkg", dmixed, saved.mixed))
+        return weight_grad(sinks, "btkg,btkg->kg", p, -einsum("btkgh,btkgh->btkg", dmixed, saved.mixed))
 
     def _scores(self, q: Array, k: Array) -> Array:
         """softcap(q . k) of one tile, whose queries are scaled already."""
@@ -183,7 +183,8 @@ def shifted_exponentials(scores: Array, sink: Array | None = None) -> tuple[Arra
     A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted.
     """
     top = scores.max(axis=-1)
-    np.maximum(top, np.finfo(scores.dtype).min if sink is None else sink, out=top)
+    least = np.finfo(scores.dtype).min
+    np.maximum(top, least if sink is None else np.maximum(sink, least), out=top)
     scores -= top[..., None]
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1)

@@ -8,7 +8,7 @@ over the tiles of a box.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,13 +16,11 @@ from einsum_transformer.components.masks import Mask, Masked
 
 Array = np.ndarray
 
-_ALL = slice(None)
 TILE_BYTES = 1 << 20
 """Scores of a tile, so that they stay in a core's second-level cache between the two products."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """Queries of a block, the keys that they may see, and what masks some of those."""
 
     queries: slice
@@ -35,8 +33,7 @@ class Tile:
         return (self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start)
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """Rows and heads of q (b, t, k, g, h)."""
 
     rows: slice
@@ -56,6 +53,9 @@ class Box:
         return self.rows, tile.keys, self.kv_heads
 
 
+_ONE_BOX = [Box(slice(None), slice(None), slice(None))]
+
+
 def query_tiles(mask: Mask, t: int, query_block: int, dtype: np.dtype) -> Iterator[Tile]:
     """The tiles of t queries; the longest first, so that threads end together."""
     for start in reversed(range(0, t, query_block)):
@@ -71,7 +71,7 @@ def boxes(q: Array, tiles: list[Tile], most_bytes: int, most_groups: int, least:
     largest = max(tile.size for tile in tiles)
     fit = min(most_bytes // (largest * q.dtype.itemsize), b * kv_heads * groups // least)
     if fit >= b * kv_heads * groups and most_groups >= groups:
-        return [Box(_ALL, _ALL, _ALL)]
+        return _ONE_BOX
     step_g = max(1, min(most_groups, groups, fit))
     step_k = max(1, min(kv_heads, fit // step_g))
     step_b = max(1, min(b, fit // (step_g * step_k)))

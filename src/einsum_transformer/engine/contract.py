@@ -45,8 +45,13 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         """The weight as floating-point numbers, in the shape of this leaf."""
 
     def __getitem__(self, index: Any) -> Any:
-        """A part of the weight, as an array."""
-        return self.array()[index]
+        """A part of the weight, for an equation or as an array."""
+        return _Part(self, index)
+
+    @property
+    def whole(self) -> Leaf:
+        """The leaf that this one is a part of, or itself."""
+        return self
 
     def rows(self, indices: Array) -> Array:
         """The rows of the first axis at `indices`, as np.take gives them."""
@@ -95,14 +100,33 @@ class Leaf(NDArrayOperatorsMixin, ABC):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """For NumPy's functions."""
-        return np.asarray(self.array(), dtype)
+        return np.array(self.array(), dtype=dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        """For arithmetic by element, where a norm's weight or a bias stands."""
+        """For arithmetic by element, as of a norm's weight or a bias; nothing is written into a leaf."""
+        if any(isinstance(each, Leaf) for each in options.get("out", ())):
+            return NotImplemented
         arrays = [each.array() if isinstance(each, Leaf) else each for each in inputs]
         return getattr(ufunc, method)(*arrays, **options)
 
     __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class _Part(Leaf):
+    """leaf[index] where an equation uses it; it takes no gradient."""
+
+    trained = False
+
+    def __init__(self, whole: Leaf, index: Any) -> None:
+        self._whole, self.index = whole, index
+        self.shape, self.dtype = ShapeArray(whole.shape)[index].shape, whole.dtype
+
+    @property
+    def whole(self) -> Leaf:
+        return self._whole
+
+    def array(self) -> Array:
+        return self._whole.array()[self.index]
 
 
 class Gradients:
@@ -264,7 +288,7 @@ def _einsum(
         equation, operands = calls.from_sublists((equation, *operands))
     for position, operand in enumerate(operands):
         if isinstance(operand, Leaf):
-            with recorder.using(operand):
+            with recorder.using(operand.whole):
                 return operand.contract(equation, operands, position, layout)
     arrays = [operand if isinstance(operand, ShapeArray) else np.asarray(operand) for operand in operands]
     if len(arrays) > 2:

@@ -113,9 +113,8 @@ class Recorder:
         self._lock = threading.RLock()
         self._outer: _Frame | None = None
         self._entered = False
+        self._keeps_spans = spans
         self._weights: dict[int, _Weights] = {}
-        if spans:
-            self.on_span(self.spans.append)
         if events:
             self.on_event(self.events.append)
         if values:
@@ -151,12 +150,19 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self._entered = False
-        _frame.set(self._outer)
+        if (frame := _frame.get()) is not None and frame.recorder is self:
+            _frame.set(self._outer)
         self._outer = None
         self._weights.clear()
 
     def _keep(self, name: str, value: Array) -> None:
         self.values[name] = np.array(value)
+
+    def _span(self, span: Span) -> None:
+        if self._keeps_spans:
+            self.spans.append(span)
+        if self._span_readers and (readers := self._span_readers.of(span.path)):
+            self._tell(readers, span)
 
     def _tell(self, readers: tuple[Callable[..., Any], ...], told: Event | Span) -> None:
         """Call readers one after the other, with recording paused in this context."""
@@ -192,7 +198,9 @@ def _like(name: str, value: Array, instead: Array) -> Array:
     if np.shape(instead) != np.shape(value):
         raise ValueError(f"{name} has shape {np.shape(value)}, what a reader returned {np.shape(instead)}")
     copy = np.empty_like(value)
-    copy[...] = instead
+    if isinstance(copy, ShapeArray):
+        return copy
+    np.copyto(copy, instead, casting="same_kind")
     return copy
 
 
@@ -270,14 +278,12 @@ _NOTHING = _Nothing()
 
 
 class _Phase:
-    # The outer frame is set again, rather than reset by a token: a generator may leave a phase in another
-    # context than it entered it in.
     __slots__ = ("inner", "outer", "start")
 
     def __init__(self, outer: _Frame, name: str, layer: int | None, scope: str | None) -> None:
         inside = outer.scope
         if layer is not None:
-            inside = f"layers.{layer}"
+            scope = f"layers.{layer}"
         if scope is not None:
             inside = f"{inside}.{scope}" if inside else scope
         own = outer.layer if layer is None else layer
@@ -299,12 +305,16 @@ class _Phase:
 
     def __exit__(self, *_: object) -> None:
         seconds = time.perf_counter() - self.start
-        outer, inner = self.outer, self.inner
+        outer, inner, recorder = self.outer, self.inner, self.inner.recorder
+        frame = _frame.get()
+        # A generator may be closed in another context, or after the recording: then nothing is left here.
+        if frame is None or frame.path is not inner.path:
+            return
         _frame.set(outer)
         if outer.tally is not None:
             outer.tally.add(inner.path, inner.layer, seconds)
-        elif readers := inner.recorder._span_readers.of(inner.path):
-            inner.recorder._tell(readers, Span(inner.path, inner.layer, self.start, seconds))
+        else:
+            recorder._span(Span(inner.path, inner.layer, self.start, seconds))
 
 
 def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
@@ -314,7 +324,9 @@ def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
     after the scope around; that of a layer is "layers.<number>".
     """
     frame = _frame.get()
-    return _NOTHING if frame is None else _Phase(frame, name, layer, scope)
+    if frame is None or not frame.recorder._entered:
+        return _NOTHING
+    return _Phase(frame, name, layer, scope)
 
 
 def tap(name: str, value: Array, asked: bool = False) -> Array:
@@ -468,5 +480,4 @@ def parallel() -> Iterator[None]:
         wall = time.perf_counter() - start
         _frame.set(frame)
         for span in tally.spans(start, wall):
-            if readers := frame.recorder._span_readers.of(span.path):
-                frame.recorder._tell(readers, span)
+            frame.recorder._span(span)

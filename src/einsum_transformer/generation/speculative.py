@@ -205,7 +205,7 @@ class Speculation:
             # All of the text, also what an earlier turn left in the cache.
             history = [*cache.tokens[0].tolist(), token]
             count = self._count(model, row, cache, limit)
-            with phase("draft"):
+            with phase("draft", scope="draft"):
                 draft = self.drafter.propose(history, count, row.sampling, row.rng)
             drafted = time.perf_counter()
             with phase("decode"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.engine import Leaf
+from einsum_transformer.engine import Equation, Leaf
 from einsum_transformer.engine.contract import product
 from einsum_transformer.engine.recorder import reads_values, tap_at
 from einsum_transformer.tree import map_named, named_leaves
@@ -29,7 +29,9 @@ class Watched(Leaf):
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
         y = product(equation, (*operands[:position], self.weight, *operands[position + 1 :]), order)
-        if not reads_values():  # in a backward pass, or nobody looks
+        parsed = Equation.parse(equation)
+        # The first letter of a weight is one of its outputs: in a backward pass it is summed.
+        if not reads_values() or parsed.inputs[position][0] not in parsed.output:
             return y
         whole = y if self.bias is None else y + self.bias
         seen = tap_at(self.path, whole)

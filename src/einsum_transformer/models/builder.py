@@ -77,29 +77,27 @@ class _Builder:
 
     def decoder(self) -> Decoder:
         config = self.config
-        head = None
-        if not config.tie_word_embeddings:
-            head = self.component(
-                Head,
-                "lm_head",
-                without=() if config.lm_head_bias else ("bias",),
-                scale=config.logit_scale,
-                cap=config.final_logit_softcapping,
-            )
-        positions = None
-        if config.learned_positions:
-            positions = self.component(Embedding, "embed_positions", letters={"weight": "t d"})
+        learned = config.learned_positions
+        # In the order of the fields, which is that of `weights_of`.
         return Decoder(
             embed_tokens=self.component(Embedding, "embed_tokens", scale=config.embedding_scale),
             layers=tuple(self.block(i) for i in range(config.num_hidden_layers)),
             norm=self.norm("norm"),
-            lm_head=head,
-            embed_positions=positions,
+            lm_head=None if config.tie_word_embeddings else self.head(),
+            embed_positions=self.component(Embedding, "embed_positions", letters={"weight": "t d"})
+            if learned
+            else None,
             ropes=config.ropes,
             head_dim=config.head_dim,
             logit_scale=config.logit_scale,
             logit_cap=config.final_logit_softcapping,
         )
+
+    def head(self) -> Head:
+        config = self.config
+        without = () if config.lm_head_bias else ("bias",)
+        scale, cap = config.logit_scale, config.final_logit_softcapping
+        return self.component(Head, "lm_head", without, scale=scale, cap=cap)
 
     def block(self, i: int) -> AnyBlock:
         kind, multiplier = self.config.block, self.config.residual_multiplier

@@ -193,8 +193,7 @@ class ModelConfig:
                 f"config keys disagree: latent attention has a key for each of {self.num_attention_heads} "
                 f"heads, num_key_value_heads is {self.num_key_value_heads}"
             )
-        if self.sinks and (self.latent is not None or self.fused_qkv is not None):
-            raise ConfigError("config keys disagree: sinks need matrices of their own for q, k and v")
+        self._check_attention()
         for name, most in (("norm_eps", 1), ("initializer_range", 100)):
             _check_range(name, getattr(self, name), most)
         for name in _FACTORS:
@@ -215,6 +214,20 @@ class ModelConfig:
                 raise ConfigError(
                     f"rope short_factor and long_factor have {factors[0]} and {factors[1]} entries, RoPE "
                     f"rotates {rotated // 2} pairs"
+                )
+
+    def _check_attention(self) -> None:
+        kind = "latent" if self.latent is not None else "fused" if self.fused_qkv is not None else "split"
+        only = {
+            "sinks": ("split", self.sinks),
+            "qkv_bias": ("split", self.qkv_bias),
+            "qk_norm": ("split", self.qk_norm is not None),
+            "clip_qkv": ("fused", self.clip_qkv is not None),
+        }
+        for name, (needed, wanted) in only.items():
+            if wanted and kind != needed:
+                raise ConfigError(
+                    f"config keys disagree: {name} is for {needed} matrices of q, k and v, these are {kind}"
                 )
 
     def _check_layers(self) -> None:

@@ -24,7 +24,7 @@ class Origin:
     """The first step of a forward pass that makes nan or inf."""
 
     place: str
-    """Its path in the decoder: "layers.1.mlp.up_proj"; LOGITS for the output head."""
+    """Its path in the decoder: "layers.1.mlp.up_proj"; LOGITS for the output head; "" if all is finite."""
     of_input: bool
     """Whether the step is what comes into the product of this weight: attention, or an activation."""
     nan: bool
@@ -46,8 +46,8 @@ def origin(
     cache = None if pads is None else KVCache(windows, tokens.shape[1], pads)
     with Recorder(spans=False).on_value(found), np.errstate(all="ignore"):
         watched(decoder, _WithInput).forward(tokens, cache)
-        place = found.name.removesuffix(_INPUT) or LOGITS
-        return Origin(place, found.name.endswith(_INPUT), found.nan, _bad_weight(decoder, place))
+        place, of_input = found.name.removesuffix(_INPUT), found.name.endswith(_INPUT)
+        return Origin(place, of_input, found.nan, _bad_weight(decoder, place, of_input) if place else "")
 
 
 class FirstBad:
@@ -70,9 +70,11 @@ class _WithInput(Watched):
         return super().contract(equation, operands, position, order)
 
 
-def _bad_weight(decoder: Decoder, place: str) -> str:
+def _bad_weight(decoder: Decoder, place: str, of_input: bool) -> str:
     """The path of the first weight of a step that is not finite, or ""."""
     places = ["lm_head", "embed_tokens"] if place == LOGITS else [place, re.sub(r"_proj$", "_bias", place)]
+    if of_input:  # what is between two products of a module may have weights of its own
+        places.append(re.sub(r"[^.]+$", "sinks", place))
     for path, leaf in named_leaves(decoder):
         inside = any(path == each or path.startswith(f"{each}.") for each in places)
         if inside and not is_finite(np.asarray(leaf)):

@@ -76,6 +76,11 @@ class Model:
         """The error for scores of the text tokens (b, t) that are nan or inf: the first step that makes one,
         and the weight that holds one, if any does. pads (b,): the text's left padding."""
         found = origin(self.decoder, self.config.windows, tokens, pads)
+        if not found.place:
+            return InputError(
+                f"{self.source}: the scores are nan or inf, but finite when they are computed again: what "
+                "reads values has replaced one"
+            )
         step = "the output head" if found.place == LOGITS else self.module(found.place)
         step = f"the input of {step}" if found.of_input else step
         if found.weight:

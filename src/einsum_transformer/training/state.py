@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from einsum_transformer.formats.files import read_json, write_json
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.safetensors import SafetensorsFile, write_safetensors
 from einsum_transformer.models import peft
+from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.loop import Trainer
 
@@ -240,16 +241,27 @@ def _tensor(source: TensorSource, name: str, like: Array) -> Array:
     return tensor.reshape(like.shape)
 
 
+def _with_neutral_fields(description: dict[str, Any]) -> dict[str, Any]:
+    return {**description, "model": _NEUTRAL | description["model"]}
+
+
+_NEUTRAL = {each.name: each.default for each in fields(ModelConfig) if each.default in (None, False, 0, 1)}
+"""Fields of a config whose defaults change nothing."""
+
+
 def _of_training(there: Any, here: dict[str, Any]) -> list[str]:
     """Where two descriptions of trainings differ. What is trained follows from whether there are adapters."""
     if not isinstance(there, dict):
         return ["it has no description"]
+    if isinstance(there.get("model"), dict):
+        # Checkpoints from before a field was added were trained with its default.
+        there = _with_neutral_fields(there)
     if (there.get("lora") is None) == (here["lora"] is None):
         return _differences(there, here)
     hidden = ("lora", "frozen", "trained")
     old, new = ({key: value for key, value in each.items() if key not in hidden} for each in (there, here))
     first, second = (
-        each["lora"] and f"of rank {each['lora'].get('r')}" for each in ({"lora": None} | there, here)
+        (lora := each["lora"]) and f"of rank {lora.get('r')}" for each in ({"lora": None} | there, here)
     )
     return [f"lora is {first} there and {second} here", *_differences(old, new)]
 
