@@ -184,7 +184,7 @@ class _Job:
         results = [Generation(row) for row in self.rows]
         live = len(results) == 1 and self.model.tokenizer is not None and not self.shown.json
         recorder = None if self.shown.quiet and not self.shown.json else Recorder()
-        routers = _read_routers(recorder)
+        routers = _read_routers(recorder, self.model)
         with recorder or nullcontext():
             started = time.perf_counter()
             try:
@@ -221,7 +221,7 @@ class _Job:
         LengthNote(self.model.config).grown(len(self.rows[0]))
         cache = self.model.cache(len(self.rows[0]), horizon=len(self.rows[0]))
         recorder = Recorder()
-        routers = _read_routers(recorder)
+        routers = _read_routers(recorder, self.model)
         with recorder:
             started = time.perf_counter()
             with phase("prefill"):
@@ -315,11 +315,11 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _read_routers(recorder: Recorder | None) -> RoutingReader:
-    """What reads the choices of the model's routers, if somebody records."""
+def _read_routers(recorder: Recorder | None, model: Model) -> RoutingReader:
+    """What reads the choices of the model's routers, if it has some and somebody records."""
     from einsum_transformer.analysis.routing import RoutingReader
 
     reader = RoutingReader()
-    if recorder is not None:
+    if recorder is not None and model.config.moe is not None:
         recorder.on_value(reader, *RoutingReader.NAMES)
     return reader

@@ -68,7 +68,7 @@ def boxes(q: Array, tiles: list[Tile], most_bytes: int, most_groups: int, least:
     """All rows and heads of q (b, t, k, g, h) in boxes whose largest tile has about most_bytes of scores, at
     least so many boxes where there are as many heads; the groups of a key/value head stay together first."""
     b, _, kv_heads, groups, _ = q.shape
-    largest = max(tile.size for tile in tiles)
+    largest = tiles[0].size if len(tiles) == 1 else max(tile.size for tile in tiles)
     fit = min(most_bytes // (largest * q.dtype.itemsize), b * kv_heads * groups // least)
     if fit >= b * kv_heads * groups and most_groups >= groups:
         return _ONE_BOX

@@ -139,7 +139,7 @@ class Gradients:
 
 
 # Looked up once: einsum begins with them.
-_ndarray, _kept_plans, _recording = np.ndarray, plans.kept, recorder.current
+_ndarray, _kept_plans = np.ndarray, plans.kept
 
 
 def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) -> Array:
@@ -154,7 +154,7 @@ def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) ->
     What differs from np.einsum stands in docs/notation.md, section "Where einsum and np.einsum differ".
     Errors: EquationError names the equation, the operand, the letter and both sizes.
     """
-    if len(operands) == 2 and not keywords and _recording() is None:
+    if len(operands) == 2 and not keywords and not recorder.active:
         a, b = operands
         if type(a) is _ndarray and type(b) is _ndarray:
             try:

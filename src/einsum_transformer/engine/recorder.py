@@ -132,23 +132,32 @@ class Recorder:
         return self
 
     def on_value(self, reader: Callable[[str, Array], Array | None], *names: str) -> Recorder:
-        """reader(name, value) for every value whose name matches, such as "layers.3.self_attn".
+        """reader(name, value) for every value whose name matches, such as "layers.3.self_attn". It is added
+        before the recorder is entered.
 
         The array belongs to the program, which may overwrite it afterwards: copy what is to be kept. What the
         reader returns, if not None, takes the value's place from there on; it must have the same shape.
         Backward passes do not know of it.
         """
+        if self._entered:
+            raise RuntimeError("a reader of values is added before the Recorder is entered")
         self._value_readers.add(names or ("*",), reader)
         return self
 
     def __enter__(self) -> Recorder:
         if self._entered:
             raise RuntimeError("this Recorder is active already: a run of its own needs one of its own")
+        global active
+        with _lock:
+            active += 1
         self._entered, self._outer = True, _frame.get()
         _frame.set(_Frame(self))
         return self
 
     def __exit__(self, *_: object) -> None:
+        global active
+        with _lock:
+            active -= 1
         self._entered = False
         if (frame := _frame.get()) is not None and frame.recorder is self:
             _frame.set(self._outer)
@@ -258,8 +267,10 @@ class _Frame:
 
 
 _frame: ContextVar[_Frame | None] = ContextVar("einsum_transformer_recorder", default=None)
-current = _frame.get
 """Where the program stands for a recorder, None where nobody records."""
+active = 0
+"""How many recorders are active in all threads: a program that nobody watches asks for nothing else."""
+_lock = threading.Lock()
 
 
 class _Nothing:
@@ -282,10 +293,11 @@ class _Phase:
 
     def __init__(self, outer: _Frame, name: str, layer: int | None, scope: str | None) -> None:
         inside = outer.scope
-        if layer is not None:
-            scope = f"layers.{layer}"
-        if scope is not None:
-            inside = f"{inside}.{scope}" if inside else scope
+        if outer.recorder._value_readers:  # nobody else needs the names of values
+            if layer is not None:
+                scope = f"layers.{layer}"
+            if scope is not None:
+                inside = f"{inside}.{scope}" if inside else scope
         own = outer.layer if layer is None else layer
         self.outer = outer
         self.inner = _Frame(
@@ -323,6 +335,8 @@ def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
     layer: number of the layer, inherited by inner phases. scope: what the names of values inside begin with,
     after the scope around; that of a layer is "layers.<number>".
     """
+    if not active:
+        return _NOTHING
     frame = _frame.get()
     if frame is None or not frame.recorder._entered:
         return _NOTHING
@@ -335,6 +349,8 @@ def tap(name: str, value: Array, asked: bool = False) -> Array:
     name: relative to the scope of the phases around, "" for the scope itself. Names are those of weights and
     the modules that hold them. asked: only for readers that `asked_for` it.
     """
+    if not active:
+        return value
     frame = _frame.get()
     if frame is None or not frame.recorder._value_readers:
         return value
@@ -350,6 +366,8 @@ def tap_at(path: str, value: Array) -> Array:
 def asked_for(name: str) -> bool:
     """Whether a reader asks for a value by a pattern that ends in its name: for values that take work or
     memory to make, and which "*" alone does not ask for."""
+    if not active:
+        return False
     frame = _frame.get()
     if frame is None or not frame.recorder._value_readers:
         return False
