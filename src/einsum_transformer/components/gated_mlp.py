@@ -55,6 +55,7 @@ class GatedMLP:
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
         hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
+        del hidden  # as large as gate and up
         # hidden = activation(gate) * up
         dup = np.multiply(dhidden, activated, out=activated)
         dgate = dhidden
@@ -105,6 +106,7 @@ class FusedGatedMLP:
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
         hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
+        del hidden  # as large as gate and up
         # hidden = activation(gate) * up
         dgate_up = np.empty_like(gate_up)
         dgate, dup = _halves(dgate_up)
