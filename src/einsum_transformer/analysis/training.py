@@ -41,8 +41,9 @@ _TABLES: dict[str, tuple[Key, ...]] = {
 
 
 def _label(path: Key) -> str:
-    """The name of a line where the lines around it do not say what it is a part of."""
-    return f"{PASS[ATTENTION]}: {PASS[path]}" if path[:-1] == ATTENTION else PASS[path]
+    """The name of a line where the lines around it do not say what it is a part of, without remarks."""
+    name = PASS[path].partition(" (")[0]
+    return f"{PASS[ATTENTION]}: {name}" if path[:-1] == ATTENTION else name
 
 
 class StepTimes:
