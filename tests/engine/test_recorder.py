@@ -480,3 +480,11 @@ def test_parts_of_weights_are_known_too(budget: int | None, golden_folder: Folde
     named = Counter(event.weight for event in recorder.events if "khc" in event.equation)
     layers = model.config.num_hidden_layers
     assert named == {f"layers.{i}.self_attn.kv_b_proj": 2 for i in range(layers)}
+
+
+def test_readers_come_before_the_run() -> None:
+    with Recorder() as recorder:
+        with pytest.raises(RuntimeError, match="before"):
+            recorder.on_value(lambda name, value: None)
+        with pytest.raises(RuntimeError, match="before"):
+            recorder.on_event(lambda event: None)

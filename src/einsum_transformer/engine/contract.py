@@ -154,7 +154,7 @@ def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) ->
     What differs from np.einsum stands in docs/notation.md, section "Where einsum and np.einsum differ".
     Errors: EquationError names the equation, the operand, the letter and both sizes.
     """
-    if len(operands) == 2 and not keywords and not recorder.active:
+    if len(operands) == 2 and not keywords and not recorder.active_for_events:
         a, b = operands
         if type(a) is _ndarray and type(b) is _ndarray:
             try:

@@ -127,7 +127,10 @@ class Recorder:
         return self
 
     def on_event(self, reader: Callable[[Event], object], *phases: str) -> Recorder:
-        """reader(event) after every einsum, of all phases or of those whose path matches."""
+        """reader(event) after every einsum, of all phases or of those whose path matches; added before the
+        recorder is entered."""
+        if self._entered:
+            raise RuntimeError("a reader of events is added before the Recorder is entered")
         self._event_readers.add(phases or ("*",), reader)
         return self
 
@@ -147,17 +150,19 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._entered:
             raise RuntimeError("this Recorder is active already: a run of its own needs one of its own")
-        global active
+        global active, active_for_events
         with _lock:
             active += 1
+            active_for_events += bool(self._event_readers)
         self._entered, self._outer = True, _frame.get()
         _frame.set(_Frame(self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        global active
+        global active, active_for_events
         with _lock:
             active -= 1
+            active_for_events -= bool(self._event_readers)
         self._entered = False
         if (frame := _frame.get()) is not None and frame.recorder is self:
             _frame.set(self._outer)
@@ -270,6 +275,8 @@ _frame: ContextVar[_Frame | None] = ContextVar("einsum_transformer_recorder", de
 """Where the program stands for a recorder, None where nobody records."""
 active = 0
 """How many recorders are active in all threads: a program that nobody watches asks for nothing else."""
+active_for_events = 0
+"""How many of them have readers of events."""
 _lock = threading.Lock()
 
 
