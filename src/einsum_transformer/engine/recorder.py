@@ -222,6 +222,7 @@ class _Weights:
     """Which weight an array is, by its address in memory, so that views are found too."""
 
     def __init__(self, owner: object, named: Iterable[tuple[str, Any]]) -> None:
+        # Both are held so that no other object can be given their ids.
         self.owner, self._leaves = owner, list(named)
         self._by_id = {id(weight): name for name, weight in self._leaves}
         ranges: dict[int, tuple[int, str]] = {}
