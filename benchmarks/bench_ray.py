@@ -50,11 +50,11 @@ def cases(workers: int) -> list[Case]:
 def trainer(case: Case, options: argparse.Namespace, stack: ExitStack) -> Any:
     """The run's Trainer, with its workers started; the stack ends them."""
     import einsum_transformer as et
-    from einsum_transformer.cluster.data_parallel import data_parallel
+    from einsum_transformer.cluster.data_parallel import RayWorkers
     from einsum_transformer.models.adapters import with_lora
     from einsum_transformer.models.lora_config import LoRAConfig
     from einsum_transformer.training.data import RandomTokens
-    from einsum_transformer.training.loop import Settings, Trainer
+    from einsum_transformer.training.loop import Trainer, TrainingSettings
     from einsum_transformer.training.optimizers import AdamW
     from einsum_transformer.training.schedule import Schedule
 
@@ -62,11 +62,11 @@ def trainer(case: Case, options: argparse.Namespace, stack: ExitStack) -> Any:
     if case.lora:
         model = with_lora(model, LoRAConfig(8, target_modules=LORA_TARGETS))
     batches = RandomTokens(model.config.vocab_size, options.batch_size, options.seq_len)
-    start = data_parallel(case.workers, threads=case.workers, shard_optimizer=case.shard_optimizer)
+    start = RayWorkers(case.workers, threads=case.workers, shard_optimizer=case.shard_optimizer).compute()
     return Trainer(
         model,
         batches,
-        Settings(Schedule(1e-4, 1), AdamW()),
+        TrainingSettings(Schedule(1e-4, 1), AdamW()),
         lambda model, settings: stack.enter_context(start(model, settings)),
     )
 

@@ -40,14 +40,14 @@ class Ours:
         import numpy as np
 
         from einsum_transformer.engine import blas
-        from einsum_transformer.training.loop import Settings, Trainer
+        from einsum_transformer.training.loop import Trainer, TrainingSettings
         from einsum_transformer.training.schedule import Schedule
 
         self.np, self.blas = np, blas
         blas.use(provider)
         blas.set_threads(threads)
         self.trainer = Trainer(
-            et.load(source, adapter=adapter), self, Settings(Schedule(LEARNING_RATE, 1, "constant"))
+            et.load(source, adapter=adapter), self, TrainingSettings(Schedule(LEARNING_RATE, 1, "constant"))
         )
 
     def versions(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from einsum_transformer.cluster.data_parallel import DataParallel
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.data import Batch
-from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.loop import Trainer, TrainingSettings
 from einsum_transformer.training.optimizers import AdamW
 from einsum_transformer.training.schedule import Schedule
 from einsum_transformer.tree import map_named
@@ -41,7 +41,7 @@ def trainer(
     model = input_major(tiny_model(dtype, tie_word_embeddings=lora))
     if lora:
         model = with_lora(model, LoRAConfig(r=4, target_modules="all-linear", lora_dropout=0.2))
-    settings = Settings(Schedule(0.01, 10), optimizer or AdamW(), clip_norm=1.0, recompute=lora)
+    settings = TrainingSettings(Schedule(0.01, 10), optimizer or AdamW(), clip_norm=1.0, recompute=lora)
     return Trainer(model, Ragged(), settings, compute)
 
 

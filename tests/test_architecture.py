@@ -19,14 +19,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "einsum_transformer"
 HOME = f"src/{PACKAGE}/"
 RANKS = {
-    **dict.fromkeys(("errors", "notes", "tables"), -1),
+    **dict.fromkeys(("errors", "notes", "tables"), -2),
+    "arguments": -1,
     **dict.fromkeys(("choices", "engine", "numerics", "formats", "text", "tree"), 0),
     **dict.fromkeys(("components", "leaves"), 1),
     "models": 2,
     **dict.fromkeys(("loading", "generation", "training"), 3),
     **dict.fromkeys(("analysis", "cluster"), 4),
-    "cli": 5,
-    "__init__": 6,
+    "api": 5,
+    "cli": 6,
+    "__init__": 7,
 }
 HEAVY = {"torch", "transformers", "peft", "llama_cpp"}
 PRODUCTS = {"dot", "matmul", "tensordot", "einsum", "inner", "vdot"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.generation.decode import Generation, Settings, stream
+from einsum_transformer.generation.decode import Generation, Settings, decode_batch
 from einsum_transformer.generation.sampling import Sampling
 from golden_files import load_greedy
 
@@ -27,7 +27,7 @@ def model() -> et.Model:
 
 def greedy(model: et.Model, prompts: list[list[int]], count: int) -> list[list[int]]:
     results = [Generation(prompt) for prompt in prompts]
-    for _ in stream(model, results, Sampling(), Settings(count, ignore_eos=True)):
+    for _ in decode_batch(model, results, Sampling(), Settings(count, ignore_eos=True)):
         pass
     return [result.tokens for result in results]
 
@@ -48,7 +48,7 @@ def test_greedy_tokens_as_one_batch(model: et.Model) -> None:
 def test_chat(model: et.Model) -> None:
     case = GOLDEN["chat"]
     assert model.tokenizer is not None
-    assert model.tokenizer.encode_chat(case["messages"]) == case["ids"]
+    assert model.tokenizer.apply_chat_template(case["messages"]) == case["ids"]
     assert greedy(model, [case["ids"]], len(case["tokens"])) == [case["tokens"]]
 
 

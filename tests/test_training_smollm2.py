@@ -12,7 +12,7 @@ import einsum_transformer as et
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.data import Batch
-from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.loop import Trainer, TrainingSettings
 from einsum_transformer.training.optimizers import SGD, AdamW, Optimizer
 from einsum_transformer.training.schedule import Schedule
 from golden_files import FOLDER
@@ -52,7 +52,7 @@ def test_losses(name: str, model: et.Model) -> None:
     """Every step's, and they fall."""
     curve, adapter = GOLDEN["curves"][name], GOLDEN["adapter"]
     config = LoRAConfig(adapter["r"], adapter["lora_alpha"], tuple(adapter["target_modules"]))
-    settings = Settings(Schedule(curve["options"]["lr"], GOLDEN["steps"]), OPTIMIZERS[name])
+    settings = TrainingSettings(Schedule(curve["options"]["lr"], GOLDEN["steps"]), OPTIMIZERS[name])
     trainer = Trainer(with_lora(model, config, seed=0), Sonnets(GOLDEN["ids"]), settings)
     losses = [report.loss for report in trainer.run(GOLDEN["steps"])]
     np.testing.assert_allclose(losses, curve["losses"], rtol=0, atol=TOLERANCE)

@@ -11,3 +11,7 @@ class FormatError(InputError):
 
 class ConfigError(InputError):
     """A configuration is incomplete, out of range, or contradicts the tensors it comes with."""
+
+
+class ArgumentError(InputError, TypeError):
+    """A public function was called with an unknown argument, or with an argument of the wrong type."""

@@ -52,6 +52,19 @@ def with_lines(tables: Iterable[Any], lines: Iterable[str]) -> Any:
     return Group(*tables, *map(Text, lines))
 
 
+def as_text(*parts: Any) -> str:
+    """Tables and lines as plain text."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=120, highlight=False, markup=False, soft_wrap=True)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get().rstrip("\n")
+
+
 def peak_rss_bytes() -> int | None:
     """The most memory that this process held so far, or None where the system does not say."""
     try:

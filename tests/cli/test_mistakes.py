@@ -153,7 +153,7 @@ MISTAKES = {
     "run -n": "'-n' requires an argument",
     "rnu": "No such command 'rnu'",
     "chat tiny.json": "tiny.json (random weights, seed 0): has no chat template",
-    "explain tiny.json --tokens 0": "--tokens",
+    "explain tiny.json --seq-len 0": "--seq-len",
     "explain nowhere.json": "nowhere.json: cannot be read",
     "pull": "Missing argument 'REPO'",
     "pull ../x": "'../x'",
@@ -229,7 +229,7 @@ def test_what_is_no_size(text: str) -> None:
         (["run", "--config", FAST, "-b", "100000000"], "GiB of keys and values"),
         (
             ["run", "--config", FAST, "--prefill-only", "--prompt-lookup", "3"],
-            "--prefill-only makes no token",
+            "--prefill-only generates no token",
         ),
         (
             ["run", "--config", FAST, "--set", 'rope_scaling={"rope_type":"linear","factor":2,"foo":3}'],
@@ -239,7 +239,9 @@ def test_what_is_no_size(text: str) -> None:
             ["run", "--config", FAST, "--set", 'rope_scaling={"rope_type":"bogus"}'],
             "rope_type 'bogus' is not",
         ),
-        (["explain", FAST, "--tokens", "3000000"], "tokens is 3000000: from 1 to 262,144"),
+        (["explain", FAST, "--seq-len", "3000000"], "--seq-len is 3000000: from 1 to 262,144"),
+        (["explain", FAST, "--tokens", "8"], "--tokens: this flag is now --seq-len N"),
+        (["diff", FAST, FAST, "--batch", "8"], "--batch: this flag is now --batch-size N"),
     ],
 )
 def test_what_would_do_nothing_or_never_end(

@@ -157,7 +157,7 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
     Path("b.txt").write_text(TEXT.replace("cat", "dog"))
     told(capsys, *text, "--steps", "2")
     for flags, message in (
-        ([], "out: holds a training already; --resume goes on with it"),
+        ([], "out: holds a training already; --resume continues it"),
         (["--resume", "--steps", "2"], "all 2 steps are done already"),
         (["--resume", "--seed", "1", "--steps", "3"], "is of another training: .*seed is 0 there and 1 here"),
         (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 there and 0.5 here"),
@@ -193,9 +193,9 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--min-lr", "1", "--schedule", "cosine"], "--min-lr 1.0: more than the learning rate, 0.01"),
         (
             ["--decay-matrices-only"],
-            "--decay-matrices-only says what --weight-decay holds for, but that is 0",
+            "--decay-matrices-only restricts --weight-decay, but that is 0",
         ),
-        (["--schedule", "step"], "schedule 'step': choose constant, linear, cosine"),
+        (["--schedule", "step"], "--schedule is 'step', expected 'constant', 'linear' or 'cosine'"),
         (["--warmup-steps", "11"], "warmup_steps is 11 of 10"),
         (["--clip-norm", "0"], "clip_norm is 0"),
         (["--seq-len", "100000"], "--seq-len 100000: the context is 2048"),
@@ -204,7 +204,7 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--resume"], "--resume and --save-every need --output"),
         (["--data", "none.txt"], "none.txt: cannot be read: No such file"),
         (["--valid", "a.txt"], "--valid needs --data"),
-        (["--long", "cut"], "--long 'cut': choose split or refuse"),
+        (["--long", "cut"], "--long is 'cut', expected 'split' or 'refuse'"),
         (["--lora-rank", "4"], "without --lora"),
         (["--adapter-path", "."], ".: holds no adapter_config.json"),
         (["--set", "use_lora=true", "--set", 'lora_target_modules=["w"]'], "name no matrix"),
@@ -312,7 +312,7 @@ def test_one_conversation_is_learnt_to_its_end(chats: str, capsys: pytest.Captur
 
 def test_examples_longer_than_a_row_are_noted(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert etx(chats, "--data", "chats.jsonl", *MASKED, "--seq-len", "8") == 0
-    assert "4 of 4 examples are longer than a row of 8 tokens and go over several; --seq-len" in (
+    assert "4 of 4 examples are longer than a row of 8 tokens and are split over several; --seq-len" in (
         capsys.readouterr().err
     )
 
@@ -328,7 +328,7 @@ def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str
     assert "validation loss" in err
     assert "note" not in err
     assert etx(chats, "--data", "chats.jsonl", "--valid", "a.txt", "--steps", "1") == 0
-    assert "note: a.txt: of another kind than --data" in capsys.readouterr().err
+    assert "note: a.txt: unlike --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_one_line_for_a_mistake_with_data(
         (["--lora-alpha", "0"], "flags of LoRA were given without --lora"),
         (["--lora-dropout", "0"], "flags of LoRA were given without --lora"),
         (["--lora-targets", ""], "flags of LoRA were given without --lora"),
-        (["--lora", "--lora-targets", ""], "--lora-targets '': names"),
+        (["--lora", "--lora-targets", ""], "LoRA targets '': names"),
         (["--merge", "-o", "new"], "--merge: there is no adapter to merge"),
     ],
 )
@@ -411,7 +411,7 @@ def test_parts_of_a_small_batch(text: list[str], capsys: pytest.CaptureFixture[s
     assert etx(*text, *flags, "--steps", "1", "--seq-len", "30", "-b", "4") == 0
     told = capsys.readouterr().err
     assert re.search(r"gives ([1-3]) rows? of 30 tokens, so a batch has \1, not 4", told)
-    assert re.search("steps 4: it is computed in [1-3] part", told)
+    assert re.search("steps 4: the batch is computed in [1-3] part", told)
 
 
 def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,12 +422,12 @@ def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_an_eps_of_zero_is_noted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     etx("--config", config, "--optimizer", "adamw", "--eps", "0", "--steps", "1")
-    assert "note: --eps 0: a weight with gradients of 0" in capsys.readouterr().err
+    assert "note: --eps 0: a weight whose gradients are all 0" in capsys.readouterr().err
 
 
 def test_a_large_file_is_announced(
     text: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("einsum_transformer.cli.training_data._LARGE", 10)
+    monkeypatch.setattr("einsum_transformer.training.batches._LARGE", 10)
     assert etx(*text, "--steps", "1") == 0
     assert "a.txt: encoding 0.0 million characters" in capsys.readouterr().err

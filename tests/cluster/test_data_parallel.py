@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster_runs import STEPS, final, kill, kill_while_it_works, snapshot, trainer, wait_until_gone
-from einsum_transformer.cluster.data_parallel import DataParallel, data_parallel
+from einsum_transformer.cluster.data_parallel import DataParallel, RayWorkers
 from einsum_transformer.cluster.pool import Connection
 from einsum_transformer.errors import InputError
 from einsum_transformer.training.loop import Local
@@ -30,7 +30,7 @@ def ray() -> Iterator[Any]:
 
 
 def parallel(workers: int = 2, **given: Any) -> Callable[..., DataParallel]:
-    return data_parallel(workers, threads=2, timeout=60, **given)
+    return RayWorkers(workers, threads=2, timeout=60, **given).compute()
 
 
 def assert_same(found: dict[str, Array], expected: dict[str, Array]) -> None:
@@ -173,7 +173,7 @@ def test_a_mistake_in_a_worker_is_raised_here(ray: Any) -> None:
 
 
 def test_threads_are_divided(ray: Any) -> None:
-    made = trainer(data_parallel(3, threads=7))
+    made = trainer(RayWorkers(3, threads=7).compute())
     with made.compute as compute:
         assert compute.pool.threads == [2, 2, 2]
 

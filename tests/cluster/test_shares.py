@@ -12,7 +12,7 @@ import pytest
 
 import einsum_transformer as et
 from cluster_runs import input_major
-from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
+from einsum_transformer.cluster.data_parallel import RayWorkers, _balanced, _shares, _sum
 from einsum_transformer.cluster.pool import Connection, _knock
 from einsum_transformer.cluster.worker import Shapes
 from einsum_transformer.errors import InputError
@@ -115,7 +115,7 @@ def test_weights_travel_contiguous_and_uncopied() -> None:
 )
 def test_wrong_settings_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        data_parallel(**given)
+        RayWorkers(**given).compute()
 
 
 def test_ray_is_asked_for_when_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

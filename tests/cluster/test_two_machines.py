@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cluster_runs import STEPS, final, snapshot, trainer
-from einsum_transformer.cluster.data_parallel import data_parallel
+from einsum_transformer.cluster.data_parallel import RayWorkers
 from einsum_transformer.cluster.pool import import_ray
 from einsum_transformer.errors import InputError
 from einsum_transformer.training.loop import Local
@@ -33,7 +33,7 @@ def cluster() -> Iterator[Any]:
 @pytest.mark.parametrize("shard_optimizer", [False, True])
 def test_a_machine_that_goes_away_changes_nothing(cluster: Any, shard_optimizer: bool) -> None:
     second = cluster.add_node(**MACHINE)
-    made = trainer(data_parallel(4, cluster.address, 2, 60, shard_optimizer))
+    made = trainer(RayWorkers(4, cluster.address, 2, 60, shard_optimizer).compute())
     with made.compute as compute:
         nodes = [place.node for place in compute.pool.places]
         assert nodes[0] != nodes[1]
@@ -51,5 +51,5 @@ def test_a_machine_that_goes_away_changes_nothing(cluster: Any, shard_optimizer:
 
 def test_more_workers_than_the_cluster_has_cpus(cluster: Any) -> None:
     with pytest.raises(InputError, match=r"^[0-2] of 3 Ray workers started within 5 s.*free CPUs"):
-        trainer(data_parallel(3, cluster.address, 2, 5))
+        trainer(RayWorkers(3, cluster.address, 2, 5).compute())
     assert not import_ray(local=True).is_initialized()

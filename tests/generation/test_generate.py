@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.generation.decode import Generation, Settings, prefill, stream
+from einsum_transformer.generation.decode import Generation, Settings, decode_batch, prefill
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import Models
@@ -342,7 +342,7 @@ class TestText:
     def test_the_stream_is_the_text(self, speller: et.Model) -> None:
         results = [Generation(list(b"abc")), Generation(list(b"m"))]
         pieces: dict[int, list[str]] = {0: [], 1: []}
-        for row, text in stream(speller, results, Sampling(), Settings(8, stop=("hij",))):
+        for row, text in decode_batch(speller, results, Sampling(), Settings(8, stop=("hij",))):
             pieces[row].append(text)
         assert "".join(pieces[0]) == results[0].text == "defg"
         assert "".join(pieces[1]) == results[1].text == "nopqrstu"
@@ -410,7 +410,7 @@ def test_a_cache_is_continued() -> None:
     cache = MODEL.cache()
     MODEL.decoder.forward(np.array([[1, 2, 3]]), cache, "none")
     results = [Generation([4, 5])]
-    for _ in stream(MODEL, results, Sampling(), Settings(10), cache):
+    for _ in decode_batch(MODEL, results, Sampling(), Settings(10), cache):
         pass
     assert results[0].tokens == et.generate(MODEL, [1, 2, 3, 4, 5], max_new_tokens=10).tokens
 
@@ -421,7 +421,7 @@ def test_a_cache_with_prompts_of_two_lengths() -> None:
     MODEL.decoder.forward(np.array([[1, 2, 3]] * 2), cache, "none")
     results = [Generation([4, 5, 6]), Generation([7])]
     try:
-        for _ in stream(MODEL, results, Sampling(), Settings(10), cache):
+        for _ in decode_batch(MODEL, results, Sampling(), Settings(10), cache):
             pass
     except et.InputError:
         return

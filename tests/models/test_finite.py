@@ -12,7 +12,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.engine import Recorder
-from einsum_transformer.generation.decode import Generation, stream
+from einsum_transformer.generation.decode import Generation, decode_batch
 from einsum_transformer.generation.rows import Settings
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.models.adapters import with_lora
@@ -146,7 +146,7 @@ def test_it_may_appear_later_than_the_prompt(golden_model: Models, tmp_path: Pat
     model = et.load(write_folder(tmp_path / "folder", golden.config, weights))
     result = [Generation(prompt)]
     with Recorder() as recorder:
-        error = error_of(lambda: list(stream(model, result, Sampling(), Settings(6, ignore_eos=True))))
+        error = error_of(lambda: list(decode_batch(model, result, Sampling(), Settings(6, ignore_eos=True))))
     assert "nan appears first in model.embed_tokens: the weight model.embed_tokens.weight" in error
     assert recorder.spans
     assert result[0].tokens == answer[: answer.index(later) + 1]

@@ -256,5 +256,5 @@ def test_smollm2() -> None:
     assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in case["ids"]] == case["strings"]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 49152)
     assert tokenizer.end_of_generation_ids == {0, 2}
-    prompt = tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}]), False)
+    prompt = tokenizer.decode(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]), False)
     assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

@@ -210,17 +210,17 @@ class Trial:
 
     def _recorded(self) -> None:
         """Leave the points of a training in points.json when it ends."""
-        from einsum_transformer.cli.training_run import TrainingRun
+        from einsum_transformer.api.train import _Run
 
         seen: Counter[str] = Counter()
-        report = TrainingRun.report
+        report = _Run.result
 
         def written(*arguments: Any) -> Any:
             counted = dict(seen)
             (self.root / "points.json").write_text(json.dumps(counted))
             return report(*arguments)
 
-        TrainingRun.report = written
+        _Run.result = written
         if self.planted:
             rename_by_copying()
         file_points.record(seen)

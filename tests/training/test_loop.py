@@ -16,7 +16,13 @@ from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.parameters import trainable
 from einsum_transformer.training.data import Batch, RandomTokens
-from einsum_transformer.training.loop import Settings, Trainer, TrainingFailed, _sliced, batch_gradients
+from einsum_transformer.training.loop import (
+    Trainer,
+    TrainingFailed,
+    TrainingSettings,
+    _sliced,
+    batch_gradients,
+)
 from einsum_transformer.training.optimizers import SGD, AdamW
 from einsum_transformer.training.schedule import Schedule
 from tiny_models import write_tiny
@@ -30,8 +36,8 @@ def tiny(tmp_path: Path) -> et.Model:
     return et.load(folder)
 
 
-def settings(lr: float = 0.5, **others: Any) -> Settings:
-    return Settings(Schedule(lr, 1000), **others)
+def settings(lr: float = 0.5, **others: Any) -> TrainingSettings:
+    return TrainingSettings(Schedule(lr, 1000), **others)
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD(), 0.5), (SGD(0.9, nesterov=True), 0.1), (AdamW(), 0.01)])

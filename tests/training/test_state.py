@@ -20,7 +20,7 @@ from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.run_config import parse_run_config
 from einsum_transformer.training import state
 from einsum_transformer.training.data import RandomTokens
-from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.loop import Trainer, TrainingSettings
 from einsum_transformer.training.optimizers import SGD, AdamW
 from einsum_transformer.training.schedule import Schedule
 from tiny_models import tiny_model, write_tiny
@@ -51,7 +51,7 @@ def experts() -> et.Model:
 
 
 def trainer(make: Callable[[], et.Model], optimizer: Any = AdamW(), **changes: Any) -> Trainer:  # noqa: B008
-    settings = Settings(Schedule(1e-2, STEPS, "cosine", 1), optimizer, clip_norm=1.0, seed=3)
+    settings = TrainingSettings(Schedule(1e-2, STEPS, "cosine", 1), optimizer, clip_norm=1.0, seed=3)
     return Trainer(make(), DATA, replace(settings, **changes))
 
 

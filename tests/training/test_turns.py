@@ -48,12 +48,12 @@ def learnt(example: Example, tokenizer: Tokenizer) -> str:
 
 def by_prefixes(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> tuple[list[int], np.ndarray] | None:
     """The ids and the mask from the ids of every prefix; None where those of the whole begin otherwise."""
-    tokens = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
     mask = np.zeros(len(tokens), bool)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.encode_chat(messages[:i]) if i else []
-            after = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+            before = tokenizer.apply_chat_template(messages[:i]) if i else []
+            after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
             if tokens[: len(before)] != before or tokens[: len(after)] != after:
                 return None
             mask[len(before) : len(after)] = True

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.cluster.pool import Connection, Pool
 from einsum_transformer.cluster.worker import Moments, Part, Plan, Shapes
 from einsum_transformer.engine import blas, phase
@@ -22,44 +24,57 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import frozen, shapes_of, trainable
 from einsum_transformer.training.data import Batch
-from einsum_transformer.training.loop import Local, Settings, numbered
+from einsum_transformer.training.loop import Local, TrainingSettings, numbered
 
 Array = np.ndarray
 Arrays = dict[str, Array]
 
 
-def data_parallel(
-    workers: int,
-    address: str | None = None,
-    threads: int | None = None,
-    timeout: float = 600.0,
-    shard_optimizer: bool = False,
-) -> Callable[[Model, Settings], DataParallel]:
-    """What makes a `DataParallel` of a model and settings: `Trainer(..., compute=data_parallel(4))`.
+@checked
+@dataclass(frozen=True, slots=True)
+class RayWorkers:
+    """Workers of a Ray cluster that share each batch: `train(..., workers=RayWorkers(4))`.
 
-    address: of a Ray cluster, "auto" or host:port; None starts a local one. threads: of each machine, divided
-    over its workers; all its cores by default. timeout: seconds that a worker's answer may take.
-    shard_optimizer: divide the optimizer's state over the workers, each part held by two of them.
+    address: of a Ray cluster, "auto" or host:port; None starts a local one. threads: BLAS threads of each
+    machine, divided over its workers; all its cores by default. timeout: seconds that a worker's answer may
+    take. shard_optimizer: divide the optimizer's state over the workers, each part held by two of them.
     """
-    if workers < 1:
-        raise InputError(f"{workers} Ray workers: at least 1 is expected")
-    if shard_optimizer and workers < 2:
-        raise InputError("a divided optimizer state needs at least 2 Ray workers: each part is held by two")
-    if threads is not None and threads < 1:
-        raise InputError(f"{threads} threads for the Ray workers of a machine: at least 1 is expected")
-    if not timeout > 0:
-        raise InputError(f"a timeout of {timeout} s for Ray workers: a number above 0 is expected")
-    kind = Sharded if shard_optimizer else DataParallel
-    return lambda model, settings: kind(model, settings, workers, address, threads, timeout)
+
+    workers: int
+    address: str | None = None
+    threads: int | None = None
+    timeout: float = 600.0
+    shard_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"{self.workers} Ray workers: at least 1 is expected")
+        if self.shard_optimizer and self.workers < 2:
+            raise InputError(
+                "a divided optimizer state needs at least 2 Ray workers: each part is held by two"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise InputError(
+                f"{self.threads} threads for the Ray workers of a machine: at least 1 is expected"
+            )
+        if not self.timeout > 0:
+            raise InputError(f"a timeout of {self.timeout} s for Ray workers: a number above 0 is expected")
+
+    def compute(self) -> Callable[[Model, TrainingSettings], DataParallel]:
+        """The argument `compute` of `Trainer`."""
+        kind = Sharded if self.shard_optimizer else DataParallel
+        return lambda model, settings: kind(
+            model, settings, self.workers, self.address, self.threads, self.timeout
+        )
 
 
 class DataParallel(AbstractContextManager["DataParallel"]):
-    """Workers compute; see `data_parallel`. Close it, or use it in a `with`, to end what it started."""
+    """Workers compute; see `RayWorkers`. Close it, or use it in a `with`, to end what it started."""
 
     def __init__(
         self,
         model: Model,
-        settings: Settings,
+        settings: TrainingSettings,
         workers: int,
         address: str | None,
         threads: int | None,

@@ -18,7 +18,7 @@ import numpy as np
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.models.parameters import with_arrays
-from einsum_transformer.training.loop import Settings, batch_gradients
+from einsum_transformer.training.loop import TrainingSettings, batch_gradients
 from einsum_transformer.training.optimizers import start
 
 Array = np.ndarray
@@ -35,7 +35,7 @@ class Plan:
 
     decoder: Any
     frozen: dict[str, Any]
-    settings: Settings
+    settings: TrainingSettings
     blas: str
 
 

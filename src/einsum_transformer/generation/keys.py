@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -241,42 +241,6 @@ TOP_K = 50
 """transformers' top_k where `do_sample` is true and nothing else is said."""
 _FILTERS = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TOGETHER = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"), ("stop", "stop_strings"))
-
-
-class OtherOptions(TypedDict, total=False):
-    """transformers' less common names, as keywords of `generate`."""
-
-    top_h: float | None
-    typical_p: float | None
-    epsilon_cutoff: float | None
-    eta_cutoff: float | None
-    sequence_bias: Any
-    encoder_repetition_penalty: float | None
-    no_repeat_ngram_size: int | None
-    encoder_no_repeat_ngram_size: int | None
-    bad_words_ids: Sequence[Sequence[int]] | None
-    min_length: int | None
-    min_new_tokens: int | None
-    forced_bos_token_id: int | None
-    forced_eos_token_id: int | Sequence[int] | None
-    remove_invalid_values: bool | None
-    exponential_decay_length_penalty: tuple[int, float] | None
-    suppress_tokens: Sequence[int] | None
-    begin_suppress_tokens: Sequence[int] | None
-    max_length: int | None
-    stop_strings: str | Sequence[str] | None
-    max_time: float | None
-    eos_token_id: int | Sequence[int] | None
-    renormalize_logits: bool | None
-    use_cache: bool | None
-    cache_implementation: str | None
-    pad_token_id: int | None
-    bos_token_id: int | None
-    num_assistant_tokens: int | None
-    prompt_lookup_num_tokens: int | None
-    max_matching_ngram_size: int | None
-    num_beams: int | None
-    num_return_sequences: int | None
 
 
 def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any], source: str = "") -> dict[str, Any]:

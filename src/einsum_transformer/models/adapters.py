@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats.files import read_json, write_json
@@ -39,6 +40,7 @@ class Planned:
     owner: str = ""
 
 
+@checked
 def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
     """The model with an adapter on each target and every other weight frozen.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import re2
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 
 ALL_LINEAR = "all-linear"
@@ -19,6 +20,7 @@ _PATTERN_BYTES = 1 << 20
 """What one compiled regular expression may take."""
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
     """Which matrices get an adapter, of what rank, scaled how.
@@ -54,6 +56,16 @@ class LoRAConfig:
                 _compiled(_end_of_name(pattern))
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout is {self.lora_dropout}: at least 0 and less than 1 is expected")
+
+    @staticmethod
+    def parse_targets(text: str) -> str | tuple[str, ...]:
+        """The `target_modules` of a text: names with commas between them, "all-linear", or a regular
+        expression."""
+        names = tuple(part.strip() for part in text.split(","))
+        if not all(names):
+            raise InputError(f"LoRA targets {text!r}: names with commas between them are expected")
+        plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+        return names if plain and text != ALL_LINEAR else text
 
     def for_training(self) -> LoRAConfig:
         """These settings, if a new adapter can begin with them. An adapter that is read may have any scaling,

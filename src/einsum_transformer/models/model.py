@@ -23,6 +23,7 @@ from einsum_transformer.models.families.family import Family, unsaid
 from einsum_transformer.models.finite import LOGITS, is_finite, origin
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft_names import EMBEDDING, HEAD, POSITIONS, named_pairs, wrapper_names
+from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.stacked import stacks_of
 from einsum_transformer.notes import note_once
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
@@ -46,6 +47,8 @@ class Model:
     source: str = "random weights"
     lora: LoRAConfig | None = None
     """What the adapters on the weights are, or None if there are none."""
+    run_config: RunConfig | None = None
+    """The run config that it was loaded from: its keys are the defaults of `profile`, `Chat` and `train`."""
 
     @property
     def family(self) -> Family:

@@ -10,9 +10,9 @@ from einsum_transformer.text.chat_template import template_variables
 
 # Keyword -> (the values that change nothing, what to do instead of another one).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tokenize": ((True,), "render_chat gives the text"),
-    "return_dict": ((False,), "encode_chat gives a list of ids"),
-    "return_tensors": ((None,), "encode_chat gives a list of ids; numpy.array makes an array of it"),
+    "tokenize": ((True, False), "apply_chat_template returns token ids"),
+    "return_dict": ((False,), "apply_chat_template gives a list of ids"),
+    "return_tensors": ((None,), "apply_chat_template gives a list of ids; numpy.array makes an array of it"),
     "return_assistant_tokens_mask": ((False,), "training with mask_prompt learns the answers alone"),
     "padding": (
         (False, None, "do_not_pad"),
@@ -56,7 +56,7 @@ def choose_template(templates: Mapping[str, str], wanted: str | None, tools: boo
     if "default" not in templates:
         raise InputError(
             f"{source}: no chat template is the default one: choose one of {_names(templates)} with "
-            "encode_chat(messages, chat_template=NAME) or --chat-template NAME"
+            "apply_chat_template(messages, chat_template=NAME) or --chat-template NAME"
         )
     return templates["default"]
 

@@ -1,10 +1,11 @@
 """Tokenizers: text to ids and back, from a Hugging Face folder or a GGUF file's metadata."""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from tokenizers import Encoding, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -265,6 +266,44 @@ class Tokenizer:
             **{**self.named, **check_options(options)},
         )
 
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        add_generation_prompt: bool | None = ...,
+        *,
+        tokenize: Literal[True] = ...,
+        **options: Any,
+    ) -> list[int]: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        add_generation_prompt: bool | None = ...,
+        *,
+        tokenize: Literal[False],
+        **options: Any,
+    ) -> str: ...
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        *,
+        tokenize: bool = True,
+        **options: Any,
+    ) -> list[int] | str:
+        """Token ids of a conversation, or its text with `tokenize=False`, as transformers' method of this
+        name.
+
+        Arguments and errors are those of `render_chat`. The generation prompt is added by default, unless the
+        last message is continued. The template writes every special token, so none is added.
+        """
+        text = self.render_chat(messages, add_generation_prompt, tools, **options)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -272,12 +311,9 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> list[int]:
-        """Ids of a conversation, with the options of `render_chat`.
-
-        The template writes every special token itself, so none is added.
-        """
-        text = self.render_chat(messages, add_generation_prompt, tools, **options)
-        return self.encode(text, add_special_tokens=False)
+        """Deprecated since 0.2: use `apply_chat_template`."""
+        warnings.warn("encode_chat is deprecated, use apply_chat_template", DeprecationWarning, stacklevel=2)
+        return self.apply_chat_template(messages, tools, add_generation_prompt, **options)
 
     def save(self, folder: Path, model_type: str | None = None) -> None:
         """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer.

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
@@ -34,6 +35,7 @@ class Batches(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class RandomTokens:
     """Uniformly random tokens, each the target of the one before: all there is to learn is the batch itself.
@@ -135,7 +137,7 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
     cut = min(len(whole.tokens) - 2, round((1 - share) * len(whole.tokens)))
     if cut < 2:
         raise InputError(
-            f"{whole.place}: too short to hold a part of it out; --valid-share 0 holds out nothing"
+            f"{whole.place}: too short to hold a part of it out; `valid_share` 0 holds out nothing"
         )
     first, rest = slice(None, cut), slice(cut, None)
     return [replace(whole, tokens=whole.tokens[first], trained=whole.trained[first])], [

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine import einsum
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
@@ -67,6 +68,7 @@ def start(optimizer: Optimizer, weights: Arrays) -> dict[str, dict[str, Array]]:
     return {moment: {name: np.zeros_like(w) for name, w in weights.items()} for moment in optimizer.moments}
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class SGD(Optimizer):
     """g += weight_decay w; without momentum w -= lr g, with it m = momentum m + g (g at the first step), and
@@ -106,6 +108,7 @@ class SGD(Optimizer):
         return change
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class AdamW(Optimizer):
     """Adam with decoupled decay (Loshchilov and Hutter, 2019; torch.optim.AdamW), t = step + 1:

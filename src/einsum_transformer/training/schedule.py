@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 
 SHAPES = ("constant", "linear", "cosine")
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """lr(step) for step 0 ... steps - 1.
