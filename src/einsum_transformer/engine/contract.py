@@ -183,7 +183,7 @@ def weight_grad(weight: Any, equation: str, *operands: Any) -> Any:
 
     Where `...` broadcasts the weight, its gradient is also summed over those axes. A leaf returns the
     gradient of its own kind. For a weight that is not trained (see `is_trained`) the result is None and the
-    operands are not evaluated.
+    operands are not used.
     """
     if not is_trained(weight):
         return None
@@ -229,8 +229,8 @@ def take_rows(weight: Any, indices: Array) -> Array:
         rows = np.take(weight, indices, axis=0)
     if not isinstance(rows, Array) or indices.size == 1:
         return rows
-    lines = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).T)
-    return lines.T.reshape(rows.shape)
+    transposed = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).T)
+    return transposed.T.reshape(rows.shape)
 
 
 def add_rows(weight: Any, indices: Array, dy: Array) -> Any:

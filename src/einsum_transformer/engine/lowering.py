@@ -79,8 +79,8 @@ def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
     diagonal = _diagonal(operand.term)
     term = "".join(dict.fromkeys(operand.term))
     summed = tuple(i for i, letter in enumerate(term) if letter not in equation.output)
-    kept = [letter for letter in term if letter in equation.output]
-    permutation = tuple(kept.index(letter) for letter in equation.output)
+    remaining = [letter for letter in term if letter in equation.output]
+    permutation = tuple(remaining.index(letter) for letter in equation.output)
     reduce = np.logical_or.reduce if dtype.kind == "b" else np.add.reduce
 
     def run(a: Array) -> Array:

@@ -16,8 +16,8 @@ def keep_freed() -> bool:
 
     A program that allocates the same arrays repeatedly, as training does, otherwise returns each of them to
     the system and gets new pages, which the system zeroes first: for SmolLM2 and 4 x 128 tokens 100,000 pages
-    a step, a tenth of its time (docs/performance.md). The peak memory does not change. The setting cannot be
-    undone.
+    a step, a tenth of its time (docs/performance.md). The peak memory does not change. The setting
+    applies until the process exits.
     """
     if sys.platform != "linux":
         return False

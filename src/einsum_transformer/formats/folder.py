@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+\.safetensors")
 _MAX_INDEX = 100_000_000
-_MOST_SNIFFED = 64
+_MAX_SNIFFED = 64
 
 
 def open_tensors(path: str | Path, allow_links: bool = False) -> TensorSource:
@@ -69,10 +69,10 @@ def single_gguf(folder: Path, allow_links: bool = False) -> Path | None:
         return None
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     found = [path for path in files if path.suffix.lower() == ".gguf"]
-    found = found or [path for path in files[:_MOST_SNIFFED] if kind_of(path) == "GGUF"]
+    found = found or [path for path in files[:_MAX_SNIFFED] if kind_of(path) == "GGUF"]
     models = first_parts(found)
     if len(models) > 1:
-        models = [path for path in models[:_MOST_SNIFFED] if _is_model(path, allow_links)] or models
+        models = [path for path in models[:_MAX_SNIFFED] if _is_model(path, allow_links)] or models
     if len(models) > 1:
         names = some([path.name for path in models], 8)
         raise FormatError(f"{folder}: contains several GGUF models: choose one of {names}")

@@ -109,7 +109,7 @@ class GGUFFile(MappedFile):
     @property
     def purpose(self) -> str:
         """The kind of a file that is not a model ("adapter", "imatrix", "mmproj", ...), "" for a model."""
-        kind, architecture = _stated_kind(self.metadata), self.metadata.get("general.architecture")
+        kind, architecture = _declared_kind(self.metadata), self.metadata.get("general.architecture")
         if kind in _OTHER_KINDS:
             return kind
         if isinstance(architecture, str) and architecture in _NOT_MODELS:
@@ -156,11 +156,11 @@ class GGUFFile(MappedFile):
         return out
 
 
-def _stated_kind(metadata: dict[str, Any]) -> str:
+def _declared_kind(metadata: dict[str, Any]) -> str:
     """Return the file type in the metadata, in lower case; LoRA files of older converters only have
     adapter.type."""
-    stated = metadata.get("general.type", "adapter" if "adapter.type" in metadata else "model")
-    return str(stated).strip().lower()
+    declared = metadata.get("general.type", "adapter" if "adapter.type" in metadata else "model")
+    return str(declared).strip().lower()
 
 
 class _Header:
@@ -269,7 +269,7 @@ class _Header:
         return strings
 
     def _alignment(self) -> int:
-        part, kind = self.metadata.get("split.no"), _stated_kind(self.metadata)
+        part, kind = self.metadata.get("split.no"), _declared_kind(self.metadata)
         # Later parts of a split model may omit it, and importance matrices do.
         needed = kind not in _OTHER_KINDS and (type(part) is not int or part < 1)
         if not isinstance(self.metadata.get("general.architecture", None if needed else ""), str):
@@ -280,20 +280,20 @@ class _Header:
         return alignment
 
     def _tensors(self, count: int) -> dict[str, TensorInfo]:
-        stated: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name = self._string()
             if _BAD_NAME.search(name):
                 self._refuse(f"{quoted(name)} is not a valid tensor name")
-            if name in stated:
+            if name in entries:
                 self._refuse(f"the tensor {quoted(name)} occurs twice")
             dims = self._uint(4)
             if dims > _MAX_DIMS:
                 self._refuse(f"tensor {quoted(name)} has {dims} dimensions, more than {_MAX_DIMS}")
             shape = tuple(self._uint(8) for _ in range(dims))[::-1]
-            stated[name] = shape, self._uint(4), self._uint(8)
+            entries[name] = shape, self._uint(4), self._uint(8)
         start = -(-self.pos // self.alignment) * self.alignment
-        tensors = {name: self._tensor(name, *entry, start) for name, entry in stated.items()}
+        tensors = {name: self._tensor(name, *entry, start) for name, entry in entries.items()}
         end = start
         for info in sorted(tensors.values(), key=lambda info: info.offset):
             if info.offset < end:

@@ -1,7 +1,7 @@
 """GGUF models split into several files by llama.cpp's gguf-split: `NAME-00001-of-00003.gguf` and so on.
 
 `split.no` (from 0), `split.count` and `split.tensors.count` (of all parts) relate the parts. The model's
-metadata is in the first part, which may contain no tensors; later parts may contain no other keys.
+metadata is in the first part, which may contain no tensors; later parts may lack other keys.
 """
 
 import re
@@ -35,9 +35,9 @@ class SplitGGUF(GGUFFile):
                 self._part_of[name] = part
         self._tensors = {name: part.info(name) for name, part in self._part_of.items()}
         for part in parts:
-            if (stated := part.metadata.get(_TENSORS, len(self._tensors))) != len(self._tensors):
+            if (total := part.metadata.get(_TENSORS, len(self._tensors))) != len(self._tensors):
                 raise FormatError(
-                    f"{part.path}: {_TENSORS} is {stated!r:.40}, but the {len(parts)} parts contain "
+                    f"{part.path}: {_TENSORS} is {total!r:.40}, but the {len(parts)} parts contain "
                     f"{len(self._tensors)} tensors"
                 )
 

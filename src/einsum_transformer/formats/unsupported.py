@@ -106,15 +106,15 @@ def file_refused(path: Path) -> FormatError:
     return FormatError(f"{path}: {expected}{words and f': {words}'}")
 
 
-def folder_refused(folder: Path, wanted: str) -> FormatError:
+def folder_refused(folder: Path, missing: str) -> FormatError:
     """Return the error for a folder without weights or without a config; it describes the folder's contents.
 
-    wanted: the description of the missing files, used if the folder's kind is unknown.
+    missing: the description of the missing files, used if the folder's kind is unknown.
     """
     words = kind_of_folder(folder)
     if not any(folder.iterdir()):
-        wanted += " (the folder is empty)"
-    return FormatError(f"{folder}: {words}" if words else f"{folder}: {wanted}")
+        missing += " (the folder is empty)"
+    return FormatError(f"{folder}: {words}" if words else f"{folder}: {missing}")
 
 
 def kind_of_folder(folder: Path) -> str:

@@ -62,7 +62,7 @@ def gelu_and_derivative(x: Array) -> tuple[Array, Array]:
     return y, derivative
 
 
-_FLAT = 30.0  # beyond it the derivatives of gelu are constant in float64; up to it squares stay finite
+_FLAT = 30.0  # beyond it the derivative of gelu is constant in float64; up to it squares stay finite
 _CUBE = 0.044715
 _SLOPE = math.sqrt(2 / math.pi)
 
