@@ -244,7 +244,7 @@ def test_a_dry_array_passes_checks_and_never_becomes_numbers() -> None:
     assert x.min() >= 5
     with pytest.raises(ValueError, match="ambiguous"):
         bool(x > 0)
-    with pytest.raises(TypeError, match=r"\(2, 3\) in a dry run has no numbers"):
+    with pytest.raises(TypeError, match=r"\(2, 3\) in a dry run has no data"):
         np.asarray(x)
 
 
