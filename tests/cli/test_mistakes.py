@@ -152,7 +152,7 @@ MISTAKES = {
     "run --bogus": "No such option: --bogus",
     "run -n": "'-n' requires an argument",
     "rnu": "No such command 'rnu'",
-    "chat tiny.json": "tiny.json (random weights, seed 0): has no chat template",
+    "chat tiny.json": "tiny.json (random weights, seed 0) has no chat template",
     "explain tiny.json --tokens 0": "--tokens",
     "explain nowhere.json": "nowhere.json: cannot be read",
     "pull": "Missing argument 'REPO'",
