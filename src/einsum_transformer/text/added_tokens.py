@@ -267,5 +267,5 @@ def _listed(entries: Any, folder: str) -> dict[int, AddedToken]:
 def bounded_id(number: Any, where: str, key: Any) -> int:
     """Return a token id after checking its range; `key` names its entry in the message."""
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_TOKEN_ID:
-        raise InputError(f"{where}: {key!r}: expected a token id, an integer from 0 to {MAX_TOKEN_ID - 1}")
+        raise InputError(f"{where}: {key!r}: expected a token id from 0 to {MAX_TOKEN_ID - 1}")
     return number

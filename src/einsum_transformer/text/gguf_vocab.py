@@ -280,7 +280,7 @@ def check_charsmap(charsmap: bytes, where: str) -> None:
     """
     size = int.from_bytes(charsmap[:4], "little")
     if size == 0 or size % 4 != 0 or size > len(charsmap) - 4:
-        raise InputError(f"{where}: {len(charsmap)} bytes, with an invalid length field of {size} bytes")
+        raise InputError(f"{where}: {len(charsmap)} bytes with an invalid length of {size} bytes")
 
 
 def _built(data: Metadata, make: Callable[[], T]) -> T:
