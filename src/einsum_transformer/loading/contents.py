@@ -170,14 +170,14 @@ def _check_run(run: RunConfig) -> None:
         raise ConfigError(f"{run.source}: lora_rank is {run.lora_rank}, expected 1 or more")
 
 
-_OF_A_RUN = {
+_RUN_FIELDS = {
     *("defaulted", "ignored", "training", "attention_block", "initializer_range", "model_type"),
     *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
 
 
 def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
-    """Describe the model settings in which a run config and its checkpoint differ, except `_OF_A_RUN`."""
-    names = [each.name for each in fields(ModelConfig) if each.name not in _OF_A_RUN]
+    """Describe the model settings in which a run config and its checkpoint differ, except `_RUN_FIELDS`."""
+    names = [each.name for each in fields(ModelConfig) if each.name not in _RUN_FIELDS]
     pairs = [(name, getattr(stated, name), getattr(found, name)) for name in names]
     return [f"{name} is {here} here, {there} in the model" for name, here, there in pairs if here != there]

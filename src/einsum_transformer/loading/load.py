@@ -39,7 +39,8 @@ def load(
     of random weights. weight_budget: maximum bytes of weights in memory; the rest is read from the file
     whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
     (unmerged; see `merged`); its tokenizer and chat template take precedence over those of the base model.
-    allow_links: follow links that lead out of the model's folder, as in shared stores.
+    revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
+    lead out of the model's folder, as in shared stores.
     Errors: a one-line InputError; a missing, unexpected or misshapen tensor is always an error.
     """
     if quantization is not None:
