@@ -1,4 +1,4 @@
-"""Maximum length of a text: learned positions are a limit; other position encodings continue with a note."""
+"""Maximum length of a text: learned positions are a limit; for other models a note reports a longer text."""
 
 from __future__ import annotations
 

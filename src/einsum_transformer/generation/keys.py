@@ -159,7 +159,7 @@ SETTINGS: dict[str, Parser] = {
     "max_new_tokens": whole(0),
     "max_length": whole(1),
     "stop_strings": strings,
-    "max_time": number(lambda x: x >= 0, "seconds, 0 or more"),
+    "max_time": number(lambda x: x >= 0, "a number of seconds, 0 or more"),
     "eos_token_id": token_list,
 }
 OBEYED: dict[str, Parser] = SAMPLING | SETTINGS | {"do_sample": flag}

@@ -127,7 +127,7 @@ def finite(scores: Array, history: Sequence[int]) -> None:
 
 
 def decaying(start: int, factor: float, ends: Sequence[int]) -> Processor:
-    """Add `abs(logit) * (factor**n - 1)` to the logits of the end tokens, n tokens after `start`."""
+    """Add `abs(logit) * (factor**n - 1)` to the end tokens' logits if the text has `start + n` tokens."""
     ids = np.array(ends, np.int64)
 
     def process(scores: Array, history: Sequence[int]) -> None:

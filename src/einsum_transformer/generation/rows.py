@@ -25,7 +25,7 @@ Array = np.ndarray
 PREFILL_CHUNK = 512
 """Tokens per forward pass of the prefill: more tokens use more memory and are not faster."""
 DEFAULT_BUDGET = 128
-"""New tokens by default."""
+"""Default maximum of new tokens."""
 
 
 @dataclass(slots=True)

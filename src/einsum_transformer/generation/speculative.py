@@ -306,7 +306,7 @@ def speculation(
     ways = {"draft_model": draft_model, "draft_layers": draft_layers, "prompt_lookup": lookup or None}
     selected = [name for name, value in ways.items() if value is not None]
     if len(selected) > 1:
-        raise InputError(f"{' and '.join(selected)} are exclusive: choose one")
+        raise InputError(f"{' and '.join(selected)} are mutually exclusive: choose one")
     if not selected:
         if num_draft_tokens is not None:
             raise InputError("num_draft_tokens needs draft_model, draft_layers or prompt_lookup")

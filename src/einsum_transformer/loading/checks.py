@@ -168,7 +168,7 @@ def _wrong_types(held: Mapping[str, TensorInfo]) -> list[str]:
 
 def _wrong_shapes(held: Mapping[str, TensorInfo], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     wrong = [
-        f"{_name(name)} is {list(info.shape)} in the file, {list(stored[name])} in the config"
+        f"{_name(name)} is {list(info.shape)} in the file, the config requires {list(stored[name])}"
         for name, info in held.items()
         if info.shape != stored[name] and 0 not in info.shape  # `_meaning` reports empty tensors
     ]

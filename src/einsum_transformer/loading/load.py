@@ -38,10 +38,10 @@ def load(
     dtype: float32 or float64, the type of the computation. max_layers: load only the first layers. seed: seed
     of random weights. weight_budget: maximum bytes of weights in memory; the rest is read from the file
     whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
-    (unmerged; see `merged`); its tokenizer and chat template take precedence over those of the base model.
+    (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base model.
     revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
     lead out of the model's folder, as in shared stores.
-    Errors: a one-line InputError; a missing, unexpected or misshapen tensor is always an error.
+    Errors: a one-line InputError; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
     if quantization is not None:
         raise InputError(

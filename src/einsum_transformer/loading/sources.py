@@ -75,7 +75,7 @@ def name_of(source: Source) -> str:
 
 
 def find(source: str | Path | RunConfig, options: Options) -> Source:
-    """Find `source` and determine its type. Raises InputError if it does not exist or is not a config."""
+    """Find `source` and determine its type. Raises InputError if it is missing or an invalid JSON config."""
     if isinstance(source, RunConfig):
         return source
     path = resolve(source, options)
@@ -88,7 +88,7 @@ def find(source: str | Path | RunConfig, options: Options) -> Source:
 
 
 def resolve(source: str | Path, options: Options) -> Path:
-    """Return the file or folder of `source`; download it if it is a hub repository that is not cached.
+    """Return the path of the file or folder `source`; a hub repository that is not cached is downloaded.
 
     For a folder with one GGUF model and no safetensors weights, return that file.
     """

@@ -1,4 +1,4 @@
-"""Added tokens and named special tokens of a tokenizer's folder, read like transformers 5 reads them.
+"""Added tokens and named special tokens of a tokenizer's folder, read as in transformers 5.
 
 If tokenizer_config.json has `added_tokens_decoder`, it is complete, and special_tokens_map.json and
 added_tokens.json are not read. Otherwise both are read, and special_tokens_map.json takes precedence over

@@ -10,9 +10,9 @@ from einsum_transformer.text.chat_template import template_variables
 
 # Keyword -> (values that have no effect, what to do instead of using another value).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tokenize": ((True,), "render_chat gives the text"),
-    "return_dict": ((False,), "encode_chat gives a list of ids"),
-    "return_tensors": ((None,), "encode_chat gives a list of ids; numpy.array makes an array of it"),
+    "tokenize": ((True,), "render_chat returns the text"),
+    "return_dict": ((False,), "encode_chat returns a list of ids"),
+    "return_tensors": ((None,), "encode_chat returns a list of ids; numpy.array converts it"),
     "return_assistant_tokens_mask": ((False,), "train with mask_prompt to learn the answers alone"),
     "padding": (
         (False, None, "do_not_pad"),

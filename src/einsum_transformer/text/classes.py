@@ -129,7 +129,7 @@ def class_of(config: Mapping[str, Any], model: Mapping[str, Any], folder: str) -
     known = ", ".join(_BYTE_LEVEL)
     what = f"tokenizer_class {stated!r}" if stated is not None else f"model_type {model.get('model_type')!r}"
     raise InputError(
-        f"{folder}: vocab.json and merges.txt with {what} are not supported, only with the classes {known}; "
+        f"{folder}: {what} is not supported with vocab.json and merges.txt alone (supported: {known}); "
         f"convert the tokenizer with transformers, AutoTokenizer.from_pretrained({folder!r})"
         f".save_pretrained({folder!r})"
     )

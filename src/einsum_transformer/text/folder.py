@@ -115,7 +115,7 @@ def _start(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) ->
     if not _has_merges(folder):
         found = _other_form(folder)
         raise InputError(
-            f"{folder}: no tokenizer.json, which is needed to read and write text"
+            f"{folder}: no tokenizer.json, which is required to encode and decode text"
             f"{'' if found is None else f'; {found}'}"
         )
     kind = class_of(config, model, str(folder))

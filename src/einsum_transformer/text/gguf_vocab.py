@@ -97,8 +97,7 @@ class Metadata:
         return numbers
 
     def id(self, key: str, default: int | None = None) -> int | None:
-        """Return a token id in range; `default` if the key is absent or out of range, where `default` is a
-        token."""
+        """Return the token id, or `default` if it is missing or out of range; None without a valid default."""
         if not self.has(key):
             return default if default is not None and default < len(self.tokens) else None
         value = self._values[f"tokenizer.ggml.{key}"]

@@ -105,7 +105,7 @@ class WindowStream(StreamDecoder):
 
 
 def byte_alphabet() -> list[str]:
-    """Return the character of each byte in byte-level BPE: printable bytes stay, others start at U+0100."""
+    """Return the character of each byte in byte-level BPE: itself if printable, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (chr(0x100 + index) for index in range(256))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
