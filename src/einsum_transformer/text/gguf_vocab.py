@@ -97,7 +97,7 @@ class Metadata:
         return numbers
 
     def id(self, key: str, default: int | None = None) -> int | None:
-        """Return the token id, or `default` if it is missing or out of range; None without a valid default."""
+        """Return the token id, or `default` if it is missing or invalid; None without a valid default."""
         if not self.has(key):
             return default if default is not None and default < len(self.tokens) else None
         value = self._values[f"tokenizer.ggml.{key}"]
