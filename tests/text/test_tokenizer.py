@@ -115,7 +115,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer.json, which is needed"),
+        ({}, "no tokenizer.json, which is required"),
         (
             {"tokenizer.model": "x", "vocab.json": "{}"},
             r"tokenizer.model is a SentencePiece model or .*: convert it with transformers, AutoTokenizer",
