@@ -234,10 +234,10 @@ def test_the_context_of_a_rope_model_is_no_bound(etx: Etx, tmp_path: Path) -> No
     ):
         code, text, err = etx("run", folder, "-p", "abc", *flags)
         assert (code, text) == (0, out)
-        assert err.count("passes the 8 tokens") == (out != "defghi\n")
+        assert err.count("trained length of 8 tokens") == (out != "defghi\n")
     code, _, err = etx("run", folder, "-p", "abcdefghijkl", "--prefill-only")
     assert code == 0
-    assert err.count("passes the 8 tokens") == 1
+    assert err.count("trained length of 8 tokens") == 1
 
 
 def test_token_ids_from_a_file(etx: Etx, speller: Path, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--schedule", "step"], "--schedule is 'step', expected 'constant', 'linear' or 'cosine'"),
         (["--warmup-steps", "11"], "warmup_steps is 11 of 10"),
         (["--clip-norm", "0"], "clip_norm is 0"),
-        (["--seq-len", "100000"], "--seq-len 100000: the context is 2048"),
+        (["--seq-len", "100000"], "--seq-len 100000: the maximum is 2048"),
         (["--grad-accumulation-steps", "5"], "accumulation splits a batch of 4 into 5"),
         (["--lr", "1e30", "--set", "n_layers=1"], "not finite"),
         (["--resume"], "--resume and --save-every need --output"),

@@ -377,7 +377,7 @@ def test_tokenizers_that_differ_are_refused(tmp_path: Path) -> None:
     """Of equal size too; one that has more tokens at the end agrees."""
     model = spelling(tmp_path, 23)
     for tokens in (LETTERS[::-1], ["z", *LETTERS[1:]], [*LETTERS[:-2], "s", "r"], [*LETTERS[1:], "a", "x"]):
-        with pytest.raises(InputError, match=r"its tokenizer is not that of .*: token") as caught:
+        with pytest.raises(InputError, match=r"its tokenizer differs from .*: token") as caught:
             et.generate(model, "a", draft_model=spelling(tmp_path, 23, tokens))
         assert "\n" not in str(caught.value)
     et.generate(model, "b", draft_model=spelling(tmp_path, 23, [*LETTERS, "t"]), max_new_tokens=4)

@@ -427,11 +427,11 @@ def test_a_config_beside_a_gguf_model_does_not_hide_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"general.type": "adapter"}, "of kind 'adapter', not a model: name the base model"),
-        ({"general.type": "mmproj"}, "of kind 'mmproj', not a model: a projector"),
-        ({"general.type": "imatrix"}, "of kind 'imatrix', not a model: an importance matrix"),
-        ({"general.architecture": "clip"}, "of kind 'mmproj'"),
-        ({"adapter.type": "lora"}, "of kind 'adapter', not a model: name the base model"),
+        ({"general.type": "adapter"}, "of type 'adapter', not a model: give the base model"),
+        ({"general.type": "mmproj"}, "of type 'mmproj', not a model: a projector"),
+        ({"general.type": "imatrix"}, "of type 'imatrix', not a model: an importance matrix"),
+        ({"general.architecture": "clip"}, "of type 'mmproj'"),
+        ({"adapter.type": "lora"}, "of type 'adapter', not a model: give the base model"),
         ({"llama.block_count": 1 << 31}, "llama.block_count is 2147483648, but the file has only"),
     ],
 )
@@ -463,7 +463,7 @@ def test_gguf_files_of_other_programs_are_named(architecture: str, kind: str | N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    expected = "of kind 'diffusion'" if kind == "diffusion" else f"architecture '{architecture}' is not supp"
+    expected = "of type 'diffusion'" if kind == "diffusion" else f"architecture '{architecture}' is not supp"
     assert expected in refusal(path)
 
 
@@ -651,7 +651,7 @@ def test_an_adapter_beside_a_model_is_noted(tmp_path: Path, caplog: pytest.LogCa
 ABSURD = [
     ({"num_local_experts": 65536}, "65536 experts in each of 3 layers"),
     ({"num_local_experts": 4096}, "4096 experts in each of 3 layers"),
-    ({"num_hidden_layers": 4096}, "4096 layers by the config, only"),
+    ({"num_hidden_layers": 4096}, "4096 layers in the config, only"),
     ({"num_hidden_layers": 1 << 32}, "num_hidden_layers is 4294967296, at most"),
     ({"num_hidden_layers": 1e300}, "num_hidden_layers is 1e+300, at most"),
     ({"num_hidden_layers": 1 << 32, "num_local_experts": 65536}, "num_hidden_layers is 4294967296, at most"),

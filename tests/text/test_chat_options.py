@@ -55,7 +55,7 @@ def test_a_continued_message_needs_no_other_option() -> None:
         tokenizer.apply_chat_template(
             [{"role": "assistant", "tool_calls": [{"name": "f"}]}], continue_final_message=True
         )
-    with pytest.raises(InputError, match="does not write the last message"):
+    with pytest.raises(InputError, match="changes or omits the last message"):
         tokenizer.apply_chat_template(messages, continue_final_message=True, chat_template="{{ 'content' }}")
 
 
@@ -103,7 +103,7 @@ def test_a_template_is_chosen_by_name_or_given() -> None:
     assert tokenizer.render_chat(HI, tools=[{}]) == "3[{}]"
     assert tokenizer.render_chat(HI, tools=[], chat_template="default") == "1"
     assert tokenizer.render_chat(HI, chat_template="{{ 4 }}") == "4"
-    with pytest.raises(InputError, match=r"'rga' is neither a jinja template nor the name of one; .*'rag'"):
+    with pytest.raises(InputError, match=r"'rga' is neither a Jinja template nor the name of one; .*'rag'"):
         tokenizer.render_chat(HI, chat_template="rga")
     assert with_templates().render_chat(HI, chat_template="{{ 4 }}") == "4"
 

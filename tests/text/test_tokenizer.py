@@ -115,7 +115,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer.json, which is needed"),
+        ({}, "no tokenizer.json, which is required"),
         (
             {"tokenizer.model": "x", "vocab.json": "{}"},
             r"tokenizer.model is a SentencePiece model or .*: convert it with transformers, AutoTokenizer",
@@ -148,7 +148,7 @@ def test_a_character_map_that_lies_about_its_length_is_refused(key: str, folder:
     saved = json.loads(text) | {"normalizer": "HERE"}
     nested = '{"type": "Sequence", "normalizers": [{"type": "Precompiled", "KEY": "/////////w=="}]}'
     write_files(folder, {"tokenizer.json": json.dumps(saved).replace('"HERE"', nested.replace("KEY", key))})
-    with pytest.raises(InputError, match=r"charsmap: 7 bytes cannot hold the 4294967295 bytes"):
+    with pytest.raises(InputError, match=r"charsmap: 7 bytes with an invalid length of 4294967295 bytes"):
         Tokenizer.from_folder(folder)
 
 
@@ -159,7 +159,7 @@ def test_files_that_are_not_text_or_too_large_are_refused(
     with pytest.raises(InputError, match=r"chat_template\.jinja: cannot be read as UTF-8"):
         Tokenizer.from_folder(folder)
     monkeypatch.setattr("einsum_transformer.text.folder._MAX_OTHER_BYTES", 50)
-    with pytest.raises(InputError, match=r"tokenizer_config\.json: \d+ bytes; at most 50 are accepted"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: \d+ bytes; at most 50 are allowed"):
         Tokenizer.from_folder(folder)
 
 

@@ -186,5 +186,5 @@ def test_a_trained_tokenizer_gives_the_text_back(tmp_path: Path) -> None:
     again = Tokenizer.from_folder(tmp_path)
     assert again.encode("the cat") == trained.encode("the cat")
     assert again.eos_id == 0
-    with pytest.raises(InputError, match="the bytes and EOS alone are 257"):
+    with pytest.raises(InputError, match="expected at least 257, 256 bytes and EOS"):
         Tokenizer.train(["a"], 256)

@@ -1,4 +1,4 @@
-"""What a user names as a model: found on disk, or fetched from the hub, and told apart by what is in it."""
+"""Find a model source on disk or on the hub, and determine its type from its contents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a model is found and loaded: the arguments of `load`. Raises InputError for impossible ones."""
+    """How a model is found and loaded: the arguments of `load`. Raises InputError for invalid values."""
 
     dtype: str = "float32"
     max_layers: int | None = None
@@ -31,14 +31,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype!r}: choose {' or '.join(DTYPES)}")
+            raise InputError(f"dtype is {self.dtype!r}: expected {' or '.join(DTYPES)}")
         if self.weight_budget is not None and self.weight_budget < 0:
-            raise InputError(f"weight_budget is {self.weight_budget}: a number of bytes is expected")
+            raise InputError(f"weight_budget is {self.weight_budget}: expected a number of bytes, 0 or more")
         if self.max_layers is not None and self.max_layers < 1:
-            raise InputError(f"max_layers is {self.max_layers}: at least 1")
+            raise InputError(f"max_layers is {self.max_layers}: expected 1 or more")
 
     def cut(self, config: ModelConfig) -> ModelConfig:
-        """The config with only the first `max_layers` layers."""
+        """Return the config truncated to its first `max_layers` layers."""
         if self.max_layers is None or self.max_layers >= config.num_hidden_layers:
             return config
         return config.cut(self.max_layers)
@@ -46,21 +46,21 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder in Hugging Face's format: config.json, safetensors weights, tokenizer."""
+    """A folder in Hugging Face format: config.json, safetensors weights, tokenizer."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """A GGUF model, or any other file that is no JSON: opening it says what is wrong."""
+    """A GGUF model, or another file that is not JSON: opening it raises the error."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A config.json of Hugging Face's alone, and its keys; the weights are random."""
+    """A Hugging Face config.json without weights, and its keys; the weights are random."""
 
     path: Path
     keys: Mapping[str, Any]
@@ -70,12 +70,12 @@ Source = Folder | TensorFile | ConfigFile | RunConfig
 
 
 def name_of(source: Source) -> str:
-    """The path of a source, for messages."""
+    """Return the path of a source for messages."""
     return source.source if isinstance(source, RunConfig) else str(source.path)
 
 
 def find(source: str | Path | RunConfig, options: Options) -> Source:
-    """What `source` names. Raises InputError if it is not there, or a JSON file that is no config."""
+    """Find `source` and determine its type. Raises InputError if it is missing or an invalid JSON config."""
     if isinstance(source, RunConfig):
         return source
     path = resolve(source, options)
@@ -88,9 +88,9 @@ def find(source: str | Path | RunConfig, options: Options) -> Source:
 
 
 def resolve(source: str | Path, options: Options) -> Path:
-    """The file or folder that `source` names, fetched from the hub if it is a repository that is not here.
+    """Return the path of the file or folder `source`; a hub repository that is not cached is downloaded.
 
-    A folder that holds one GGUF model and no safetensors weights stands for that file.
+    For a folder with one GGUF model and no safetensors weights, return that file.
     """
     named = str(source)
     if named.lower() == hub.DEFAULT_MODEL:
