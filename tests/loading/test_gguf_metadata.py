@@ -187,7 +187,7 @@ def test_lists_of_equal_values_by_layer(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", "llama_gqa", {f"{ARCH}attention.head_count_kv": [heads] * layers})
     np.testing.assert_allclose(et.load(path).logits(golden.tokens), golden.logits, rtol=0, atol=1e-4)
     path = write(tmp_path / "m.gguf", "llama_gqa", {f"{ARCH}attention.head_count_kv": [1, *[heads] * 2]})
-    with pytest.raises(et.ConfigError, match=r"attention\.head_count_kv differs by layer"):
+    with pytest.raises(et.ConfigError, match=r"attention\.head_count_kv differs between layers"):
         et.load(path)
 
 

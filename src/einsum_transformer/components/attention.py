@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Weights in checkpoint layout, viewed with separate head axes. Gradients are an Attention."""
+    """Weights in checkpoint layout with split head axes. Gradients are returned as an Attention."""
 
     q_proj: Annotated[Array, "(k g h) d"]
     k_proj: Annotated[Array, "(k h) d"]

@@ -42,7 +42,7 @@ class LayerCache(ABC):
 
     @abstractmethod
     def truncate(self, length: int) -> None:
-        """Remove the tokens from position `length` on. Errors: ValueError if earlier ones are overwritten."""
+        """Remove the tokens from position `length` on. Errors: ValueError if earlier ones are lost."""
 
     def select(self, rows: Sequence[int] | Array) -> None:
         """Keep only these batch rows, in this order."""
@@ -53,9 +53,12 @@ class LayerCache(ABC):
     def _slots(self) -> int:
         return 0 if self._keys is None else self._keys.shape[-1]
 
-    def _allocate(self, k: Array, v: Array, slots: int, held: slice = slice(0)) -> None:
-        """Allocate lines of `slots` slots and copy the slots `held` to their beginning."""
-        self._keys, self._values = _moved(self._keys, k, slots, held), _moved(self._values, v, slots, held)
+    def _allocate(self, k: Array, v: Array, slots: int, copied: slice = slice(0)) -> None:
+        """Allocate lines of `slots` slots and copy the slots `copied` to their beginning."""
+        self._keys, self._values = (
+            _moved(self._keys, k, slots, copied),
+            _moved(self._values, v, slots, copied),
+        )
 
     def _store(self, start: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Write keys and values from slot `start` on; return all slots up to their end, (b, s, k, h)."""
@@ -82,8 +85,8 @@ class GrowingCache(LayerCache):
         end = self.length + k.shape[1]
         if end > self._slots:
             # At least doubled, so that the amortized cost of appending a token is constant.
-            wanted = max(end, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
-            self._allocate(k, v, wanted + _PADDING, slice(0, self.length))
+            slots = max(end, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
+            self._allocate(k, v, slots + _PADDING, slice(0, self.length))
         keys, values = self._store(self.length, k, v)
         self.length = end
         return keys, values, np.arange(end)
@@ -94,7 +97,7 @@ class GrowingCache(LayerCache):
 
 
 class RingCache(LayerCache):
-    """Stores the last `window` tokens, position p in slot p mod window. Not truncatable after wrapping."""
+    """Stores the last `window` tokens, position p in slot p mod window. `truncate` fails after wrapping."""
 
     def __init__(self, window: int, capacity: int = 0) -> None:
         super().__init__()
@@ -118,12 +121,12 @@ class RingCache(LayerCache):
             return _read(self._keys, window), _read(self._values, window), index
         # The chunk also attends to the keys that it overwrites: the last window - 1 before it, in order.
         index = np.arange(max(0, old - window + 1), end)
-        held = index[: len(index) - new] % window
-        keys = np.concatenate([self._keys[..., held], k.transpose(0, 2, 3, 1)], axis=-1)
-        values = np.concatenate([self._values[..., held], v.transpose(0, 2, 3, 1)], axis=-1)
-        kept = index[-window:]
-        self._keys[..., kept % window] = keys[..., -len(kept) :]
-        self._values[..., kept % window] = values[..., -len(kept) :]
+        old_slots = index[: len(index) - new] % window
+        keys = np.concatenate([self._keys[..., old_slots], k.transpose(0, 2, 3, 1)], axis=-1)
+        values = np.concatenate([self._values[..., old_slots], v.transpose(0, 2, 3, 1)], axis=-1)
+        stored = index[-window:]
+        self._keys[..., stored % window] = keys[..., -len(stored) :]
+        self._values[..., stored % window] = values[..., -len(stored) :]
         return keys.transpose(0, 3, 1, 2), values.transpose(0, 3, 1, 2), index
 
     def truncate(self, length: int) -> None:
@@ -134,8 +137,8 @@ class RingCache(LayerCache):
 
     def _reserve(self, k: Array, v: Array, needed: int) -> None:
         if needed > self._slots:
-            wanted = max(needed, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
-            self._allocate(k, v, min(wanted, self.window), slice(0, self.length))
+            slots = max(needed, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
+            self._allocate(k, v, min(slots, self.window), slice(0, self.length))
 
 
 class LineCache(LayerCache):
@@ -151,11 +154,11 @@ class LineCache(LayerCache):
         """Position of the first slot."""
 
     def append(self, k: Array, v: Array) -> Seen:
-        end, held = self.length + k.shape[1], self.window + self.slack
+        end, required = self.length + k.shape[1], self.window + self.slack
         if end - self._start > self._slots:
-            first = max(self._start, self.length - held)
-            wanted = max(2 * held, end - first, min(_FIRST_CAPACITY, 2 * self.window))
-            self._allocate(k, v, wanted, slice(first - self._start, self.length - self._start))
+            first = max(self._start, self.length - required)
+            slots = max(2 * required, end - first, min(_FIRST_CAPACITY, 2 * self.window))
+            self._allocate(k, v, slots, slice(first - self._start, self.length - self._start))
             self._start = first
         keys, values = self._store(self.length - self._start, k, v)
         first = max(0, self.length - self.window + 1 - self._start)
@@ -172,7 +175,7 @@ class LineCache(LayerCache):
 
 
 def layer_cache(window: int | None, capacity: int = 0, slack: int = 0) -> LayerCache:
-    """Return a cache for a layer. slack: number of tokens that `truncate` can remove from the maximum."""
+    """Return a cache for a layer. slack: tokens that `truncate` can remove, counted from the maximum."""
     if window is None:
         return GrowingCache(capacity)
     return LineCache(window, slack) if slack else RingCache(window, capacity)
@@ -182,13 +185,13 @@ def _read(lines: Array, end: int) -> Array:
     return lines[..., :end].transpose(0, 3, 1, 2)
 
 
-def _moved(old: Array | None, like: Array, slots: int, held: slice) -> Array:
-    """Allocate lines (b, k, h, slots) for arrays like `like` (b, t, k, h), and copy `old`'s slots `held`."""
+def _moved(old: Array | None, like: Array, slots: int, copied: slice) -> Array:
+    """Allocate lines (b, k, h, slots) for arrays like `like` (b, t, k, h), with a copy of `old[..., copied]`."""
     b, _, heads, h = like.shape
     lines = np.empty_like(like, order="C", shape=(b, heads, h, slots))
     if old is not None:
-        kept = old[..., held]
-        lines[..., : kept.shape[-1]] = kept
+        part = old[..., copied]
+        lines[..., : part.shape[-1]] = part
     return lines
 
 

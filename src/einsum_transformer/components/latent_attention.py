@@ -114,7 +114,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Weights in checkpoint layout, viewed with separate head axes. Gradients are a LatentAttention."""
+    """Weights in checkpoint layout with split head axes. Gradients are returned as a LatentAttention."""
 
     query: LatentQuery | DirectQuery
     kv_a_proj: Annotated[Array, "j d"]
@@ -150,8 +150,8 @@ class LatentAttention:
         index = context.positions
         if context.cache is not None:
             with phase("cache"):
-                held, _, index = context.cache.append(keys[:, :, None], keys[:, :, None, :0])
-                keys = held[:, :, 0]
+                cached, _, index = context.cache.append(keys[:, :, None], keys[:, :, None, :0])
+                keys = cached[:, :, 0]
         mask = Mask(context.positions, index, self.mixing.window, context.pads)
         absorbed = self.form == "absorbed" or (self.form == "auto" and keys.shape[1] > x.shape[1])
         attend = self._absorbed if absorbed else self._expanded

@@ -126,8 +126,8 @@ class Mixing:
 
         tiles = list(query_tiles(mask, q.shape[1], self.query_block, q.dtype))
         coarse = q[..., 0].size * k.shape[1] >= 1 << 18
-        # Half the bytes, for a tile's scores and their gradient; one query group per box, like dk and dv, and
-        # at least two boxes per group.
+        # Half of TILE_BYTES, as a tile has scores and their gradient; one query group per box, as in dk and
+        # dv, and at least two boxes per group.
         parts = boxes(q, tiles, TILE_BYTES // 2, 1, least=2 * q.shape[3])
         for_each(run, [(box,) for box in parts], coarse)
         dq *= scale

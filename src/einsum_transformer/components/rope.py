@@ -48,7 +48,7 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
     """longrope: divisor of each pair's frequency for longer sequences."""
     interleaved: bool = False
-    """Pairs are dimensions (2i, 2i + 1) instead of (i, i + r/2)."""
+    """Whether pairs are dimensions (2i, 2i + 1) instead of (i, i + r/2)."""
     frequency_factors: tuple[float, ...] | None = None
     """Divisor of each pair's frequency, from the tensor rope_freqs of a GGUF file."""
 
@@ -158,7 +158,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tup
 
 
 def _llama3(rope: RopeConfig, inv_freq: Array) -> Array:
-    """Low frequencies are divided by factor, high ones unchanged, interpolated between (Llama 3.1)."""
+    """Divide low frequencies by factor, keep high ones unchanged, interpolate between (Llama 3.1)."""
     wavelength = 2 * math.pi / inv_freq
     rotations = rope.original_max_position_embeddings / wavelength
     unscaled = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -167,8 +167,8 @@ def _llama3(rope: RopeConfig, inv_freq: Array) -> Array:
 
 
 def _yarn(rope: RopeConfig, inv_freq: Array, r: int) -> Array:
-    """Frequencies with more than beta_fast rotations in the trained context are unchanged, those with fewer
-    than beta_slow are divided by factor, interpolated between."""
+    """Keep frequencies with more than beta_fast rotations in the trained context unchanged, divide those with
+    fewer than beta_slow by factor, interpolate between."""
 
     def pair_with(rotations: float) -> float:
         trained = rope.original_max_position_embeddings

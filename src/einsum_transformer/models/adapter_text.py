@@ -15,7 +15,7 @@ from einsum_transformer.text.tokenizer import Tokenizer
 def with_own_text(model: Model, folder: str | Path) -> Model:
     """The model with the tokenizer and chat template of an adapter folder: those used for its training.
 
-    A note names what differs from the base model's. A tokenizer with more tokens than the model is ignored.
+    A note names what differs from the base model's. One with more tokens than the model is ignored.
     """
     folder, base = Path(folder), model.tokenizer
     own, templates = Tokenizer.in_folder(folder), _own_templates(folder)

@@ -62,20 +62,20 @@ def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:
     """Path -> planned adapter of every matrix that the config targets."""
     matrices = matrices_of(model)
     found: dict[str, Planned] = {}
-    numbers: dict[str, tuple[int, float]] = {}
+    ranks: dict[str, tuple[int, float]] = {}
     for path in matrices:
         names = tuple(dict.fromkeys((model.module(path), model.family.module_name(path))))
         parameters = tuple(f"{name}.weight" for name in names)
         if any(config.targets(name, path not in (EMBEDDING, HEAD)) for name in names):
-            numbers[path] = config.rank_and_alpha(*names)
+            ranks[path] = config.rank_and_alpha(*names)
         elif any(map(config.targets_parameter, parameters)) and path != EMBEDDING:
-            numbers[path] = config.rank_and_alpha(*parameters)
+            ranks[path] = config.rank_and_alpha(*parameters)
         else:
             continue
-        found[path] = Planned(numbers[path][0], config.scaling(*numbers[path]))
+        found[path] = Planned(ranks[path][0], config.scaling(*ranks[path]))
     if model.family.stacked_experts:
         for stack in stacks_of(matrices).values():
-            found |= _plan_of_stack(model, config, stack, numbers)
+            found |= _plan_of_stack(model, config, stack, ranks)
     if not found:
         targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
         raise no_matrix(model, [*targets, *config.target_parameters])
@@ -83,17 +83,17 @@ def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:
 
 
 def _plan_of_stack(
-    model: Model, config: LoRAConfig, stack: Stack, numbers: Mapping[str, tuple[int, float]]
+    model: Model, config: LoRAConfig, stack: Stack, ranks: Mapping[str, tuple[int, float]]
 ) -> dict[str, Planned]:
-    """The adapters of a stacked parameter, if it is a target or all its matrices are equal targets."""
+    """The adapters of a stacked parameter: a target, or with all matrices targets of equal rank and alpha."""
     name = stack_name(model.family, stack.path)
     if config.targets_parameter(name):
         return planned_stack(stack, config, *config.rank_and_alpha(name))
-    kinds = {numbers.get(path) for path in stack.paths}
-    if len(kinds) > 1 or (kind := kinds.pop()) is None:
+    different = {ranks.get(path) for path in stack.paths}
+    if len(different) > 1 or (common := different.pop()) is None:
         return {}
     parts = len(stack.experts[0])
-    return planned_stack(stack, config, parts * kind[0], parts * kind[1])
+    return planned_stack(stack, config, parts * common[0], parts * common[1])
 
 
 def planned_stack(stack: Stack, config: LoRAConfig, rank: int, alpha: float) -> dict[str, Planned]:

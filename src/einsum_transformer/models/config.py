@@ -344,7 +344,7 @@ class Keys:
         """Requested name -> name in the file, which messages and lists use."""
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """The value of `name`; if it is absent or null, `default`, or an error without a default."""
+        """The value of `name`, or `default` if it is absent or null; without a default, ConfigError."""
         name = self._file_names.get(name, name)
         self.seen.add(name)
         value = self.raw.get(name)

@@ -24,7 +24,7 @@ class Origin:
     """The first step of a forward pass that produces nan or inf."""
 
     place: str
-    """Its path, such as "layers.1.mlp.up_proj"; LOGITS for the output head; "" if all values are finite."""
+    """Path of the step ("layers.1.mlp.up_proj"); LOGITS: the output head; "": all values are finite."""
     of_input: bool
     """Whether the step is the input of the weight at this path, the output of attention or an activation."""
     nan: bool
@@ -40,7 +40,7 @@ def is_finite(array: Array) -> bool:
 def origin(
     decoder: Decoder, windows: tuple[int | None, ...], tokens: Array, pads: Array | None = None
 ) -> Origin:
-    """Rerun tokens (b, t), left-padded by pads (b,), and find the first step with nan or inf."""
+    """Repeat the pass over tokens (b, t), left-padded by pads (b,); return the first step with nan or inf."""
     found = FirstBad()
     cache = None if pads is None else KVCache(windows, tokens.shape[1], pads)
     with Recorder(spans=False).on_value(found), np.errstate(all="ignore"):

@@ -85,12 +85,12 @@ class LoRAConfig:
 
     def targets(self, module: str, linear: bool = True) -> bool:
         """Whether the matrix of this module gets an adapter; linear: it is neither embedding nor head."""
-        wanted = self.target_modules
-        if wanted == ALL_LINEAR:
+        modules = self.target_modules
+        if modules == ALL_LINEAR:
             return linear
-        if isinstance(wanted, str):
-            return _compiled(wanted).fullmatch(module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in wanted)
+        if isinstance(modules, str):
+            return _compiled(modules).fullmatch(module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in modules)
 
 
 def _by_pattern(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:

@@ -31,10 +31,8 @@ def is_mlx(folder: Path) -> bool:
     return "peft_type" not in raw and (not _KEYS.isdisjoint(raw))
 
 
-def read(
-    folder: Path, places: Mapping[str, str], ignored: str = "(?!)"
-) -> tuple[LoRAConfig, dict[str, Pair]]:
-    """The settings, and path -> A (r, in) and B (out, r). places: module name -> path of its matrix; ignored:
+def read(folder: Path, paths: Mapping[str, str], ignored: str = "(?!)") -> tuple[LoRAConfig, dict[str, Pair]]:
+    """The settings, and path -> A (r, in) and B (out, r). paths: module name -> path of its matrix; ignored:
     the pattern of tensors that belong to other parts of a model."""
     path = folder / CONFIG
     raw = read_raw(path)
@@ -53,12 +51,12 @@ def read(
             f"{path}: lora_parameters.alpha: adapters of old versions of mlx-lm are not supported"
         )
     rank, scale = keys.get("rank", int), keys.get("scale", float)
-    pairs = _pairs(folder, places, ignored)
-    targets = tuple(dict.fromkeys(place.rpartition(".")[2] for place in pairs))
+    pairs = _pairs(folder, paths, ignored)
+    targets = tuple(dict.fromkeys(target.rpartition(".")[2] for target in pairs))
     return LoRAConfig(rank, scale * rank, targets, keys.get("dropout", float, 0.0)), pairs
 
 
-def _pairs(folder: Path, places: Mapping[str, str], ignored: str) -> dict[str, Pair]:
+def _pairs(folder: Path, paths: Mapping[str, str], ignored: str) -> dict[str, Pair]:
     path = folder / TENSORS
     if not path.is_file():
         raise InputError(f"{folder}: does not contain {TENSORS}, mlx-lm's file of adapter weights")
@@ -69,19 +67,19 @@ def _pairs(folder: Path, places: Mapping[str, str], ignored: str) -> dict[str, P
             match = _TENSOR.fullmatch(name)
             if match is None or file.info(name).dtype not in ("F64", "F32", "F16", "BF16"):
                 raise FormatError(f"{path}: tensor {quoted(name)} is not part of a supported adapter")
-            if match["module"] not in places or len(file.info(name).shape) != 2:
+            if match["module"] not in paths or len(file.info(name).shape) != 2:
                 raise FormatError(f"{path}: tensor {quoted(name)} does not match a matrix of this model")
             array = file.read(name).astype(np.float32)
-            halves.setdefault(places[match["module"]], {})[match["part"]] = array
+            halves.setdefault(paths[match["module"]], {})[match["part"]] = array
     finally:
         file.close()
     if not halves or any(half.keys() != {"a", "b"} for half in halves.values()):
         raise FormatError(f"{path}: every module must have lora_a and lora_b")
-    return {place: _pair(place, half["a"], half["b"]) for place, half in halves.items()}
+    return {target: _pair(target, half["a"], half["b"]) for target, half in halves.items()}
 
 
-def _pair(place: str, a: np.ndarray, b: np.ndarray) -> Pair:
+def _pair(target: str, a: np.ndarray, b: np.ndarray) -> Pair:
     """lora_a has one row per input; for an embedding (v, d), where W += scale a b, one row per token."""
-    if place == EMBEDDING:
+    if target == EMBEDDING:
         return b, a
     return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)

@@ -160,14 +160,14 @@ def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[st
     pairs: dict[str, Pair] = {}
     matrices = matrices_of(model)
     stacks = stacks_of(matrices)
-    for (place, depth), parts in whole.items():
+    for (target, depth), parts in whole.items():
         pair, module = (parts["A"].array, parts["B"].array), parts["A"].module
-        if place in matrices:
+        if target in matrices:
             name = f"{module}.weight" if config.targets_parameter(f"{module}.weight") else module
-            planned[place], pairs[place] = Planned(*config.rank_and_scaling(name)), pair
+            planned[target], pairs[target] = Planned(*config.rank_and_scaling(name)), pair
             continue
-        wrappers = [d for other, d in whole if other == place]
-        stack, name = _stack_at(path, place, module, depth, wrappers, stacks, config)
+        wrappers = [d for other, d in whole if other == target]
+        stack, name = _stack_at(path, target, module, depth, wrappers, stacks, config)
         rank, alpha = config.rank_and_alpha(name)
         outputs, inputs = matrices[stack.paths[0]].stored
         experts, all_ranks = len(stack.experts), rank * len(stack.experts)
@@ -180,19 +180,19 @@ def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[st
 
 def _halves(path: Path, model: Model) -> Iterable[_Half]:
     """All matrices of an adapter file."""
-    places, file = places_of(model), SafetensorsFile(path)
+    paths, file = places_of(model), SafetensorsFile(path)
     matrices = matrices_of(model)
     try:
         for name in names_in(file, model.family.ignored_tensors):
             plain = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(plain)
-            place = places.get(match["module"]) if match else None
+            target = paths.get(match["module"]) if match else None
             # PEFT uses the names lora_embedding_A and lora_embedding_B for embeddings only.
-            if match is None or bool(match["embedding"]) != (place == EMBEDDING):
-                _check_copy(file, name, places, model)
+            if match is None or bool(match["embedding"]) != (target == EMBEDDING):
+                _check_copy(file, name, paths, model)
                 continue
             depth = match["inner"].count(".base_layer")
-            if place is None or (depth and place in matrices):
+            if target is None or (depth and target in matrices):
                 raise no_matrix(model, [match["module"] + match["inner"]])
             if file.info(name).dtype not in _FLOATS:
                 raise FormatError(
@@ -203,14 +203,14 @@ def _halves(path: Path, model: Model) -> Iterable[_Half]:
                 raise FormatError(f"{path}: tensor {quoted(name)} has {array.ndim} axes, expected a matrix")
             # PEFT's A of an embedding has a column per token; transposed, it is B here.
             part = match["part"] if not match["embedding"] else "BA"["AB".index(match["part"])]
-            yield _Half(match["module"], place, depth, part, array.T if match["embedding"] else array)
+            yield _Half(match["module"], target, depth, part, array.T if match["embedding"] else array)
     finally:
         file.close()
 
 
 def _stack_at(
     path: Path,
-    place: str,
+    target: str,
     module: str,
     depth: int,
     wrappers: list[int],
@@ -227,7 +227,7 @@ def _stack_at(
             f"but target_parameters names {len(targets)} of {' and '.join(parameters)}"
         )
     name = targets[-1 - depth]
-    return stacks[f"{place}.{name}"], f"{module}.{name}"
+    return stacks[f"{target}.{name}"], f"{module}.{name}"
 
 
 def _check_shapes(what: str, pair: Pair, a: tuple[int, int], b: tuple[int, int]) -> None:
@@ -238,11 +238,11 @@ def _check_shapes(what: str, pair: Pair, a: tuple[int, int], b: tuple[int, int])
         )
 
 
-def _check_copy(file: SafetensorsFile, name: str, places: dict[str, str], model: Model) -> None:
+def _check_copy(file: SafetensorsFile, name: str, paths: dict[str, str], model: Model) -> None:
     """Check a base weight in an adapter file: PEFT stores the whole embedding or head (with bias) with an
     adapter on it, and it must be equal to the model's."""
     match = _COPY.fullmatch(name.removeprefix(PREFIX))
-    path = places.get(match["module"], "") if match else ""
+    path = paths.get(match["module"], "") if match else ""
     if match is None or path not in (EMBEDDING, HEAD):
         raise FormatError(f"{file.path}: tensor {quoted(name)} is not part of a supported LoRA adapter")
     parameters, own = model.named_parameters(), model.family.checkpoint_name(path)

@@ -230,7 +230,7 @@ def _short(model: Model, config: LoRAConfig, modules: list[str]) -> list[str]:
     """
     family, leaves = model.family, model.adapters
     matrices = [
-        adapter_module(family, leaves, path) for path, place in model.weights.items() if len(place.stored) > 1
+        adapter_module(family, leaves, path) for path, spec in model.weights.items() if len(spec.stored) > 1
     ]
     short = not isinstance(config.target_modules, str)
     if short and [module for module in matrices if config.targets(module)] == modules:

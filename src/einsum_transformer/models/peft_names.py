@@ -48,8 +48,8 @@ def adapter_module(family: Family, leaves: Mapping[str, LoRA], path: str) -> str
 
 def stack_name(family: Family, stack: str) -> str:
     """The name of a stacked parameter in transformers 5, by its path."""
-    place, _, name = stack.rpartition(".")
-    return f"{family.module_name(place)}.{name}"
+    experts, _, name = stack.rpartition(".")
+    return f"{family.module_name(experts)}.{name}"
 
 
 def wrapper_names(family: Family, stacks: set[str]) -> dict[str, str]:
@@ -57,9 +57,9 @@ def wrapper_names(family: Family, stacks: set[str]) -> dict[str, str]:
     parameter, `down_proj` outermost, so the inner module has `.base_layer` in its name."""
     found = {}
     for stack in stacks - {""}:
-        place, _, name = stack.rpartition(".")
-        inner = name != "down_proj" and f"{place}.down_proj" in stacks
-        found[stack] = family.module_name(place) + ".base_layer" * inner
+        experts, _, name = stack.rpartition(".")
+        inner = name != "down_proj" and f"{experts}.down_proj" in stacks
+        found[stack] = family.module_name(experts) + ".base_layer" * inner
     return found
 
 

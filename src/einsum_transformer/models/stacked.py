@@ -65,15 +65,17 @@ class Stack:
 
 def stacks_of(paths: Iterable[str]) -> dict[str, Stack]:
     """The stacked parameters whose matrices are all in `paths`, by path."""
-    held: dict[str, dict[int, dict[str, str]]] = {}
+    by_prefix: dict[str, dict[int, dict[str, str]]] = {}
     for path in paths:
         if match := EXPERT.fullmatch(path):
-            held.setdefault(match["experts"], {}).setdefault(int(match["index"]), {})[match["part"]] = path
+            by_prefix.setdefault(match["experts"], {}).setdefault(int(match["index"]), {})[match["part"]] = (
+                path
+            )
     found = {}
-    for place, experts in held.items():
+    for prefix, experts in by_prefix.items():
         for name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
             rows = [experts[e] for e in sorted(experts)]
             if all(set(parts) <= row.keys() for row in rows):
-                path = f"{place}.{name}"
+                path = f"{prefix}.{name}"
                 found[path] = Stack(path, tuple(tuple(row[part] for part in parts) for row in rows))
     return found

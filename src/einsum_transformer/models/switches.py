@@ -1,7 +1,9 @@
-"""Variants of a config: each function returns a new RunConfig, validated like one from a file::
+"""Variants of a config.
 
-cfg = et.read_run_config("configs/llama.json")
-et.explain(et.enable_moe(et.enable_mqa(cfg), num_experts=8, top_k=2))
+Each function returns a new RunConfig, validated like one from a file::
+
+    cfg = et.read_run_config("configs/llama.json")
+    et.explain(et.enable_moe(et.enable_mqa(cfg), num_experts=8, top_k=2))
 """
 
 from dataclasses import replace

@@ -136,7 +136,7 @@ TRAINING: dict[str, tuple[Any, ...]] = {
     ),
     "output_router_logits": (False,),
 }
-"""Keys that affect only training, and the values with which they have no effect; others are not applied."""
+"""Keys that affect only training, and the values without effect; any other value is not applied."""
 
 LOSS_WEIGHTS: dict[str, tuple[Any, ...]] = {
     "router_aux_loss_coef": (0, 0.0),

@@ -99,7 +99,7 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
         keys.get("attention.q_lora_rank", int, None),
     )
     rope = gguf.read_rope(keys, rotated, keys.get("context_length", int))
-    # yarn's factor of the scores; that of cos and sin is mscale's over it, 1 in all published models.
+    # yarn's factor of the scores; the one of cos and sin is a quotient, 1 in all published models.
     factor = keys.get("rope.scaling.yarn_log_multiplier", float, 0.0) * 10
     if rope.rope_type == "yarn" and factor:
         rope = replace(rope, mscale=factor, mscale_all_dim=factor)

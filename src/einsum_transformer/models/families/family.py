@@ -104,13 +104,13 @@ class Family:
     def gguf_name(self, path: str) -> str:
         """`layers.0.self_attn.q_proj` -> `blk.0.attn_q.weight`."""
         layer = re.fullmatch(r"layers\.(\d+)\.(.*)", path)
-        place = layer[2] if layer else path
+        local = layer[2] if layer else path
         kind = "weight"
-        if place.endswith("_bias"):
-            place, kind = f"{place.removesuffix('_bias')}_proj", "bias"
-        if place.endswith(".bias"):
-            place, kind = place.removesuffix(".bias"), "bias"
-        name = self.gguf_names[place.removesuffix(".weight")]
+        if local.endswith("_bias"):
+            local, kind = f"{local.removesuffix('_bias')}_proj", "bias"
+        if local.endswith(".bias"):
+            local, kind = local.removesuffix(".bias"), "bias"
+        name = self.gguf_names[local.removesuffix(".weight")]
         return f"blk.{layer[1]}.{name}.{kind}" if layer else f"{name}.{kind}"
 
 
@@ -142,8 +142,8 @@ def read_rope(
         )
     trained = keys.get("original_max_position_embeddings", int, None)
     rope = read_rope_type(inner, max_positions, theta, partial, trained, aliases or {})
-    place = inner.source.rpartition(": ")[2]
-    keys.unused += [f"{place}.{name}" for name in inner.left_over()]
+    prefix = inner.source.rpartition(": ")[2]
+    keys.unused += [f"{prefix}.{name}" for name in inner.left_over()]
     return rope
 
 

@@ -68,8 +68,8 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
 
 
 def gguf_scale(keys: Keys, largest: int) -> float:
-    """GGUF does not store query_pre_attn_scalar. It is the head size, but hidden_size / heads in the largest
-    model of each generation, which llama.cpp identifies by its number of layers."""
+    """The attention scale. GGUF does not store query_pre_attn_scalar: it is the head size, or hidden_size /
+    heads in the largest model of each generation, which llama.cpp identifies by its number of layers."""
     size = keys.get("embedding_length", int) // max(keys.get("attention.head_count", int), 1)
     if keys.get("block_count", int) != largest:
         size = keys.get("attention.key_length", int, size)

@@ -23,7 +23,7 @@ _DEFAULTS = DEFAULTS | {
     "hidden_activation": TANH,
     "max_position_embeddings": 131072,
 }
-"""Defaults of keys, which the text_config of multimodal configs omits."""
+"""Defaults of keys; the text_config of a multimodal config omits keys with these values."""
 
 
 def _read(keys: Keys) -> ModelConfig:

@@ -134,7 +134,7 @@ def _read_yarn(keys: Keys, factor: float, more: float) -> dict[str, Any]:
 
 
 def read_windows(keys: Keys, default_pattern: int) -> dict[str, Any]:
-    """sliding_window and layer_types: the last of every `pattern` layers has full attention; or a list."""
+    """sliding_window and layer_types; a pattern n means full attention in every n-th layer."""
     window = keys.get("attention.sliding_window", int, 0)
     pattern = keys.get("attention.sliding_window_pattern", (int, list), default_pattern)
     layers = keys.get("block_count", int)
