@@ -186,7 +186,7 @@ def _read(lines: Array, end: int) -> Array:
 
 
 def _moved(old: Array | None, like: Array, slots: int, copied: slice) -> Array:
-    """Allocate lines (b, k, h, slots) for arrays like `like` (b, t, k, h), with a copy of `old[..., copied]`."""
+    """Allocate lines (b, k, h, slots) for arrays like `like` (b, t, k, h), and copy `old[..., copied]`."""
     b, _, heads, h = like.shape
     lines = np.empty_like(like, order="C", shape=(b, heads, h, slots))
     if old is not None:
