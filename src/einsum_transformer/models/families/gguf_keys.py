@@ -168,17 +168,17 @@ def one_for_all_layers(own: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def check_unread(keys: Keys, architecture: str, config: ModelConfig) -> None:
     """Reject metadata that would change the arithmetic, and name keys that are in no table in one note."""
-    own, unknown = _neutral_for(config), []
+    own, unknown = _own_values(config), []
     for name in keys.left_over():
         if name in DESCRIPTIVE or name in SIZES or _is_without_effect(name, config):
             continue
         value = keys.raw.get(name)
         if name == "attention.sliding_window" and isinstance(value, int):
             value = 0 if value >= config.max_position_embeddings else value
-        neutral = own.get(name, ()) + NEUTRAL.get(name, ())
-        if not neutral:
+        allowed = own.get(name, ()) + NEUTRAL.get(name, ())
+        if not allowed:
             unknown.append(f"{architecture}.{name}")
-        elif not all(_is(each, neutral) for each in (value if isinstance(value, list) else [value])):
+        elif not all(_is(each, allowed) for each in (value if isinstance(value, list) else [value])):
             raise ConfigError(
                 f"{keys.source}: {architecture}.{name} is {shown(value)}: it changes the arithmetic and is "
                 f"not supported for {config.model_type}"
@@ -194,7 +194,7 @@ def _is_without_effect(name: str, config: ModelConfig) -> bool:
     return config.rope is None and name.startswith("rope.")
 
 
-def _neutral_for(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+def _own_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     """Values that are equal to the settings of the model."""
     moe, rope = config.moe, config.rope
     rotated = () if rope is None else (int(config.head_dim * rope.partial_rotary_factor),)
@@ -214,14 +214,14 @@ def _neutral_for(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def _is(value: Any, neutral: tuple[Any, ...]) -> bool:
+def _is(value: Any, allowed: tuple[Any, ...]) -> bool:
     """Whether a value is one of these; floats are compared with float32 precision, as in files."""
     if isinstance(value, float):
         return any(
             isinstance(each, (int, float)) and abs(value - each) <= 1e-6 * max(1.0, abs(each))
-            for each in neutral
+            for each in allowed
         )
-    return any(value == each for each in neutral)
+    return any(value == each for each in allowed)
 
 
 _SAMPLING = {
