@@ -73,7 +73,7 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["base", "--adapter-path", "adapter", "-o", "x", "--unmerge"], "was not merged into it"),
         (["base", "--adapter-path", "adapter", "-o", "base"], "is the model itself"),
         (["base", "--adapter-path", "adapter"], "--adapter-path and --output are needed"),
-        (["base", "--adapter-path", "base", "-o", "x"], "holds no adapter_config.json"),
+        (["base", "--adapter-path", "base", "-o", "x"], "does not contain adapter_config.json"),
         (
             ["base", "--adapter-path", "adapter", "-o", "x", "--save-dtype", "f16"],
             "float32 or bfloat16",

@@ -206,8 +206,8 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--valid", "a.txt"], "--valid needs --data"),
         (["--long", "cut"], "--long is 'cut', expected 'split' or 'refuse'"),
         (["--lora-rank", "4"], "without --lora"),
-        (["--adapter-path", "."], ".: holds no adapter_config.json"),
-        (["--set", "use_lora=true", "--set", 'lora_target_modules=["w"]'], "name no matrix"),
+        (["--adapter-path", "."], ".: does not contain adapter_config.json"),
+        (["--set", "use_lora=true", "--set", 'lora_target_modules=["w"]'], "match no matrix"),
     ],
 )
 def test_one_line_for_a_mistake(

@@ -601,8 +601,8 @@ def test_wrappers_in_names_are_explained(start: str, message: str, tmp_path: Pat
     [
         ({"model_type": "bert"}, "bert is an encoder"),
         ({"model_type": "t5"}, "t5 is an encoder-decoder"),
-        ({"model_type": "clip"}, "clip is a model of images"),
-        ({"model_type": "whisper"}, "whisper is a model of sound"),
+        ({"model_type": "clip"}, "clip is a vision model"),
+        ({"model_type": "whisper"}, "whisper is an audio model"),
         ({"model_type": "mamba"}, "mamba is a recurrent"),
         ({"model_type": "unheard", "is_encoder_decoder": True}, "unheard is an encoder-decoder"),
         ({"model_type": "llava", "vision_config": {}}, "llava is a multimodal model"),
@@ -678,7 +678,7 @@ def test_a_run_config_is_bounded_as_well(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     for keys in ({"n_layers": 1 << 24}, {"arch_keys": {"num_hidden_layers": 1 << 60}}):
         path.write_text(json.dumps({"arch": "llama"} | keys))
-        assert "layers are expected" in refusal(path)
+        assert "layers are supported" in refusal(path)
     path.write_text(json.dumps({"arch": "llama", "use_moe": True, "num_experts": 65536}))
     assert "num_experts is 65536 in each of 8 layers" in refusal(path)
 

@@ -11,7 +11,7 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import Packed, TensorSource
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
-from einsum_transformer.leaves.resident import read_all, rooms
+from einsum_transformer.leaves.resident import allocate, read_all
 from einsum_transformer.loading.places import Place
 from einsum_transformer.loading.sources import Options
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
@@ -64,7 +64,7 @@ def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str)
         sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f} GiB"
         raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
 
-    arrays = rooms([weight.stored for weight in weights], dtype)
+    arrays = allocate([weight.stored for weight in weights], dtype)
     places = {weight.path: array for weight, array in zip(weights, arrays)}
 
     def leaf(weight: WeightSpec) -> Array:
