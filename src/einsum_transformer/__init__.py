@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from einsum_transformer.generation.decode import Generation, generate
     from einsum_transformer.loading.load import load
     from einsum_transformer.models.model import Model
+    from einsum_transformer.models.ready import available_configs
     from einsum_transformer.models.switches import (
         enable_gqa,
         enable_moe,
@@ -27,6 +28,7 @@ __all__ = [
     "Generation",
     "InputError",
     "Model",
+    "available_configs",
     "einsum",
     "enable_gqa",
     "enable_moe",
@@ -54,6 +56,7 @@ _HOMES = {
     "Generation": "generation.decode",
     "InputError": "errors",
     "Model": "models.model",
+    "available_configs": "models.ready",
     "einsum": "engine.contract",
     "enable_gqa": "models.switches",
     "enable_moe": "models.switches",
