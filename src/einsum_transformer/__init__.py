@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from einsum_transformer.models.config import ModelConfig
     from einsum_transformer.models.lora_config import LoRAConfig
     from einsum_transformer.models.model import Model
+    from einsum_transformer.models.ready import available_configs
     from einsum_transformer.models.run_config import RunConfig
     from einsum_transformer.models.switches import (
         enable_gqa,
@@ -74,6 +75,7 @@ __all__ = [
     "Training",
     "TrainingObserver",
     "TrainingSettings",
+    "available_configs",
     "diff",
     "einsum",
     "enable_gqa",
@@ -136,6 +138,7 @@ _HOMES = {
     "TrainingObserver": "api.train",
     "TrainingSettings": "training.loop",
     "diff": "api.compare",
+    "available_configs": "models.ready",
     "einsum": "engine.contract",
     "enable_gqa": "models.switches",
     "enable_moe": "models.switches",

@@ -243,8 +243,11 @@ def source_of(source: str, assignments: list[str] | None = None) -> str | RunCon
     """A run config as a RunConfig with `--set` applied; any other source as it is."""
     from einsum_transformer.formats.files import read_json
     from einsum_transformer.formats.sniff import is_json
+    from einsum_transformer.models.ready import ready_config
     from einsum_transformer.models.run_config import override, parse_run_config
 
+    if (ready := ready_config(source)) is not None:
+        return override(ready, assignments or [])
     path = Path(source)
     absent = path.suffix == ".json" and not path.exists()  # reading it raises the error
     raw = read_json(path) if absent or is_json(path) else {}

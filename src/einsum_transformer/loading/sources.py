@@ -12,6 +12,7 @@ from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.sniff import is_json
 from einsum_transformer.loading import hub
 from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.ready import available_configs, ready_config
 from einsum_transformer.models.run_config import RunConfig, parse_run_config
 
 DTYPES = ("float32", "float64")
@@ -78,6 +79,8 @@ def find(source: str | Path | RunConfig, options: Options) -> Source:
     """Find `source` and determine its type. Raises InputError if it is missing or an invalid JSON config."""
     if isinstance(source, RunConfig):
         return source
+    if (ready := ready_config(source)) is not None:
+        return ready
     path = resolve(source, options)
     if path.is_dir():
         return Folder(path)
@@ -111,5 +114,10 @@ def resolve(source: str | Path, options: Options) -> Path:
     local = path.suffix in (".json", ".gguf", ".safetensors") or named.startswith((".", "/", "~"))
     if local and not one_of_several:
         raise InputError(f"{source}: no such file or folder")
+    if "/" not in named:
+        raise InputError(
+            f"{named!r}: no such file or folder, and a hub repository is written owner/name; "
+            f"ready configs: {', '.join(available_configs())}"
+        )
     path = hub.download(named, options.revision, options.offline)
     return (path.is_dir() and single_gguf(path, options.allow_links)) or path

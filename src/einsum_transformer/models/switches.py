@@ -2,7 +2,7 @@
 
 Each function returns a new RunConfig, validated like one from a file::
 
-    cfg = et.read_run_config("configs/llama.json")
+    cfg = et.read_run_config("llama")
     et.explain(et.enable_moe(et.enable_mqa(cfg), num_experts=8, top_k=2))
 """
 
@@ -11,12 +11,18 @@ from pathlib import Path
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import read_json
+from einsum_transformer.models.ready import available_configs, ready_config
 from einsum_transformer.models.run_config import RunConfig, override, parse_run_config
 
 
 def read_run_config(path: str | Path) -> RunConfig:
-    """Read a RunConfig from a JSON file (see configs/)."""
-    return parse_run_config(read_json(Path(path)), str(path))
+    """Read a RunConfig from a JSON file, or the ready config of that name (see `available_configs`)."""
+    if (ready := ready_config(path)) is not None:
+        return ready
+    file = Path(path)
+    if file.name == str(path) and not file.suffix and not file.exists():
+        raise InputError(f"{path!r}: no such file; ready configs: {', '.join(available_configs())}")
+    return parse_run_config(read_json(file), str(path))
 
 
 def enable_gqa(config: RunConfig, kv_heads: int) -> RunConfig:
