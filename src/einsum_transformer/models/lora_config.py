@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -35,7 +35,7 @@ class LoRAConfig:
 
     r: int = 8
     lora_alpha: float = 16.0
-    target_modules: str | tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: str | Sequence[str] = ("q_proj", "v_proj")
     lora_dropout: float = 0.0
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
