@@ -97,7 +97,7 @@ def test_a_divided_state_changes_nothing(ray: Any, undisturbed: dict[str, Array]
 def test_a_divided_state_outlives_dead_workers(
     ray: Any, undisturbed: dict[str, Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They die before the gradients, before the owners' update, before the twins' update, and while asked for
+    """They die before the gradients, before the owners' update, before the replicas' update, and while asked for
     the moments."""
     made = trainer(parallel(shard_optimizer=True))
     with made.compute as compute:
@@ -137,7 +137,7 @@ def test_both_copies_of_a_shard_lost(ray: Any) -> None:
         made.step()
         kill(compute, 0)
         kill(compute, 1)
-        with pytest.raises(InputError, match=r"died together.*go on from the last checkpoint"):
+        with pytest.raises(InputError, match=r"died together.*resume from the last checkpoint"):
             made.step()
 
 
@@ -146,7 +146,7 @@ def test_workers_that_die_again_and_again_end_the_run(ray: Any, monkeypatch: pyt
     with made.compute as compute:
         monkeypatch.setattr(compute.pool, "recovered", lambda worker: kill(compute, worker))
         kill(compute, 0)
-        with pytest.raises(InputError, match="worker 0 died, after 4 others in one step"):
+        with pytest.raises(InputError, match="worker 0 died after 4 replacements in one step"):
             made.step()
 
 
@@ -159,7 +159,7 @@ def test_a_worker_that_hangs_is_named(ray: Any) -> None:
         os.kill(pid, signal.SIGSTOP)
         try:
             with pytest.raises(
-                InputError, match=rf"^worker 1 \(process {pid} on .*\) gave no answer in 1 s.*set a longer"
+                InputError, match=rf"^worker 1 \(process {pid} on .*\) did not respond in 1 s.*set a longer"
             ):
                 made.step()
         finally:

@@ -13,7 +13,7 @@ import pytest
 import einsum_transformer as et
 from cluster_runs import input_major
 from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
-from einsum_transformer.cluster.pool import Connection, _knock
+from einsum_transformer.cluster.pool import Connection, _check_reachable
 from einsum_transformer.cluster.worker import Shapes
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import with_lora
@@ -129,4 +129,4 @@ def test_nobody_at_an_address() -> None:
         bound.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(InputError, match=rf"^Ray address '{address}': no connection: .*head node"):
-            _knock(address)
+            _check_reachable(address)

@@ -73,7 +73,7 @@ def test_prompts_are_masked_if_asked_for(tmp_path: Path, tokenizer: Tokenizer) -
         ("{", "line 2 is not valid JSON"),
         ("[1]", "line 2 is not a JSON object"),
         ('{"text": 1}', "line 2: 'text' is int, a string is expected"),
-        ('{"txt": "a"}', "line 2: expected text, prompt and completion, or messages; it has txt"),
+        ('{"txt": "a"}', "line 2: expected text, prompt and completion, or messages, got txt"),
         ('{"prompt": "a"}', "line 2: expected text"),
         ('{"messages": []}', "line 2: messages: empty"),
         ('{"messages": [{"role": "user"}]}', r"line 2: messages\[0\]: 'content' must be"),
@@ -95,12 +95,12 @@ def test_what_cannot_be_masked_or_read_is_said(tmp_path: Path, tokenizer: Tokeni
     lines = write(tmp_path / "a.jsonl", [{"messages": CHAT[:1]}])
     with pytest.raises(InputError, match="line 1: no message is the assistant's"):
         read_examples(lines, tokenizer, mask_prompt=True)
-    for content, message in ((b" \n", "holds no text"), (b"a\n\xff", "line 2: byte 2 is not UTF-8")):
+    for content, message in ((b" \n", "contains no text"), (b"a\n\xff", "line 2: byte 2 is not UTF-8")):
         text.write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_examples(text, tokenizer)
     lines.write_bytes(b"\n\n")
-    with pytest.raises(InputError, match="holds no lines"):
+    with pytest.raises(InputError, match="contains no lines"):
         read_examples(lines, tokenizer)
     with pytest.raises(InputError, match="cannot be read: No such file"):
         read_examples(tmp_path / "none.txt", tokenizer)
@@ -127,9 +127,9 @@ def test_padded_rows_begin_with_their_example() -> None:
 
 def test_long_examples_are_refused_where_asked() -> None:
     arrange([example(1, 2, 3, 4, 5)], 4, split_long=False)
-    with pytest.raises(InputError, match="here: 6 tokens, rows have 4"):
+    with pytest.raises(InputError, match="here: 6 tokens do not fit in rows of 4"):
         arrange([example(1, 2, 3, 4, 5, 6)], 4, split_long=False)
-    with pytest.raises(InputError, match="no token to learn"):
+    with pytest.raises(InputError, match="the data contains no targets"):
         arrange([example(1)], 4)
 
 

@@ -121,7 +121,7 @@ def test_messages_can_be_left_out(flag: dict[str, Any], tmp_path: Path, tokenize
     user = [LONGER[0] | flag, *LONGER[1:]]
     [example] = read(tmp_path, tokenizer, {"messages": user})
     assert learnt(example, tokenizer) == f"<assistant>yes{END}<user>so{END}<assistant>no{END}"
-    with pytest.raises(InputError, match="line 1: nothing is left to learn"):
+    with pytest.raises(InputError, match="line 1: no targets are left"):
         read(tmp_path, tokenizer, {"messages": [CHAT[0], CHAT[1] | flag]}, mask=True)
 
 
@@ -140,37 +140,46 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it has prompt, chosen, rejected: preference data"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "got prompt, chosen, rejected: preference data"),
         ({"chosen": CHAT, "rejected": CHAT}, "preference data"),
         ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
         ({"question": "a", "answer": "b"}, "write prompt for question and completion for answer"),
         ({"prompt": "a", "completion": "b", "label": False}, "'label': unpaired preference data"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "stepwise supervision"),
-        ({"input_ids": [1, 2], "labels": [1, 2]}, "tokens"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "token ids"),
         ({"prompt": "a"}, "expected text, .*a prompt without a completion"),
         ({"role": "user", "content": "a"}, "a message; a record is"),
-        ({"data": [{"text": "a"}]}, "if data holds the records, write that list alone"),
+        ({"data": [{"text": "a"}]}, "if data is the list of records, write it alone"),
         ({"prompt": "a", "completion": CHAT}, "two strings or two lists of messages"),
-        ({"text": "a", "tools": [TOOL]}, "'tools': a chat template renders it, which needs messages"),
-        ({"prompt": "a", "completion": "b", "suffix": "c"}, "'suffix': text to fill in"),
-        ({"messages": CHAT, "images": ["a.png"]}, "'images': pictures"),
+        ({"text": "a", "tools": [TOOL]}, "'tools': used by chat templates only, which require messages"),
+        ({"prompt": "a", "completion": "b", "suffix": "c"}, "'suffix': fill-in-the-middle"),
+        ({"messages": CHAT, "images": ["a.png"]}, "'images': images are not supported"),
         ({"messages": CHAT, "functions": [TOOL]}, "'functions': .*write tools"),
-        ({"messages": CHAT, "weight": 0.5}, "'weight' is 0.5: a record counts once"),
+        ({"messages": CHAT, "weight": 0.5}, "'weight' is 0.5: weights are not supported"),
         ({"messages": CHAT, "tools": {"a": 1}}, "tools: a list of objects"),
         ({"messages": CHAT, "tools": "[1"}, "tools: the string is not valid JSON"),
-        ({"messages": CHAT, "chat_template_kwargs": {"seconds": 9e9}}, "'seconds' is no variable"),
-        ({"messages": CHAT, "chat_template_kwargs": {"messages": []}}, "'messages' is no variable"),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"seconds": 9e9}},
+            "'seconds' is not a template variable",
+        ),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"messages": []}},
+            "'messages' is not a template variable",
+        ),
         ({"messages": CHAT, "chat_template_kwargs": [1]}, "an object is expected, not list"),
         ({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, r"messages\[1\]: 'weight' is 0.5: 0 or 1"),
         ({"messages": [CHAT[0], CHAT[1] | {"train": "no"}]}, r"messages\[1\]: 'train' is \"no\""),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": 0, "train": True}]}, "weight, train contradict"),
+        (
+            {"messages": [CHAT[0], CHAT[1] | {"weight": 0, "train": True}]},
+            "weight, train contradict each other",
+        ),
         ({"messages": [CHAT[0], CHAT[1] | {"train_detail": [{}]}]}, "'train_detail': parts of a message"),
         ({"prompt": CHAT[:1], "completion": [CHAT[1] | {"weight": 0}]}, r"completion\[0\]: weights"),
         ({"conversations": [{"from": "bard", "value": "a"}]}, r"conversations\[0\]: 'from' is \"bard\""),
         ({"conversations": [{"from": "gpt", "role": "user", "value": "a"}]}, "has both from and value"),
         ({"conversations": CHAT, "system": 1}, "'system': a string is expected"),
-        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "no system message beside it"),
-        ({"prompt": "a", "completion": "b", "system": "c"}, "'system': a chat template renders it"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "no system message in addition"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "'system': used by chat templates only"),
     ],
 )
 def test_what_is_not_learnt_from_is_refused(
@@ -192,7 +201,7 @@ def test_one_note_names_what_changes_nothing(
     read(tmp_path, tokenizer, *records)
     [record] = caplog.records
     assert record.message == (
-        f"{tmp_path / 'a.jsonl'}: keys that change nothing here, and in how many records: "
+        f"{tmp_path / 'a.jsonl'}: ignored keys, with the number of records that contain them: "
         "difficulty (2), prompt (1), speed (1), mood (1)"
     )
 
@@ -263,9 +272,9 @@ def test_texts_that_begin_as_json_does_stay_texts(
     assert not caplog.records
     [example] = read(tmp_path, tokenizer, '{"level": 3}', name="a.log")
     assert text(example, tokenizer) == '{"level": 3}' + END
-    assert "holds JSON without a form to learn from" in caplog.text
+    assert "contains JSON, but not in a form of training records" in caplog.text
     read(tmp_path, tokenizer, "<!DOCTYPE html><p>to be", name="a.txt")
-    assert "is an HTML page" in caplog.text
+    assert "an HTML page" in caplog.text
 
 
 def npy() -> bytes:
@@ -283,23 +292,23 @@ def npy() -> bytes:
         ("a.zip", b"PK\x03\x04" + bytes(40), "a compressed file"),
         ("a.parquet", b"PAR1" + bytes(40), "a Parquet file; convert it to JSONL"),
         ("a.arrow", b"ARROW1\x00\x00" + bytes(40), "an Arrow file"),
-        ("a.txt", npy(), "a file of the kind npy"),
-        ("a.pkl", b"\x80\x04\x95" + bytes(40), "a file of the kind pickle"),
+        ("a.txt", npy(), "a npy file"),
+        ("a.pkl", b"\x80\x04\x95" + bytes(40), "a pickle file"),
         ("a.pdf", b"%PDF-1.7\n", "a PDF file; extract its text"),
         ("a.bin", b"abc\x00\x01", "a binary file"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
-        ("a.gguf", b"GGUF" + bytes(40), "a file of weights"),
+        ("a.gguf", b"GGUF" + bytes(40), "a weights file"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         ("a.txt", codecs.BOM_UTF16_BE + "a".encode("utf-16-be"), "UTF-16 text"),
         ("a.txt", "abc".encode("utf-32"), "UTF-32 text"),
         ("a.jsonl", b"", "the file is empty"),
-        ("a.txt", b"\xef\xbb\xbf \n", "holds no text"),
+        ("a.txt", b"\xef\xbb\xbf \n", "contains no text"),
         ("a.json", b"{", "record 1 is not valid JSON"),
         ("a.json", b'[{"text": "a"}', "record 1 is not valid JSON"),
         ("a.json", b'[{"text": "a"},]', "record 1 is not valid JSON"),
         ("a.json", b'["a"]', "record 1 is not a JSON object"),
         ("a.json", b"hello", "record 1 is not valid JSON"),
-        ("a.json", b"[]", "holds no records"),
+        ("a.json", b"[]", "contains no records"),
         ("a.json", b'[{"text": "a", "text": "b"}]', "record 1 is not valid JSON: the key .* occurs twice"),
         ("a.json", b"[" * 100_000, "record 1 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"\n{"text": "b"}', "line 1 is not valid JSON"),
@@ -321,7 +330,7 @@ def test_folders_without_data_are_refused(tmp_path: Path, tokenizer: Tokenizer) 
     with pytest.raises(InputError, match=r"a folder without train\.jsonl"):
         read_examples(tmp_path, tokenizer)
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(InputError, match="a dataset in Arrow files"):
+    with pytest.raises(InputError, match="a dataset of Arrow files"):
         read_examples(tmp_path, tokenizer)
 
 
@@ -388,7 +397,7 @@ def test_what_looks_like_records_is_no_text_without_a_word(
     read_examples(tmp_path / name, tokenizer)
     [record] = caplog.records
     assert message in record.message
-    assert "is learnt as a plain text" in record.message
+    assert "is read as plain text" in record.message
     with pytest.raises(InputError, match=f"{message}.*no prompt to mask"):
         read_examples(tmp_path / name, tokenizer, mask_prompt=True)
 

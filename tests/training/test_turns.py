@@ -208,7 +208,7 @@ def test_only_the_last_answer_where_the_template_rewrites_earlier_ones(
         "<think></think>no</s>",
     ]
     [record] = caplog.records
-    assert "of 2 conversations only the last answer is learnt" in record.message
+    assert "only the last assistant message of 2 conversations is a target" in record.message
 
 
 def test_generation_blocks_where_the_template_rewrites_earlier_answers(
@@ -309,7 +309,7 @@ def test_a_conversation_without_a_block_is_left_out_where_the_template_has_them(
     tokenizer = with_template(BYTES, BLOCKS["last only"])
     examples = read(tmp_path, tokenizer, {"messages": LONGER[:5]}, {"messages": LONGER})
     assert len(examples) == 1
-    assert "1 of 2 records are left out" in caplog.text
+    assert "1 of 2 records are skipped" in caplog.text
     with pytest.raises(InputError, match="without --mask-prompt"):
         read(tmp_path, tokenizer, {"messages": LONGER})
 
@@ -353,7 +353,7 @@ def test_the_last_answer_where_the_first_lines_depend_on_the_whole(
     [example] = read(tmp_path, tokenizer, {"messages": [*CHAT[:3], CHAT[3] | {"weight": 0}]})
     assert learnt(example, tokenizer) == "yes</s>"
     off = {"messages": [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"train": False}]}
-    with pytest.raises(InputError, match="switches off every message"):
+    with pytest.raises(InputError, match="excludes every message"):
         read(tmp_path, tokenizer, off)
 
 
@@ -366,12 +366,12 @@ def test_conversations_that_show_no_answer_are_left_out(
     )
     tokenizer = with_template(BYTES, template)
     with pytest.raises(
-        InputError, match=r"a\.jsonl: the chat template does not show .*without --mask-prompt"
+        InputError, match=r"a\.jsonl: the assistant's messages cannot be located .*without --mask-prompt"
     ):
         read(tmp_path, tokenizer, {"messages": CHAT})
     examples = read(tmp_path, tokenizer, {"messages": CHAT}, {"prompt": "a", "completion": "b"})
     assert len(examples) == 1
-    assert "1 of 2 records are left out" in caplog.text
+    assert "1 of 2 records are skipped" in caplog.text
 
 
 def test_a_template_that_refuses_a_part_of_a_conversation(tmp_path: Path) -> None:
