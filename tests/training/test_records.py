@@ -1,4 +1,4 @@
-"""The records of data files: every form and key is learnt from, named in a note, or refused by its name."""
+"""The records of data files: every form and key is used, ignored with a note, or rejected by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def text(example: Example, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(example.tokens.tolist(), skip_special_tokens=False)
 
 
-def learnt(example: Example, tokenizer: Tokenizer) -> str:
+def target_text(example: Example, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(example.tokens[example.trained].tolist(), skip_special_tokens=False)
 
 
@@ -101,39 +101,39 @@ def learnt(example: Example, tokenizer: Tokenizer) -> str:
 def test_every_form_is_rendered(record: Any, expected: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     for line in (json.dumps(record), json.dumps(record, ensure_ascii=False)):
         [example] = read(tmp_path, tokenizer, line)
-        assert text(example, tokenizer) == learnt(example, tokenizer) == expected
+        assert text(example, tokenizer) == target_text(example, tokenizer) == expected
 
 
-def test_the_completion_of_messages_is_learnt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_completion_of_messages_is_the_target(tmp_path: Path, tokenizer: Tokenizer) -> None:
     record = {"prompt": LONGER[:3], "completion": LONGER[3:]}
     [example] = read(tmp_path, tokenizer, record, mask=True)
-    assert learnt(example, tokenizer) == f"no{END}"
+    assert target_text(example, tokenizer) == f"no{END}"
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": 0.0}])
 def test_messages_can_be_left_out(flag: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """OpenAI: weight 0 or 1 of a message; axolotl: train."""
+    """weight 0 or 1 (OpenAI), or train (axolotl), of a message."""
     first = [LONGER[0], LONGER[1] | flag, *LONGER[2:]]
     [example] = read(tmp_path, tokenizer, {"messages": first}, mask=True)
-    assert learnt(example, tokenizer) == f"no{END}"
+    assert target_text(example, tokenizer) == f"no{END}"
     [example] = read(tmp_path, tokenizer, {"messages": first})
-    assert learnt(example, tokenizer) == f"<user>hi{END}<assistant><user>so{END}<assistant>no{END}"
+    assert target_text(example, tokenizer) == f"<user>hi{END}<assistant><user>so{END}<assistant>no{END}"
     user = [LONGER[0] | flag, *LONGER[1:]]
     [example] = read(tmp_path, tokenizer, {"messages": user})
-    assert learnt(example, tokenizer) == f"<assistant>yes{END}<user>so{END}<assistant>no{END}"
+    assert target_text(example, tokenizer) == f"<assistant>yes{END}<user>so{END}<assistant>no{END}"
     with pytest.raises(InputError, match="line 1: no targets are left"):
         read(tmp_path, tokenizer, {"messages": [CHAT[0], CHAT[1] | flag]}, mask=True)
 
 
 def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """weight 1 is what a message has anyway; train true adds a message of the user."""
+    """weight 1 is the default; train true includes a user message."""
     for flag, expected in (
         ({"weight": 1}, f"yes{END}no{END}"),
         ({"train": True}, f"<user>hi{END}yes{END}no{END}"),
     ):
         messages = [LONGER[0] | flag, LONGER[1] | flag, *LONGER[2:]]
         [example] = read(tmp_path, tokenizer, {"messages": messages}, mask=True)
-        assert learnt(example, tokenizer) == expected
+        assert target_text(example, tokenizer) == expected
         assert text(example, tokenizer) == f"<user>hi{END}<assistant>yes{END}<user>so{END}<assistant>no{END}"
 
 
@@ -182,7 +182,7 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ({"prompt": "a", "completion": "b", "system": "c"}, "'system': used by chat templates only"),
     ],
 )
-def test_what_is_not_learnt_from_is_refused(
+def test_unsupported_records_are_rejected(
     record: Any, message: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(InputError, match=f"line 2: .*{message}") as caught:
@@ -190,7 +190,7 @@ def test_what_is_not_learnt_from_is_refused(
     assert str(caught.value).startswith(str(tmp_path / "a.jsonl"))
 
 
-def test_one_note_names_what_changes_nothing(
+def test_one_note_lists_ignored_keys(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     named = CHAT[0] | {"mood": "x"}
@@ -215,11 +215,11 @@ def test_tools_that_the_template_does_not_read_are_noted(
     assert "tools (1)" in caplog.text
 
 
-def test_every_key_of_the_tables_has_one_fate() -> None:
+def test_the_tables_of_keys_are_disjoint() -> None:
     used = {key for names in keys.FORMS.values() for key in names}
-    fates = [used, keys.NEUTRAL, set(keys.REFUSED), set(keys.WEIGHTS)]
-    for i, one in enumerate(fates):
-        for other in fates[i + 1 :]:
+    tables = [used, keys.NEUTRAL, set(keys.REFUSED), set(keys.WEIGHTS)]
+    for i, one in enumerate(tables):
+        for other in tables[i + 1 :]:
             assert not one & other
     for key in keys.NEUTRAL:
         form, names = keys.form_of({"messages": CHAT, key: "x"})
@@ -259,11 +259,11 @@ def test_json_is_read_by_its_content(name: str, content: str, tmp_path: Path, to
     (tmp_path / name).write_bytes(content.encode())
     path = tmp_path if name == "train.jsonl" else tmp_path / name
     examples = read_examples(path, tokenizer, mask_prompt=True)
-    assert [learnt(example, tokenizer) for example in examples] == [f"be{END}", f"not{END}"]
+    assert [target_text(example, tokenizer) for example in examples] == [f"be{END}", f"not{END}"]
     assert examples[1].place.startswith(f"{tmp_path / name}: ")
 
 
-def test_texts_that_begin_as_json_does_stay_texts(
+def test_text_that_begins_like_json_is_read_as_text(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, content in (("a.txt", "[Verse 1]\nto be"), ("a.c", "{ return 1; }")):
@@ -315,7 +315,7 @@ def npy() -> bytes:
         ("a.jsonl", b'{"text": "a"}\n\xff', "line 2: byte 14 is not UTF-8 text"),
     ],
 )
-def test_what_is_no_text_is_refused_by_its_kind(
+def test_files_that_are_not_text_are_rejected_by_kind(
     name: str, content: bytes, message: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     path = tmp_path / name
@@ -335,7 +335,7 @@ def test_folders_without_data_are_refused(tmp_path: Path, tokenizer: Tokenizer) 
 
 
 def test_a_completion_follows_its_prompt_without_a_space(tmp_path: Path) -> None:
-    """SentencePiece begins a text with a space, but not what continues one."""
+    """SentencePiece adds a space at the start of a text, which a completion must not get."""
     from text.text_golden import from_golden
 
     tokenizer = from_golden("sentencepiece", add_bos_token=True, add_eos_token=True)
@@ -358,12 +358,12 @@ def test_a_completion_follows_its_prompt_without_a_space(tmp_path: Path) -> None
         ({"text": "a", "label": False}, "'label': unpaired"),
     ],
 )
-def test_a_record_that_is_switched_off_is_refused(record: dict[str, object], message: str) -> None:
+def test_a_record_that_is_switched_off_is_rejected(record: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         keys.form_of(record)
 
 
-def test_a_record_that_is_switched_on_is_learnt() -> None:
+def test_a_record_that_is_switched_on_is_used() -> None:
     record = {"text": "a", "train": True, "loss": 0.25, "label": 0}
     form, used = keys.form_of(record)
     assert form == "text"
@@ -385,7 +385,7 @@ def test_a_record_that_is_switched_on_is_learnt() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a"])
-def test_what_looks_like_records_is_no_text_without_a_word(
+def test_text_that_looks_like_records_is_noted(
     content: str,
     message: str,
     name: str,
@@ -410,7 +410,7 @@ def test_what_looks_like_records_is_no_text_without_a_word(
         ("to be or not to be".encode("utf-16-be"), "UTF-16BE text without a byte order mark"),
     ],
 )
-def test_texts_in_other_forms_are_refused(
+def test_unsupported_text_formats_are_rejected(
     content: bytes, message: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
@@ -438,8 +438,8 @@ def test_messages_of_other_dialects(
     for record, message in refused:
         with pytest.raises(InputError, match=message):
             read(tmp_path, tokenizer, record)
-    said = [("Human", "a"), ("chatgpt", "b"), ("observation", "c"), ("bing", "d")]
-    [example] = read(tmp_path, tokenizer, {"conversations": [{"from": a, "value": b} for a, b in said]})
+    turns = [("Human", "a"), ("chatgpt", "b"), ("observation", "c"), ("bing", "d")]
+    [example] = read(tmp_path, tokenizer, {"conversations": [{"from": a, "value": b} for a, b in turns]})
     assert text(example, tokenizer) == f"<user>a{END}<assistant>b{END}<tool>c{END}<assistant>d{END}"
     read(tmp_path, tokenizer, {"messages": [*CHAT, {"role": "tool", "content": "2", "tool_call_id": "x"}]})
     assert not caplog.records

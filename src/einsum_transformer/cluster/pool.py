@@ -186,12 +186,12 @@ class Pool:
         place = self.places[worker]
         self._kill(worker)
         raise InputError(
-            f"worker {worker} (process {place.pid} on {place.host}) did not respond in {self.timeout:g} s and "
-            "was ended: check its machine, or set a longer timeout if a step takes that long"
+            f"worker {worker} (process {place.pid} on {place.host}) did not respond in {self.timeout:g} s "
+            "and was ended: check its machine, or set a longer timeout if a step takes that long"
         )
 
     def _replace(self, worker: int, error: Exception) -> None:
-        """Start a new actor for a dead worker, without a CPU request: Ray still counts the old actor's CPU."""
+        """Start a new actor for a dead worker, without a new CPU request: Ray keeps the old one."""
         while True:
             self.replaced += 1
             # All workers may die with their machine, and one or two replacements may die as well.
