@@ -66,8 +66,8 @@ def write_shards(folder: Path, golden: Golden) -> tuple[Path, Path]:
     for path, half in zip(shards, halves):
         save_file({name: golden.weights[name] for name in half}, path, metadata={"format": "pt"})
     total = sum(array.nbytes for array in golden.weights.values())
-    places = {name: path.name for path, half in zip(shards, halves) for name in half}
-    index = json.dumps({"metadata": {"total_size": total}, "weight_map": places})
+    weight_map = {name: path.name for path, half in zip(shards, halves) for name in half}
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     return shards[0], shards[1]
 
@@ -213,8 +213,8 @@ def test_tensor_that_no_part_takes_is_refused(tmp_path: Path) -> None:
 def test_transposed_tensor_is_refused(tmp_path: Path) -> None:
     """The message contains its name and both shapes."""
     golden = load_golden("llama_gqa")
-    turned = {**golden.weights, DOWN: np.ascontiguousarray(golden.weights[DOWN].T)}
-    message = refusal(write_folder(tmp_path, golden.config, turned))
+    transposed = {**golden.weights, DOWN: np.ascontiguousarray(golden.weights[DOWN].T)}
+    message = refusal(write_folder(tmp_path, golden.config, transposed))
     assert DOWN in message
     assert "80" in message
     assert "48" in message

@@ -37,8 +37,8 @@ class Sonnets:
 
     def batch(self, step: int) -> list[Batch]:
         rows, length = GOLDEN["rows"], GOLDEN["length"]
-        places = [(step * rows + row) * length % (len(self.ids) - length) for row in range(rows)]
-        tokens = np.array([self.ids[place : place + length + 1] for place in places])
+        starts = [(step * rows + row) * length % (len(self.ids) - length) for row in range(rows)]
+        tokens = np.array([self.ids[start : start + length + 1] for start in starts])
         return [(tokens[:, :-1], tokens[:, 1:])]
 
 

@@ -149,7 +149,7 @@ def test_clipping_bounds_the_step(tiny: et.Model) -> None:
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize(
-    ("path", "place"),
+    ("path", "module"),
     [
         ("layers.1.mlp.up_proj", "layers.1.mlp"),
         ("layers.0.self_attn.o_proj", "layers.0.self_attn"),
@@ -157,12 +157,12 @@ def test_clipping_bounds_the_step(tiny: et.Model) -> None:
     ],
 )
 def test_steps_that_are_not_finite_change_nothing(
-    tiny: et.Model, path: str, place: str, watched: bool
+    tiny: et.Model, path: str, module: str, watched: bool
 ) -> None:
     trainer = Trainer(tiny, FIXED, settings(optimizer=AdamW(), max_bad_steps=2))
     trainer.step()
     weight = trainer.weights[path]
-    kept, weight[...] = weight.copy(), np.inf
+    original, weight[...] = weight.copy(), np.inf
     frozen = {name: array.copy() for name, array in trainer.weights.items()}
     moments = {name: array.copy() for name, array in trainer.compute.moments()["m"].items()}
     if watched:
@@ -170,14 +170,14 @@ def test_steps_that_are_not_finite_change_nothing(
             report = trainer.step()
     else:
         report = trainer.step()
-    assert report.fault == f"{place} gives a number that is not finite"
+    assert report.fault == f"{module} gives a number that is not finite"
     for name, array in trainer.weights.items():
         np.testing.assert_array_equal(array, frozen[name])
         np.testing.assert_array_equal(trainer.compute.moments()["m"][name], moments[name])
-    weight[...] = kept
+    weight[...] = original
     assert trainer.step().fault is None
     weight[...] = np.nan
-    with pytest.raises(TrainingFailed, match=f"step 6: {place}"):
+    with pytest.raises(TrainingFailed, match=f"step 6: {module}"):
         list(trainer.run(10))
     assert trainer.bad_steps == 4
 

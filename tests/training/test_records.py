@@ -217,14 +217,14 @@ def test_tools_that_the_template_does_not_read_are_noted(
 
 def test_the_tables_of_keys_are_disjoint() -> None:
     used = {key for names in keys.FORMS.values() for key in names}
-    tables = [used, keys.NEUTRAL, set(keys.REFUSED), set(keys.WEIGHTS)]
+    tables = [used, keys.IGNORED, set(keys.UNSUPPORTED), set(keys.WEIGHTS)]
     for i, one in enumerate(tables):
         for other in tables[i + 1 :]:
             assert not one & other
-    for key in keys.NEUTRAL:
+    for key in keys.IGNORED:
         form, names = keys.form_of({"messages": CHAT, key: "x"})
         assert (form, keys.unused({"messages": CHAT, key: "x"}, names)) == ("messages", [])
-    for key in keys.REFUSED:
+    for key in keys.UNSUPPORTED:
         with pytest.raises(InputError, match=key):
             keys.form_of({"messages": CHAT, key: "x"})
     for names, _ in keys.OTHER_FORMS:
@@ -429,13 +429,13 @@ def test_messages_of_other_dialects(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = [CHAT[0], {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}]
-    refused: tuple[tuple[dict[str, Any], str], ...] = (
+    rejected: tuple[tuple[dict[str, Any], str], ...] = (
         ({"messages": calls}, "function_call.*write tool_calls"),
         ({"conversation": CHAT}, "write messages for conversation"),
         ({"dialogue": CHAT}, "write messages for dialogue"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "role assistant with tool_calls"),
     )
-    for record, message in refused:
+    for record, message in rejected:
         with pytest.raises(InputError, match=message):
             read(tmp_path, tokenizer, record)
     turns = [("Human", "a"), ("chatgpt", "b"), ("observation", "c"), ("bing", "d")]

@@ -111,7 +111,7 @@ class SGD(Optimizer):
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019; torch.optim.AdamW), with t = step + 1:
 
-    w *= 1 - lr weight_decay; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
+    w -= lr weight_decay w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
     w -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps).
     """
 

@@ -21,7 +21,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The keys of each form; a record has the first form whose keys (CONTEXT is optional) it contains."""
-NEUTRAL = frozenset(
+IGNORED = frozenset(
     {
         "id",
         "idx",
@@ -64,7 +64,7 @@ NEUTRAL = frozenset(
     }
 )
 """Metadata keys, which are ignored without a note."""
-REFUSED = {
+UNSUPPORTED = {
     "images": "images are not supported",
     "image": "images are not supported",
     "videos": "videos are not supported",
@@ -107,13 +107,13 @@ OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 MESSAGE_FLAGS = ("weight", "train", "training", "loss")
 """Flags of a message; 0 or false masks it in the loss (weight: OpenAI, train: axolotl, loss: ms-swift)."""
-MESSAGE_REFUSED = {
+MESSAGE_UNSUPPORTED = {
     "train_detail": "parts of a message cannot be selected; use train for the whole message",
     "loss_scale": "fractional weights of messages are not supported; use train",
     "images": "images are not supported",
     "function_call": "the deprecated form of tool_calls; write tool_calls",
 }
-MESSAGE_NEUTRAL = frozenset({"role", "content", "tool_call_id"})
+MESSAGE_IGNORED = frozenset({"role", "content", "tool_call_id"})
 """Message keys without a note; tool_call_id is redundant, as tool responses follow the order of the calls."""
 _SHAREGPT = {
     "human": "user",
@@ -208,7 +208,7 @@ def _named(raw: Mapping[str, Any]) -> str:
 
 def _check_meaning(present: Mapping[str, Any], form: str) -> None:
     used = FORMS[form]
-    for key, why in REFUSED.items():
+    for key, why in UNSUPPORTED.items():
         if key not in used and present.get(key) not in _EMPTY:
             raise InputError(f"{key!r}: {why}")
     for key in WEIGHTS:
@@ -239,7 +239,7 @@ def _check_meaning(present: Mapping[str, Any], form: str) -> None:
 
 def unused(raw: Mapping[str, Any], used: Sequence[str]) -> list[str]:
     """The keys of a record that are ignored with a note."""
-    known = {*used, *NEUTRAL, *WEIGHTS}
+    known = {*used, *IGNORED, *WEIGHTS}
     return [
         key
         for key, value in raw.items()
@@ -329,7 +329,7 @@ def chosen(message: Mapping[str, Any], where: str) -> bool | None:
 
     weight (OpenAI) is a factor, so that 1 leaves the default; true of the others (axolotl) includes it.
     """
-    for key, why in MESSAGE_REFUSED.items():
+    for key, why in MESSAGE_UNSUPPORTED.items():
         if message.get(key) not in (None, [], {}):
             raise InputError(f"{where}: {key!r}: {why}")
     found: set[bool] = set()
@@ -349,14 +349,14 @@ def chosen(message: Mapping[str, Any], where: str) -> bool | None:
 
 def without_flags(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message without flags, as the chat template receives it."""
-    removed = (*MESSAGE_FLAGS, *MESSAGE_REFUSED)
+    removed = (*MESSAGE_FLAGS, *MESSAGE_UNSUPPORTED)
     return {key: value for key, value in message.items() if key not in removed}
 
 
 def message_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys of messages that have a value, except role, content and tool_call_id."""
     pairs = (pair for message in messages for pair in message.items())
-    return list(dict.fromkeys(k for k, v in pairs if k not in MESSAGE_NEUTRAL and v not in _EMPTY))
+    return list(dict.fromkeys(k for k, v in pairs if k not in MESSAGE_IGNORED and v not in _EMPTY))
 
 
 def is_read(name: str, template: str) -> bool:
