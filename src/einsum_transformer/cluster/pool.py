@@ -191,7 +191,7 @@ class Pool:
         )
 
     def _replace(self, worker: int, error: Exception) -> None:
-        """Start a new actor for a dead worker, without a CPU request: Ray still counts that of the dead one."""
+        """Start a new actor for a dead worker; it requests no CPU, as Ray still counts the old one."""
         while True:
             self.replaced += 1
             # All workers may die with their machine, and one or two replacements may die as well.
