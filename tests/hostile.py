@@ -1,4 +1,4 @@
-"""Files and folders that must be refused, and values that no config should have."""
+"""Files and folders that must be rejected, and values that are invalid in most config keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INDEXES = [
     ('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "'w' occurs twice"),
     ('{"weight_map": {}, "weight_map": {}}', "'weight_map' occurs twice"),
 ]
-"""Text of model.safetensors.index.json, and what is wrong with it."""
+"""(text of model.safetensors.index.json, part of the error message)."""
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n"
 

@@ -1,4 +1,4 @@
-"""The code blocks of the documentation run, and the links between its files lead somewhere."""
+"""The code blocks of the derivations run, and the links between documentation files are valid."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ def test_derivations_hold(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target

