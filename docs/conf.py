@@ -1,0 +1,65 @@
+"""Sphinx: `sphinx-build -W --keep-going -b html docs docs/_build/html`."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+import einsum_transformer
+from einsum_transformer.cli.app import _application
+
+project = "Einsum Transformer"
+copyright = "the Einsum Transformer authors"
+release = version = einsum_transformer.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build", "reference/_commands.md"]
+default_role = "code"
+suppress_warnings = ["myst.xref_missing"]
+
+myst_enable_extensions = ["deflist", "fieldlist"]
+myst_heading_anchors = 4
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+napoleon_custom_sections = [("Errors", "Raises")]
+
+html_theme = "furo"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = html_show_sourcelink = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def command_pages(*_: object) -> None:
+    """Write reference/_commands.md: the text of `etx COMMAND --help` for every command."""
+    commands = get_command(_application()).commands  # type: ignore[attr-defined]
+    text = "".join(command_page(f"etx {name}", command) for name, command in commands.items())
+    target = Path(__file__).parent / "reference" / "_commands.md"
+    if not target.exists() or target.read_text() != text:  # a new time stamp would rebuild the page
+        target.write_text(text)
+
+
+def command_page(name: str, command: Any) -> str:
+    context = typer.Context(command, info_name=name)
+    lines = [f"## {name}", f"```text\n{' '.join(command.get_usage(context).split())}\n```"]
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        # Click leaves the lines of a paragraph that begins with \b as they are: these are the examples.
+        lines.append(f"```text\n{paragraph[2:]}\n```" if paragraph.startswith("\b") else escaped(paragraph))
+    for parameter in command.params:
+        if record := parameter.get_help_record(context):
+            lines.append(f"`{record[0]}`\n: {escaped(record[1])}")
+    return "\n\n".join(lines) + "\n\n"
+
+
+def escaped(text: str) -> str:
+    return text.replace("*", r"\*").replace("[", r"\[").replace("<", r"\<")
+
+
+def setup(app: Any) -> None:
+    app.connect("builder-inited", command_pages)
