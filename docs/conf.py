@@ -1,6 +1,7 @@
 """Sphinx: `sphinx-build -W --keep-going -b html docs docs/_build/html`."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,5 +62,33 @@ def escaped(text: str) -> str:
     return text.replace("*", r"\*").replace("[", r"\[").replace("<", r"\<")
 
 
+def parameter_lists(_app: Any, _what: str, _name: str, thing: Any, _options: Any, lines: list[str]) -> None:
+    """Make "name: text. other: text. Errors: InputError where ..." of a docstring a list of fields."""
+    try:
+        names = [name for name in inspect.signature(thing).parameters if name != "self"]
+    except (TypeError, ValueError):
+        return
+    name = "|".join(map(re.escape, names)) or "-"
+    label = re.compile(
+        rf"(?:^|(?<=[.;] ))((?:(?:{name})(?:, | and | or ))*(?:{name}): |Errors: )", re.MULTILINE
+    )
+    paragraphs = []
+    for paragraph in "\n".join(lines).split("\n\n"):
+        before, *parts = label.split(
+            " ".join(paragraph.split("\n")) if label.search(paragraph) else paragraph
+        )
+        fields = [field(names, text) for names, text in zip(parts[::2], parts[1::2])]
+        paragraphs += [before, "\n".join(fields)] if fields else [before]
+    lines[:] = [*"\n\n".join(paragraphs).strip().splitlines(), ""]
+
+
+def field(names: str, text: str) -> str:
+    if names == "Errors: ":
+        kind, _, text = text.partition(" ")
+        return f":raises {kind}: {text}"
+    return f":param {'/'.join(re.split(', | and | or ', names[:-2]))}: {text}"
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", parameter_lists)
     app.connect("builder-inited", command_pages)
