@@ -23,9 +23,7 @@ PAGES = [
     for page in (*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md")
     if "_build" not in page.parts and page.name != "_commands.md"
 ]
-DERIVATIONS = [
-    page for page in sorted(DOCS.rglob("derivations/*.md")) if page.stem not in ("README", "index")
-]
+DERIVATIONS = [page for page in PAGES if page.parent.name == "derivations" and page.stem != "index"]
 
 INSTALLATIONS = ("pip install ", "python tools/dump_reference.py ")
 """How the lines of bash begin that do not run here: they install packages, or need torch and transformers."""
