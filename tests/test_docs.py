@@ -25,7 +25,7 @@ PAGES = [
 ]
 DERIVATIONS = [page for page in PAGES if page.parent.name == "derivations" and page.stem != "index"]
 
-INSTALLATIONS = ("pip install ", "python tools/dump_reference.py ")
+ELSEWHERE = ("pip install ", "python tools/dump_reference.py ", "python benchmarks/")
 """How the lines of bash begin that do not run here: they install packages, or need torch and transformers."""
 
 SWIGLU = """
@@ -39,17 +39,8 @@ self.down_proj = np.ones((3, 4))
 GIVEN = {
     "README.md": SWIGLU,
     "docs/index.md": SWIGLU,
-    "CONTRIBUTING.md": """
-from typing import Any
-import einsum_transformer as et
-from einsum_transformer.engine import Recorder
-from einsum_transformer.models.config import Keys, ModelConfig
-from einsum_transformer.models.families.config_keys import read_shared, write_shared
-from einsum_transformer.models.families.family import Family
-model, tokens, reader = et.load("fast_lora", max_layers=1, seed=0), [[1, 2, 3]], lambda *_: None
-""",
 }
-"""What the blocks of a page take from the text around them: the excerpt of a file has no imports."""
+"""What the first block of a page needs: the excerpt of a file has no imports."""
 
 
 class Block(NamedTuple):
@@ -69,7 +60,7 @@ def run_python(code: str, line: int, page: str, names: dict[str, Any]) -> None:
 
 
 def run_bash(code: str) -> None:
-    lines = [line for line in code.splitlines() if not line.startswith(INSTALLATIONS)]
+    lines = [line for line in code.splitlines() if not line.startswith(ELSEWHERE)]
     # A line that fails ends the block, and -x shows which one it was.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -138,7 +129,9 @@ def test_every_command_is_beside_its_call() -> None:
 
 def test_every_key_of_a_config_is_in_the_reference() -> None:
     text = (DOCS / "reference" / "configs.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, flags=re.MULTILINE))
+    packaged, keys = text.split("## Keys")
+    assert set(re.findall(r"^\| `(\w+)` \|", packaged, flags=re.MULTILINE)) == set(et.available_configs())
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", keys, flags=re.MULTILINE))
     fields = [field for field in dataclasses.fields(RunConfig) if field.name != "source"]
     assert list(rows) == [field.name for field in fields]
     for field in fields:
