@@ -53,12 +53,12 @@ def table(name: str, found: dict[str, dict[str, Any]], new: int) -> Table:
     lines = []
     for candidate, numbers in found.items():
         seconds, said = median(numbers["seconds"]), numbers["speculation"]
-        kept = f"{100 * sum(said['accepted']) / max(sum(said['drafted']), 1):.0f} %" if said else "-"
+        accepted = f"{100 * sum(said['accepted']) / max(sum(said['drafted']), 1):.0f} %" if said else "-"
         rounds = f"{said['tokens_per_round']:.2f}" if said else "1"
         same = "yes" if numbers["text"] == found["step by step"]["text"] else "no"
         speed = f"{new / seconds:.1f}", f"{plain / seconds:.2f}x"
-        lines.append((candidate, *speed, kept, rounds, same))
-    header = ("", "tokens/s", "speed-up", "drafts kept", "tokens a check", "same text")
+        lines.append((candidate, *speed, accepted, rounds, same))
+    header = ("", "tokens/s", "speed-up", "drafts accepted", "tokens per pass", "same text")
     return Table(name, header, lines)
 
 
