@@ -18,7 +18,6 @@ release = version = einsum_transformer.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "reference/_commands.md"]
 default_role = "code"
-suppress_warnings = ["myst.xref_missing"]
 
 myst_enable_extensions = ["deflist", "fieldlist"]
 myst_heading_anchors = 4
@@ -89,6 +88,19 @@ def field(names: str, text: str) -> str:
     return f":param {'/'.join(re.split(', | and | or ', names[:-2]))}: {text}"
 
 
+def links_out_of_the_site(_app: Any, name: str, source: list[str]) -> None:
+    """Replace a link to a file of the repository that is not a page by its text and the name of the file."""
+    link = re.compile(r"\[([^]]*)\]\(((?:\.\./)+)([^)]*)\)")
+
+    def plain(found: re.Match[str]) -> str:
+        text, up, path = found.groups()
+        outside = up.count("../") > name.count("/")
+        return (text if path.endswith(text) else f"{text} (`{path}`)") if outside else found[0]
+
+    source[0] = link.sub(plain, source[0])
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", links_out_of_the_site)
     app.connect("autodoc-process-docstring", parameter_lists)
     app.connect("builder-inited", command_pages)

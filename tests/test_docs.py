@@ -23,11 +23,9 @@ PAGES = [
     for page in (*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md")
     if "_build" not in page.parts and page.name != "_commands.md"
 ]
-DERIVATIONS = [
-    page for page in sorted(DOCS.rglob("derivations/*.md")) if page.stem not in ("README", "index")
-]
+DERIVATIONS = [page for page in PAGES if page.parent.name == "derivations" and page.stem != "index"]
 
-INSTALLATIONS = ("pip install ", "python tools/dump_reference.py ")
+ELSEWHERE = ("pip install ", "python tools/dump_reference.py ", "python benchmarks/")
 """How the lines of bash begin that do not run here: they install packages, or need torch and transformers."""
 
 SWIGLU = """
@@ -42,7 +40,7 @@ GIVEN = {
     "README.md": SWIGLU,
     "docs/index.md": SWIGLU,
 }
-"""What the blocks of a page take from the text around them: the excerpt of a file has no imports."""
+"""What the first block of a page needs: the excerpt of a file has no imports."""
 
 
 class Block(NamedTuple):
@@ -62,7 +60,7 @@ def run_python(code: str, line: int, page: str, names: dict[str, Any]) -> None:
 
 
 def run_bash(code: str) -> None:
-    lines = [line for line in code.splitlines() if not line.startswith(INSTALLATIONS)]
+    lines = [line for line in code.splitlines() if not line.startswith(ELSEWHERE)]
     # A line that fails ends the block, and -x shows which one it was.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -131,7 +129,9 @@ def test_every_command_is_beside_its_call() -> None:
 
 def test_every_key_of_a_config_is_in_the_reference() -> None:
     text = (DOCS / "reference" / "configs.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, flags=re.MULTILINE))
+    packaged, keys = text.split("## Keys")
+    assert set(re.findall(r"^\| `(\w+)` \|", packaged, flags=re.MULTILINE)) == set(et.available_configs())
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", keys, flags=re.MULTILINE))
     fields = [field for field in dataclasses.fields(RunConfig) if field.name != "source"]
     assert list(rows) == [field.name for field in fields]
     for field in fields:
