@@ -34,7 +34,7 @@ class Table:
         """The table in GitHub Markdown."""
         rule = ["-" * (width - 1) + (":" if i else "-") for i, width in enumerate(self._widths())]
         lines = [f"| {' | '.join(self._aligned(line))} |" for line in (self.header, *self.rows)]
-        return "\n".join(["", f"### {self.title}", "", lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
+        return "\n".join(["", f"## {self.title}", "", lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
 
     def _widths(self) -> list[int]:
         return [max(len(line[i]) for line in (self.header, *self.rows)) for i in range(len(self.header))]

@@ -1,4 +1,4 @@
-"""einsum equals np.einsum for random calls, and each difference that docs/notation.md lists is as it says."""
+"""einsum equals np.einsum for random calls, but for the differences that docs/concepts/notation.md lists."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from einsum_transformer.engine import EquationError, Leaf, einsum
 
-NOTATION = Path(__file__).parents[2] / "docs" / "notation.md"
+NOTATION = Path(__file__).parents[2] / "docs" / "concepts" / "notation.md"
 TYPES = ["f2", "f4", "f8", "i1", "u1", "i4", "i8", "u8", "?", "c8", "c16", "O", ">f4", "g"]
 
 

@@ -3,7 +3,7 @@
 The classes below inherit NumPy's tests, so that each of them is collected here. Where einsum refuses a call
 that np.einsum takes, or refuses it with another type of error, np.einsum's answer stands in, so that the rest
 of that test counts too; what was replaced has to be exactly what `EXCEPTIONS` lists for that test, by the
-headings of the list in docs/notation.md. No test is left out, and none may fail.
+headings of the list in docs/concepts/notation.md. No test is left out, and none may fail.
 """
 
 import importlib.util
