@@ -15,7 +15,7 @@ project = "Einsum Transformer"
 copyright = "the Einsum Transformer authors"
 release = version = einsum_transformer.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build", "reference/_commands.md"]
 default_role = "code"
 
@@ -26,7 +26,6 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
-napoleon_custom_sections = [("Errors", "Raises")]
 
 html_theme = "furo"
 html_title = project
@@ -61,31 +60,48 @@ def escaped(text: str) -> str:
     return text.replace("*", r"\*").replace("[", r"\[").replace("<", r"\<")
 
 
-def parameter_lists(_app: Any, _what: str, _name: str, thing: Any, _options: Any, lines: list[str]) -> None:
-    """Make "name: text. other: text. Errors: InputError where ..." of a docstring a list of fields."""
+def docstring_fields(_app: Any, _what: str, _name: str, thing: Any, _options: Any, lines: list[str]) -> None:
+    """Turn the plain text of a docstring into reST.
+
+    "name: text. other: text. Raises InputError for ..." becomes a list of parameters and errors, and an indented
+    paragraph a code block.
+    """
     try:
-        names = [name for name in inspect.signature(thing).parameters if name != "self"]
-    except (TypeError, ValueError):
-        return
-    name = "|".join(map(re.escape, names)) or "-"
+        names = "|".join(map(re.escape, inspect.signature(thing).parameters)) or "-"
+    except (TypeError, ValueError):  # an attribute
+        names = "-"
+    name = f"(?:{names})"
     label = re.compile(
-        rf"(?:^|(?<=[.;] ))((?:(?:{name})(?:, | and | or ))*(?:{name}): |Errors: )", re.MULTILINE
+        rf"(?:^|(?<=[.;] ))((?:{name}(?:, | and | or ))*{name}: |Errors: |Raises (?=[A-Z]))", re.MULTILINE
     )
     paragraphs = []
     for paragraph in "\n".join(lines).split("\n\n"):
-        before, *parts = label.split(
-            " ".join(paragraph.split("\n")) if label.search(paragraph) else paragraph
-        )
+        if paragraph.startswith("    "):
+            paragraphs.append(f".. code-block:: python\n\n{paragraph}")
+            continue
+        paragraph = re.sub(r"(`[^`]*`)|\*", lambda found: found[1] or r"\*", paragraph)
+        if not label.search(paragraph):
+            paragraphs.append(paragraph)
+            continue
+        before, *parts = label.split(" ".join(paragraph.split("\n")))
         fields = [field(names, text) for names, text in zip(parts[::2], parts[1::2])]
-        paragraphs += [before, "\n".join(fields)] if fields else [before]
+        paragraphs += [before, "\n".join(fields)]
     lines[:] = [*"\n\n".join(paragraphs).strip().splitlines(), ""]
 
 
 def field(names: str, text: str) -> str:
-    if names == "Errors: ":
+    if names in ("Errors: ", "Raises "):
         kind, _, text = text.partition(" ")
-        return f":raises {kind}: {text}"
+        return f":raises {kind.rstrip(',:')}: {text}"
     return f":param {'/'.join(re.split(', | and | or ', names[:-2]))}: {text}"
+
+
+def plain_defaults(*event: Any) -> tuple[str, str] | None:
+    """Replace defaults that Sphinx cannot read, because they are not Python: <factory> and <class 'x.Y'>."""
+    signature, returned = event[-2:]
+    if signature is None:
+        return None
+    return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", signature.replace("<factory>", "...")), returned
 
 
 def links_out_of_the_site(_app: Any, name: str, source: list[str]) -> None:
@@ -102,5 +118,6 @@ def links_out_of_the_site(_app: Any, name: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     app.connect("source-read", links_out_of_the_site)
-    app.connect("autodoc-process-docstring", parameter_lists)
+    app.connect("autodoc-process-docstring", docstring_fields)
+    app.connect("autodoc-process-signature", plain_defaults)
     app.connect("builder-inited", command_pages)
