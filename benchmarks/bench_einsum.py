@@ -1,7 +1,7 @@
-"""The model's own equations: this package's einsum beside np.einsum, optimize on and off, and np.matmul.
+"""The einsum equations of a model: this package's einsum, np.einsum with and without optimize, and np.matmul.
 
-The calls are recorded from one layer of the real model (forward with a cache, forward and backward without),
-so equations, shapes and memory layouts are those of the program. README.md says what each number means.
+The calls are recorded from one layer of the model (forward with a cache, forward and backward without one),
+so equations, shapes and memory layouts are realistic. README.md explains the output.
 
     python benchmarks/bench_einsum.py --json einsum.json
 """
@@ -31,13 +31,12 @@ Task = Callable[[], Any]
 
 CACHED = 128
 FIRST_GUESS = 1e9
-"""FLOP/s of plain np.einsum, until an equation's own rate is known from fewer tokens."""
+"""Assumed FLOP/s of plain np.einsum for an equation that is not yet measured with fewer tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call that a component made, of einsum or weight_grad, and the shapes and strides of its operands; a
-    weight is the last."""
+    """A recorded call of einsum or weight_grad, with shapes and strides of its operands, the weight last."""
 
     function: Callable[..., Array]
     equation: str
@@ -50,7 +49,7 @@ class Call:
         return equation.flops(equation.sizes([shape for shape, _ in self.layouts[: len(equation.inputs)]]))
 
     def operands(self) -> list[Array]:
-        """Random float32 arrays with these shapes and strides."""
+        """Random float32 arrays with the recorded shapes and strides."""
         rng = np.random.default_rng(0)
         arrays = []
         for shape, strides in self.layouts:
@@ -62,7 +61,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Median microseconds of one equation by each candidate; None where it was skipped or does not apply."""
+    """Median microseconds of one equation by candidate; None if it was skipped or does not apply."""
 
     tokens: int
     equation: str
@@ -78,20 +77,20 @@ class Row:
 
 
 def weight_grad_of_last(equation: str, *operands: Array) -> Array:
-    """weight_grad, with the weight last."""
-    *given, weight = operands
-    return weight_grad(weight, equation, *given)
+    """weight_grad with the weight as its last argument."""
+    *others, weight = operands
+    return weight_grad(weight, equation, *others)
 
 
 @contextmanager
 def recording() -> Iterator[list[Call]]:
-    """Every einsum and weight_grad of the components, while the context lasts."""
+    """Record every einsum and weight_grad call of the components within the context."""
     calls: list[Call] = []
     originals = []
 
     def spy(function: Callable[..., Array]) -> Callable[..., Array]:
         def recorded(*arguments: Any, **options: Any) -> Array:
-            if all(each is not None for each in arguments):  # a bias that is not there has no gradient
+            if all(each is not None for each in arguments):  # the weight is None for a missing bias
                 before = int(function is weight_grad)
                 replayed = weight_grad_of_last if before else function
                 operands = (*arguments[before + 1 :], *arguments[:before])
@@ -115,15 +114,15 @@ def recording() -> Iterator[list[Call]]:
 
 
 def calls_of(model: et.Model, count: int) -> list[Call]:
-    """The calls of a pass over `count` tokens, each equation once: of several sizes the one with most FLOPs.
+    """The calls of a pass over `count` tokens, each equation once, in the size with the most FLOPs.
 
-    A few tokens are a decoding step: they follow 128 that the cache holds.
+    Fewer than 128 tokens are a decoding step after 128 cached tokens.
     """
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, count))
     cache = model.cache()
     if count < CACHED:
         model.decoder.forward(np.zeros((1, CACHED), int), cache, "none")
-    # At one thread, because the recorded list is one thread's.
+    # On one thread, because the list of calls is not thread-safe.
     blas.set_threads(1)
     with recording() as calls:
         model.decoder.forward(tokens, cache, "last")
@@ -131,14 +130,14 @@ def calls_of(model: et.Model, count: int) -> list[Call]:
         model.decoder.backward(logits, saved)
     largest: dict[tuple[str, Any], Call] = {}
     for call in calls:
-        kept = largest.setdefault((call.equation, call.function), call)
-        if call.flops > kept.flops:
+        previous = largest.setdefault((call.equation, call.function), call)
+        if call.flops > previous.flops:
             largest[call.equation, call.function] = call
     return list(largest.values())
 
 
 def bare_products(text: str, operands: Sequence[Array]) -> list[Task]:
-    """np.matmul on views (or copies) made beforehand, in both operand orders; none if it is no product."""
+    """np.matmul on prepared views or copies, in both operand orders; empty if it is not a matrix product."""
     equation = Equation.parse(text)
     if len(equation.inputs) != 2:
         return []
@@ -168,7 +167,7 @@ def bare_products(text: str, operands: Sequence[Array]) -> list[Task]:
 
 
 def repeated(task: Task, number: int) -> float:
-    """Microseconds of one of `number` calls in a row."""
+    """The mean time of `number` consecutive calls, in microseconds."""
     start = time.perf_counter()
     for _ in range(number):
         task()
@@ -176,21 +175,21 @@ def repeated(task: Task, number: int) -> float:
 
 
 def in_turns(tasks: dict[str, Task], rounds: int, seconds: float) -> dict[str, float]:
-    """Name -> median microseconds; the tasks take turns of `seconds`, and who begins changes."""
+    """Name -> median microseconds; the tasks alternate, `seconds` each, and their order rotates."""
     numbers = {}
     for name, task in tasks.items():
         task()
         numbers[name] = max(1, int(seconds * 1e6 / max(repeated(task, 1), 0.1)))
     samples: dict[str, list[float]] = {name: [] for name in tasks}
     names = list(tasks)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             samples[name].append(repeated(tasks[name], numbers[name]))
     return {name: median(values) for name, values in samples.items()}
 
 
 def bench(call: Call, tokens: int, rates: dict[str, float], options: argparse.Namespace) -> Row:
-    """One equation by all candidates. rates: FLOP/s of plain np.einsum by equation, kept up to date."""
+    """Measure one equation with all candidates; updates `rates`, equation -> FLOP/s of plain np.einsum."""
     operands = call.operands()
     inputs = operands[: call.equation.partition("->")[0].count(",") + 1]
     tasks: dict[str, Task] = {
@@ -211,7 +210,7 @@ def bench(call: Call, tokens: int, rates: dict[str, float], options: argparse.Na
 
 
 def check(equation: str, tasks: dict[str, Task]) -> None:
-    """A fast wrong answer is worth nothing."""
+    """Compare the result with that of np.einsum; exits with an error if they differ."""
     expected, got = tasks["optimized"](), tasks["ours"]()
     error = np.linalg.norm((got - expected).ravel()) / np.linalg.norm(expected.ravel())
     if not error < 1e-4:
@@ -219,7 +218,7 @@ def check(equation: str, tasks: dict[str, Task]) -> None:
 
 
 def overhead(options: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of a call whose product is next to nothing: ours with a warm plan, and np.matmul alone."""
+    """Microseconds of a tiny product: by einsum with a cached plan, and by np.matmul alone."""
     x, weight = np.ones((1, 1, 16), np.float32), np.ones((16, 16), np.float32)
     row = x.reshape(1, 16)
     tasks: dict[str, Task] = {
@@ -263,7 +262,7 @@ def summary(rows: Sequence[Row], tiny: dict[str, float], options: argparse.Names
     where = f"({worst.equation} at {worst.tokens} tokens)"
     yield f"np.einsum(optimize=True) / ours: worst {worst.ratio:.2f}x {where}, geometric mean {mean:.2f}x"
     parts = f"einsum {tiny['ours']:.2f} us, np.matmul alone {tiny['bare']:.2f} us"
-    yield f"the engine's own overhead: {tiny['ours'] - tiny['bare']:.2f} us a call ({parts})"
+    yield f"overhead of einsum: {tiny['ours'] - tiny['bare']:.2f} us per call ({parts})"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -274,20 +273,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--model",
         default="smollm2-135m",
-        help="whose equations and sizes: anything et.load takes (%(default)s)",
+        help="the model to record: any source of et.load (%(default)s)",
     )
     add("--tokens", nargs="+", type=int, default=[1, 8, 128, 512, 2048], metavar="N", help="tokens of a pass")
-    add("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     add("--threads", type=int, default=2, help="BLAS threads (default: %(default)s)")
     add(
         "--plain-limit",
         type=float,
         default=2.0,
         metavar="S",
-        help="skip plain np.einsum beyond this (%(default)s s)",
+        help="skip plain np.einsum if it takes longer (%(default)s s)",
     )
-    add("--quick", action="store_true", help="few tokens, one short round, to see that all runs")
-    add("--json", type=Path, metavar="FILE", help="write every number")
+    add("--quick", action="store_true", help="smoke test: few tokens, one short round")
+    add("--json", type=Path, metavar="FILE", help="write all results")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args(arguments)
     options.turn = 0.02

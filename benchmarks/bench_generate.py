@@ -1,7 +1,7 @@
-"""Prefill, decode, cold start and memory of this package beside transformers and llama.cpp, on one model.
+"""Prefill, decode, cold start and memory of this package, transformers and llama.cpp on one model.
 
-Each candidate is a process of its own, with its own Python if need be; they compute in turns, round by round,
-one at a time, and medians are reported. README.md says what each number means.
+Each candidate runs in a separate process, optionally with another Python. The candidates run one at a time
+and alternate in every round; medians are reported. README.md explains the output.
 
     python benchmarks/bench_generate.py --oracle-python other/bin/python --json generate.json
 """
@@ -28,12 +28,12 @@ from workers import CANDIDATES, Candidate, random_tokens
 PROMPT = "The capital of France is"
 DECODE_AFTER = 128
 MEMORY_TOKENS = 512
-SOURCES = {"safetensors": "safetensors", "default": "the model as it comes", "gguf": "float32 GGUF"}
+SOURCES = {"safetensors": "safetensors", "default": "the original file", "gguf": "float32 GGUF"}
 
 
 @dataclass(slots=True)
 class Run:
-    """The settings of a run and everything it measured: samples[measure][candidate] is one value a round."""
+    """The settings and results of a run: samples[measure][candidate] is a list with a value per round."""
 
     options: argparse.Namespace
     candidates: dict[str, Candidate]
@@ -46,26 +46,26 @@ class Run:
     )
 
     def medians(self, measure: str) -> dict[str, float]:
-        """Candidate -> median, in the order of the candidates, whoever came first in a round."""
+        """Candidate -> median, in the order of `candidates`."""
         order = [*self.candidates, "NumPy"]
         names = sorted(self.samples[measure], key=lambda name: order.index(name.split()[0]))
         return {name: median(self.samples[measure][name]) for name in names}
 
     def best(self, measure: str) -> float | None:
-        """The largest sample of all candidates: what the machine was seen to reach."""
+        """The largest sample of all candidates, an estimate of the machine's limit."""
         return max((max(values) for values in self.samples[measure].values()), default=None)
 
 
 def task(run: Run, candidate: str, source: str, context: int) -> tuple[str, dict[str, Any]]:
-    """(python, what to start a worker with)."""
+    """(Python executable, task) of a worker."""
     options = run.options
     python = options.ours_python if run.candidates[candidate].checkout else options.oracle_python
-    given = {"candidate": candidate, "threads": options.threads, "context": context}
-    return python, given | {"source": run.facts["sources"][source]}
+    settings = {"candidate": candidate, "threads": options.threads, "context": context}
+    return python, settings | {"source": run.facts["sources"][source]}
 
 
 def measure(run: Run) -> None:
-    """Fill `run`: prepare the files, start the workers, then go round and round."""
+    """Fill `run`: prepare the files, start the workers, and run all rounds."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         progress("preparing the model's files")
         model = {"model_name": run.options.model, "folder": folder, "lengths": run.options.lengths}
@@ -76,7 +76,7 @@ def measure(run: Run) -> None:
             raise SystemExit(f"{run.options.ours_python}: einsum_transformer: {run.facts['failed']}")
         started = start_workers(run)
         try:
-            # The first round warms caches, files and clocks, and does not count.
+            # Round 0 warms up caches, files and clocks.
             for number in range(run.options.rounds + 1):
                 progress("warm-up" if number == 0 else f"round {number} of {run.options.rounds}")
                 one_round(run, started, number)
@@ -86,34 +86,34 @@ def measure(run: Run) -> None:
 
 
 def start_workers(run: Run) -> dict[str, Worker]:
-    """The workers of the candidates that can run here; why others cannot is kept in `run.left_out`."""
+    """Start the workers of the candidates that can run; `run.left_out` gets the reasons of the others."""
     started: dict[str, Worker] = {}
     context = max(*run.options.lengths, DECODE_AFTER) + run.options.steps + 8
     for name, candidate in run.candidates.items():
         source = candidate.sources[0]
         if source not in run.facts["sources"]:
-            run.left_out[name] = f"{run.options.model} did not come as a {source} file"
+            run.left_out[name] = f"{run.options.model} is not a {source} file"
             continue
         worker = Worker(workers.__file__, *task(run, name, source, context), candidate.checkout)
-        hello = worker.answer()
-        if "failed" in hello:
-            run.left_out[name] = hello["failed"]
+        first = worker.answer()
+        if "failed" in first:
+            run.left_out[name] = first["failed"]
             worker.close()
             continue
-        # Another checkout runs with the same NumPy and BLAS; its own version is in its name.
-        run.versions |= {} if name.startswith(PREFIX) else hello["versions"]
+        # Another checkout uses the same NumPy and BLAS, and its version is part of its name.
+        run.versions |= {} if name.startswith(PREFIX) else first["versions"]
         started[name] = worker
     for name, reason in run.left_out.items():
-        progress(f"left out: {label(run, name)}: {reason}")
+        progress(f"skipped: {label(run, name)}: {reason}")
     if not started:
-        raise SystemExit("no candidate can run here")
+        raise SystemExit("no candidate can run: see the reasons above")
     return started
 
 
 def one_round(run: Run, started: dict[str, Worker], number: int) -> None:
-    """Every measure once for every candidate; who begins changes from round to round."""
+    """Every measure once for every candidate; the order of the candidates rotates with the round."""
 
-    def keep(measure: str, candidate: str, value: float | None) -> None:
+    def add(measure: str, candidate: str, value: float | None) -> None:
         if number and value is not None:
             run.samples[measure][candidate].append(value)
 
@@ -121,63 +121,63 @@ def one_round(run: Run, started: dict[str, Worker], number: int) -> None:
     names = list(started)
     names = names[number % len(names) :] + names[: number % len(names)]
     for name in names:
-        keep("sgemm GFLOP/s", name, started[name].ask("sgemm", size=options.sgemm_size))
+        add("sgemm GFLOP/s", name, started[name].ask("sgemm", size=options.sgemm_size))
     for name in [name for name in names if run.candidates[name].checkout == ROOT][:1]:
-        keep("stream GB/s", "NumPy", started[name].ask("stream", size=options.stream_bytes))
+        add("stream GB/s", "NumPy", started[name].ask("stream", size=options.stream_bytes))
     for length in options.lengths:
         ids = random_tokens(length, vocabulary, seed=number)
         for name in names:
             answer = started[name].ask("prefill", ids=ids)
-            keep(f"prefill {length} ms", name, answer["ms"])
-            agree(run, f"prefill {length}", number, name, answer["token"])
+            add(f"prefill {length} ms", name, answer["ms"])
+            record_tokens(run, f"prefill {length}", number, name, answer["token"])
     ids = random_tokens(DECODE_AFTER, vocabulary, seed=number)
     for name in names:
         answer = started[name].ask("decode", ids=ids, steps=options.steps)
-        keep("decode ms", name, answer["ms"])
-        agree(run, "decode", number, name, answer["tokens"])
+        add("decode ms", name, answer["ms"])
+        record_tokens(run, "decode", number, name, answer["tokens"])
     for name in names:
         for source in run.candidates[name].sources:
             seconds, peak = fresh_process(run, name, source, number)
-            keep("first token s", f"{name} {source}", seconds)
-            keep("peak bytes", f"{name} {source}", peak)
+            add("first token s", f"{name} {source}", seconds)
+            add("peak bytes", f"{name} {source}", peak)
 
 
-def agree(run: Run, measure: str, number: int, candidate: str, tokens: Any) -> None:
-    """Keep what each candidate answered, to see that all compute the same model."""
+def record_tokens(run: Run, measure: str, number: int, candidate: str, tokens: Any) -> None:
+    """Store the tokens of a candidate, to check that all candidates compute the same model."""
     run.agreement.setdefault(f"{measure} round {number}", {})[candidate] = tokens
 
 
 def fresh_process(run: Run, candidate: str, source: str, number: int) -> tuple[float, float | None]:
-    """(seconds from starting a process to its first token, the most memory it held by the end of it)."""
+    """(seconds from the start of a process to its first token, its peak memory at the end)."""
     ids = random_tokens(run.options.memory_tokens, run.facts["vocabulary"])
-    python, given = task(run, candidate, source, run.options.memory_tokens + run.options.steps + 8)
+    python, settings = task(run, candidate, source, run.options.memory_tokens + run.options.steps + 8)
     time.sleep(PAUSE)
     start = time.perf_counter()
     worker = Worker(
         workers.__file__,
         python,
-        given | {"fresh": {"prompt": PROMPT, "ids": ids, "steps": run.options.steps}},
+        settings | {"fresh": {"prompt": PROMPT, "ids": ids, "steps": run.options.steps}},
         run.candidates[candidate].checkout,
     )
     first = worker.answer()
     seconds = time.perf_counter() - start
     if "failed" in first:
         raise SystemExit(f"{label(run, candidate)} from {source}: {first['failed']}")
-    agree(run, "first token", number, f"{candidate} {source}", first["token"])
+    record_tokens(run, "first token", number, f"{candidate} {source}", first["token"])
     peak = worker.answer()["peak_bytes"]
     worker.close()
     return seconds, peak
 
 
 def label(run: Run, candidate: str) -> str:
-    """How the tables call a candidate, with its source if that is named."""
+    """The name of a candidate in the tables, with its source if `candidate` contains one."""
     name, _, source = candidate.partition(" ")
     known = run.candidates[name].label if name in run.candidates else name
     return known + (f", from {SOURCES[source]}" if source else "")
 
 
 def ratio(run: Run, measure: str, candidate: str) -> float | None:
-    """How many times faster than transformers (medians); None if one of the two was not measured."""
+    """The speed-up over transformers (ratio of medians); None if one of the two was not measured."""
     medians = run.medians(measure)
     reference = medians.get("transformers", medians.get("transformers safetensors"))
     return reference / medians[candidate] if reference and candidate in medians else None
@@ -195,26 +195,26 @@ def tables(run: Run) -> list[Table]:
 
 
 def against_rows(run: Run) -> Iterator[tuple[str, list[float], list[float]]]:
-    """(measure and candidate, our samples, those of the other checkout on the same BLAS)."""
+    """(measure and candidate, our samples, samples of the other checkout on the same BLAS)."""
     for measure, by_name in run.samples.items():
-        if "/s" in measure:  # of the machine, not of a checkout
+        if "/s" in measure:  # a limit of the machine, the same for both checkouts
             continue
         unit, shown_measure = (1e6, "peak MB") if measure == "peak bytes" else (1, measure)
         for name in run.medians(measure):
             if PREFIX + name in by_name:
-                what = f"{shown_measure}: {label(run, name).removeprefix('ours, ')}"
+                row = f"{shown_measure}: {label(run, name).removeprefix('ours, ')}"
                 ours, theirs = ([value / unit for value in by_name[each]] for each in (name, PREFIX + name))
-                yield what, ours, theirs
+                yield row, ours, theirs
 
 
 def limits_table(run: Run) -> Table:
     rows = []
     for measure in ("sgemm GFLOP/s", "stream GB/s"):
-        what, unit = measure.split()
+        limit, unit = measure.split()
         for name, middle in run.medians(measure).items():
             best = max(run.samples[measure][name])
-            rows.append((f"{what}, {label(run, name)}", f"{middle:.1f}", f"{best:.1f}", unit))
-    return Table("What the machine reached in this run", ("", "median", "best", "unit"), rows)
+            rows.append((f"{limit}, {label(run, name)}", f"{middle:.1f}", f"{best:.1f}", unit))
+    return Table("Limits of the machine measured in this run", ("", "median", "best", "unit"), rows)
 
 
 def prefill_table(run: Run) -> Table:
@@ -231,7 +231,7 @@ def prefill_table(run: Run) -> Table:
 
 
 def decode_share(run: Run, candidate: str) -> float | None:
-    """Weight bytes read a second, as a share of the best stream bandwidth of this run."""
+    """Bytes of weights read per second, relative to the best stream bandwidth of this run."""
     ms, stream = run.medians("decode ms").get(candidate), run.best("stream GB/s")
     return run.facts["bytes_per_token"] / ms / 1e6 / stream if ms and stream else None
 
@@ -259,11 +259,11 @@ def fresh_table(run: Run) -> Table:
 
 
 def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
-    """(what, measured, "at least" or "at most", target)."""
+    """(name, measured value, "at least" or "at most", target)."""
     found: list[tuple[str, float | None, str, float]] = []
 
     def faster(values: Callable[[str], float | None]) -> float | None:
-        """Of both providers."""
+        """The larger value of the two BLAS providers."""
         return max((value for value in map(values, ("numpy", "mkl")) if value is not None), default=None)
 
     for length in run.options.lengths:
@@ -288,10 +288,10 @@ def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
 
 def targets_table(run: Run) -> Table:
     rows = []
-    for what, value, bound, target in targets(run):
+    for name, value, bound, target in targets(run):
         met = None if value is None else value >= target if bound == "at least" else value <= target
         verdict = {None: "not measured", True: "met", False: "missed"}[met]
-        rows.append((what, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
+        rows.append((name, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
     return Table("Targets", ("", "measured", "target", ""), rows)
 
 
@@ -307,7 +307,7 @@ def notes(run: Run) -> Iterator[str]:
     )
     yield f"all candidates chose the same tokens in {same} of {len(run.agreement)} measurements"
     for name, reason in run.left_out.items():
-        yield f"left out: {label(run, name)}: {reason}"
+        yield f"skipped: {label(run, name)}: {reason}"
 
 
 def _answers(by_candidate: dict[str, Any]) -> list[Any]:
@@ -315,17 +315,17 @@ def _answers(by_candidate: dict[str, Any]) -> list[Any]:
 
 
 def widest_spread(run: Run) -> str:
-    """How far the rounds lie apart: a difference between two medians means little if it is smaller."""
+    """The spread of the rounds; a difference of two medians that is smaller is not significant."""
     spreads = {}
     for measure, by_name in run.samples.items():
         for name, values in by_name.items():
             spreads[f"{measure.rsplit(' ', 1)[0]}, {label(run, name)}"] = machine.spread(values)
     typical, where = median(list(spreads.values())), max(spreads, key=spreads.__getitem__)
-    return f"largest less smallest round: {typical:.0%} of the median, at most {spreads[where]:.0%} ({where})"
+    return f"range of the rounds: {typical:.0%} of the median, at most {spreads[where]:.0%} ({where})"
 
 
 def result(run: Run) -> dict[str, Any]:
-    """Everything, for --json."""
+    """The settings, results and samples for --json."""
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(run.options).items()
     }
@@ -358,21 +358,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--ours-python",
         default=sys.executable,
         metavar="EXE",
-        help="Python that has what this package needs (default: this one)",
+        help="Python with the dependencies of this package (default: the current one)",
     )
     add(
         "--oracle-python",
         default=sys.executable,
         metavar="EXE",
-        help="Python that has transformers, torch, llama_cpp",
+        help="Python with transformers, torch and llama_cpp (default: the current one)",
     )
-    add("--model", default="smollm2-135m", help="anything et.load takes (default: %(default)s)")
+    add("--model", default="smollm2-135m", help="any source of et.load (default: %(default)s)")
     add(
         "--candidates",
         nargs="+",
         choices=CANDIDATES,
         default=list(CANDIDATES),
-        help="default: all that are installed",
+        help="default: all installed ones",
     )
     add(
         "--lengths",
@@ -383,13 +383,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="prompt lengths of the prefill",
     )
     checkouts.add_option(parser)
-    add("--steps", type=int, default=32, help="decode steps of a round (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="rounds that count; one more warms up (default: %(default)s)")
-    add("--threads", type=int, default=2, help="for every candidate (default: %(default)s)")
+    add("--steps", type=int, default=32, help="decode steps per round (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="measured rounds, after a warm-up (default: %(default)s)")
+    add("--threads", type=int, default=2, help="threads of every candidate (default: %(default)s)")
     add(
         "--quick",
         action="store_true",
-        help="one round with tiny sizes, to see that all runs: its numbers mean nothing",
+        help="smoke test: one round with tiny sizes, meaningless timings",
     )
     add("--json", type=Path, metavar="FILE", help="write settings, versions and every sample")
     add("--markdown", action="store_true", help="print the tables as Markdown")

@@ -1,7 +1,8 @@
-"""A mixture of experts beside a dense feed-forward of as many operations: cost must follow the tokens routed.
+"""A mixture of experts compared with a dense feed-forward layer of equal FLOPs.
 
-The dense one is as wide as the chosen experts together, so both do the same products. The candidates take
-turns, round by round, and medians are reported. README.md says what each number means.
+The dense layer is as wide as the selected experts of a token together. The cost of a mixture of experts must
+follow the routed tokens, not the number of experts. The candidates alternate in every round, and medians are
+reported. README.md explains the output.
 
     python benchmarks/bench_moe.py --json moe.json
 """
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Before NumPy, so that OpenBLAS's threads do not wait in busy loops.
+# Imported before NumPy, so that idle OpenBLAS threads do not spin.
 import einsum_transformer  # noqa: F401
 
 import machine  # isort: skip
@@ -40,7 +41,7 @@ class Row:
     moe_backward: float
     dense_backward: float
     gflops: float
-    """Of the dense feed-forward, per second."""
+    """GFLOP/s of the forward pass of the dense layer."""
 
 
 def values(*shape: int) -> Array:
@@ -61,15 +62,15 @@ def bench(experts: int, tokens: int, options: argparse.Namespace) -> Row:
     model, hidden, top_k = options.model, options.hidden, options.top_k
     parts = tuple(mlp(model, hidden) for _ in range(experts))
     candidates = MoE(values(experts, model) * 50, parts, routing=Routing(top_k)), mlp(model, top_k * hidden)
-    x = values(model, tokens).T.reshape(1, tokens, model)  # as a projection lays it out
+    x = values(model, tokens).T.reshape(1, tokens, model)  # the memory layout of a projection's output
     dy = values(model, tokens).T.reshape(1, tokens, model)
     samples: dict[tuple[int, str], list[float]] = {}
     for _ in range(options.rounds + 1):
         for i, candidate in enumerate(candidates):
-            seconds, (_, saved) = timed(lambda candidate=candidate: candidate.forward(x))
-            samples.setdefault((i, "forward"), []).append(seconds)
-            seconds, _ = timed(lambda candidate=candidate, saved=saved: candidate.backward(dy, saved))
-            samples.setdefault((i, "backward"), []).append(seconds)
+            ms, (_, saved) = timed(lambda candidate=candidate: candidate.forward(x))
+            samples.setdefault((i, "forward"), []).append(ms)
+            ms, _ = timed(lambda candidate=candidate, saved=saved: candidate.backward(dy, saved))
+            samples.setdefault((i, "backward"), []).append(ms)
     medians = {key: median(found[1:]) for key, found in samples.items()}
     flops = 6 * model * hidden * top_k * tokens
     return Row(
@@ -107,14 +108,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--experts", nargs="+", type=int, default=[16, 64, 128], metavar="N", help="numbers of experts")
-    add("--top-k", type=int, default=8, help="experts of a token (%(default)s)")
+    add("--top-k", type=int, default=8, help="experts per token (%(default)s)")
     add("--model", type=int, default=1024, help="model size (%(default)s)")
     add("--hidden", type=int, default=512, help="hidden size of an expert (%(default)s)")
     add("--tokens", nargs="+", type=int, default=[1, 128, 512, 2048], metavar="N", help="tokens of a pass")
-    add("--rounds", type=int, default=7, help="turns of each candidate (%(default)s)")
+    add("--rounds", type=int, default=7, help="measured rounds (%(default)s)")
     add("--threads", type=int, default=2, help="BLAS threads (%(default)s)")
-    add("--quick", action="store_true", help="few tokens, one round, to see that all runs")
-    add("--json", type=Path, metavar="FILE", help="write every number")
+    add("--quick", action="store_true", help="smoke test: few tokens, one round")
+    add("--json", type=Path, metavar="FILE", help="write all results")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -1,6 +1,6 @@
-"""One training step on one Ray worker and on several, each with one BLAS thread; the weights are random.
+"""A training step on one Ray worker and on several, each with one BLAS thread; the weights are random.
 
-The runs take turns, round by round, and medians are reported. README.md says what each number means.
+The runs alternate in every round, and medians are reported. README.md explains the output.
 
     python benchmarks/bench_ray.py --json ray.json
 """
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A run: what is trained, by how many workers, and where the optimizer's state is."""
+    """A run: the number of workers, the trained weights, and whether the optimizer's state is sharded."""
 
     name: str
     workers: int
@@ -36,25 +36,25 @@ class Case:
 
 
 def cases(workers: int) -> list[Case]:
-    """Of every weight and of adapters alone, the baseline of each first."""
+    """Runs that train all weights and runs that train adapters; the baseline of each comes first."""
     many = f"{workers} workers"
     return [
         Case("all weights, 1 worker", 1, lora=False),
         Case(f"all weights, {many}", workers, lora=False),
-        Case(f"all weights, {many}, divided state", workers, lora=False, shard_optimizer=True),
+        Case(f"all weights, {many}, sharded state", workers, lora=False, shard_optimizer=True),
         Case("LoRA, 1 worker", 1, lora=True),
         Case(f"LoRA, {many}", workers, lora=True),
     ]
 
 
 def trainer(case: Case, options: argparse.Namespace, stack: ExitStack) -> Any:
-    """The run's Trainer, with its workers started; the stack ends them."""
+    """The Trainer of a run with started workers, which the stack ends."""
     import einsum_transformer as et
-    from einsum_transformer.cluster.data_parallel import data_parallel
+    from einsum_transformer.cluster.data_parallel import RayWorkers
     from einsum_transformer.models.adapters import with_lora
     from einsum_transformer.models.lora_config import LoRAConfig
     from einsum_transformer.training.data import RandomTokens
-    from einsum_transformer.training.loop import Settings, Trainer
+    from einsum_transformer.training.loop import Trainer, TrainingSettings
     from einsum_transformer.training.optimizers import AdamW
     from einsum_transformer.training.schedule import Schedule
 
@@ -62,17 +62,17 @@ def trainer(case: Case, options: argparse.Namespace, stack: ExitStack) -> Any:
     if case.lora:
         model = with_lora(model, LoRAConfig(8, target_modules=LORA_TARGETS))
     batches = RandomTokens(model.config.vocab_size, options.batch_size, options.seq_len)
-    start = data_parallel(case.workers, threads=case.workers, shard_optimizer=case.shard_optimizer)
+    start = RayWorkers(case.workers, threads=case.workers, shard_optimizer=case.shard_optimizer).compute()
     return Trainer(
         model,
         batches,
-        Settings(Schedule(1e-4, 1), AdamW()),
+        TrainingSettings(Schedule(1e-4, 1), AdamW()),
         lambda model, settings: stack.enter_context(start(model, settings)),
     )
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Case -> part of a step -> milliseconds of every round."""
+    """Case -> phase of a step -> milliseconds of every round."""
     from einsum_transformer.cluster.pool import Connection
     from einsum_transformer.engine import Recorder, blas
 
@@ -85,15 +85,15 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         for case in wanted:
             progress(f"starting {case.name}")
             started.append((case, trainer(case, options, stack)))
-        # The first round warms up and does not count.
+        # Round 0 is a warm-up.
         for number in range(options.rounds + 1):
             progress("warm-up" if number == 0 else f"round {number} of {options.rounds}")
-            turn = number % len(started)
-            for case, made in started[turn:] + started[:turn]:
-                # What `train --ray-workers N --threads N` gives the driver, for when the workers wait.
+            first = number % len(started)
+            for case, training in started[first:] + started[:first]:
+                # The driver's threads under `train --ray-workers N --threads N`, used while workers wait.
                 blas.set_threads(case.workers)
                 with Recorder() as recorder:
-                    seconds = made.step().seconds
+                    seconds = training.step().seconds
                 if number == 0:
                     continue
                 samples[case.name]["step"].append(seconds * 1e3)
@@ -125,10 +125,9 @@ def notes(options: argparse.Namespace, samples: dict[str, dict[str, list[float]]
     return [
         machine.machine_line(),
         f"{options.config.name}, random weights; {options.batch_size} x {options.seq_len} tokens; AdamW",
-        f"Ray {version('ray')}, NumPy {version('numpy')}; one BLAS thread for each worker, and as many "
-        "for the driver as they have together",
-        f"medians of {options.rounds} rounds; largest less smallest round: at most {max(spreads):.0%} of "
-        "the median",
+        f"Ray {version('ray')}, NumPy {version('numpy')}; one BLAS thread per worker, the sum of them in "
+        "the driver",
+        f"medians of {options.rounds} rounds; range of the rounds: at most {max(spreads):.0%} of the median",
     ]
 
 
@@ -138,17 +137,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", type=Path, default=ROOT / "configs/fast_lora.json", help="default: %(default)s")
-    add("--workers", type=int, default=os.cpu_count() or 2, help="default: the cores, %(default)s")
-    add("--batch-size", type=int, default=8, metavar="N", help="rows of a step (default: %(default)s)")
-    add("--seq-len", type=int, default=128, metavar="N", help="tokens of a row (default: %(default)s)")
-    add("--rounds", type=int, default=7, help="rounds that count; one more warms up (default: %(default)s)")
-    add("--store-bytes", type=int, default=1 << 31, help="of Ray's object store (default: %(default)s)")
-    add("--quick", action="store_true", help="one short round, to see that all runs: numbers mean nothing")
+    add("--workers", type=int, default=os.cpu_count() or 2, help="default: one per core, %(default)s")
+    add("--batch-size", type=int, default=8, metavar="N", help="rows per step (default: %(default)s)")
+    add("--seq-len", type=int, default=128, metavar="N", help="tokens per row (default: %(default)s)")
+    add("--rounds", type=int, default=7, help="measured rounds, after a warm-up (default: %(default)s)")
+    add("--store-bytes", type=int, default=1 << 31, help="size of Ray's object store (default: %(default)s)")
+    add("--quick", action="store_true", help="smoke test: one short round, meaningless timings")
     add("--json", type=Path, metavar="FILE", help="write settings and every sample")
     add("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(arguments)
     if options.workers < 2:
-        parser.error("--workers: at least 2, to set beside one")
+        parser.error("--workers: at least 2 is expected")
     if options.quick:
         options.batch_size, options.seq_len, options.rounds = options.workers, 8, 1
     return options

@@ -1,7 +1,7 @@
-"""Speculative decoding beside step by step, greedily, on a text that repeats itself and on one that does not.
+"""Greedy speculative decoding compared with ordinary decoding, on a repetitive text and on prose.
 
-The candidates take turns, round by round, and medians are reported; all write the same text. README.md says
-what each number means.
+The candidates alternate in every round, and medians are reported; all generate the same text. README.md
+explains the output.
 
     python benchmarks/bench_speculative.py --json speculative.json
 """
@@ -33,16 +33,16 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def bench(model: et.Model, text: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Of each candidate: seconds of every round, and what the speculation did."""
+    """For each candidate, the seconds of every round and the statistics of speculation."""
     found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in CANDIDATES}
-    for turn in range(options.rounds + 1):
+    for number in range(options.rounds + 1):
         for name, settings in CANDIDATES.items():
-            progress(f"round {turn} of {options.rounds}: {name}")
+            progress(f"round {number} of {options.rounds}: {name}")
             start = time.perf_counter()
             result = et.generate(
                 model, text, max_new_tokens=options.new, temperature=0, ignore_eos=True, **settings
             )
-            if turn:  # the first one warms up
+            if number:  # round 0 is a warm-up
                 found[name]["seconds"].append(time.perf_counter() - start)
             found[name]["speculation"], found[name]["text"] = result.speculation, result.text
     return found
@@ -52,12 +52,12 @@ def table(name: str, found: dict[str, dict[str, Any]], new: int) -> Table:
     plain = median(found["step by step"]["seconds"])
     lines = []
     for candidate, numbers in found.items():
-        seconds, said = median(numbers["seconds"]), numbers["speculation"]
-        accepted = f"{100 * sum(said['accepted']) / max(sum(said['drafted']), 1):.0f} %" if said else "-"
-        rounds = f"{said['tokens_per_round']:.2f}" if said else "1"
+        seconds, counts = median(numbers["seconds"]), numbers["speculation"]
+        share = f"{100 * sum(counts['accepted']) / max(sum(counts['drafted']), 1):.0f} %" if counts else "-"
+        rounds = f"{counts['tokens_per_round']:.2f}" if counts else "1"
         same = "yes" if numbers["text"] == found["step by step"]["text"] else "no"
         speed = f"{new / seconds:.1f}", f"{plain / seconds:.2f}x"
-        lines.append((candidate, *speed, accepted, rounds, same))
+        lines.append((candidate, *speed, share, rounds, same))
     header = ("", "tokens/s", "speed-up", "drafts accepted", "tokens per pass", "same text")
     return Table(name, header, lines)
 
@@ -67,12 +67,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="anything et.load takes (%(default)s)")
+    add("--model", default="smollm2-135m", help="any source of et.load (%(default)s)")
     add("--new", type=int, default=128, help="tokens to generate (%(default)s)")
-    add("--rounds", type=int, default=5, help="turns of each candidate (%(default)s)")
+    add("--rounds", type=int, default=5, help="measured rounds (%(default)s)")
     add("--threads", type=int, default=2, help="BLAS threads (%(default)s)")
-    add("--quick", action="store_true", help="few tokens, one round, to see that all runs")
-    add("--json", type=Path, metavar="FILE", help="write every number")
+    add("--quick", action="store_true", help="smoke test: few tokens, one round")
+    add("--json", type=Path, metavar="FILE", help="write all results")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -85,8 +85,8 @@ def main() -> None:
     blas.set_threads(options.threads)
     model = et.load(options.model)
     found = {name: bench(model, text, options) for name, text in TEXTS.items()}
-    what = f"{options.model}, {options.new} tokens, greedy; {options.threads} threads"
-    lines = [machine.machine_line(), f"{what}; medians of {options.rounds} rounds"]
+    setting = f"{options.model}, {options.new} tokens, greedy; {options.threads} threads"
+    lines = [machine.machine_line(), f"{setting}; medians of {options.rounds} rounds"]
     machine.show(lines, [table(name, each, options.new) for name, each in found.items()], options.markdown)
     machine.save_json(options.json, {"machine": machine.describe(), "found": found})
 

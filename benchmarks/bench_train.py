@@ -1,7 +1,7 @@
-"""A training step of all weights and of LoRA adapters, beside transformers and peft on PyTorch.
+"""A training step of all weights and of LoRA adapters, compared with transformers and peft on PyTorch.
 
-Each candidate and each way to train is a process of its own; they compute in turns, round by round, one at a
-time, and medians are reported. README.md says what each number means.
+Each candidate runs each kind of training in a separate process. The processes run one at a time and alternate
+in every round; medians are reported. README.md explains the output.
 
     python benchmarks/bench_train.py --oracle-python other/bin/python --json train.json
 """
@@ -27,7 +27,7 @@ from train_workers import CANDIDATES, Candidate
 
 KINDS = {"full": "all weights", "lora": "LoRA"}
 REFERENCE = "torch"
-# torch / ours at least this, by kind of training; the first model is what they are about
+# minimum of torch / ours by kind of training, for the first model
 TARGETS = {"full": 1.0, "lora": 1.2}
 
 Key = tuple[str, str, str]
@@ -36,7 +36,7 @@ Key = tuple[str, str, str]
 
 @dataclass(slots=True)
 class Run:
-    """The settings of a run and everything it measured."""
+    """The settings and results of a run."""
 
     options: argparse.Namespace
     candidates: dict[str, Candidate]
@@ -50,7 +50,7 @@ class Run:
     peaks: dict[Key, int | None] = field(default_factory=dict)
 
     def faster(self, key: Key) -> float | None:
-        """How many times faster than torch in the same round, the median of the rounds."""
+        """The speed-up over torch, as the median ratio over the rounds."""
         reference = self.ms.get((*key[:2], REFERENCE))
         return median([theirs / own for theirs, own in zip(reference, self.ms[key])]) if reference else None
 
@@ -59,12 +59,12 @@ class Run:
 
 
 def measure(run: Run) -> None:
-    """Fill `run`: prepare the files, start the processes, then go round and round."""
+    """Fill `run`: prepare the files, start the processes, and run all rounds."""
     options = run.options
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         progress("preparing the models' files")
-        wanted = {"batch_size": options.batch_size, "seq_len": options.seq_len}
-        task = {"prepare": {"folder": folder, "models": run.models} | wanted}
+        sizes = {"batch_size": options.batch_size, "seq_len": options.seq_len}
+        task = {"prepare": {"folder": folder, "models": run.models} | sizes}
         preparation = Worker(train_workers.__file__, options.ours_python, task, ROOT)
         run.facts = preparation.answer()
         preparation.close()
@@ -72,7 +72,7 @@ def measure(run: Run) -> None:
             raise SystemExit(f"{options.ours_python}: einsum_transformer: {run.facts['failed']}")
         started = start(run)
         try:
-            # The first rounds warm up (torch needs three) and do not count; their losses do.
+            # Warm-up rounds (torch needs three) are not timed, but their losses are compared.
             for number in range(-options.warm_up, options.rounds):
                 progress(f"warm-up {-number}" if number < 0 else f"round {number + 1} of {options.rounds}")
                 one_round(run, started, number)
@@ -83,7 +83,7 @@ def measure(run: Run) -> None:
 
 
 def start(run: Run) -> dict[Key, Worker]:
-    """The processes of the candidates that can run here; why others cannot is kept in `run.left_out`."""
+    """Start the processes of the candidates that can run; `run.left_out` gets the reasons of the others."""
     started: dict[Key, Worker] = {}
     for model, facts in run.facts.items():
         for kind in KINDS:
@@ -92,35 +92,34 @@ def start(run: Run) -> dict[Key, Worker]:
                 task = {"candidate": name, "source": facts["source"], "threads": run.options.threads}
                 task["adapter"] = facts["adapter"] if kind == "lora" else None
                 worker = Worker(train_workers.__file__, python, task, known.checkout)
-                hello = worker.answer()
-                if "failed" in hello:
-                    run.left_out[f"{known.label}, {KINDS[kind]}"] = hello["failed"]
+                first = worker.answer()
+                if "failed" in first:
+                    run.left_out[f"{known.label}, {KINDS[kind]}"] = first["failed"]
                     worker.close()
                     continue
-                # Another checkout runs with the same NumPy and BLAS; its own version is in its name.
-                run.versions |= {} if name.startswith(PREFIX) else hello["versions"]
+                # Another checkout uses the same NumPy and BLAS, and its version is part of its name.
+                run.versions |= {} if name.startswith(PREFIX) else first["versions"]
                 started[model, kind, name] = worker
     for name, reason in run.left_out.items():
-        progress(f"left out: {name}: {reason}")
+        progress(f"skipped: {name}: {reason}")
     if not started:
-        raise SystemExit("no candidate can run here")
+        raise SystemExit("no candidate can run: see the reasons above")
     return started
 
 
 def one_round(run: Run, started: dict[Key, Worker], number: int) -> None:
-    """A step of everybody; who begins changes from round to round."""
+    """A step of every candidate; the order of the candidates rotates with the round."""
     options, names = run.options, list(run.candidates)
-    turn = number % len(names)
-    names = names[turn:] + names[:turn]
+    first = number % len(names)
+    names = names[first:] + names[:first]
     for name in names:
         worker = next((worker for key, worker in started.items() if key[2] == name), None)
         if worker is not None:
             run.sgemm[name].append(worker.ask("sgemm", size=options.sgemm_size))
     for model, facts in run.facts.items():
-        choose = random.Random(number)
+        rng = random.Random(number)
         rows = [
-            choose.choices(range(facts["vocabulary"]), k=options.seq_len + 1)
-            for _ in range(options.batch_size)
+            rng.choices(range(facts["vocabulary"]), k=options.seq_len + 1) for _ in range(options.batch_size)
         ]
         for kind in KINDS:
             for key in ((model, kind, name) for name in names if (model, kind, name) in started):
@@ -148,7 +147,7 @@ def tables(run: Run) -> list[Table]:
 
 
 def against_rows(run: Run) -> Iterator[tuple[str, Sequence[float], Sequence[float]]]:
-    """(measure, model, kind and BLAS; our samples; those of the other checkout)."""
+    """(measure, model, kind and BLAS; our samples; samples of the other checkout)."""
     for key in in_order(run):
         model, kind, name = key
         other = model, kind, PREFIX + name
@@ -166,7 +165,7 @@ def limits_table(run: Run) -> Table:
         for name, known in run.candidates.items()
         if name in run.sgemm
     ]
-    return Table("What the machine reached in this run, GFLOP/s", ("", "median", "best"), rows)
+    return Table("Limits of the machine measured in this run, GFLOP/s", ("", "median", "best"), rows)
 
 
 def steps_table(run: Run) -> Table:
@@ -184,7 +183,7 @@ def steps_table(run: Run) -> Table:
 
 
 def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
-    """(what, measured, "at least" or "at most", target)."""
+    """(name, measured value, "at least" or "at most", target)."""
     found: list[tuple[str, float | None, str, float]] = []
     model = next(iter(run.facts))
     for kind, target in TARGETS.items():
@@ -201,10 +200,10 @@ def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
 
 def targets_table(run: Run) -> Table:
     rows = []
-    for what, value, bound, target in targets(run):
+    for name, value, bound, target in targets(run):
         met = None if value is None else value >= target if bound == "at least" else value <= target
         verdict = {None: "not measured", True: "met", False: "missed"}[met]
-        rows.append((what, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
+        rows.append((name, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
     return Table(f"Targets, {next(iter(run.facts))}", ("", "measured", "target", ""), rows)
 
 
@@ -216,41 +215,41 @@ def notes(run: Run) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in run.versions.items())
     spreads = [machine.spread(values) for values in run.ms.values()]
     yield (
-        f"medians of {options.rounds} rounds after {options.warm_up} that warm up, ratios round by round; "
-        f"largest less smallest round: {median(spreads):.0%} of the median, at most {max(spreads):.0%}"
+        f"medians of {options.rounds} rounds after {options.warm_up} warm-up rounds, ratios by round; "
+        f"range of the rounds: {median(spreads):.0%} of the median, at most {max(spreads):.0%}"
     )
     yield from agreement(run)
     for name, reason in run.left_out.items():
-        yield f"left out: {name}: {reason}"
+        yield f"skipped: {name}: {reason}"
 
 
 def agreement(run: Run) -> Iterator[str]:
-    """That all train the same model: how far the losses of the steps lie from torch's, and from those of
-    the other checkout."""
+    """The largest differences of the losses to torch and to the other checkout, which check that all
+    candidates train the same model."""
     steps = run.options.warm_up + run.options.rounds
-    for whose in (REFERENCE, PREFIX):
+    for other in (REFERENCE, PREFIX):
         gaps = [
             abs(own - theirs)
             for (model, kind, name), losses in run.losses.items()
-            if (reference := run.losses.get((model, kind, PREFIX + name if whose == PREFIX else whose)))
+            if (reference := run.losses.get((model, kind, PREFIX + name if other == PREFIX else other)))
             for own, theirs in zip(losses, reference)
         ]
         if gaps:
-            known = "torch" if whose == REFERENCE else checkouts.name_of(run.options.against)
-            yield f"losses of the {steps} steps differ from {known}'s by at most {max(gaps):.1e}"
+            known = "torch" if other == REFERENCE else checkouts.name_of(run.options.against)
+            yield f"losses of the {steps} steps differ from those of {known} by at most {max(gaps):.1e}"
 
 
 def result(run: Run) -> dict[str, Any]:
-    """Everything, for --json."""
+    """The settings, results and samples for --json."""
 
     def named(by_key: dict[Key, Any]) -> dict[str, Any]:
         return {" ".join(key): value for key, value in by_key.items()}
 
-    kept = ("batch_size", "seq_len", "rounds", "warm_up", "threads", "quick")
+    settings = ("batch_size", "seq_len", "rounds", "warm_up", "threads", "quick")
     columns = ("what", "measured", "bound", "target")
     return {
         "machine": machine.describe(),
-        "settings": {name: getattr(run.options, name) for name in kept},
+        "settings": {name: getattr(run.options, name) for name in settings},
         "candidates": {name: known.label for name, known in run.candidates.items()},
         "versions": run.versions,
         "left_out": run.left_out,
@@ -269,25 +268,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    here = sys.executable
+    current = sys.executable
     add(
         "--ours-python",
-        default=here,
+        default=current,
         metavar="EXE",
-        help="Python that has what this package needs (default: this one)",
+        help="Python with the dependencies of this package (default: the current one)",
     )
-    add("--oracle-python", default=here, metavar="EXE", help="Python that has torch, transformers, peft")
-    add("--model", default="smollm2-135m", help="anything et.load takes (default: %(default)s)")
+    add("--oracle-python", default=current, metavar="EXE", help="Python with torch, transformers and peft")
+    add("--model", default="smollm2-135m", help="any source of et.load (default: %(default)s)")
     add("--config", default=str(ROOT / "configs/fast_lora.json"), help="a small model (default: fast_lora)")
-    add("--max-layers", type=int, default=4, metavar="N", help="layers of it (default: %(default)s)")
+    add("--max-layers", type=int, default=4, metavar="N", help="its layers (default: %(default)s)")
     names = list(CANDIDATES)
-    add("--candidates", nargs="+", choices=names, default=names, help="default: all that are installed")
+    add("--candidates", nargs="+", choices=names, default=names, help="default: all installed ones")
     checkouts.add_option(parser)
-    add("--batch-size", type=int, default=4, metavar="N", help="rows of a step (default: %(default)s)")
-    add("--seq-len", type=int, default=128, metavar="N", help="tokens of a row (default: %(default)s)")
-    add("--rounds", type=int, default=9, help="rounds that count (default: %(default)s)")
-    add("--threads", type=int, default=2, help="for every candidate (default: %(default)s)")
-    add("--quick", action="store_true", help="one short round, to see that all runs: numbers mean nothing")
+    add("--batch-size", type=int, default=4, metavar="N", help="rows per step (default: %(default)s)")
+    add("--seq-len", type=int, default=128, metavar="N", help="tokens per row (default: %(default)s)")
+    add("--rounds", type=int, default=9, help="measured rounds (default: %(default)s)")
+    add("--threads", type=int, default=2, help="threads of every candidate (default: %(default)s)")
+    add("--quick", action="store_true", help="smoke test: one short round, meaningless timings")
     add("--json", type=Path, metavar="FILE", help="write settings, versions and every sample")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args(arguments)
@@ -301,10 +300,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     small = f"{Path(options.config).stem}, {options.max_layers} layers"
-    given = {"source": options.config, "max_layers": options.max_layers}
+    truncated = {"source": options.config, "max_layers": options.max_layers}
     chosen = {name: CANDIDATES[name] for name in CANDIDATES if name in options.candidates}
     candidates = checkouts.with_other(chosen, options.against)
-    run = Run(options, candidates, {options.model: {"source": options.model}, small: given})
+    run = Run(options, candidates, {options.model: {"source": options.model}, small: truncated})
     measure(run)
     machine.show(list(notes(run)), tables(run), options.markdown)
     machine.save_json(options.json, result(run))

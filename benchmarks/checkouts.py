@@ -1,4 +1,4 @@
-"""Another checkout of this project beside this one: the option --against, and the table of the two."""
+"""Comparison with another checkout of this project: the option --against and its table."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def add_option(parser: argparse.ArgumentParser) -> None:
         "--against",
         type=checkout,
         metavar="PATH",
-        help="another checkout of this project, to be measured beside this one",
+        help="another checkout of this project to compare with",
     )
 
 
 def checkout(text: str) -> Path:
-    """The folder that --against names, if it holds this project."""
+    """The folder of --against; exits with an error if it is not a checkout of this project."""
     path = Path(text).resolve()
     if not (path / "src/einsum_transformer/__init__.py").is_file():
-        raise SystemExit(f"--against {text}: no checkout of this project: it has no src/einsum_transformer")
+        raise SystemExit(f"--against {text}: not a checkout of this project: no src/einsum_transformer in it")
     return path
 
 
 def name_of(path: Path) -> str:
-    """The folder's name, and which commit it is if git knows."""
-    if not (path / ".git").exists():  # git would tell the commit of a repository around the folder
+    """The name of the folder with its commit, if it is a git checkout."""
+    if not (path / ".git").exists():  # git would report the commit of an enclosing repository
         return path.name
     command = ["git", "-C", str(path), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -43,7 +43,7 @@ def name_of(path: Path) -> str:
 
 
 def with_other(candidates: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """The candidates, each of ours followed by the same of the checkout at `path`."""
+    """The candidates, with a copy of each of ours that runs the checkout at `path`."""
     found = {}
     for name, candidate in candidates.items():
         found[name] = candidate
@@ -54,14 +54,14 @@ def with_other(candidates: Mapping[str, Any], path: Path | None) -> dict[str, An
 
 
 def table(path: Path, rows: Iterable[tuple[str, Sequence[float], Sequence[float]]]) -> Table:
-    """rows: (what, our samples, theirs), one a round; less is better."""
+    """rows: (name of the measure, our samples, their samples), a sample per round; less is better."""
     name, lines = name_of(path), []
-    for what, ours, theirs in rows:
+    for measure, ours, theirs in rows:
         ratios = [other / own for own, other in zip(ours, theirs)]
-        middles = f"{median(ratios):.3f}x", f"{min(ratios):.3f}", f"{max(ratios):.3f}"
-        lines.append((what, shown(median(ours)), shown(median(theirs)), *middles))
+        compared = f"{median(ratios):.3f}x", f"{min(ratios):.3f}", f"{max(ratios):.3f}"
+        lines.append((measure, shown(median(ours)), shown(median(theirs)), *compared))
     header = ("", "ours", name, f"{path.name} / ours", "least", "most")
-    return Table(f"This checkout beside {name}", header, lines)
+    return Table(f"This checkout compared with {name}", header, lines)
 
 
 def shown(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine and its measured limits, medians, progress and tables."""
+"""Shared by the benchmarks: the machine and its measured limits, medians, progress and tables."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _STREAM_COLUMNS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A titled table of texts; the first column is left-aligned, the others right-aligned."""
+    """A titled table of strings; the first column is left-aligned, the others right-aligned."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def text(self) -> str:
-        """The table in aligned columns, for a terminal."""
+        """The table in aligned columns for a terminal."""
         lines = [self.header, ["-" * width for width in self._widths()], *self.rows]
         return "\n".join(["", self.title, "", *("  ".join(self._aligned(line)).rstrip() for line in lines)])
 
     def markdown(self) -> str:
-        """The table as GitHub shows it."""
+        """The table in GitHub Markdown."""
         rule = ["-" * (width - 1) + (":" if i else "-") for i, width in enumerate(self._widths())]
         lines = [f"| {' | '.join(self._aligned(line))} |" for line in (self.header, *self.rows)]
         return "\n".join(["", f"## {self.title}", "", lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
@@ -47,7 +47,7 @@ class Table:
 
 
 def show(lines: Sequence[str], tables: Sequence[Table], markdown: bool) -> None:
-    """Print what was measured on stdout: lines of facts, then the tables."""
+    """Print the results to stdout: lines of text, then the tables."""
     for line in lines:
         print(f"- {line}" if markdown else line)
     for table in tables:
@@ -55,19 +55,19 @@ def show(lines: Sequence[str], tables: Sequence[Table], markdown: bool) -> None:
 
 
 def save_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write every sample and what was made of it, if a file is wanted."""
+    """Write the results to a JSON file, if a path is given."""
     if path is not None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         progress(f"wrote {path}")
 
 
 def progress(text: str) -> None:
-    """A line for whoever waits, on stderr."""
+    """Print a progress line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores that this process may use, system, Python and date."""
+    """The processor, the cores available to this process, system, Python and date."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     return {
         "cpu": _cpu_model(),
@@ -93,7 +93,7 @@ def _cpu_model() -> str:
             facts.setdefault(name.strip(), value.strip())
     if "model name" not in facts:
         return platform.processor() or platform.machine()
-    # Virtual machines hide the product's number; family and model still tell the generation.
+    # Virtual machines hide the product name; family and model still identify the generation.
     family = f"family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
     return f"{facts['model name']} ({family})" if family else facts["model name"]
 
@@ -106,12 +106,12 @@ def median(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """(largest - smallest) / median: how far one run's rounds lie apart."""
+    """(largest - smallest) / median of the rounds of a run."""
     return (max(values) - min(values)) / median(values)
 
 
 def fastest(task: Callable[[], Any], tries: int = 3) -> float:
-    """Seconds of the fastest of a few tries."""
+    """The time of the fastest of a few runs, in seconds."""
     best = float("inf")
     for _ in range(tries):
         start = time.perf_counter()
@@ -123,7 +123,7 @@ def fastest(task: Callable[[], Any], tries: int = 3) -> float:
 def sgemm_gflops(
     matmul: Callable[[Any, Any], Any], convert: Callable[[Any], Any], size: int = SGEMM_SIZE
 ) -> float:
-    """GFLOP/s of a square float32 product; `convert` makes the library's own array of an ndarray."""
+    """GFLOP/s of a square float32 product; `convert` converts an ndarray to the array type of the library."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -132,9 +132,9 @@ def sgemm_gflops(
 
 
 def stream_gbs(threads: int, total: int = STREAM_BYTES) -> float:
-    """GB/s that Python threads read a float32 array with, each its part; BLAS must be at one thread.
+    """Bandwidth, in GB/s, of reading a float32 array in Python threads; BLAS must use one thread.
 
-    The fastest of three ways to read: a sum, a dot product, and the matrix-vector product of decoding.
+    The fastest of a sum, a dot product, and a matrix-vector product as in decoding.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -153,7 +153,7 @@ def stream_gbs(threads: int, total: int = STREAM_BYTES) -> float:
 
 
 def peak_bytes() -> int | None:
-    """The most memory this process has held so far (VmHWM); None off Linux."""
+    """The peak memory of this process so far (VmHWM); None on systems other than Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

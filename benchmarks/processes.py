@@ -1,4 +1,4 @@
-"""A candidate's process: it is given one task as JSON, then requests and answers are JSON lines."""
+"""The process of a candidate: its task is a JSON argument; requests and answers are JSON lines."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 PAUSE = 0.3
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "against-"
-"""What the name of a candidate begins with that runs another checkout of this project."""
+"""Prefix of the names of candidates that run another checkout of this project."""
 
 Answer = Callable[[Any], None]
 
 
 class Worker:
-    """A started process, as whoever asks it sees it; `script` ends in a call of `run`.
+    """A client of a started process, whose `script` calls `run`.
 
-    checkout: a folder of this project, whose package is imported and no other that `python` may have.
+    checkout: the folder of this project from which the process must import the package.
     """
 
     def __init__(self, script: str, python: str, task: dict[str, Any], checkout: Path | None = None) -> None:
@@ -43,7 +43,7 @@ class Worker:
             raise SystemExit(f"{python}: {error.strerror}") from None
 
     def ask(self, do: str, **request: Any) -> Any:
-        """One request's answer, a moment after everybody else has come to rest."""
+        """Send a request and return its answer, after a pause in which the threads of others become idle."""
         time.sleep(PAUSE)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
@@ -55,7 +55,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            raise SystemExit(f"a worker ended early:\n{self.errors.read()[-2000:]}")
+            raise SystemExit(f"a worker exited early:\n{self.errors.read()[-2000:]}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -64,9 +64,9 @@ class Worker:
 
 
 def run(work: Callable[[dict[str, Any], Answer], None]) -> None:
-    """The process's life: work(task, answer). What cannot run here is answered as {"failed": why}."""
+    """Run work(task, answer) in this process; a candidate that cannot run answers {"failed": reason}."""
     answers = os.fdopen(os.dup(1), "w")
-    # Whatever a library prints goes to stderr, so that it cannot mix with the answers.
+    # Output of libraries is redirected to stderr, so that it does not mix with the answers.
     os.dup2(2, 1)
     task = json.loads(sys.argv[1])
     checkout = task.pop("checkout", None)
@@ -85,15 +85,15 @@ def run(work: Callable[[dict[str, Any], Answer], None]) -> None:
 
 
 def check_package(checkout: str | None) -> None:
-    """That this process imported the package of its checkout, if it imported one."""
+    """Check that this process imported the package of its checkout, if it imported the package."""
     package = sys.modules.get("einsum_transformer")
     if checkout is not None and package is not None:
-        place = Path(package.__file__ or "").resolve()
-        assert place.is_relative_to(Path(checkout, "src")), f"imported {place}, not that of {checkout}"
+        path = Path(package.__file__ or "").resolve()
+        assert path.is_relative_to(Path(checkout, "src")), f"imported {path} instead of {checkout}/src"
 
 
 def serve(engine: Any, answer: Answer, requests: Mapping[str, Callable[..., Any]]) -> None:
-    """Answer requests, each by its function of the engine, until there are no more."""
+    """Answer requests with their functions of the engine until the input ends."""
     for line in sys.stdin:
         request = json.loads(line)
         answer(requests[request.pop("do")](engine, **request))

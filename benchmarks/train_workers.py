@@ -1,4 +1,4 @@
-"""The processes that bench_train.py starts: one candidate and one way to train each, with its own Python."""
+"""The processes that bench_train.py starts, each with one candidate and one kind of training."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ LORA_TARGETS = ("q_proj", "v_proj")
 
 
 class Engine(Protocol):
-    """A model in training with SGD: a step is forward, loss, backward and update."""
+    """A model that is trained with SGD: a step is forward, loss, backward and update."""
 
     def versions(self) -> dict[str, str]: ...
     def step(self, rows: list[list[int]]) -> float:
-        """The loss before the update; each row is one token longer than what is fed."""
+        """Train on rows, each one token longer than the input, and return the loss before the update."""
         ...
 
     def sgemm(self, size: int) -> float: ...
 
 
 class Ours:
-    """This package, on one of its BLAS providers.
+    """This package on one of its BLAS providers.
 
-    Only what older checkouts have too is used, because --against runs them with this file.
+    Uses only an API that older checkouts have too, because --against runs them with this file.
     """
 
     def __init__(self, source: str, adapter: str | None, threads: int, provider: str) -> None:
-        # Before NumPy, as a program that only uses this package does: it prepares NumPy's BLAS.
+        # Imported before NumPy, because it configures NumPy's BLAS.
         import einsum_transformer as et  # isort: skip
         import numpy as np
 
         from einsum_transformer.engine import blas
-        from einsum_transformer.training.loop import Settings, Trainer
+        from einsum_transformer.training.loop import Trainer, TrainingSettings
         from einsum_transformer.training.schedule import Schedule
 
         self.np, self.blas = np, blas
         blas.use(provider)
         blas.set_threads(threads)
         self.trainer = Trainer(
-            et.load(source, adapter=adapter), self, Settings(Schedule(LEARNING_RATE, 1, "constant"))
+            et.load(source, adapter=adapter), self, TrainingSettings(Schedule(LEARNING_RATE, 1, "constant"))
         )
 
     def versions(self) -> dict[str, str]:
@@ -62,7 +62,7 @@ class Ours:
         return self.trainer.step().loss
 
     def batch(self, step: int) -> list[Any]:
-        """The rows that were sent, as a Trainer asks for them."""
+        """The current rows as a batch of a Trainer."""
         return [(self.rows[:, :-1], self.rows[:, 1:])]
 
     def description(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Ours:
 
 
 class Torch:
-    """transformers, and peft for the adapters, in float32 with the default attention, not compiled."""
+    """transformers, with peft for adapters, in float32 with the default attention, not compiled."""
 
     def __init__(self, source: str, adapter: str | None, threads: int) -> None:
         import torch  # type: ignore[import-not-found]
@@ -110,7 +110,7 @@ class Torch:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A row of the tables. checkout: of this project, whose package it runs, if it runs one."""
+    """A row of the tables. checkout: the checkout of this project that it runs, or None."""
 
     label: str
     engine: Callable[[str, str | None, int], Engine]
@@ -125,7 +125,7 @@ CANDIDATES = {
 
 
 def prepare(folder: str, models: dict[str, dict[str, Any]], batch_size: int, seq_len: int) -> dict[str, Any]:
-    """Save each model and an adapter for it, and count the FLOPs of a step of each kind by recording one."""
+    """Save each model and an adapter for it, and record a step of each kind to count its FLOPs."""
     import numpy as np
 
     import einsum_transformer as et
@@ -139,8 +139,8 @@ def prepare(folder: str, models: dict[str, dict[str, Any]], batch_size: int, seq
     for name, source in models.items():
         plain = et.load(**source)
         lora = with_lora(plain, LoRAConfig(r=8, target_modules=LORA_TARGETS))
-        place, adapter = Path(folder, name), Path(folder, f"{name}-adapter")
-        plain.save(place)
+        path, adapter = Path(folder, name), Path(folder, f"{name}-adapter")
+        plain.save(path)
         write_adapter(lora, adapter)
         flops = {}
         for kind, model in (("full", plain), ("lora", lora)):
@@ -148,7 +148,7 @@ def prepare(folder: str, models: dict[str, dict[str, Any]], batch_size: int, seq
                 model.decoder.loss_and_gradient(tokens, tokens)
             flops[kind] = sum(event.flops for event in recorder.events)
         facts = {"vocabulary": plain.config.vocab_size, "flops": flops}
-        found[name] = facts | {"source": str(place), "adapter": str(adapter)}
+        found[name] = facts | {"source": str(path), "adapter": str(adapter)}
     return found
 
 

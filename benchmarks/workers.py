@@ -1,7 +1,6 @@
-"""The processes that bench_generate.py starts, one candidate each, with its own Python.
+"""The processes that bench_generate.py starts, one candidate each.
 
-Nothing heavy is imported before a candidate needs it, so that the first token of a process waits for that
-candidate's own imports only.
+Each candidate imports its own libraries only, so that the time to its first token does not include others.
 """
 
 from __future__ import annotations
@@ -20,37 +19,37 @@ from processes import PREFIX, ROOT, Answer
 
 
 class Engine(Protocol):
-    """One candidate: greedy generation from token ids, one sequence at a time."""
+    """Greedy generation from token ids, one sequence at a time, by one candidate."""
 
     def versions(self) -> dict[str, str]: ...
     def encode(self, text: str) -> list[int]: ...
     def tokens(self, ids: list[int]) -> Any:
-        """The ids as this library takes them."""
+        """Convert ids to the input type of the library."""
 
     def first(self, tokens: Any) -> int:
-        """The first token after a prompt, as a program that generates asks for it."""
+        """Return the first token after a prompt, by the generation function of the library."""
         ...
 
     def prefill(self, tokens: Any) -> int:
-        """The same with a new cache, which `step` goes on with."""
+        """Return the first token after a prompt, and start a new cache for `step`."""
         ...
 
     def step(self, token: int) -> int:
-        """The token after one more."""
+        """Append a token to the cache and return the next one."""
         ...
 
     def sgemm(self, size: int) -> float | None:
-        """GFLOP/s of this library's float32 product, or None if it offers none."""
+        """GFLOP/s of the float32 product of the library, or None if it does not offer one."""
 
 
 class Ours:
-    """This package, on one of its BLAS providers.
+    """This package on one of its BLAS providers.
 
-    Only what older checkouts have too is used, because --against runs them with this file.
+    Uses only an API that older checkouts have too, because --against runs them with this file.
     """
 
     def __init__(self, source: str, threads: int, context: int, provider: str) -> None:
-        # Before NumPy, as a program that only uses this package does: it prepares NumPy's BLAS.
+        # Imported before NumPy, because it configures NumPy's BLAS.
         import einsum_transformer as et  # isort: skip
         import numpy as np
 
@@ -100,7 +99,7 @@ class Ours:
 
 
 class Transformers:
-    """transformers in float32 with its default attention, on the folder that this package saved."""
+    """transformers in float32 with its default attention, on the folder saved by this package."""
 
     def __init__(self, source: str, threads: int, context: int) -> None:
         import torch  # type: ignore[import-not-found]
@@ -143,7 +142,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp by llama-cpp-python, on the same weights as F32 GGUF, with its default (float16) cache."""
+    """llama.cpp through llama-cpp-python, on the same weights as F32 GGUF, with its default float16 cache."""
 
     def __init__(self, source: str, threads: int, context: int) -> None:
         import llama_cpp  # type: ignore[import-not-found]
@@ -184,8 +183,8 @@ class LlamaCpp:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A row of the tables. sources: what it can load, by name; the first is what the lasting worker loads.
-    checkout: of this project, whose package it runs, if it runs one."""
+    """A row of the tables. checkout: the checkout of this project that it runs, or None. sources: names of
+    the sources that it can load; the first is used for prefill and decode."""
 
     label: str
     engine: Callable[[str, int, int], Engine]
@@ -204,12 +203,12 @@ CANDIDATES = {
 
 
 def random_tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:
-    """Token ids drawn evenly from the vocabulary, the same for every candidate."""
+    """Uniformly random token ids, the same for every candidate."""
     return random.Random(seed).choices(range(vocabulary), k=count)
 
 
 def prepare(model_name: str, folder: str, lengths: list[int]) -> dict[str, Any]:
-    """Save the model as safetensors, and as float32 GGUF if it came as GGUF; count bytes and FLOPs."""
+    """Save the model as safetensors, and as float32 GGUF if its source is GGUF; count bytes and FLOPs."""
     import numpy as np
 
     import einsum_transformer as et
@@ -238,7 +237,7 @@ def prepare(model_name: str, folder: str, lengths: list[int]) -> dict[str, Any]:
 
 
 def write_float32_gguf(source: Path, target: str) -> None:
-    """A copy of a GGUF file with every tensor dequantized, its metadata (tokenizer, rope, ...) kept."""
+    """Copy a GGUF file with its metadata (tokenizer, RoPE, ...) and all tensors dequantized."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize  # type: ignore
 
     reader = GGUFReader(source)
@@ -265,7 +264,7 @@ def time_prefill(engine: Engine, ids: list[int]) -> dict[str, Any]:
 
 
 def time_decode(engine: Engine, ids: list[int], steps: int) -> dict[str, Any]:
-    """The median milliseconds of `steps` greedy steps after a prompt."""
+    """The median time of `steps` greedy steps after a prompt, in milliseconds."""
     chosen, times = [engine.prefill(engine.tokens(ids))], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -296,7 +295,7 @@ def work(task: dict[str, Any], answer: Answer) -> None:
 
 
 def fresh(engine: Engine, answer: Answer, prompt: str, ids: list[int], steps: int) -> None:
-    """The first token as soon as it is there, then the memory that a long prompt and some steps take."""
+    """Answer the first token, then the peak memory after a long prompt and some steps."""
     answer({"token": engine.first(engine.tokens(engine.encode(prompt)))})
     token = engine.prefill(engine.tokens(ids))
     for _ in range(steps):

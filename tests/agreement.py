@@ -1,4 +1,4 @@
-"""`load` and `inspect` on one source: what the one refuses, the other lists."""
+"""Compares `load` and `inspect` on a source: `inspect` must list the errors that `load` raises."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from einsum_transformer.notes import LOGGER
 
 WHERE = ("revision", "offline", "allow_links")
 MEMORY = "of random weights, the machine has"
-"""Depends on the machine and not on the source, so inspect does not say it."""
+"""Part of an error that depends on the machine and not on the source, so inspect does not report it."""
 
 
 def problems_of(source: str | Path | RunConfig, **where: Any) -> list[str]:
-    """What `inspect` has against a source; that alone which it raises, if it does."""
+    """The problems that `inspect` lists, or the error that it raises."""
     options, level = Options(**where), LOGGER.level
-    LOGGER.setLevel(logging.CRITICAL)  # the notes are load's
+    LOGGER.setLevel(logging.CRITICAL)  # only the notes of load are wanted
     try:
         return list(inspect(find(source, options), options).problems)
     except et.InputError as error:
@@ -31,22 +31,23 @@ def problems_of(source: str | Path | RunConfig, **where: Any) -> list[str]:
 
 
 def disagreement(refusal: str, problems: list[str]) -> str:
-    """What is wrong with the problems that inspect lists of a source which load refuses so, "" if nothing is.
+    """Compare the error of load with the problems of inspect; returns a message, or "" if they agree.
 
-    refusal: "" if it was loaded. Of tensors load tells up to three problems in one line.
+    refusal: the message of load's error, or "" if the source was loaded. For tensors, load reports up to
+    three problems in one line.
     """
     if not refusal or not problems:
         same = not refusal and not problems
     else:
-        told = ["; ".join(problems[:count]) for count in (1, 2, 3)]
-        same = refusal in problems or any(refusal.endswith(f": {text}") for text in told)
+        joined = ["; ".join(problems[:count]) for count in (1, 2, 3)]
+        same = refusal in problems or any(refusal.endswith(f": {text}") for text in joined)
     if same or MEMORY in refusal:
         return ""
     return f"load: {refusal[:300] or 'fine'!r}; inspect: {[problem[:200] for problem in problems[:4]]}"
 
 
 def compared(source: str | Path | RunConfig, **where: Any) -> tuple[str, str]:
-    """(what load and inspect disagree in, why load refuses the source); "" for nothing."""
+    """(message if load and inspect disagree, error message of load); "" for none."""
     refusal = ""
     try:
         load(source, **where)

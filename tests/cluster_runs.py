@@ -1,4 +1,4 @@
-"""Trainings that are run in one process and on workers, and the deaths of workers."""
+"""Helpers that train in one process or on workers, and kill workers."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from einsum_transformer.cluster.data_parallel import DataParallel
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.data import Batch
-from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.loop import Trainer, TrainingSettings
 from einsum_transformer.training.optimizers import AdamW
 from einsum_transformer.training.schedule import Schedule
 from einsum_transformer.tree import map_named
@@ -26,7 +26,7 @@ STEPS = 4
 
 
 class Ragged:
-    """Nine rows in parts of four and five, with 1 to 9 targets each."""
+    """Nine rows in micro-batches of four and five rows, with 1 to 9 targets per row."""
 
     def batch(self, step: int) -> list[Batch]:
         tokens, targets = np.random.default_rng(step).integers(0, 61, (2, 9, 12))
@@ -37,27 +37,27 @@ class Ragged:
 def trainer(
     compute: Callable[..., Any], dtype: str = "float64", lora: bool = False, optimizer: Any = None
 ) -> Trainer:
-    """Of the tiny model, or of adapters with dropout on it."""
+    """A trainer of the tiny model, or of adapters with dropout on it."""
     model = input_major(tiny_model(dtype, tie_word_embeddings=lora))
     if lora:
         model = with_lora(model, LoRAConfig(r=4, target_modules="all-linear", lora_dropout=0.2))
-    settings = Settings(Schedule(0.01, 10), optimizer or AdamW(), clip_norm=1.0, recompute=lora)
+    settings = TrainingSettings(Schedule(0.01, 10), optimizer or AdamW(), clip_norm=1.0, recompute=lora)
     return Trainer(model, Ragged(), settings, compute)
 
 
 def input_major(model: et.Model) -> et.Model:
-    """The model with its projections transposed in memory, as those of larger models are laid out."""
+    """The model with its projections transposed in memory, the layout of larger models."""
 
     def leaf(path: str, weight: Array) -> Array:
-        place = model.weights[path]
-        turned = "proj" in path and len(place.stored) == 2
-        return np.asfortranarray(weight.reshape(place.stored)).reshape(place.shape) if turned else weight
+        entry = model.weights[path]
+        matrix = "proj" in path and len(entry.stored) == 2
+        return np.asfortranarray(weight.reshape(entry.stored)).reshape(entry.shape) if matrix else weight
 
     return replace(model, decoder=map_named(leaf, model.decoder))
 
 
 def final(compute: Callable[..., Any], **given: Any) -> dict[str, Array]:
-    """The weights and moments after a run without deaths."""
+    """The weights and moments after a run in which no worker dies."""
     made = trainer(compute, **given)
     list(made.run(STEPS))
     found = snapshot(made)
@@ -79,14 +79,14 @@ def kill(compute: DataParallel, worker: int) -> None:
 
 
 def kill_while_it_works(compute: DataParallel, worker: int) -> None:
-    """It stops, so that the next thing it is asked stays undone, and dies a little later."""
+    """Stop the worker, so that its next call does not finish, and kill it half a second later."""
     pid = compute.pool.places[worker].pid
     os.kill(pid, signal.SIGSTOP)
     threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    """Until no process has these ids, for ten seconds at most."""
+    """Wait until no process has these ids, at most ten seconds."""
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):
         assert time.monotonic() < deadline, pids

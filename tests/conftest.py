@@ -1,4 +1,4 @@
-"""Puts this folder on the import path, so that tests in sub-folders find the helpers that lie here."""
+"""Shared fixtures. This file also puts its folder on the import path, for the helper modules of the tests."""
 
 import logging
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from golden_files import Folders, Models, load_golden, read_only, write_folder
 
 @pytest.fixture(scope="session")
 def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """The folder of a golden model, written when it is first asked for; tests share it and write nothing."""
+    """Folders of golden models, written on first use; tests share them and must not write to them."""
     top = tmp_path_factory.mktemp("golden")
 
     @cache
@@ -31,7 +31,7 @@ def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(scope="session")
 def golden_model(golden_folder: Folders) -> Models:
-    """A golden model, loaded when it is first asked for; tests share it and do not change it."""
+    """Golden models, loaded on first use; tests share them and must not change them."""
 
     @cache
     def model(name: str, dtype: str = "float32") -> et.Model:
@@ -42,7 +42,7 @@ def golden_model(golden_folder: Folders) -> Models:
 
 @pytest.fixture(autouse=True)
 def notes_are_shown() -> Iterator[None]:
-    """Neither a command with `--quiet` in one test nor a note made once silences the notes of the next."""
+    """Reset `--quiet` and the cache of notes that are shown once, so that each test sees all its notes."""
     note_once.cache_clear()
     yield
     LOGGER.setLevel(logging.NOTSET)
@@ -50,7 +50,7 @@ def notes_are_shown() -> Iterator[None]:
 
 @pytest.fixture
 def every_load_is_inspected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a test loads, or tries to, `inspect` is asked about, and must say the same."""
+    """Run `inspect` on every source that a test loads, and check that both report the same errors."""
 
     def both(source: Any, dtype: str = "float32", **options: Any) -> et.Model:
         where = {name: value for name, value in options.items() if name in WHERE}
@@ -61,7 +61,7 @@ def every_load_is_inspected(monkeypatch: pytest.MonkeyPatch) -> None:
             refusal = str(error)
             raise
         finally:
-            # A refused option, such as a negative seed, is none of inspect's business.
+            # inspect does not have load's other options, such as seed.
             if not refusal or (options == where and dtype in DTYPES):
                 assert disagreement(refusal, problems_of(source, **where)) == ""
 

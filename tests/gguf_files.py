@@ -1,4 +1,4 @@
-"""Writes a Hugging Face checkpoint as the GGUF file that llama.cpp's convert_hf_to_gguf.py makes of it."""
+"""Write a Hugging Face checkpoint as GGUF, as llama.cpp's convert_hf_to_gguf.py does."""
 
 import math
 import re
@@ -30,11 +30,11 @@ def write_model_gguf(
     small_first: bool = False,
     **extra_metadata: Any,
 ) -> Path:
-    """The checkpoint, its config.json and its tensors by their names on disk, as a GGUF file.
+    """Write a checkpoint, its config and its tensors by their names on disk, as a GGUF file.
 
-    tensors_each: split the model into files of so many tensors; small_first: the first one has none.
-    expanded: deepseek_v2 in its older form, with attn_kv_b whole. extra_metadata: keys that replace or, where
-    None, remove the converter's; {arch} in a key is the architecture, and an array is one more tensor."""
+    tensors_each: the number of tensors per file of a split model; small_first: the first file has no tensors.
+    expanded: the older form of deepseek_v2, with attn_kv_b not split. extra_metadata: keys that replace those
+    of the converter, or remove them if None; {arch} in a key is the architecture; an array is a tensor."""
     conversion = CONVERSIONS[config["model_type"] + " expanded" * expanded]
     arch = MODEL_ARCH_NAMES[conversion.arch]
     general = {
@@ -86,7 +86,7 @@ def _gguf_tensors(conversion: "Conversion", config: Config, weights: Mapping[str
 
 
 def _experts_stacked(weights: Mapping[str, Array]) -> Tensors:
-    """The tensors, those of a layer's experts together in one of shape (experts, out, in)."""
+    """The tensors, with the experts of a layer stacked to (experts, out, in)."""
     experts: dict[str, dict[int, Array]] = {}
     for name, array in weights.items():
         if found := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+\.weight)", name):
@@ -102,7 +102,7 @@ def _same(config: Config, name: str, array: Array) -> Tensors:
 
 
 def _interleave_halves(config: Config, name: str, array: Array) -> Tensors:
-    """q and k: pairs (i, i + h/2) become pairs (2i, 2i + 1), each tensor with its own number of heads."""
+    """Permute rows of q and k from pairs (i, i + h/2) to (2i, 2i + 1), by the number of heads of each."""
     heads = config["num_attention_heads"]
     counts = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
     if count := counts.get(name.split(".")[-2]):
@@ -112,7 +112,7 @@ def _interleave_halves(config: Config, name: str, array: Array) -> Tensors:
 
 
 def _one_in_norms(config: Config, name: str, array: Array) -> Tensors:
-    """The norms multiply by 1 + weight; llama.cpp's by weight. The unused copy of a tied head goes."""
+    """Add 1 to norms, which llama.cpp multiplies by weight, not 1 + weight; drop the copy of a tied head."""
     if name != "lm_head.weight":
         yield name, array + 1 if name.endswith("norm.weight") else array
 
@@ -122,7 +122,7 @@ def _conv1d_transposed(config: Config, name: str, array: Array) -> Tensors:
 
 
 def _qkv_sorted(config: Config, name: str, array: Array) -> Tensors:
-    """Rows of q, k and v head by head become all of q, all of k and all of v."""
+    """Reorder rows from q, k and v of each head to all of q, all of k and all of v."""
     if ".query_key_value." in name:
         heads = config["num_attention_heads"]
         by_head = array.reshape(heads, 3, array.shape[0] // heads // 3, *array.shape[1:])
@@ -131,7 +131,7 @@ def _qkv_sorted(config: Config, name: str, array: Array) -> Tensors:
 
 
 def _kv_b_split(config: Config, name: str, array: Array) -> Tensors:
-    """kv_b_proj (h (n v), r) becomes k_b (h, r, n) and v_b (h, v, r)."""
+    """Split kv_b_proj (h (n v), r) into k_b (h, r, n) and v_b (h, v, r)."""
     if not name.endswith("kv_b_proj.weight"):
         yield name, array
         return
@@ -146,15 +146,15 @@ def _nothing(config: Config) -> Tensors:
 
 
 def _llama3_divisors(config: Config) -> Tensors:
-    """What llama3's scaling divides the frequencies by, as rope_freqs.weight."""
+    """rope_freqs.weight: the divisors of the frequencies in llama3 scaling."""
     rope = metadata.rope_of(config)
     if rope.get("rope_type") != "llama3":
         return
     size, trained = metadata.head_size(config), metadata.original_length(config)
     waves = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((trained / waves - low) / (high - low), 0, 1)
-    yield "rope_freqs.weight", 1 / ((1 - kept) / rope["factor"] + kept)
+    unscaled = np.clip((trained / waves - low) / (high - low), 0, 1)
+    yield "rope_freqs.weight", 1 / ((1 - unscaled) / rope["factor"] + unscaled)
 
 
 def _longrope_divisors(config: Config) -> Tensors:
@@ -166,14 +166,14 @@ def _longrope_divisors(config: Config) -> Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """How the converter treats one architecture."""
+    """The conversion of one architecture."""
 
     arch: MODEL_ARCH
     metadata: Callable[[Config], Metadata]
     change: Callable[[Config, str, Array], Tensors] = _same
-    """Of one tensor: what the file has instead, under the names of Hugging Face."""
+    """The converted tensors of a tensor, with Hugging Face names."""
     computed: Callable[[Config], Tensors] = _nothing
-    """Tensors the checkpoint does not have, under the names of the file."""
+    """Additional tensors of the file, with GGUF names."""
 
 
 _LLAMA = Conversion(MODEL_ARCH.LLAMA, metadata.llama, _interleave_halves, _llama3_divisors)

@@ -1,4 +1,4 @@
-"""The metadata that llama.cpp's converter derives from a config.json, one function per architecture."""
+"""The metadata that llama.cpp's converter derives from a config.json, a function per architecture."""
 
 import math
 from collections.abc import Mapping
@@ -8,18 +8,18 @@ from gguf.constants import ExpertGatingFuncType, Keys
 
 Config = Mapping[str, Any]
 Metadata = dict[str, Any]
-"""By the key, {arch} standing for the architecture; None: the converter writes no such key."""
+"""Key, with {arch} for the architecture -> value; None: the converter does not write the key."""
 LLM, ATTENTION, ROPE = Keys.LLM, Keys.Attention, Keys.Rope
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 
 
 def first(config: Config, *keys: str) -> Any:
-    """The value of the first key that is there and not null."""
+    """The value of the first of the keys that is present and not null."""
     return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
 def rope_of(config: Config) -> dict[str, Any]:
-    """The rope parameters of the layers with full attention, in the keys of transformers 5."""
+    """The RoPE parameters of the layers with full attention, with the keys of transformers 5."""
     rope = config.get("rope_parameters")
     if rope is None:
         scaling = config.get("rope_scaling") or {}
@@ -29,25 +29,25 @@ def rope_of(config: Config) -> dict[str, Any]:
 
 
 def head_size(config: Config) -> int:
-    """Numbers in a query of one head."""
+    """The head dimension."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def original_length(config: Config) -> int:
-    """The context the model was trained on before it was stretched."""
+    """The trained context length before RoPE scaling."""
     return first(rope_of(config), ORIGINAL_LENGTH) or first(
         config, ORIGINAL_LENGTH, "max_position_embeddings"
     )
 
 
 def rotated_size(config: Config) -> int:
-    """Numbers of a head that turn, as the converter rounds them for the phi models."""
+    """The number of rotated dimensions of a head, as the converter rounds it for the phi models."""
     share = first(rope_of(config), "partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
     return int(share * config["hidden_size"]) // config["num_attention_heads"]
 
 
 def real(value: Any) -> float | None:
-    """JSON's number as a float."""
+    """A number of the JSON file as a float, or None."""
     return None if value is None else float(value)
 
 
@@ -81,7 +81,7 @@ def _sizes(config: Config) -> Metadata:
 
 
 def common(config: Config) -> Metadata:
-    """What the converter writes for every architecture without rules of its own."""
+    """The default metadata of the converter."""
     rope = rope_of(config)
     local = (config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
     scoring = config.get("scoring_func")
@@ -107,7 +107,7 @@ def llama(config: Config) -> Metadata:
 
 
 def granite(config: Config) -> Metadata:
-    """granite: head_dim is not written, and the factors that are 0 are not either."""
+    """granite: head_dim and factors that are 0 are not written."""
     factors = {
         LLM.EMBEDDING_SCALE: "embedding_multiplier",
         ATTENTION.SCALE: "attention_multiplier",
@@ -119,7 +119,7 @@ def granite(config: Config) -> Metadata:
 
 
 def qwen_moe(config: Config) -> Metadata:
-    """qwen2_moe and qwen3_moe: neither says whether the experts' weights are made to sum to 1."""
+    """qwen2_moe and qwen3_moe: norm_topk_prob is not written."""
     return common(config) | {
         LLM.EXPERT_FEED_FORWARD_LENGTH: config.get("moe_intermediate_size"),
         LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: config.get("shared_expert_intermediate_size"),
@@ -127,7 +127,7 @@ def qwen_moe(config: Config) -> Metadata:
 
 
 def gemma(config: Config) -> Metadata:
-    """gemma: the rope's base is not written."""
+    """gemma: the base of RoPE is not written."""
     return _sizes(config) | {
         ATTENTION.LAYERNORM_RMS_EPS: real(config["rms_norm_eps"]),
         ATTENTION.KEY_LENGTH: config["head_dim"],
@@ -136,7 +136,7 @@ def gemma(config: Config) -> Metadata:
 
 
 def gemma2(config: Config) -> Metadata:
-    """gemma2: neither the queries' scale nor which layers have the window is written."""
+    """gemma2: query_pre_attn_scalar and the layers with the sliding window are not written."""
     return gemma(config) | {
         LLM.ATTN_LOGIT_SOFTCAPPING: real(config["attn_logit_softcapping"]),
         LLM.FINAL_LOGIT_SOFTCAPPING: real(config["final_logit_softcapping"]),
@@ -145,7 +145,7 @@ def gemma2(config: Config) -> Metadata:
 
 
 def gemma3(config: Config) -> Metadata:
-    """gemma3_text: neither the queries' scale nor which layers have the window is written."""
+    """gemma3_text: query_pre_attn_scalar and the layers with the sliding window are not written."""
     return common(config) | {
         ROPE.FREQ_BASE: real(rope_of(config).get("rope_theta")) or 1e6,
         LLM.FINAL_LOGIT_SOFTCAPPING: real(config.get("final_logit_softcapping")),
@@ -154,7 +154,7 @@ def gemma3(config: Config) -> Metadata:
 
 
 def olmo3(config: Config) -> Metadata:
-    """olmo3: under the name of olmo2, with the window and which layers have it."""
+    """olmo3: written as olmo2, with the sliding window and its layers."""
     return common(config) | {
         ATTENTION.SLIDING_WINDOW: config["sliding_window"],
         ATTENTION.SLIDING_WINDOW_PATTERN: [kind == "sliding_attention" for kind in config["layer_types"]],
@@ -162,7 +162,7 @@ def olmo3(config: Config) -> Metadata:
 
 
 def phi2(config: Config) -> Metadata:
-    """phi: the rope's base is not written, and the width of the MLP is always 4 d."""
+    """phi: the base of RoPE is not written, and the width of the MLP is always 4 d."""
     heads = config["num_attention_heads"]
     return _sizes(config) | {
         LLM.FEED_FORWARD_LENGTH: 4 * config["hidden_size"],
@@ -174,7 +174,7 @@ def phi2(config: Config) -> Metadata:
 
 
 def phi3(config: Config) -> Metadata:
-    """phi3: a window of 0 means none, and the type of the rope's scaling is not written."""
+    """phi3: a sliding window of 0 means none, and the type of RoPE scaling is not written."""
     rope, trained = rope_of(config), original_length(config)
     stretch = config["max_position_embeddings"] / trained
     longer = math.log(stretch) / math.log(trained) if stretch > 1 else 0.0
@@ -201,7 +201,7 @@ def gpt2(config: Config) -> Metadata:
 
 
 def gptneox(config: Config) -> Metadata:
-    """gpt_neox: the rope's base is not written."""
+    """gpt_neox: the base of RoPE is not written."""
     share = first(rope_of(config), "partial_rotary_factor") or config["rotary_pct"]
     return _sizes(config) | {
         ATTENTION.HEAD_COUNT_KV: None,
@@ -212,7 +212,7 @@ def gptneox(config: Config) -> Metadata:
 
 
 def mpt(config: Config) -> Metadata:
-    """mpt: no ALiBi is a largest bias of 0, and the width of the MLP is always 4 d."""
+    """mpt: a maximum bias of 0 means no ALiBi, and the width of the MLP is always 4 d."""
     attention = config["attn_config"]
     return {
         LLM.CONTEXT_LENGTH: config["max_seq_len"],
@@ -238,25 +238,25 @@ def _deepseek_experts(config: Config) -> Metadata:
 
 
 def deepseek(config: Config) -> Metadata:
-    """deepseek: the rope is said to be unscaled, and the experts' weights are neither scaled nor normed."""
+    """deepseek: RoPE scaling is written as none, and weights of experts are neither scaled nor normalized."""
     rope = {ROPE.DIMENSION_COUNT: head_size(config), ROPE.SCALING_TYPE: "none"}
     return common(config) | rope | _deepseek_experts(config) | {LLM.EXPERT_WEIGHTS_SCALE: 1.0}
 
 
 def deepseek2(config: Config) -> Metadata:
-    """deepseek_v2 with its attention compressed: one key and value head, of the rank."""
-    rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    """deepseek_v2 with compressed attention: one key/value head with the dimension of the rank."""
+    rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
     return _deepseek2(config) | {
         ATTENTION.HEAD_COUNT_KV: 1,
-        ATTENTION.KEY_LENGTH: rank + turned,
+        ATTENTION.KEY_LENGTH: rank + rotated,
         ATTENTION.VALUE_LENGTH: rank,
-        ATTENTION.KEY_LENGTH_MLA: config["qk_nope_head_dim"] + turned,
+        ATTENTION.KEY_LENGTH_MLA: config["qk_nope_head_dim"] + rotated,
         ATTENTION.VALUE_LENGTH_MLA: config["v_head_dim"],
     }
 
 
 def deepseek2_expanded(config: Config) -> Metadata:
-    """deepseek_v2 as converters wrote it before April 2025: with the heads' own keys and values."""
+    """deepseek_v2 as converters wrote it before April 2025: with keys and values of every head."""
     return _deepseek2(config) | {
         ATTENTION.KEY_LENGTH: config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
         ATTENTION.VALUE_LENGTH: config["v_head_dim"],

@@ -1,4 +1,4 @@
-"""Reads the golden files of tools/make_golden.py, and writes the Hugging Face folders that tests load."""
+"""Read the golden files of tools/make_golden.py, and write the Hugging Face folders that tests load."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ ADAPTERS = (
     "bfloat16",
 )
 HEAD_ADAPTERS = ("heads gpt_neox", "heads phi", "heads gemma2", "heads gpt2", "heads mpt")
-"""Adapters on the embedding and the head, in the same layout as those on experts."""
+"""Adapters on the embedding and the head; their files have the layout of adapters on experts."""
 EXPERT_ADAPTERS = (
     "mixtral all-linear",
     "mixtral parameters",
@@ -113,7 +113,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """A tiny model and what transformers computes for it; see tools/golden_models.py."""
+    """A tiny model with results of transformers; see tools/golden_models.py."""
 
     config: dict[str, Any]
     config_v4: dict[str, Any]
@@ -128,7 +128,7 @@ class Golden:
 
 @cache
 def _arrays(name: str) -> dict[str, np.ndarray]:
-    """The arrays of a golden model's file, read once and read-only, because all tests share them."""
+    """The arrays of a golden file, cached and read-only, because tests share them."""
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
     for array in arrays.values():
@@ -137,7 +137,7 @@ def _arrays(name: str) -> dict[str, np.ndarray]:
 
 
 def load_golden(name: str) -> Golden:
-    """The golden model of that name; the config and the dicts are the caller's own."""
+    """Load a golden model; the config and the dicts are new objects."""
     arrays = _arrays(name)
     gradients = {key.removeprefix("grad/"): arrays[key] for key in arrays if key.startswith("grad/")}
     return Golden(
@@ -154,7 +154,7 @@ def load_golden(name: str) -> Golden:
 
 
 def read_only(model: et.Model) -> et.Model:
-    """The model, whose weights nobody can change from now on."""
+    """Make the weights of a model read-only, and return the model."""
     for _, weight in named_leaves(model.decoder):
         if isinstance(weight, np.ndarray):
             weight.flags.writeable = False
@@ -163,24 +163,24 @@ def read_only(model: et.Model) -> et.Model:
 
 @dataclass(frozen=True, slots=True)
 class GoldenAdapter:
-    """An adapter that peft made on a golden model, and what torch computes; see tools/golden_lora.py."""
+    """An adapter that peft wrote for a golden model, with results of torch; see tools/golden_lora.py."""
 
     base: str
     settings: dict[str, Any]
-    """What LoraConfig was called with."""
+    """The arguments of LoraConfig."""
     dtype: str
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
-    """The adapter's matrices by PEFT's names."""
+    """PEFT name -> matrix of the adapter."""
     copies: list[str]
-    """Names under which the folder holds the embedding too."""
+    """Names of copies of the embedding in the folder."""
     logits: np.ndarray
     loss: float
     gradients: dict[str, np.ndarray]
 
 
 def load_adapter(name: str) -> GoldenAdapter:
-    """The golden adapter of that name."""
+    """Load a golden adapter."""
     with np.load(FOLDER / "lora.npz") as file:
         arrays = {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
 
@@ -202,7 +202,7 @@ def load_adapter(name: str) -> GoldenAdapter:
 
 
 def load_expert_adapter(name: str) -> GoldenAdapter:
-    """The golden adapter of that name on stacked experts, or on each expert, which has no gradients."""
+    """Load a golden adapter on stacked experts, or on single experts (without gradients)."""
     with np.load(FOLDER / f"lora_{name.split()[0]}.npz") as file:
         arrays = {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
 
@@ -232,38 +232,38 @@ def peft_fields() -> list[str]:
 
 
 def module_names() -> dict[str, list[str]]:
-    """Golden model -> the modules that peft can adapt: see tools/list_module_names.py."""
+    """Golden model -> modules that a peft adapter can target; see tools/list_module_names.py."""
     return json.loads((FOLDER / "module_names.json").read_text(encoding="utf-8"))["models"]
 
 
 def write_adapter_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
-    """A PEFT folder of one config and its tensors, written by the safetensors library."""
+    """Write a PEFT folder with the safetensors library."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def load_parts(prefix: str) -> dict[str, np.ndarray]:
-    """The arrays of parts.npz under `prefix/`, without it."""
+    """The arrays of parts.npz under `prefix/`, without the prefix in their names."""
     with np.load(FOLDER / "parts.npz") as file:
         return {key.removeprefix(f"{prefix}/"): file[key] for key in file if key.startswith(f"{prefix}/")}
 
 
 def load_sinks() -> dict[str, np.ndarray]:
-    """Attention with sinks of transformers: see make_sinks in tools/golden_parts.py."""
+    """transformers' attention with sinks; see make_sinks in tools/golden_parts.py."""
     with np.load(FOLDER / "sinks.npz") as file:
         return dict(file)
 
 
 def load_greedy() -> dict[str, Any]:
-    """SmolLM2's greedy continuations: see tools/golden_smollm2.py."""
+    """SmolLM2's greedy continuations; see tools/golden_smollm2.py."""
     return json.loads((FOLDER / "smollm2_greedy.json").read_text(encoding="utf-8"))
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
-    """A Hugging Face folder of one config and its tensors."""
+    """Write a Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_safetensors_folder(folder, dict(tensors))

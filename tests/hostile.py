@@ -1,4 +1,4 @@
-"""Files and folders that must be refused, and values that no config should have."""
+"""Files and folders that must be rejected, and values that are invalid in most config keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INDEXES = [
     ('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "'w' occurs twice"),
     ('{"weight_map": {}, "weight_map": {}}', "'weight_map' occurs twice"),
 ]
-"""Text of model.safetensors.index.json, and what is wrong with it."""
+"""(text of model.safetensors.index.json, part of the error message)."""
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n"
 
@@ -52,8 +52,8 @@ KINDS = [
     (torch_zip(), "unpickling runs code"),
     (npz(), "an archive of NumPy arrays"),
     (b"\x80\x04K\x01.", "unpickling runs code"),
-    (b"tjgg" + bytes(99), "a GGML file from before GGUF"),
-    (b"algg" + bytes(99), "a GGML file from before GGUF"),
+    (b"tjgg" + bytes(99), "a GGML file (older than GGUF)"),
+    (b"algg" + bytes(99), "a GGML file (older than GGUF)"),
     (b"<!DOCTYPE html><html>Log in</html>", "a web page"),
     (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
     (b"PAR1" + bytes(99), "a Parquet file"),
@@ -62,8 +62,8 @@ KINDS = [
 
 
 FOLDERS = {
-    "pytorch_model.bin": "pytorch_model.bin: pickle checkpoints are refused",
-    "pytorch_model-00001-of-00002.bin tf_model.h5": "pickle checkpoints are refused",
+    "pytorch_model.bin": "pytorch_model.bin: pickle checkpoints are not supported",
+    "pytorch_model-00001-of-00002.bin tf_model.h5": "pickle checkpoints are not supported",
     "consolidated.safetensors params.json": "Mistral's own format",
     "consolidated.00.pth params.json": "Meta's original format",
     "weights.npz": "an old MLX model",
@@ -81,13 +81,13 @@ FOLDERS = {
     "latest_checkpointed_iteration.txt": "a Megatron-LM checkpoint",
     "model.bin shared_vocabulary.json": "a CTranslate2 model",
     "model-00001-of-00002.safetensors": "no model.safetensors.index.json",
-    "pytorch.safetensors": "holds pytorch.safetensors, not model.safetensors: rename it",
-    "adapter_model.safetensors": "an adapter, not a model: name the base model and give the adapter as",
+    "pytorch.safetensors": "contains pytorch.safetensors, not model.safetensors: rename it",
+    "adapter_model.safetensors": "an adapter, not a model: pass the base model and give the adapter as",
     "adapters.safetensors 0000100_adapters.safetensors": "an adapter, not a model",
     "model.safetensors.gz": "model.safetensors.gz: a file compressed with gz: unpack it first",
     "config.json m.gguf.zst": "m.gguf.zst: a file compressed with zst",
-    "a/config.json b/config.json c/notes": "name one of a, b",
-    "snapshots/0123/config.json refs/main": "name one of snapshots/0123",
+    "a/config.json b/config.json c/notes": "choose one of a, b",
+    "snapshots/0123/config.json refs/main": "choose one of snapshots/0123",
     "notes.txt": "neither model.safetensors nor",
     "": "the folder is empty",
 }
@@ -185,13 +185,13 @@ HOSTILE_GGUF = {
         "power of two, not 24",
     ),
     "alignment a bool": (raw_file([ARCHITECTURE, pair("general.alignment", BOOL, b"\1")]), "not True"),
-    "name that leaves": (one_tensor("../../x"), r"'\.\./\.\./x' is not accepted"),
-    "name with two dots": (one_tensor("a..b"), "not accepted"),
-    "name with a slash": (one_tensor("a/b"), "not accepted"),
-    "name with a backslash": (one_tensor("a\\b"), "not accepted"),
-    "name with a control character": (one_tensor("a\nb"), "not accepted"),
-    "name with NUL": (one_tensor("a\0b"), "not accepted"),
-    "empty name": (one_tensor(""), "not accepted"),
+    "name that leaves": (one_tensor("../../x"), r"'\.\./\.\./x' is not a valid tensor name"),
+    "name with two dots": (one_tensor("a..b"), "not a valid tensor name"),
+    "name with a slash": (one_tensor("a/b"), "not a valid tensor name"),
+    "name with a backslash": (one_tensor("a\\b"), "not a valid tensor name"),
+    "name with a control character": (one_tensor("a\nb"), "not a valid tensor name"),
+    "name with NUL": (one_tensor("a\0b"), "not a valid tensor name"),
+    "empty name": (one_tensor(""), "not a valid tensor name"),
     "tensor twice": (
         raw_file(tensors=[tensor("x"), tensor("x", offset=32)], data=b"\0" * 64),
         "'x' occurs twice",

@@ -1,4 +1,4 @@
-"""A TensorSource over arrays in memory that notes what is read from it."""
+"""A TensorSource over arrays in memory that records its reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE_TYPE = {name: dtype for dtype, (name, _) in DTYPES.items()}
 
 
 class MemorySource:
-    """`reads` lists every read: the name, and the rows or None for the whole tensor."""
+    """`reads` lists every read: (name, rows or None for the whole tensor)."""
 
     def __init__(self, **tensors: np.ndarray) -> None:
         self.path = Path("memory")

@@ -1,7 +1,7 @@
-"""The rules of the house, read from the source: who imports whom, what stands where, which equations match.
+"""Rules of the package layout, checked on the source: imports, forbidden calls, and einsum equations.
 
-Each checker takes a path inside the repository and the source text, so that planted sources show that it can
-fail.
+Each checker takes a path in the repository and the source text, so that tests with planted violations can
+check that it fails.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "einsum_transformer"
 HOME = f"src/{PACKAGE}/"
 RANKS = {
-    **dict.fromkeys(("errors", "notes", "tables"), -1),
+    **dict.fromkeys(("errors", "notes", "tables"), -2),
+    "arguments": -1,
     **dict.fromkeys(("choices", "engine", "numerics", "formats", "text", "tree"), 0),
     **dict.fromkeys(("components", "leaves"), 1),
     "models": 2,
     **dict.fromkeys(("loading", "generation", "training"), 3),
     **dict.fromkeys(("analysis", "cluster"), 4),
-    "cli": 5,
-    "__init__": 6,
+    "api": 5,
+    "cli": 6,
+    "__init__": 7,
 }
 HEAVY = {"torch", "transformers", "peft", "llama_cpp"}
 PRODUCTS = {"dot", "matmul", "tensordot", "einsum", "inner", "vdot"}
@@ -48,7 +50,7 @@ ARCHITECTURES = {
 
 
 def files(*folders: str) -> list[tuple[str, str]]:
-    """(path inside the repository, source) of every Python file there."""
+    """(path in the repository, source) of every Python file in the folders."""
     found = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
     found += sorted(ROOT.glob("*.py")) if folders != ("src",) else []
     return [(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8")) for file in found]
@@ -67,7 +69,7 @@ MODULES = {path.removeprefix(HOME).removesuffix(".py").removesuffix("/__init__")
 
 
 def imports(path: str, source: str) -> Iterator[str]:
-    """Every imported module, `a.b` for `from a import b`; relative ones made absolute."""
+    """Every imported module, `a.b` for `from a import b`, with absolute names."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -80,7 +82,7 @@ def imports(path: str, source: str) -> Iterator[str]:
 
 
 def modules_of(path: str, source: str) -> Iterator[str]:
-    """The files of the package that a file imports: `engine/blas`, `tree`, `engine` for a name of
+    """The modules of the package that a file imports: `engine/blas`, `tree`, or `engine` for a name in
     engine/__init__."""
     for name in imports(path, source):
         head, *rest = name.split(".")
@@ -112,7 +114,7 @@ def check_third_party(path: str, source: str) -> Iterator[str]:
 
 
 def check_products(path: str, source: str) -> Iterator[str]:
-    """Matrix products only in engine/, where every contraction is an einsum."""
+    """Only engine/ may use matrix products; every other contraction is an einsum."""
     if path.startswith(f"{HOME}engine/"):
         return
     for node in ast.walk(ast.parse(source)):
@@ -130,9 +132,9 @@ def check_products(path: str, source: str) -> Iterator[str]:
 
 
 def check_builtins(path: str, source: str) -> Iterator[str]:
-    """No dispatch by asking what an object has, and no code made from text.
+    """No dispatch by hasattr or getattr, and no code from strings.
 
-    text/sandbox.py may ask, because jinja's own functions are told apart in no other way.
+    text/sandbox.py may use getattr, because jinja marks its own functions with attributes only.
     """
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
@@ -145,7 +147,7 @@ def check_builtins(path: str, source: str) -> Iterator[str]:
 
 
 def check_architecture_names(path: str, source: str) -> Iterator[str]:
-    """Families alone know what a model is called; the names of tokenizers in text/ are another matter."""
+    """Only models/families/ may contain architecture names, and text/ names of tokenizers."""
     if path.startswith((f"{HOME}models/families/", f"{HOME}text/")):
         return
     for node in ast.walk(ast.parse(source)):
@@ -160,7 +162,7 @@ _NAMED = (ast.FunctionDef, ast.ClassDef, ast.alias)
 
 
 def check_import_side_effects(path: str, source: str) -> Iterator[str]:
-    """A module only imports, defines and assigns names of its own, but for the one effect that is named."""
+    """A module may only import, define and assign its own names, except for the effect in `_NAMED_EFFECT`."""
     for node in ast.parse(source).body:
         docstring = (
             isinstance(node, ast.Expr)
@@ -197,25 +199,25 @@ def equations(tree: ast.AST) -> Iterator[tuple[int, ast.expr]]:
 
 
 _EQUATION_AT = {"einsum": 0, "weight_grad": 1}
-"""Function -> which argument is its equation."""
+"""Function -> index of its equation argument."""
 
 
 def check_legend(path: str, source: str) -> Iterator[str]:
-    """Equations are literals in the letters of the legend, or the engine and its leaves pass them on."""
+    """Equations are literals with letters of the legend; engine, leaves and analysis may pass on others."""
     passed_on = path.startswith((f"{HOME}engine/", f"{HOME}leaves/", f"{HOME}analysis/"))
     for line, argument in equations(ast.parse(source)):
         if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
             if not passed_on:
-                yield f"{path}:{line}: the equation is no literal: {ast.unparse(argument)}"
+                yield f"{path}:{line}: the equation is not a literal: {ast.unparse(argument)}"
         elif unknown := set(argument.value) - set(LEGEND) - set(",->. "):
             yield f"{path}:{line}: {argument.value!r}: {sorted(unknown)}"
 
 
 def check_backward_equations(path: str, source: str) -> Iterator[str]:
-    """A contraction in a backward function has the three terms of one in a forward function of the same class
+    """A contraction in a backward function has the same three terms as one in a forward function of the class
     (or, outside of classes, of the file).
 
-    A sum of products of two arrays of one shape (`btd,btd->bt`) is a reduction and belongs to no contraction.
+    A sum of products of two arrays of equal shape (`btd,btd->bt`) is a reduction without a forward equation.
     """
     body = ast.parse(source).body
     classes = [node for node in body if isinstance(node, ast.ClassDef)]
@@ -227,7 +229,7 @@ def check_backward_equations(path: str, source: str) -> Iterator[str]:
 def _without_forward(path: str, scope: ast.AST) -> Iterator[str]:
     backward = {line for f in ast.walk(scope) if isinstance(f, ast.FunctionDef) and "backward" in f.name
                 for line, _ in equations(f)}  # fmt: skip
-    forward, wanted = set(), []
+    forward, contractions = set(), []
     for line, argument in equations(scope):
         if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
             continue
@@ -236,20 +238,22 @@ def _without_forward(path: str, scope: ast.AST) -> Iterator[str]:
         if line not in backward:
             forward.add(terms)
         elif len(set(parsed.inputs)) == 2 and set("".join(parsed.inputs)) - set(parsed.output):
-            wanted.append((line, argument.value, terms))
+            contractions.append((line, argument.value, terms))
     yield from (
-        f"{path}:{line}: {text!r} has no forward" for line, text, terms in wanted if terms not in forward
+        f"{path}:{line}: {text!r} has no forward equation"
+        for line, text, terms in contractions
+        if terms not in forward
     )
 
 
 def check_leaf_kinds(path: str, source: str) -> Iterator[str]:
-    """A leaf answers for itself: only leaves/ tells one kind from another."""
+    """Only leaves/ may distinguish kinds of leaves with isinstance."""
     if path.startswith(f"{HOME}leaves/"):
         return
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and len(node.args) == 2:
-            asked = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
-            yield from (f"{path}:{node.lineno}: isinstance of {kind}" for kind in asked & LEAF_KINDS)
+            names = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+            yield from (f"{path}:{node.lineno}: isinstance of {kind}" for kind in names & LEAF_KINDS)
 
 
 def components() -> list[tuple[str, str]]:
@@ -276,10 +280,9 @@ def test_rule(check) -> None:
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of one import cycle, or nothing: those left when all that import nothing left are taken
-    away."""
+    """The modules of import cycles: those that remain after repeatedly removing modules without imports."""
     left = dict(graph)
-    while free := [module for module, wanted in left.items() if not wanted & left.keys()]:
+    while free := [module for module, imported in left.items() if not imported & left.keys()]:
         for module in free:
             del left[module]
     return sorted(left)

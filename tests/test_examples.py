@@ -1,4 +1,4 @@
-"""The examples do what their READMEs say, the long one in ten steps."""
+"""The examples run as their READMEs describe; the long one runs ten steps."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def output_of(*command: str, **environment: str) -> str:
-    """What a command prints, run where the repository begins, with this interpreter's `etx` found first."""
+    """The stdout of a command in the repository root, with the `etx` of this interpreter first in PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     variables = os.environ | {"PATH": path} | environment
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=90)
@@ -32,16 +32,16 @@ def test_generate() -> None:
 
 
 def test_gradient_by_hand() -> None:
-    told = output_of(sys.executable, str(EXAMPLES / "02_gradient_by_hand.py"))
-    by_hand, difference = map(float, re.findall(r"(?:pass|difference) +(-?\d\.\d+e[-+]\d+)", told))
+    output = output_of(sys.executable, str(EXAMPLES / "02_gradient_by_hand.py"))
+    by_hand, difference = map(float, re.findall(r"(?:pass|difference) +(-?\d\.\d+e[-+]\d+)", output))
     assert by_hand == pytest.approx(difference, rel=1e-5)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a script for sh")
 def test_train_from_scratch(tmp_path: Path) -> None:
-    """Ten steps of it: a tokenizer, a training, a picture and a sample."""
+    """Ten steps: a tokenizer, a training, a plot and a sample."""
     out = tmp_path / "run"
-    told = output_of("sh", str(EXAMPLES / "03_train_from_scratch.sh"), STEPS="10", OUT=str(out))
-    assert len(told.split()) > 10
+    output = output_of("sh", str(EXAMPLES / "03_train_from_scratch.sh"), STEPS="10", OUT=str(out))
+    assert len(output.split()) > 10
     assert [path.name for path in out.glob("step-*")] == ["step-00000010"]
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"

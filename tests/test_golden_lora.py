@@ -1,4 +1,4 @@
-"""Adapters written by peft: our logits, loss and gradients with them against those of torch."""
+"""Adapters written by peft: logits, loss and gradients compared with torch."""
 
 import re
 from dataclasses import dataclass
@@ -42,13 +42,13 @@ SAVED_AS = {
         "transformer.wte.weight",
     )
 }
-"""What a module of transformers is called in checkpoints, the first that is there."""
+"""Module of transformers -> its possible names in checkpoints, in order of preference."""
 RECOMPUTED = ("llama_gqa", "llama_mha_tied", "llama_bias", "llama_rope_dynamic", "mistral_window")
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A golden adapter beside the base it is on, as golden and as folder, and its own folder."""
+    """A golden adapter with its base model (golden and folder) and its own folder."""
 
     adapter: GoldenAdapter
     golden: Golden
@@ -57,7 +57,7 @@ class Bench:
 
 
 def copied(golden: Golden, name: str) -> np.ndarray:
-    """The weight of the base that peft has written beside an adapter under this name."""
+    """The weight of the base model that peft wrote with an adapter under this name."""
     plain = name.removeprefix(PREFIX).replace(".base_layer", "")
     return golden.weights[next(one for one in SAVED_AS.get(plain, (plain,)) if one in golden.weights)]
 
@@ -66,7 +66,7 @@ def copied(golden: Golden, name: str) -> np.ndarray:
 def bench(
     request: pytest.FixtureRequest, golden_folder: Folders, tmp_path_factory: pytest.TempPathFactory
 ) -> Bench:
-    """The adapter of that name, in a folder that holds what peft wrote."""
+    """The parametrized adapter, in a folder as peft wrote it."""
     tmp_path = tmp_path_factory.mktemp("bench")
     load = load_adapter if request.param in ADAPTERS else load_expert_adapter
     adapter = load(request.param)
@@ -82,7 +82,7 @@ every_adapter = pytest.mark.parametrize("bench", [*ADAPTERS, *EXPERT_ADAPTERS, *
 
 @every_adapter
 def test_logits(bench: Bench) -> None:
-    """A whole batch, with the adapter unmerged; without it the logits are the base's."""
+    """A whole batch with the unmerged adapter, and without it."""
     model = et.load(bench.base, adapter=bench.folder)
     assert_logits(model.logits(bench.golden.tokens), bench.adapter.logits)
     assert np.abs(bench.golden.logits - bench.adapter.logits).max() > 1e-2
@@ -91,7 +91,7 @@ def test_logits(bench: Bench) -> None:
 @every_adapter
 @pytest.mark.parametrize("recompute", [False, True])
 def test_loss_and_gradients(bench: Bench, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the adapter's matrices, by PEFT's names, and of nothing else; also if blocks are run again."""
+    """Gradients of the adapter's matrices only, by PEFT name, with and without recomputation of blocks."""
     model = with_adapter(et.load(bench.base), bench.folder)
     if recompute:
         recomputing(monkeypatch)
@@ -104,7 +104,7 @@ def test_loss_and_gradients(bench: Bench, recompute: bool, monkeypatch: pytest.M
 
 @every_adapter
 def test_written_folder(bench: Bench, tmp_path: Path) -> None:
-    """The matrices that peft wrote, bit for bit, and the same logits after reading them again."""
+    """The matrices equal peft's bit for bit, and the logits are the same after reading them."""
     model = with_adapter(et.load(bench.base), bench.folder)
     write_adapter(model, tmp_path / "out")
     written = et.load(bench.base, adapter=tmp_path / "out")
@@ -117,7 +117,7 @@ def test_written_folder(bench: Bench, tmp_path: Path) -> None:
 
 @every_adapter
 def test_settings_mean_what_they_mean_to_peft(bench: Bench) -> None:
-    """The same settings put matrices of the same shapes on the same modules, scaled alike."""
+    """The settings give adapters on the same modules with the same shapes and scaling as in peft."""
     settings = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in bench.adapter.settings.items()
@@ -126,8 +126,8 @@ def test_settings_mean_what_they_mean_to_peft(bench: Bench) -> None:
     shapes = {f"{PREFIX}{name}": array.shape for name, array in model.adapter_parameters().items()}
     expected = {name: array.shape for name, array in bench.adapter.tensors.items()}
     if settings["target_modules"] == "all-linear":
-        # peft leaves out qwen2_moe's experts and router, deepseek_v2's shared experts and dense layers; here
-        # all-linear is every matrix.
+        # peft's all-linear excludes qwen2_moe's experts and router, and deepseek_v2's shared experts and
+        # dense layers; ours includes every matrix.
         left_out = {
             "qwen2_moe_dense_layer": r"\.mlp\.(experts|gate)\.",
             "deepseek_v2_direct": r"\.mlp\..*_proj\.",
@@ -144,7 +144,7 @@ def test_settings_mean_what_they_mean_to_peft(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", EXPERT_ADAPTERS, indirect=True)
 def test_training_writes_and_reads_its_own_structure(bench: Bench, tmp_path: Path) -> None:
-    """Arrays that are written into the adapters in use are those that a file has."""
+    """set_adapter_parameters accepts the arrays of a file."""
     model = with_adapter(et.load(bench.base), bench.folder)
     other = with_adapter(et.load(bench.base), bench.folder)
     for leaf in other.adapters.values():
@@ -158,7 +158,7 @@ def test_training_writes_and_reads_its_own_structure(bench: Bench, tmp_path: Pat
 
 @pytest.mark.parametrize("bench", OLD_ADAPTERS, indirect=True)
 def test_adapters_on_each_expert(bench: Bench, tmp_path: Path) -> None:
-    """As transformers 4 had them: the logits of what peft makes of them, and written as they came."""
+    """Adapters of transformers 4 give the logits of peft's conversion, and are saved unchanged."""
     model = et.load(bench.base, adapter=bench.folder)
     assert_logits(model.logits(bench.golden.tokens), bench.adapter.logits)
     parameters = model.adapter_parameters()
@@ -169,12 +169,12 @@ def test_adapters_on_each_expert(bench: Bench, tmp_path: Path) -> None:
 
 
 POSITIONS = {"transformer.wpe"}
-"""Embeddings of positions, which have no adapter here."""
+"""Position embeddings, on which adapters are not supported."""
 
 
 @pytest.mark.parametrize("name", module_names())
 def test_modules_have_the_names_of_transformers(name: str, golden_model: Models) -> None:
-    """Every matrix of a model of each family, and no other; those of checkpoints are understood too."""
+    """Every matrix of a model of each family, and no other; names of checkpoints are accepted too."""
     model = golden_model(name)
     matrices, family = matrices_of(model), model.family
     stacks = stacks_of(matrices) if family.stacked_experts else {}
@@ -187,7 +187,7 @@ def test_modules_have_the_names_of_transformers(name: str, golden_model: Models)
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_out"])
 def test_the_head_of_gpt_neox_has_two_names(target: str, golden_folder: Folders, tmp_path: Path) -> None:
-    """transformers 4 called the module embed_out, as checkpoints do; both are targets and both are read."""
+    """transformers 4 and checkpoints name the module embed_out; both names are accepted."""
     golden, base = load_golden("gpt_neox_parallel"), golden_folder("gpt_neox_parallel")
     model = with_lora(et.load(base), LoRAConfig(2, 3.0, (target,), rank_pattern={"embed_out": 3}))
     for array in model.adapter_parameters().values():
@@ -208,7 +208,7 @@ def test_the_head_of_gpt_neox_has_two_names(target: str, golden_folder: Folders,
 
 
 def test_a_copy_of_the_heads_bias_must_be_the_models(golden_model: Models, tmp_path: Path) -> None:
-    """As peft writes it for phi; a base without a bias has no use for one."""
+    """peft writes the copy for phi; a base model without a bias rejects one."""
     adapter = load_expert_adapter("heads phi")
     name = f"{PREFIX}lm_head.base_layer.bias"
     assert name in adapter.copies
@@ -229,7 +229,7 @@ def test_a_copy_of_the_heads_bias_must_be_the_models(golden_model: Models, tmp_p
 
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_all_gradients_recomputed(name: str, golden_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full training with blocks that are run again has the golden gradients too."""
+    """Gradients of all weights with recomputed blocks equal the golden gradients."""
     golden, model = load_golden(name), golden_model(name)
     recomputing(monkeypatch)
     loss, gradients = model.loss_and_gradients(golden.tokens, golden.targets)
@@ -240,10 +240,10 @@ def test_all_gradients_recomputed(name: str, golden_model: Models, monkeypatch: 
 
 
 def recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `loss_and_gradients` keep only what enters each block."""
+    """Make `loss_and_gradient` recompute blocks in the backward pass."""
     plain = Decoder.loss_and_gradient
 
-    def again(self: Decoder, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, Decoder]:
+    def recomputed(self: Decoder, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, Decoder]:
         return plain(self, tokens, targets, recompute=True)
 
-    monkeypatch.setattr(Decoder, "loss_and_gradient", again)
+    monkeypatch.setattr(Decoder, "loss_and_gradient", recomputed)

@@ -1,4 +1,4 @@
-"""Single parts against transformers: RoPE frequencies and rotation, RMSNorm, and sampling distributions."""
+"""Components compared with transformers: RoPE frequencies and rotation, RMSNorm, sampling distributions."""
 
 import json
 from typing import Any
@@ -25,11 +25,11 @@ SAMPLING = load_parts("sampling")
 SAMPLERS: list[dict[str, float]] = json.loads(str(SAMPLING["parameters"]))
 
 
-# What our parts are called stands in these five functions and nowhere else in this file.
+# Only these five functions call the components of this package.
 
 
 def our_inv_freq(case: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """Inverse frequencies (head_dim / 2,) in float64 and the factor on cos and sin, at that length.
+    """Inverse frequencies (head_dim / 2,) in float64 and the factor of cos and sin at `length`.
 
     case: rope_parameters (as in config.json), head_dim, max_position_embeddings, length.
     """
@@ -39,7 +39,7 @@ def our_inv_freq(case: dict[str, Any]) -> tuple[np.ndarray, float]:
 
 
 def our_rotation(case: dict[str, Any], q: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Heads q (b, t, heads, head_dim), float32, turned by their positions (t,); the case as above."""
+    """Heads q (b, t, heads, head_dim), float32, rotated by their positions (t,); `case` as above."""
     keys = Keys({"rope_parameters": case["rope_parameters"]}, "case")
     rope = read_rope(keys, case["max_position_embeddings"])
     return rotation(rope, case["head_dim"], np.broadcast_to(positions, q.shape[:2]), q.dtype).forward(q)
@@ -53,28 +53,28 @@ def our_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 def our_norm_gradients(
     dy: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(dx, dweight) of that RMSNorm for dy (b, t, d), float32."""
+    """(dx, dweight) of RMSNorm for dy (b, t, d), float32."""
     norm = RMSNorm(weight, eps)
     dx, gradient = norm.backward(dy, norm.forward(x)[1])
     return dx, gradient.weight
 
 
 def our_probabilities(logits: np.ndarray, history: np.ndarray, parameters: dict[str, float]) -> np.ndarray:
-    """Probabilities (v,) from which the token after `history` (n,) is drawn, given its logits (v,).
+    """Sampling probabilities (v,) of the token after `history` (n,), given its logits (v,).
 
-    parameters: any of repetition_penalty, temperature, top_k, top_p, min_p; one that is absent is off.
+    parameters: any of repetition_penalty, temperature, top_k, top_p, min_p; a missing one is disabled.
     """
     sampler = Sampling(**{"temperature": 1.0} | parameters).sampler(history.tolist())
     return sampler.probabilities(logits, history.tolist())
 
 
 def case_of(name: str) -> dict[str, Any]:
-    """The parameters of a rope case."""
+    """The parameters of a RoPE case."""
     return json.loads(str(ROPE[f"{name}/case"]))
 
 
 def assert_rows(ours: np.ndarray, reference: np.ndarray, tolerance: float) -> None:
-    """Every last-axis row within tolerance of its largest element."""
+    """Check every row (last axis) relative to its largest element."""
     assert ours.shape == reference.shape
     scale = np.abs(reference).max(axis=-1, keepdims=True)
     assert (np.abs(ours - reference) <= tolerance * scale).all()
@@ -82,7 +82,7 @@ def assert_rows(ours: np.ndarray, reference: np.ndarray, tolerance: float) -> No
 
 @pytest.mark.parametrize("name", ROPES)
 def test_inverse_frequencies(name: str) -> None:
-    """The formulas of transformers in float64, and what it computes in float32."""
+    """Compared with the formulas of transformers in float64, and with its float32 values."""
     ours, scaling = our_inv_freq(case_of(name))
     np.testing.assert_allclose(ours, ROPE[f"{name}/inv_freq"], rtol=1e-12, atol=0)
     np.testing.assert_allclose(ours, ROPE[f"{name}/inv_freq_float32"], rtol=1e-6, atol=0)
@@ -91,28 +91,28 @@ def test_inverse_frequencies(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_rotation_near(name: str) -> None:
-    """Positions at which float32 angles are good: transformers itself."""
+    """Positions at which float32 angles are accurate, compared with transformers itself."""
     q, positions = ROTATION[f"{name}/q"], ROTATION[f"{name}/near"]
     assert_rows(our_rotation(case_of(name), q, positions), ROTATION[f"{name}/near_rotated"], 5e-6)
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_rotation_far(name: str) -> None:
-    """Positions to 131,071: angles must not be formed in float32."""
+    """Positions up to 131,071: angles must not be computed in float32."""
     q, positions = ROTATION[f"{name}/q"], ROTATION[f"{name}/far"]
     assert_rows(our_rotation(case_of(name), q, positions), ROTATION[f"{name}/far_rotated"], 1e-6)
 
 
 @pytest.mark.parametrize("index", range(NORM["eps"].size))
 def test_rmsnorm(index: int) -> None:
-    """Plain rows, outliers of 1e4, tiny and zero rows."""
+    """Ordinary rows, rows with outliers of 1e4, tiny and zero rows."""
     ours = our_norm(NORM["x"], NORM["weight"], float(NORM["eps"][index]))
     assert_rows(ours, NORM[f"y{index}"], 1e-6)
 
 
 @pytest.mark.parametrize("index", range(NORM["eps"].size))
 def test_rmsnorm_gradients(index: int) -> None:
-    """By the input and by the weight; a zero row has the largest gradient and a finite one."""
+    """Gradients of input and weight; a zero row has the largest gradient, which is finite."""
     dx, dweight = our_norm_gradients(NORM["dy"], NORM["x"], NORM["weight"], float(NORM["eps"][index]))
     assert_rows(dx, NORM[f"dx{index}"], 1e-5)
     assert_rows(dweight, NORM[f"dweight{index}"], 1e-5)
@@ -121,7 +121,7 @@ def test_rmsnorm_gradients(index: int) -> None:
 @pytest.mark.parametrize("row", range(len(SAMPLING["logits"])))
 @pytest.mark.parametrize("column", range(len(SAMPLERS)), ids=[json.dumps(p) for p in SAMPLERS])
 def test_sampling_distribution(row: int, column: int) -> None:
-    """Exactly the tokens that transformers keeps, with its probabilities."""
+    """The same tokens as transformers keeps, with the same probabilities."""
     ours = our_probabilities(SAMPLING["logits"][row], SAMPLING["histories"][row], SAMPLERS[column])
     reference = SAMPLING["probabilities"][row, column]
     np.testing.assert_array_equal(ours > 0, reference > 0)

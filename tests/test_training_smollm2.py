@@ -1,4 +1,4 @@
-"""Training of the real default model with an adapter: the losses that torch and peft have, step by step."""
+"""Training of the default model with an adapter: the loss of every step equals that of torch and peft."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import einsum_transformer as et
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.training.data import Batch
-from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.loop import Trainer, TrainingSettings
 from einsum_transformer.training.optimizers import SGD, AdamW, Optimizer
 from einsum_transformer.training.schedule import Schedule
 from golden_files import FOLDER
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 GOLDEN: dict[str, Any] = json.loads((FOLDER / "curves.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-3
-"""Absolute: the losses are between 1 and 6, so it is the tighter of the two."""
+"""Absolute tolerance; stricter than a relative one, as the losses are between 1 and 6."""
 OPTIMIZERS: dict[str, Optimizer] = {"sgd": SGD(), "adamw": AdamW(weight_decay=0.01)}
 
 
@@ -37,8 +37,8 @@ class Sonnets:
 
     def batch(self, step: int) -> list[Batch]:
         rows, length = GOLDEN["rows"], GOLDEN["length"]
-        places = [(step * rows + row) * length % (len(self.ids) - length) for row in range(rows)]
-        tokens = np.array([self.ids[place : place + length + 1] for place in places])
+        starts = [(step * rows + row) * length % (len(self.ids) - length) for row in range(rows)]
+        tokens = np.array([self.ids[start : start + length + 1] for start in starts])
         return [(tokens[:, :-1], tokens[:, 1:])]
 
 
@@ -49,19 +49,19 @@ def model() -> et.Model:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_losses(name: str, model: et.Model) -> None:
-    """Every step's, and they fall."""
+    """The losses of all steps, which fall."""
     curve, adapter = GOLDEN["curves"][name], GOLDEN["adapter"]
     config = LoRAConfig(adapter["r"], adapter["lora_alpha"], tuple(adapter["target_modules"]))
-    settings = Settings(Schedule(curve["options"]["lr"], GOLDEN["steps"]), OPTIMIZERS[name])
+    settings = TrainingSettings(Schedule(curve["options"]["lr"], GOLDEN["steps"]), OPTIMIZERS[name])
     trainer = Trainer(with_lora(model, config, seed=0), Sonnets(GOLDEN["ids"]), settings)
     losses = [report.loss for report in trainer.run(GOLDEN["steps"])]
     np.testing.assert_allclose(losses, curve["losses"], rtol=0, atol=TOLERANCE)
-    # Ten steps are one pass through the text, so these are means over the same tokens.
+    # Ten steps are one pass over the text, so these are means over the same tokens.
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.3
 
 
 def test_text(model: et.Model) -> None:
-    """The ids are those of the text."""
+    """The ids equal the encoded text."""
     assert model.tokenizer is not None
     text = (FOLDER / GOLDEN["text"]).read_text(encoding="utf-8")
     assert model.tokenizer.encode(text) == GOLDEN["ids"]

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, as folders, as GGUF files and in memory; and a reference written with
+"""Tiny models with random weights, as folders, GGUF files and in memory; and a reference implementation with
 loops."""
 
 import json
@@ -49,7 +49,7 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 
 
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, Array]:
-    """A checkpoint of the config: float32 by checkpoint name, norms and biases random too."""
+    """Checkpoint name -> random float32 weights of the config, including norms and biases."""
     rng = np.random.default_rng(seed)
     d, f, v, h = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
     q, k = config["num_attention_heads"] * h, config["num_key_value_heads"] * h
@@ -81,7 +81,7 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Arra
 
 
 def tiny_model(dtype: str = "float32", seed: int = 0, **changes: Any) -> et.Model:
-    """A model of `random_weights` in memory, its arrays writable and its own."""
+    """A model of `random_weights` in memory, with new, writable arrays."""
     raw = hf_config(**changes)
     family = family_of(raw["model_type"], "tiny")
     config = family.read_config(Keys(raw, "tiny"))
@@ -94,7 +94,7 @@ def tiny_model(dtype: str = "float32", seed: int = 0, **changes: Any) -> et.Mode
 
 
 def successor_model(vocab: int, **changes: Any) -> et.Model:
-    """A model that continues token i with (i + 1) % vocab, surely and whatever came before."""
+    """A model that predicts (i + 1) % vocab after token i, independent of the earlier tokens."""
     settings = {"hidden_size": vocab, "vocab_size": vocab, "num_hidden_layers": 1, "eos_token_id": None}
     model = tiny_model(**(settings | changes))
     for name, weight in model.named_parameters().items():
@@ -106,7 +106,7 @@ def successor_model(vocab: int, **changes: Any) -> et.Model:
 
 
 def make_tokenizer(folder: Path, tokens: list[str]) -> Tokenizer:
-    """One token for each string, in this order; those in <| |> are special."""
+    """A tokenizer with one token for each string, in this order; tokens in `<| |>` are special."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -119,14 +119,14 @@ def make_tokenizer(folder: Path, tokens: list[str]) -> Tokenizer:
 
 
 def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, dict[str, Array]]:
-    """A Hugging Face folder of the tiny model, and its weights."""
+    """Write a Hugging Face folder of the tiny model; returns the folder and the weights."""
     config = hf_config(**changes)
     weights = random_weights(config, seed)
     return write_folder(folder, config, weights), weights
 
 
 def write_config(path: Path, config: Any) -> Path:
-    """`config` as a JSON file; text is written as it is."""
+    """Write `config` as a JSON file; a string is written unchanged."""
     path.write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
     return path
 
@@ -134,12 +134,12 @@ def write_config(path: Path, config: Any) -> Path:
 def reference_logits(
     config: Mapping[str, Any], weights: Mapping[str, Array], tokens: list[int], interleaved: bool = False
 ) -> Array:
-    """Scores (t, v) of one sequence in float64, position by position and head by head, without any cache."""
+    """Logits (t, v) of one sequence in float64, with loops over positions and heads and without a cache."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim, window = config["head_dim"], config.get("sliding_window") or len(tokens)
     w = {name: array.astype(np.float64) for name, array in weights.items()}
     x = w["model.embed_tokens.weight"][tokens]
-    turn = _turns(config, len(tokens), interleaved)
+    rotate = _rotation(config, len(tokens), interleaved)
 
     def linear(values: Array, name: str) -> Array:
         return values @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
@@ -161,7 +161,8 @@ def reference_logits(
             seen = range(max(0, t - window + 1), t + 1)
             for head in range(heads):
                 group = head // (heads // kv_heads)
-                scores = np.array([turn(q[t, head], t) @ turn(k[s, group], s) for s in seen]) / head_dim**0.5
+                query = rotate(q[t, head], t)
+                scores = np.array([query @ rotate(k[s, group], s) for s in seen]) / head_dim**0.5
                 p = np.exp(scores - scores.max())
                 mixed[t, head] = p / p.sum() @ v[list(seen), group]
         x = x + linear(mixed.reshape(len(tokens), -1), f"{at}.self_attn.o_proj")
@@ -172,29 +173,29 @@ def reference_logits(
     return linear(norm(x, "model.norm"), head_name)
 
 
-def _turns(config: Mapping[str, Any], length: int, interleaved: bool) -> Any:
-    """turn(vector, position): the vector's rotated dimensions turned as pairs of complex numbers."""
+def _rotation(config: Mapping[str, Any], length: int, interleaved: bool) -> Any:
+    """Return rotate(vector, position), which applies RoPE with complex numbers."""
     rope = read_rope(Keys(dict(config), "reference"), config["max_position_embeddings"])
     inv_freq, factor = inverse_frequencies(rope, config["head_dim"], length)
     half = len(inv_freq)
 
-    def turn(vector: Array, position: int) -> Array:
+    def rotate(vector: Array, position: int) -> Array:
         even, odd = (
             (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
             if interleaved
             else (slice(half), slice(half, 2 * half))
         )
-        turned = (vector[even] + 1j * vector[odd]) * np.exp(1j * position * inv_freq) * factor
+        rotated = (vector[even] + 1j * vector[odd]) * np.exp(1j * position * inv_freq) * factor
         out = vector.copy()
-        out[even], out[odd] = turned.real, turned.imag
+        out[even], out[odd] = rotated.real, rotated.imag
         return out
 
-    return turn
+    return rotate
 
 
 def write_gguf(path: Path, config: Mapping[str, Any], weights: Mapping[str, Array], **keys: Any) -> Path:
-    """The checkpoint as llama.cpp's converter writes it: other names, q and k rows permuted where its program
-    pairs neighbours. keys: more metadata."""
+    """Write the checkpoint as llama.cpp's converter does: with GGUF names, and with rows of q and k permuted
+    for architectures whose RoPE pairs neighbours. keys: additional metadata."""
     import gguf
 
     kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
@@ -252,15 +253,15 @@ _GGUF = {
 
 
 def _gguf_name(name: str) -> str:
-    place, kind = name.rsplit(".", 1)
-    if not place.startswith("model.layers."):
-        return f"{_GGUF[place]}.{kind}"
-    _, _, layer, place = place.split(".", 3)
-    return f"blk.{layer}.{_GGUF[place]}.{kind}"
+    module, kind = name.rsplit(".", 1)
+    if not module.startswith("model.layers."):
+        return f"{_GGUF[module]}.{kind}"
+    _, _, layer, module = module.split(".", 3)
+    return f"blk.{layer}.{_GGUF[module]}.{kind}"
 
 
 def permuted(name: str, array: Array, config: Mapping[str, Any]) -> Array:
-    """Rows of q and k from pairs (i, i + h/2) to pairs (2i, 2i + 1), each with its own number of heads."""
+    """Permute rows of q and k from pairs (i, i + h/2) to (2i, 2i + 1), by the number of heads of each."""
     counts = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     heads = counts.get(name.split(".")[-2])
     if heads is None:

@@ -1,4 +1,4 @@
-"""Check with peft that an adapter folder written by `write_adapter` loads and gives the logits we have."""
+"""Check with peft that an adapter folder written by `write_adapter` loads and gives reference logits."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 
 
 def problem(base: Path, adapter: Path, tokens: np.ndarray, reference: np.ndarray) -> str:
-    """What is wrong with the adapter, or an empty string."""
+    """Return a message if the adapter is wrong, else an empty string."""
     plain: Any = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -28,25 +28,25 @@ def problem(base: Path, adapter: Path, tokens: np.ndarray, reference: np.ndarray
         without = plain(input_ids=ids, use_cache=False).logits.numpy()
         model = PeftModel.from_pretrained(plain, adapter).eval()
         logits = model(input_ids=ids, use_cache=False).logits.numpy()
-    # peft only warns of names that it does not know, or that the folder lacks
+    # peft only warns about unknown or missing names
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        strange = set(file.keys()) ^ {name for name in get_peft_model_state_dict(model) if ".lora_" in name}
-    if strange:
-        return f"names that only one of peft and the folder has: {', '.join(sorted(strange))}"
+        unmatched = set(file.keys()) ^ {name for name in get_peft_model_state_dict(model) if ".lora_" in name}
+    if unmatched:
+        return f"names in only one of peft's model and the folder: {', '.join(sorted(unmatched))}"
     if logits.shape != reference.shape:
-        return f"logits have shape {logits.shape}, the reference's have {reference.shape}"
-    difference, moved = (float(np.abs(logits - other).max()) for other in (reference, without))
-    print(f"{adapter}: largest difference {difference:.1e}; the adapter moves the logits by {moved:.1e}")
-    if not moved > 10 * TOLERANCE:
-        return "the adapter changes too little for the comparison to say anything"
-    # so written that a NaN fails
+        return f"logits have shape {logits.shape}, the reference has {reference.shape}"
+    difference, change = (float(np.abs(logits - other).max()) for other in (reference, without))
+    print(f"{adapter}: largest difference {difference:.1e}; the adapter changes the logits by {change:.1e}")
+    if not change > 10 * TOLERANCE:
+        return "the adapter changes the logits too little for a meaningful comparison"
+    # `<=` is false for NaN
     return "" if difference <= TOLERANCE else f"logits differ by more than {TOLERANCE}"
 
 
 def main() -> None:
-    """Exit with 1 if the adapter does not load cleanly or has other logits."""
+    """Exit with code 1 if the adapter does not load cleanly or its logits differ."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path, help="Hugging Face folder of the model that the adapter is on")
+    parser.add_argument("base", type=Path, help="Hugging Face folder of the base model")
     parser.add_argument("adapter", type=Path, help="PEFT folder")
     parser.add_argument("reference", type=Path, help=".npz with the keys tokens (b, t) and logits (b, t, v)")
     arguments = parser.parse_args()

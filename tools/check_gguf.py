@@ -1,6 +1,6 @@
-"""Compares llama.cpp on the files of tests/gguf_files.py with transformers on the checkpoints they come from.
+"""Compare llama.cpp on the files of tests/gguf_files.py with transformers on their source checkpoints.
 
-python tools/check_gguf.py [CASE ...] prints the largest difference of the scores of each case."""
+python tools/check_gguf.py [CASE ...] prints the largest difference of the logits of each case."""
 
 import argparse
 import json
@@ -40,18 +40,18 @@ HEADS = {"head_dim": 32}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One tiny model; its config differs from SIZES in `config`."""
+    """A tiny model; `config` overrides the keys of SIZES."""
 
     family: str
     config: dict[str, Any] = field(default_factory=dict)
     length: int = 24
     context: int = 64
     options: dict[str, Any] = field(default_factory=dict)
-    """For write_model_gguf."""
+    """Keyword arguments of write_model_gguf."""
 
 
 def rope(kind: str, **keys: Any) -> dict[str, Any]:
-    """A config's rope parameters."""
+    """The rope_parameters of a config."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **keys}}
 
 
@@ -147,14 +147,14 @@ CASES = {
 
 
 class HalfGelu(torch.nn.Module):
-    """llama.cpp's gelu, which is tanh's approximation from a table in half precision."""
+    """llama.cpp's GELU: the tanh approximation from a table in half precision."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
 
 
 def random_model(case: Case, seed: int) -> Any:
-    """The transformers model of the case, with every parameter random and none at its first value."""
+    """The transformers model of the case, with all parameters random."""
     config = AutoConfig.for_model(case.family, **json.loads(json.dumps(SIZES | case.config)))
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -165,14 +165,14 @@ def random_model(case: Case, seed: int) -> Any:
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for value in model.parameters():
-            spread = 0.2 if value.ndim == 1 else value.shape[-1] ** -0.5
-            noise = torch.from_numpy(rng.standard_normal(tuple(value.shape)) * spread).float()
+            scale = 0.2 if value.ndim == 1 else value.shape[-1] ** -0.5
+            noise = torch.from_numpy(rng.standard_normal(tuple(value.shape)) * scale).float()
             value.copy_(value + noise if value.ndim == 1 else noise)
     return model
 
 
 def check(name: str) -> tuple[float, float]:
-    """The largest difference of two scores, and the largest score."""
+    """The largest difference of the logits, and the largest logit."""
     case, seed = CASES[name], zlib.crc32(name.encode())
     model = random_model(case, seed)
     tokens = np.random.default_rng(seed + 1).integers(0, SIZES["vocab_size"], case.length)
@@ -184,13 +184,14 @@ def check(name: str) -> tuple[float, float]:
         weights = load_file(Path(folder) / "model.safetensors")
         vocabulary = {"tokenizer.ggml.model": "none", "{arch}.vocab_size": SIZES["vocab_size"]}
         path = write_model_gguf(Path(folder) / "model.gguf", config, weights, **vocabulary, **case.options)
-        actual = llama_cpp_scores(path, case.context, tokens.tolist())
+        actual = llama_cpp_logits(path, case.context, tokens.tolist())
     return float(np.abs(actual - expected).max()), float(np.abs(expected).max())
 
 
-def llama_cpp_scores(path: Path, context: int, tokens: list[int]) -> np.ndarray:
-    """Scores (t, v) of the tokens, with a cache in float32 and no flash attention."""
-    of_the_file = {f"yarn_{key}": -1.0 for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")}
+def llama_cpp_logits(path: Path, context: int, tokens: list[int]) -> np.ndarray:
+    """Logits (t, v) of the tokens, with a float32 cache and without flash attention."""
+    # -1 selects the value of the file
+    yarn = {f"yarn_{key}": -1.0 for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")}
     model = Llama(
         str(path),
         n_ctx=context,
@@ -199,16 +200,16 @@ def llama_cpp_scores(path: Path, context: int, tokens: list[int]) -> np.ndarray:
         type_k=F32,
         type_v=F32,
         verbose=False,
-        **of_the_file,
+        **yarn,
     )
     model.eval(tokens)
-    scores = model.scores[: len(tokens)].copy()
+    logits = model.scores[: len(tokens)].copy()
     model.close()
-    return scores
+    return logits
 
 
 def main() -> None:
-    """Check the cases named on the command line, or all."""
+    """Check the cases of the command line, by default all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Check with transformers that folders written by `model.save` load and have a golden file's logits."""
+"""Check with transformers that folders written by `model.save` load and give the logits of a golden file."""
 
 import argparse
 import os
@@ -17,8 +17,8 @@ TOLERANCE = 1e-4
 
 
 def problem(folder: Path, tokens: np.ndarray, reference: np.ndarray) -> str:
-    """What is wrong with the folder, or an empty string."""
-    # with output_loading_info it returns a pair, which its type hints do not say
+    """Return a message if the folder is wrong, else an empty string."""
+    # Any: the type hints do not cover the pair that output_loading_info returns
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -33,15 +33,15 @@ def problem(folder: Path, tokens: np.ndarray, reference: np.ndarray) -> str:
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.from_numpy(tokens), use_cache=False).logits.numpy()
     if logits.shape != reference.shape:
-        return f"logits have shape {logits.shape}, the golden's have {reference.shape}"
+        return f"logits have shape {logits.shape}, the golden file has {reference.shape}"
     difference = float(np.abs(logits - reference).max())
     print(f"{folder}: largest difference {difference:.1e}")
-    # so written that a NaN fails
+    # `<=` is false for NaN
     return "" if difference <= TOLERANCE else f"logits differ by more than {TOLERANCE}"
 
 
 def main() -> None:
-    """Exit with 1 if a folder does not load cleanly or has other logits."""
+    """Exit with code 1 if a folder does not load cleanly or its logits differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reference", type=Path, help=".npz with the keys tokens (b, t) and logits (b, t, v)")
     parser.add_argument("folders", type=Path, nargs="+", help="Hugging Face folders of that model")

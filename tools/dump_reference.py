@@ -1,10 +1,9 @@
-"""Write the activations of a transformers model for `etx parity`: one array for every module, beside
-`tokens` and `logits`.
+"""Write the activations of a transformers model for `etx parity`: `tokens`, `logits` and an array per module.
 
     python tools/dump_reference.py FOLDER_OR_HUB_ID OUT.npz --prompt "The capital of France is"
 
-Runs in the environment of tools/make_golden.py (torch, transformers). The arrays are named as the modules are
-("model.layers.0.self_attn.q_proj"); of a module that returns several values the first is kept.
+Runs in the environment of tools/make_golden.py (torch, transformers). The arrays have the names of modules
+("model.layers.0.self_attn.q_proj"); for a module that returns several values, the first is written.
 """
 
 import argparse
@@ -22,28 +21,28 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def activations(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Module name -> its output (b, t, ...) for tokens (b, t); of a router, whose first output is different
-    things in different models, none."""
+    """Module name -> its output (b, t, ...) for tokens (b, t), without routers, whose outputs differ between
+    models."""
     found: dict[str, np.ndarray] = {"tokens": tokens.astype(np.int64)}
 
-    def keep(name: str) -> Any:
+    def store(name: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if not isinstance(value, torch.Tensor):
                 return
             array = value.detach().float().numpy()
-            if array.ndim == 2 and len(array) == tokens.size:  # what experts see: tokens in one row
+            if array.ndim == 2 and len(array) == tokens.size:  # modules of experts flatten (b, t)
                 array = array.reshape(*tokens.shape, -1)
             if array.ndim >= 3 and array.shape[1] == tokens.shape[1]:
-                # The embedding of positions has one row for the whole batch.
+                # The position embedding has batch size 1.
                 found[name] = np.broadcast_to(array, (len(tokens), *array.shape[1:])).copy()
 
         return hook
 
     handles = [
-        module.register_forward_hook(keep(name))
+        module.register_forward_hook(store(name))
         for name, module in model.named_modules()
-        if name and not _is_aside(name, module)
+        if name and not _is_skipped(name, module)
     ]
     try:
         with torch.no_grad():
@@ -55,25 +54,25 @@ def activations(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _is_aside(name: str, module: Any) -> bool:
-    """The head (its logits are kept), the whole model below it, and what has no counterpart by name (the
-    feed-forward of MPT adds the residual itself)."""
+def _is_skipped(name: str, module: Any) -> bool:
+    """Whether it is the head (its logits are stored), the model without the head, or a module without a
+    counterpart of this package (such as MPT's feed-forward, which adds the residual)."""
     kinds = ("Router", "Rotary", "Dropout", "Activation", "GELU", "SiLU", "Identity", "MptMLP")
     own = type(module).__name__
     return name in ("lm_head", "embed_out") or own.endswith("Model") or any(kind in own for kind in kinds)
 
 
 def main() -> None:
-    """Load, run, write."""
+    """Load the model, run it, and write the activations."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="Hugging Face folder or hub id")
     parser.add_argument("out", type=Path, help=".npz or .safetensors file to write")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", default="The capital of France is", help="a text for the tokenizer")
-    what.add_argument("--tokens", type=Path, help=".npy of token ids, (time) or (batch, time)")
-    parser.add_argument("--dtype", default="float32", help="what transformers computes in")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", default="The capital of France is", help="a text for the tokenizer")
+    source.add_argument("--tokens", type=Path, help=".npy of token ids, (time) or (batch, time)")
+    parser.add_argument("--dtype", default="float32", help="dtype of transformers' computation")
     arguments = parser.parse_args()
     if arguments.out.suffix not in (".npz", ".safetensors"):
         parser.error(f"{arguments.out}: name a .npz or .safetensors file")

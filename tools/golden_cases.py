@@ -1,4 +1,4 @@
-"""The tiny models of the golden files: configs with awkward sizes, and what each must be able to see."""
+"""The tiny models of the golden files: configs with uneven sizes, and the settings that they must cover."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,19 +8,19 @@ DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One golden model: its config, and changes to it that the logits must be able to tell from it."""
+    """A golden model: its config, and config changes (`contrasts`) that must change its logits."""
 
     family: str
     config: dict[str, Any]
     length: int = 19
     short_length: int = 0
     rope: dict[str, Any] | None = field(default_factory=DEFAULT_ROPE.copy)
-    """`rope_parameters`; None where the model has none or its own way to say it."""
+    """`rope_parameters`, or None for models without RoPE or with other keys for it."""
     contrasts: tuple[dict[str, Any], ...] = ()
 
 
 def sizes(hidden: int, heads: int, kv: int, inter: int, layers: int, vocab: int) -> dict[str, Any]:
-    """The six sizes under the names config.json gives them."""
+    """The six sizes under their keys of config.json."""
     return {
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -32,7 +32,7 @@ def sizes(hidden: int, heads: int, kv: int, inter: int, layers: int, vocab: int)
 
 
 def multi_head(hidden: int, heads: int, inter: int, layers: int, vocab: int) -> dict[str, Any]:
-    """The sizes of a model that knows no number of key/value heads."""
+    """The sizes of a model without a num_key_value_heads key."""
     found = sizes(hidden, heads, heads, inter, layers, vocab)
     return {name: size for name, size in found.items() if name != "num_key_value_heads"}
 
@@ -44,7 +44,7 @@ YARN_KEYS = {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0}
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-# torch gives the row of a padding token no gradient
+# No padding token: torch does not compute a gradient for its embedding row.
 GEMMA = {"head_dim": 10, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 GEMMA2 = {
     "query_pre_attn_scalar": 17,

@@ -1,4 +1,4 @@
-"""Loss curves of SmolLM2-135M-Instruct with an adapter, trained by torch and peft on some sonnets."""
+"""Loss curves of SmolLM2-135M-Instruct with an adapter, trained with torch and peft on sonnets."""
 
 import json
 import zlib
@@ -19,8 +19,8 @@ OPTIMIZERS = {
 }
 
 
-def start(model: Any) -> None:
-    """The start that the package's seed 0 has: A of a matrix is drawn from a stream that its name seeds."""
+def initialize(model: Any) -> None:
+    """Initialize adapters as the package does with seed 0: the name of a matrix seeds the stream of its A."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
@@ -29,23 +29,23 @@ def start(model: Any) -> None:
                 bound = parameter.shape[1] ** -0.5
                 parameter.copy_(torch.from_numpy(rng.uniform(-bound, bound, tuple(parameter.shape))))
             elif ".lora_B." in name:
-                assert not parameter.any(), "peft starts with another B"
+                assert not parameter.any(), "peft does not initialize B with zeros"
 
 
 def batch(ids: list[int], step: int) -> torch.Tensor:
-    """Rows of LENGTH + 1 tokens, one after the other through the text and again from its start."""
-    places = [(step * ROWS + row) * LENGTH % (len(ids) - LENGTH) for row in range(ROWS)]
-    return torch.tensor([ids[place : place + LENGTH + 1] for place in places])
+    """Consecutive rows of LENGTH + 1 tokens, which wrap around at the end of the text."""
+    starts = [(step * ROWS + row) * LENGTH % (len(ids) - LENGTH) for row in range(ROWS)]
+    return torch.tensor([ids[start : start + LENGTH + 1] for start in starts])
 
 
 def train(folder: Path, ids: list[int], name: str) -> list[float]:
-    """The losses of all steps, each before its update."""
+    """The loss of every step before its update."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=FILE, dtype=torch.float32, attn_implementation="eager"
     )
     settings = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
     adapted: Any = get_peft_model(model, settings)
-    start(adapted)
+    initialize(adapted)
     kind, options = OPTIMIZERS[name]
     optimizer = kind([parameter for parameter in adapted.parameters() if parameter.requires_grad], **options)
     losses = []
@@ -61,7 +61,7 @@ def train(folder: Path, ids: list[int], name: str) -> list[float]:
 
 
 def write_curves(folder: Path, text: Path, target: Path) -> None:
-    """Train with each optimizer from the same start, and write the JSON file."""
+    """Train with each optimizer from the same initial weights, and write the JSON file."""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     curves = {

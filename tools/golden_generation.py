@@ -1,7 +1,5 @@
-"""What transformers' GenerationConfig knows, and what its logits processors and `generate` give.
-
-Run as a script it writes tests/golden/generation.npz and generation_keys.json.
-"""
+"""Write tests/golden/generation.npz and generation_keys.json: outputs of transformers' logits processors and
+`generate`, and the keys of its GenerationConfig."""
 
 import ast
 import inspect
@@ -92,7 +90,7 @@ GENERATED: list[tuple[str, dict[str, Any]]] = [
     ("llama_rope_linear", {"max_new_tokens": 40}),
     ("llama_rope_yarn", {"max_new_tokens": 40}),
 ]
-"""Greedy texts; those of the last three are longer than `max_position_embeddings`."""
+"""Models and settings of greedy generation; the last three exceed `max_position_embeddings`."""
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 CHANGES: dict[str, dict[str, Any]] = {
     "llama_rope_linear": {"max_position_embeddings": 16},
@@ -101,19 +99,19 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def processed(model: Any, settings: dict[str, Any], text: list[int], prompt: int, scores: np.ndarray) -> Any:
-    """The scores after all that `generate` would do to them at the end of this text."""
+    """The logits after all processors that `generate` applies to them after this text."""
     config = GenerationConfig(**settings)
     no_length, no_least = config.max_length is None, config.min_length is None
     config, _ = model._prepare_generation_config(config)
     model._prepare_special_tokens(config, True, device="cpu", batch_size=1)
     ids = torch.tensor([text[:prompt]])
     config = model._prepare_generated_length(config, no_length, no_least, "input_ids", prompt, ids)
-    made = model._get_logits_processor(config, prompt, ids, device="cpu", model_kwargs={})
-    return made(torch.tensor([text]), torch.tensor(scores[None]))[0].numpy()
+    apply = model._get_logits_processor(config, prompt, ids, device="cpu", model_kwargs={})
+    return apply(torch.tensor([text]), torch.tensor(scores[None]))[0].numpy()
 
 
 def make_processors() -> dict[str, Any]:
-    """scores (case, place, v), the texts, and the scores or probabilities that come out."""
+    """Logits before the processors, the texts, and the processed logits or probabilities."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
@@ -133,7 +131,7 @@ def make_processors() -> dict[str, Any]:
             (1, 1),
             (1, 2),
         ):
-            # Few different tokens, so that sequences occur again.
+            # Few different tokens, so that n-grams repeat.
             text = rng.integers(0, 4, TEXT)
             text[:3] = text[3:6] = rng.integers(0, 3, 3)
             scores = (rng.standard_normal(VOCAB) * 2).astype(np.float32)
@@ -152,23 +150,23 @@ def make_processors() -> dict[str, Any]:
 
 
 def make_generations() -> dict[str, Any]:
-    """Greedy texts of golden models."""
+    """The tokens of greedy generation with golden models."""
     cases = []
     for name, settings in GENERATED:
         model = build(CASES[name], zlib.crc32(name.encode()), CHANGES.get(name, {}))
         prompt = [2, 7, 1, 8, 2, 8]
         with torch.no_grad():
-            made = model.generate(
+            generated = model.generate(
                 torch.tensor([prompt]),
                 generation_config=GenerationConfig(**settings, pad_token_id=0),
             )
         cases.append({"model": name, "prompt": prompt, "settings": settings})
-        cases[-1] |= {"changes": CHANGES.get(name, {}), "tokens": made[0, 6:].tolist()}
+        cases[-1] |= {"changes": CHANGES.get(name, {}), "tokens": generated[0, 6:].tolist()}
     return {"generations": np.array(json.dumps(cases))}
 
 
 def keys() -> dict[str, Any]:
-    """All names that GenerationConfig stores or takes out of its keywords, and the defaults of `generate`."""
+    """All names that GenerationConfig stores or pops from its keywords, and the defaults of `generate`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(GenerationConfig.__init__)))
     taken = {
         node.args[0].value

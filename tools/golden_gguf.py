@@ -1,4 +1,4 @@
-"""Metadata of GGUF files as llama.cpp reads it: its scores of golden models with keys added to their files.
+"""GGUF metadata as llama.cpp reads it: its logits of golden models whose files have additional keys.
 
 python tools/golden_gguf.py writes tests/golden/gguf_metadata.npz (needs llama-cpp-python 0.3.36).
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check_gguf import llama_cpp_scores
+from check_gguf import llama_cpp_logits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from gguf_files import write_model_gguf
@@ -18,7 +18,7 @@ from golden_files import FOLDER, load_golden
 
 SCALING = "{arch}.rope.scaling."
 YARN = {f"{SCALING}type": "yarn", f"{SCALING}factor": 4.0, f"{SCALING}original_context_length": 16}
-# Which llama.cpp leaves unread in files of this architecture.
+# llama.cpp ignores these keys in files of this architecture.
 OLMO3 = dict.fromkeys(f"{SCALING}yarn_{name}" for name in ("attn_factor", "beta_fast", "beta_slow"))
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama_gqa", {}),
@@ -53,7 +53,7 @@ LENGTH = 15
 
 
 def main() -> None:
-    """Write the scores of every case."""
+    """Write the logits of every case."""
     found: dict[str, np.ndarray] = {"cases": np.array(json.dumps(CASES))}
     for name, (model, keys) in CASES.items():
         golden = load_golden(model)
@@ -61,7 +61,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_model_gguf(path, golden.config, golden.weights, **vocabulary, **keys)
-            found[name] = llama_cpp_scores(path, 64, golden.tokens[0, :LENGTH].tolist())[-4:]
+            found[name] = llama_cpp_logits(path, 64, golden.tokens[0, :LENGTH].tolist())[-4:]
         print(f"{name}: {np.abs(found[name] - found['plain'][:, :1]).max():.2f}", flush=True)
     np.savez_compressed(FOLDER / "gguf_metadata.npz", allow_pickle=False, **found)
 

@@ -1,4 +1,4 @@
-"""Adapters by peft on golden models: its files, and the logits, loss and gradients torch has with them."""
+"""peft's adapters on golden models: its files, and the logits, loss and gradients of torch with them."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A golden model of golden_models.py and the settings of the adapter on it."""
+    """The name of a golden model of golden_models.py, and the settings of an adapter on it."""
 
     base: str
     settings: dict[str, Any]
@@ -28,7 +28,7 @@ class Adapter:
 
 
 def on(target: str | list[str], **settings: Any) -> dict[str, Any]:
-    """LoraConfig's settings for an adapter on `target`; a list of names or one string, as there."""
+    """The LoraConfig settings of an adapter with these target_modules."""
     return {"r": 2, "lora_alpha": 3.0, "target_modules": target, **settings}
 
 
@@ -84,17 +84,17 @@ HEAD_ADAPTERS: dict[str, Adapter] = {
     "heads gpt2": Adapter("gpt2_plain", on(["lm_head", "wte", "c_attn"])),
     "heads mpt": Adapter("mpt_alibi", on(["lm_head", "wte", "Wqkv"])),
 }
-"""Adapters on the embedding and the output head, which peft writes whole beside them."""
+"""Adapters on the embedding and the output head, whose full weights peft writes as well."""
 PACKED = EXPERT_ADAPTERS | HEAD_ADAPTERS
 OLD_ADAPTERS: dict[str, tuple[Adapter, dict[str, str]]] = {
     "mixtral old": (Adapter("mixtral_mqa", on(["w1", "w2", "w3", "gate"])), {".mlp.": ".block_sparse_moe."}),
     "qwen3_moe old": (Adapter("qwen3_moe_normalized", on(["gate_proj", "up_proj", "down_proj"])), {}),
 }
-"""Adapters as transformers 4 had them, with a module for each expert, and the names of other parts then."""
+"""Adapters of transformers 4, which has a module for each expert, and its names of other modules."""
 
 
 def fill(model: Any, seed: int) -> None:
-    """Random A and B, neither of them zero; numbers of few bits, which compress well."""
+    """Set A and B to random nonzero values of few bits, which compress well."""
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ def fill(model: Any, seed: int) -> None:
 
 
 def write(model: Any, adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]:
-    """Write the folder as peft does, its tensors in the adapter's type; returns them."""
+    """Write the folder with peft, cast its tensors to the adapter's dtype, and return them."""
     model.save_pretrained(folder)
     tensors = {name: tensor.to(adapter.dtype) for name, tensor in load_file(folder / TENSORS).items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -112,7 +112,7 @@ def write(model: Any, adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]
 
 
 def make_adapter(name: str) -> dict[str, np.ndarray]:
-    """The arrays of one adapter: what peft writes, and what torch computes with what peft reads from it."""
+    """The arrays of one adapter: the files that peft writes, and results of torch after peft loaded them."""
     adapter = (ADAPTERS | PACKED)[name]
     case = CASES[adapter.base]
     _, seed, tokens, targets = build_golden(adapter.base)
@@ -122,7 +122,7 @@ def make_adapter(name: str) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as path:
         tensors = write(adapted, adapter, Path(path))
         config = json.loads((Path(path) / CONFIG).read_text())
-        # peft keeps a set; its order would change with every run
+        # peft stores a set, whose order differs between runs
         for key in ("target_modules", "target_parameters"):
             if isinstance(config[key], list):
                 config[key].sort()
@@ -134,13 +134,13 @@ def make_adapter(name: str) -> dict[str, np.ndarray]:
     loss.backward()
     gradients = {key.replace(".default", ""): value.grad for key, value in model.named_parameters()}
     trained = {key: fewer_bits(grad.numpy()) for key, grad in gradients.items() if grad is not None}
-    # Beside an adapter on an embedding, peft writes the embedding: the base golden has it already.
+    # With an adapter on an embedding, peft also writes the embedding, which the base golden contains.
     copies = sorted(set(tensors) - set(trained))
     assert all(".lora_" in key for key in trained)
     assert trained.keys() <= tensors.keys()
     with torch.no_grad():
-        moved = float((forward(build(case, seed, {}), tokens) - logits).abs().max())
-    assert moved > 1e-2, f"{name} moves the logits by {moved:.1e} only"
+        change = float((forward(build(case, seed, {}), tokens) - logits).abs().max())
+    assert change > 1e-2, f"{name} changes the logits by only {change:.1e}"
     return {
         "base": np.array(adapter.base),
         "settings": np.array(json.dumps(adapter.settings)),
@@ -156,13 +156,13 @@ def make_adapter(name: str) -> dict[str, np.ndarray]:
 
 def make_adapters() -> dict[str, np.ndarray]:
     """The arrays of all adapters, each under `name/`."""
-    # That a tied model has an adapter on one role, and that an embedding is saved, is what is wanted here.
+    # peft warns about adapters on tied weights and about saved embeddings, both of which are intended here.
     warnings.filterwarnings("ignore", module="peft")
     return {f"{name}/{key}": array for name in ADAPTERS for key, array in make_adapter(name).items()}
 
 
 def make_old_adapter(name: str) -> dict[str, np.ndarray]:
-    """The tensors of an adapter on each expert, and the logits that peft has with what it makes of them."""
+    """The tensors of adapters on single experts, and the logits after peft converted them."""
     adapter, names = OLD_ADAPTERS[name]
     model, seed, tokens, _ = build_golden(adapter.base)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -193,7 +193,7 @@ def make_old_adapter(name: str) -> dict[str, np.ndarray]:
 
 
 def make_expert_adapters(family: str) -> dict[str, np.ndarray]:
-    """The arrays of the packed adapters whose names begin so, each under `name/`, and LoraConfig's fields."""
+    """The arrays of the adapters whose names start with `family`, and the fields of LoraConfig."""
     warnings.filterwarnings("ignore", module="peft")
     fields = json.dumps([field.name for field in dataclasses.fields(LoraConfig)])
     made = {name: make_adapter(name) for name in PACKED if name.startswith(family)}
@@ -203,7 +203,7 @@ def make_expert_adapters(family: str) -> dict[str, np.ndarray]:
 
 
 def packed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The many arrays under `adapter/` and `grad/` as one each, with their names and shapes."""
+    """Concatenate the arrays under `adapter/` and under `grad/`, and add their names and shapes."""
     found = {key: array for key, array in arrays.items() if "/" not in key}
     for kind in ("adapter", "grad"):
         own = {key: array for key, array in arrays.items() if key.startswith(f"{kind}/")}

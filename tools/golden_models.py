@@ -1,4 +1,4 @@
-"""Tiny random models of every family with the logits, loss and gradients transformers computes for them."""
+"""Tiny random models of every family with logits, loss and gradients computed by transformers."""
 
 import copy
 import json
@@ -16,22 +16,22 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 IGNORED = -100
-# Multiples of 1/64 below 4 compress well, and are exact in bfloat16: a golden may also be written in 16 bits.
+# Multiples of 1/64 below 4 compress well, and are exact in bfloat16, so that tests can convert goldens to it.
 GRID = 64
 LEAST_MARGIN = 1e-3
-"""Between the last expert that is chosen and the first that is not: no rounding may change the choice."""
+"""Minimum gap of the last selected expert to the next one, so that rounding cannot change the selection."""
 
 
 def fewer_bits(array: np.ndarray) -> np.ndarray:
-    """float32 rounded to 17 significant bits (error below 8e-6 relative), which compress better."""
+    """Round float32 to 17 significant bits (relative error below 8e-6), which compress better."""
     return ((np.ascontiguousarray(array).view(np.uint32) + np.uint32(64)) & np.uint32(0xFFFFFF80)).view(
         np.float32
     )
 
 
 def random_weights(model: torch.nn.Module, seed: int, offset_norms: bool) -> dict[str, np.ndarray]:
-    """Seeded weights for every parameter: norms that scale by about 1, biases not zero, matrices near unit
-    gain. offset_norms: norms multiply by 1 + weight."""
+    """Random weights for every parameter: norms scale by about 1, biases are nonzero, matrices have about
+    unit gain. offset_norms: norms multiply by 1 + weight."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, parameter in model.named_parameters():
@@ -47,10 +47,10 @@ def random_weights(model: torch.nn.Module, seed: int, offset_norms: bool) -> dic
 
 
 def build(case: Case, seed: int, changes: dict[str, Any]) -> Any:
-    """The transformers model of a case with its seeded weights; `changes` override config keys."""
+    """The transformers model of a case with random weights; `changes` override config keys."""
     rope = {} if case.rope is None else {"rope_parameters": case.rope}
     length = {} if case.rope is None else {"max_position_embeddings": 256}
-    # transformers fills in the dictionaries it is given
+    # A copy, because transformers modifies its argument.
     keys = json.loads(json.dumps({**rope, **length, **case.config, **changes}))
     if case.family == "deepseek":
         model = build_deepseek(keys).eval()
@@ -64,13 +64,13 @@ def build(case: Case, seed: int, changes: dict[str, Any]) -> Any:
 
 
 def from_config(config: Any) -> Any:
-    """The model of a config, with the plain attention and experts."""
-    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_config(config, **plain).float().eval()
+    """The model of a config with eager attention and experts."""
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_config(config, **eager).float().eval()
 
 
 def draw_tokens(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (2, T) with repeats, and the next tokens as targets; a prompt and a few others do not count."""
+    """Tokens (2, t) with repeats, and next-token targets, of which a prompt and some others are ignored."""
     rng = np.random.default_rng(seed + 1)
     stream = rng.integers(0, case.config["vocab_size"], size=(2, case.length + 1))
     stream[1, 2:5] = stream[0, 3]
@@ -86,7 +86,7 @@ def forward(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
 
 
 def saved_folder(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """config.json as transformers writes it, and the tensors beside it."""
+    """The config.json and the tensors that transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         config = json.loads((Path(folder) / "config.json").read_text())
@@ -94,17 +94,17 @@ def saved_folder(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def gradients_on_disk(model: Any) -> dict[str, np.ndarray]:
-    """The gradients under the names and in the shapes that the weights have on disk."""
-    twin = copy.deepcopy(model)
+    """The gradients under the names and in the shapes of the weights on disk."""
+    gradients = copy.deepcopy(model)
     with torch.no_grad():
-        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-            assert theirs.grad is not None, "a parameter has no gradient"
-            ours.copy_(theirs.grad)
-    return saved_folder(twin)[1]
+        for gradient, parameter in zip(gradients.parameters(), model.parameters(), strict=True):
+            assert parameter.grad is not None, "a parameter has no gradient"
+            gradient.copy_(parameter.grad)
+    return saved_folder(gradients)[1]
 
 
 def as_version_4(config: dict[str, Any]) -> dict[str, Any]:
-    """The same config in the keys of transformers 4, without those that equal its defaults."""
+    """The same config in the keys of transformers 4, without its default values."""
     old = {key: value for key, value in config.items() if key not in ("dtype", "rope_parameters")}
     kind = old["model_type"]
     old |= {"torch_dtype": "float32", "transformers_version": "4.46.0"}
@@ -121,7 +121,7 @@ def as_version_4(config: dict[str, Any]) -> dict[str, Any]:
     if kind in ("llama", "phi", "olmo2") and old["num_key_value_heads"] == old["num_attention_heads"]:
         del old["num_key_value_heads"]
     if kind == "gemma":
-        # What the first files said, and what they meant.
+        # The first Gemma files set hidden_act to "gelu", but the model uses the tanh approximation.
         old |= {"hidden_act": "gelu", "hidden_activation": None}
     if not kind.startswith(("gemma", "gpt2", "mpt", "smollm3")) and not old["tie_word_embeddings"]:
         del old["tie_word_embeddings"]
@@ -139,9 +139,9 @@ def _rope_as_version_4(kind: str, parameters: dict[str, Any]) -> dict[str, Any]:
     if partial is not None:
         old["partial_rotary_factor"] = partial
     if scaling == "longrope":
-        # The factor is that of the two lengths, which the config says beside it.
+        # The factor is the ratio of two lengths, which the config contains.
         rope = {key: rope[key] for key in ("short_factor", "long_factor")}
-    # Llama 3.1 brought the key rope_type; files older than it say type.
+    # Llama 3.1 introduced the key rope_type; older files use type.
     kind_key = "rope_type" if scaling == "llama3" else "type"
     old["rope_scaling"] = None if scaling == "default" else {kind_key: scaling, **rope}
     return old
@@ -161,25 +161,25 @@ def _olmo3_as_version_4(old: dict[str, Any], ropes: dict[str, Any]) -> dict[str,
     full = dict(ropes["full_attention"])
     theta, kind = full.pop("rope_theta"), full.pop("rope_type")
     if theta != ropes["sliding_attention"]["rope_theta"]:
-        return old | {"rope_parameters": ropes}  # which the old keys cannot say
+        return old | {"rope_parameters": ropes}  # the old keys cannot express two thetas
     return old | {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **full}}
 
 
 def check_version_4(
     case: Case, old: dict[str, Any], model: Any, tokens: np.ndarray, logits: np.ndarray
 ) -> None:
-    """transformers itself must read both configs alike."""
+    """Check that transformers reads both configs as the same model."""
     if case.family == "deepseek":
         return
     keys = json.loads(json.dumps({key: value for key, value in old.items() if key != "model_type"}))
-    twin = from_config(AutoConfig.for_model(case.family, **keys))
-    twin.load_state_dict(model.state_dict())
+    other = from_config(AutoConfig.for_model(case.family, **keys))
+    other.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert np.array_equal(forward(twin, tokens).numpy(), logits), "the two configs differ in meaning"
+        assert np.array_equal(forward(other, tokens).numpy(), logits), "the configs give different logits"
 
 
 def least_margin(case: Case, model: Any, tokens: np.ndarray) -> float:
-    """The smallest gap between the last expert (or group of them) that is chosen and the next."""
+    """The smallest gap between the last selected expert, or group of experts, and the next one."""
     gaps = [1.0]
 
     def gap(p: torch.Tensor, chosen: int) -> float:
@@ -205,16 +205,16 @@ def least_margin(case: Case, model: Any, tokens: np.ndarray) -> float:
 
 
 def check_contrasts(case: Case, seed: int, tokens: np.ndarray, logits: np.ndarray) -> None:
-    """Every contrast must move the logits far beyond the tolerance of the tests."""
+    """Check that every contrast changes the logits far more than the tolerance of the tests."""
     for changes in case.contrasts:
         with torch.no_grad():
             other = forward(build(case, seed, changes), tokens).numpy()
-        moved = float(np.abs(other - logits).max())
-        assert moved > 1e-2, f"{changes} moves the logits by {moved:.1e} only"
+        change = float(np.abs(other - logits).max())
+        assert change > 1e-2, f"{changes} changes the logits by only {change:.1e}"
 
 
 def build_golden(name: str) -> tuple[Any, int, np.ndarray, np.ndarray]:
-    """The model of a golden file with the seed of its weights, its tokens and its targets."""
+    """(model, seed of its weights, tokens, targets) of a golden file."""
     case, seed = CASES[name], zlib.crc32(name.encode())
     tokens, targets = draw_tokens(case, seed)
     model = build(case, seed, {})
@@ -225,7 +225,7 @@ def build_golden(name: str) -> tuple[Any, int, np.ndarray, np.ndarray]:
 
 
 def make_reference(name: str) -> dict[str, np.ndarray]:
-    """The activations of a golden model for the first of its tokens, as dump_reference.py writes them."""
+    """The activations of a golden model for its first tokens, as dump_reference.py writes them."""
     model, _, tokens, _ = build_golden(name)
     found = activations(model, tokens[:, :5])
     return {key: array if key == "tokens" else fewer_bits(array) for key, array in found.items()}
@@ -261,7 +261,7 @@ def make_model(name: str) -> dict[str, np.ndarray]:
     }
     if case.short_length:
         with torch.no_grad():
-            # a model of its own: transformers keeps the frequencies of the longest sequence seen
+            # A new model, because transformers keeps the RoPE frequencies of the longest sequence.
             short = forward(build(case, seed, {}), tokens[:, : case.short_length])
         arrays["short_logits"] = short.numpy()
     return arrays

@@ -1,4 +1,4 @@
-"""Golden steps of torch.optim: SGD in all its forms and AdamW."""
+"""Golden steps of torch.optim: SGD with all its options, and AdamW."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ STEPS, SHAPE = 6, (5, 3)
 
 
 def make_steps() -> dict[str, np.ndarray]:
-    """A start, gradients and rates; and for each optimizer the weights after each step."""
+    """Initial weights, gradients and learning rates; and the weights after each step of each optimizer."""
     rng = np.random.default_rng(0)
     arrays = {
         "start": rng.standard_normal(SHAPE),

@@ -1,4 +1,4 @@
-"""Reference values for single parts: RoPE frequencies and rotation, RMSNorm, sampling distributions, and
+"""Reference values of components: RoPE frequencies and rotation, RMSNorm, sampling distributions, and
 attention with sinks."""
 
 import json
@@ -66,10 +66,10 @@ SINKS: dict[str, Any] = {
         "truncate": False,
     },
 }
-"""An attention layer of GPT-OSS. The window is for one of the two cases."""
+"""An attention layer of GPT-OSS; only one of the two cases uses the window."""
 ROTATED = ("default", "default_small", "llama3_1b", "yarn")
 
-# keys as in generation_config.json; a key that is absent leaves its step out
+# keys as in generation_config.json; a missing key disables its step
 SAMPLERS: tuple[dict[str, float], ...] = (
     {},
     {"temperature": 0.7},
@@ -95,13 +95,13 @@ SAMPLERS: tuple[dict[str, float], ...] = (
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """transformers' formulas name float32 themselves; inside this they mean float64."""
+    """Replace float32 with float64, because transformers' formulas cast to float32."""
     with patch.object(torch, "float", torch.float64), patch.object(torch, "float32", torch.float64):
         yield
 
 
 def rope_config(name: str) -> LlamaConfig:
-    """A Llama config of the case's rotary parameters."""
+    """A Llama config with the RoPE parameters of the case."""
     parameters, head_dim, maximum, _ = ROPES[name]
     return LlamaConfig(
         head_dim=head_dim, max_position_embeddings=maximum, rope_parameters=json.loads(json.dumps(parameters))
@@ -109,7 +109,7 @@ def rope_config(name: str) -> LlamaConfig:
 
 
 def frequencies(name: str) -> tuple[torch.Tensor, float]:
-    """transformers' inverse frequencies (head_dim / 2,) and factor on cos and sin."""
+    """transformers' inverse frequencies (head_dim / 2,) and factor of cos and sin."""
     config, kind, length = rope_config(name), ROPES[name][0]["rope_type"], ROPES[name][3]
     if kind == "default":
         return LlamaRotaryEmbedding.compute_default_rope_parameters(config)
@@ -117,7 +117,7 @@ def frequencies(name: str) -> tuple[torch.Tensor, float]:
 
 
 def rope_arrays() -> dict[str, np.ndarray]:
-    """Frequencies in float32 as transformers has them, and the same formulas in float64."""
+    """transformers' frequencies in float32, and the same formulas in float64."""
     arrays = {}
     for name, (parameters, head_dim, maximum, length) in ROPES.items():
         case = {
@@ -138,7 +138,7 @@ def rope_arrays() -> dict[str, np.ndarray]:
 
 
 def rotation_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Heads (b, t, heads, head_dim), near positions as float32 rotates them, far ones with float64 angles."""
+    """Rotated heads (b, t, heads, head_dim): near positions in float32, far ones with float64 angles."""
     arrays = {}
     for name in ROTATED:
         head_dim = ROPES[name][1]
@@ -161,7 +161,7 @@ def rotation_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def norm_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """RMSNorm and its gradients in float64, over plain, outlier, tiny and zero rows."""
+    """RMSNorm and its gradients in float64, for ordinary rows, rows with outliers, tiny and zero rows."""
     x = rng.standard_normal((2, 4, 37)).astype(np.float32)
     x[0, 1, 5] = 1e4
     x[0, 2] *= 1e4
@@ -186,7 +186,7 @@ def norm_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def processors(parameters: dict[str, float]) -> LogitsProcessorList:
-    """The steps in the order in which `generate` applies them."""
+    """The logits processors in the order of `generate`."""
     steps = LogitsProcessorList()
     if "repetition_penalty" in parameters:
         steps.append(RepetitionPenaltyLogitsProcessor(parameters["repetition_penalty"]))
@@ -202,14 +202,14 @@ def processors(parameters: dict[str, float]) -> LogitsProcessorList:
 
 
 def probabilities(logits: np.ndarray, history: np.ndarray, parameters: dict[str, float]) -> np.ndarray:
-    """Next-token probabilities (v,) after the given tokens."""
+    """Next-token probabilities (v,) after the tokens of `history`."""
     ids: Any = torch.from_numpy(history)[None]
     scores: Any = processors(parameters)(ids, torch.from_numpy(logits)[None].double())
     return scores.softmax(-1)[0].numpy()
 
 
 def clear_cut(logits: np.ndarray, history: np.ndarray, parameters: dict[str, float]) -> bool:
-    """Whether the kept set survives a small move of the thresholds, so that rounding decides nothing."""
+    """Whether small changes of the thresholds keep the same tokens, so that rounding has no effect."""
     kept = probabilities(logits, history, parameters) > 0
     for key in {"top_p", "min_p"} & set(parameters):
         for step in (-3e-5, 3e-5):
@@ -220,7 +220,7 @@ def clear_cut(logits: np.ndarray, history: np.ndarray, parameters: dict[str, flo
 
 
 def sampling_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Distributions (vector, parameters, v) for flat, peaked, wide and partly masked logits."""
+    """Distributions (row, parameters, v) for flat, peaked, wide and partly masked logits."""
     scales = np.array([[0.5], [3.0], [8.0], [2.0]])
     logits = (rng.standard_normal((4, 53)) * scales).astype(np.float32)
     logits[3, 40:] = -np.inf
@@ -255,21 +255,21 @@ def attention_with_sinks(layer: int) -> tuple[GptOssConfig, GptOssAttention]:
     rng = np.random.default_rng(21)
     with torch.no_grad():
         for name, parameter in attention.named_parameters():
-            # Sinks on both sides of the largest scores, so that either is the maximum of a row.
+            # Large enough for a sink to be the maximum of some rows, and a score that of others.
             scale = 2.0 if name == "sinks" else 0.3
             parameter.copy_(torch.from_numpy(scale * rng.standard_normal(tuple(parameter.shape))))
     return config, attention
 
 
 def run_with_sinks(layer: int, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
-    """x (b, t, d) -> y and the gradients of sum(dy * y), with the cosines and sines (t, h / 2) in use."""
+    """x (b, t, d) -> y and the gradients of sum(dy * y), and the cosines and sines (t, h / 2)."""
     config, attention = attention_with_sinks(layer)
     inputs = torch.from_numpy(x).requires_grad_()
-    places = torch.arange(x.shape[1])[None]
+    positions = torch.arange(x.shape[1])[None]
     make_mask = create_sliding_window_causal_mask if attention.sliding_window else create_causal_mask
-    mask = make_mask(config, inputs, attention_mask=None, cache=None, position_ids=places)
+    mask = make_mask(config, inputs, attention_mask=None, cache=None, position_ids=positions)
     with double_precision():
-        cos, sin = GptOssRotaryEmbedding(config)(inputs, places)
+        cos, sin = GptOssRotaryEmbedding(config)(inputs, positions)
     y = attention(inputs, (cos, sin), mask)[0]
     weights = dict(attention.named_parameters())
     dx, *gradients = torch.autograd.grad(y, (inputs, *weights.values()), torch.from_numpy(dy))
@@ -280,7 +280,7 @@ def run_with_sinks(layer: int, x: np.ndarray, dy: np.ndarray) -> dict[str, np.nd
 
 
 def make_sinks() -> dict[str, np.ndarray]:
-    """The arrays of sinks.npz: one attention with a sink for each head, in full and with a window."""
+    """The arrays of sinks.npz: attention with a sink for each head, without and with a window."""
     rng = np.random.default_rng(22)
     x, dy = rng.standard_normal((2, 2, 11, SINKS["hidden_size"]))
     cases = {"full": run_with_sinks(0, x, dy), "window": run_with_sinks(1, x, dy)}

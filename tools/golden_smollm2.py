@@ -33,7 +33,7 @@ CHAT = (
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-    """`count` argmax tokens, also beyond the end token, and the lead of each over the second best logit."""
+    """`count` greedy tokens, ignoring EOS, and the difference of each logit to the second largest one."""
     tokens, margins, cache = [], [], None
     step = torch.tensor([prompt])
     with torch.no_grad():
@@ -48,7 +48,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[f
 
 
 def entry(model: Any, tokenizer: Any, ids: list[int], count: int) -> dict[str, Any]:
-    """One continuation as the file keeps it."""
+    """The entry of one continuation in the file."""
     tokens, margins = greedy(model, ids, count)
     text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     return {"ids": ids, "tokens": tokens, "margins": margins, "text": text}
@@ -63,7 +63,7 @@ def write_greedy(folder: Path, target: Path) -> None:
     prompts = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt, "the ids lose text"
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt, "decoding differs"
         prompts.append({"prompt": prompt, **entry(model, tokenizer, ids, 64)})
     rendered = tokenizer.apply_chat_template(list(CHAT), tokenize=False, add_generation_prompt=True)
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -1,6 +1,6 @@
-"""Make text_folders.json and text_classes.json of tests/golden: what AutoTokenizer makes of a folder.
+"""Write text_folders.json and text_classes.json of tests/golden: how AutoTokenizer loads tokenizer folders.
 
-Run it where transformers==5.24.0 and gguf are installed; it uses no network.
+Requires transformers==5.24.0 and gguf; does not use the network.
 
     python tools/golden_tokenizers.py
 """
@@ -65,7 +65,7 @@ def base() -> dict[str, Any]:
 
 
 def cases(size: int) -> dict[str, dict[str, Any]]:
-    """Name -> changes of tokenizer.json ("added", "post_processor") and the files beside it."""
+    """Name -> changes of tokenizer.json ("added", "post_processor") and the other files of the folder."""
     decoder = {str(size): token("<|im_start|>"), str(size + 1): token("<|im_end|>")}
     both = {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder}
     tool = {"id": size, **token("<tool>")}
@@ -305,7 +305,7 @@ CLASS_STRINGS = [
 
 
 def spelled(kind: str) -> dict[str, Any]:
-    """A SentencePiece-like BPE: `prepend` is the form of Llama 2's file, `metaspace` the later one."""
+    """A SentencePiece-like BPE, with the normalizer of Llama 2's file (`prepend`) or a later `metaspace`."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = [SPACE, *"helowrdusIt'20.4", "he", "ll", "hell", "hello", SPACE + "hello", "us", "er", "user"]
     pieces += [SPACE + "user", "wo", "rd", "word", SPACE + "word"]
@@ -331,7 +331,7 @@ def spelled(kind: str) -> dict[str, Any]:
 
 
 def class_cases() -> list[dict[str, Any]]:
-    """(base, config.json's model_type, tokenizer_config.json) of folders that have a tokenizer.json."""
+    """(base, model_type of config.json, tokenizer_config.json) of folders with a tokenizer.json."""
     byte_level = [
         ("gpt2", {"model_max_length": 1024}),
         ("gpt2", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
@@ -392,7 +392,7 @@ def class_cases() -> list[dict[str, Any]]:
 
 
 def classes(byte_level: dict[str, Any]) -> dict[str, Any]:
-    """The class of a folder: its special tokens, its ids and its text; and transformers' tables."""
+    """The class of each folder with its special tokens, ids and text; and the tables of transformers."""
     bases = {
         "byte_level": byte_level,
         "prepend": spelled("prepend"),
@@ -432,7 +432,7 @@ def classes(byte_level: dict[str, Any]) -> dict[str, Any]:
 
 
 def clean_up() -> dict[str, Any]:
-    """A vocabulary of words, whose decoded text is cleaned up."""
+    """A word vocabulary for clean_up_tokenization_spaces."""
     words = ["<unk>", "a", ".", "?", "!", ",", "'", "n't", "'m", "'s", "'ve", "'re", "do", "▁"]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -451,7 +451,7 @@ def clean_up() -> dict[str, Any]:
 
 
 def read_keys(source: str) -> set[str]:
-    """Names that code takes from `kwargs` or a configuration with get, pop, setdefault, `in` or brackets."""
+    """Names that code reads from `kwargs` or a config with get, pop, setdefault, `in` or brackets."""
     found = set()
     holders = {"kwargs", "init_kwargs", "local_kwargs", "tokenizer_config"}
     for node in ast.walk(ast.parse(source)):
@@ -466,7 +466,7 @@ def read_keys(source: str) -> set[str]:
 
 
 def config_keys() -> list[str]:
-    """Every name that transformers takes from a tokenizer_config.json."""
+    """Every key that transformers reads from a tokenizer_config.json."""
     base_class = tokenization_utils_base.PreTrainedTokenizerBase
     found = set(base_class.SPECIAL_TOKENS_ATTRIBUTES) | {
         "tokenizer_class",
@@ -497,7 +497,7 @@ def config_keys() -> list[str]:
 
 
 def template_keywords() -> list[str]:
-    """The keywords of apply_chat_template and of the tokenizer's call, which get `tokenizer_kwargs`."""
+    """The keywords of apply_chat_template, which are not variables of a template."""
     method = tokenization_utils_base.PreTrainedTokenizerBase.apply_chat_template
     return sorted(set(inspect.signature(method).parameters) - {"self", "conversation", "kwargs"})
 
@@ -538,7 +538,7 @@ FINALS = {
 
 
 def chats() -> dict[str, Any]:
-    """Conversations whose last message is continued, and the variables that templates get."""
+    """Conversations with continue_final_message, and the variables that templates receive."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>"))
     named = {
         "eos_token": "</s>",

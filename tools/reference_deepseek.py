@@ -1,5 +1,5 @@
-"""DeepSeekMoE 16B as published (Dai et al., 2024), which transformers does not have: a llama with routed and
-shared experts in the place of the feed-forward."""
+"""DeepSeekMoE 16B as published (Dai et al., 2024), which transformers does not have: Llama with routed and
+shared experts instead of the feed-forward layer."""
 
 import copy
 from typing import Any
@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 
 class Experts(nn.Module):
-    """A softmax router over all experts, the best of them, and a shared expert that every token goes to."""
+    """A softmax router, the top-k routed experts of each token, and a shared expert for all tokens."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -29,16 +29,16 @@ class Experts(nn.Module):
         self.top_k, self.normalize = keys["num_experts_per_tok"], keys["norm_topk_prob"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Each token's experts, weighted, one token at a time."""
+        """The weighted sum of each token's experts, one token at a time, plus the shared expert."""
         weight, index = torch.topk(self.gate(x).softmax(dim=-1), self.top_k, dim=-1)
         if self.normalize and self.top_k > 1:
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         rows, w, chosen = x.flatten(0, 1), weight.flatten(0, 1), index.flatten(0, 1)
-        said = [
+        routed = [
             sum(w[n, j] * self.experts[int(chosen[n, j])](row) for j in range(self.top_k))
             for n, row in enumerate(rows)
         ]
-        return torch.stack(said).view_as(x) + self.shared_experts(x)
+        return torch.stack(routed).view_as(x) + self.shared_experts(x)
 
 
 EXPERT_KEYS = (
@@ -53,7 +53,7 @@ EXPERT_KEYS = (
 
 
 def build_deepseek(keys: dict[str, Any]) -> nn.Module:
-    """The model of a config in the keys of model_type "deepseek"."""
+    """The model of a config with the keys of model_type "deepseek"."""
     experts = {name: keys[name] for name in EXPERT_KEYS}
     plain = {name: value for name, value in keys.items() if name not in EXPERT_KEYS}
     config = LlamaConfig(**plain, attn_implementation="eager", dtype="float32")

@@ -1,4 +1,4 @@
-"""Inputs of make_golden_text.py: chat templates as well-known models have them, conversations, tricky strings."""
+"""Inputs of make_golden_text.py: chat templates of well-known models, conversations, and difficult strings."""
 
 # ruff: noqa: E501
 

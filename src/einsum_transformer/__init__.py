@@ -5,12 +5,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from einsum_transformer.analysis.explain import explain
+    from einsum_transformer.analysis.compare import Comparison
+    from einsum_transformer.analysis.explain import Program
+    from einsum_transformer.analysis.gradcheck import GradCheck
+    from einsum_transformer.analysis.inspect import Inspection
+    from einsum_transformer.analysis.parity import Parity
+    from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
+    from einsum_transformer.api.merge import Merge, merge
+    from einsum_transformer.api.profile import Profile, profile
+    from einsum_transformer.api.train import Training, TrainingObserver, train
+    from einsum_transformer.cluster.data_parallel import RayWorkers
     from einsum_transformer.engine.contract import einsum
+    from einsum_transformer.engine.recorder import Recorder
     from einsum_transformer.errors import ConfigError, FormatError, InputError
-    from einsum_transformer.generation.decode import Generation, generate
+    from einsum_transformer.generation.chat import Chat
+    from einsum_transformer.generation.decode import generate, stream
+    from einsum_transformer.generation.options import GenerationOptions
+    from einsum_transformer.generation.rows import Generation
+    from einsum_transformer.loading.hub import pull
     from einsum_transformer.loading.load import load
+    from einsum_transformer.models.adapters import with_lora
+    from einsum_transformer.models.config import ModelConfig
+    from einsum_transformer.models.lora_config import LoRAConfig
     from einsum_transformer.models.model import Model
+    from einsum_transformer.models.ready import available_configs
+    from einsum_transformer.models.run_config import RunConfig
     from einsum_transformer.models.switches import (
         enable_gqa,
         enable_moe,
@@ -20,13 +39,44 @@ if TYPE_CHECKING:
         enable_speculative_decoding,
         read_run_config,
     )
+    from einsum_transformer.text.tokenizer import Tokenizer
+    from einsum_transformer.training.data import RandomTokens, TextBatches
+    from einsum_transformer.training.loop import Trainer, TrainingSettings
+    from einsum_transformer.training.optimizers import SGD, AdamW
+    from einsum_transformer.training.schedule import Schedule
 
 __all__ = [
+    "SGD",
+    "AdamW",
+    "Chat",
+    "Comparison",
     "ConfigError",
     "FormatError",
     "Generation",
+    "GenerationOptions",
+    "GradCheck",
     "InputError",
+    "Inspection",
+    "LoRAConfig",
+    "Merge",
     "Model",
+    "ModelConfig",
+    "Parity",
+    "Profile",
+    "Program",
+    "RandomTokens",
+    "RayWorkers",
+    "Recorder",
+    "RunConfig",
+    "Schedule",
+    "TextBatches",
+    "Tokenizer",
+    "Trainer",
+    "Training",
+    "TrainingObserver",
+    "TrainingSettings",
+    "available_configs",
+    "diff",
     "einsum",
     "enable_gqa",
     "enable_moe",
@@ -36,8 +86,17 @@ __all__ = [
     "enable_speculative_decoding",
     "explain",
     "generate",
+    "gradcheck",
+    "inspect",
     "load",
+    "merge",
+    "parity",
+    "profile",
+    "pull",
     "read_run_config",
+    "stream",
+    "train",
+    "with_lora",
 ]
 
 __version__ = "0.1.0"
@@ -47,13 +106,39 @@ __version__ = "0.1.0"
 # is imported, which the names above do (docs/decisions.md).
 os.environ["OPENBLAS_THREAD_TIMEOUT"] = os.environ.get("OPENBLAS_THREAD_TIMEOUT", "22")
 
-# Each name's home, imported when it is first asked for: the command line's --help needs none of them.
+# The module of each name, imported when it is first used: the command line's --help needs none of them.
 _HOMES = {
+    "AdamW": "training.optimizers",
+    "Chat": "generation.chat",
+    "Comparison": "analysis.compare",
     "ConfigError": "errors",
     "FormatError": "errors",
-    "Generation": "generation.decode",
+    "Generation": "generation.rows",
+    "GenerationOptions": "generation.options",
+    "GradCheck": "analysis.gradcheck",
     "InputError": "errors",
+    "Inspection": "analysis.inspect",
+    "LoRAConfig": "models.lora_config",
+    "Merge": "api.merge",
     "Model": "models.model",
+    "ModelConfig": "models.config",
+    "Parity": "analysis.parity",
+    "Profile": "api.profile",
+    "Program": "analysis.explain",
+    "RandomTokens": "training.data",
+    "RayWorkers": "cluster.data_parallel",
+    "Recorder": "engine.recorder",
+    "RunConfig": "models.run_config",
+    "SGD": "training.optimizers",
+    "Schedule": "training.schedule",
+    "TextBatches": "training.data",
+    "Tokenizer": "text.tokenizer",
+    "Trainer": "training.loop",
+    "Training": "api.train",
+    "TrainingObserver": "api.train",
+    "TrainingSettings": "training.loop",
+    "diff": "api.compare",
+    "available_configs": "models.ready",
     "einsum": "engine.contract",
     "enable_gqa": "models.switches",
     "enable_moe": "models.switches",
@@ -61,10 +146,19 @@ _HOMES = {
     "enable_prefill_decode_split": "models.switches",
     "enable_quantization": "models.switches",
     "enable_speculative_decoding": "models.switches",
-    "explain": "analysis.explain",
+    "explain": "api.compare",
     "generate": "generation.decode",
+    "gradcheck": "api.compare",
+    "inspect": "api.compare",
     "load": "loading.load",
+    "merge": "api.merge",
+    "parity": "api.compare",
+    "profile": "api.profile",
+    "pull": "loading.hub",
     "read_run_config": "models.switches",
+    "stream": "generation.decode",
+    "train": "api.train",
+    "with_lora": "models.adapters",
 }
 
 

@@ -1,4 +1,4 @@
-"""Settings with a fixed set of values, which their type lists: `norm: Literal["rms", "layer"]`."""
+"""Settings with a fixed set of values, given by their type: `norm: Literal["rms", "layer"]`."""
 
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -9,7 +9,7 @@ from einsum_transformer.errors import ConfigError
 def check_choices(config: Any) -> None:
     """Raise ConfigError if a field of this dataclass has a value that its `Literal` type does not list.
 
-    A field of type `Literal[...] | None` may be None; of `tuple[Literal[...], ...]` every entry is checked.
+    A field of type `Literal[...] | None` may be None; every entry of a `tuple[Literal[...], ...]` is checked.
     """
     for name, (choices, is_tuple) in _choices(type(config)).items():
         value = getattr(config, name)
@@ -21,7 +21,7 @@ def check_choices(config: Any) -> None:
 
 @cache
 def _choices(kind: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
-    """Field -> (the values that its type lists, whether it is a tuple of them)."""
+    """Return field -> (the values that its type lists, whether the field is a tuple of them)."""
     found = {name: (_listed(hint), get_origin(hint) is tuple) for name, hint in get_type_hints(kind).items()}
     return {name: each for name, each in found.items() if set(each[0]) - {None}}
 

@@ -1,7 +1,7 @@
-"""Notes: what a user should know about an input that is accepted, such as a key that is not used.
+"""Notes: warnings about accepted inputs, such as a config key that is not used.
 
-They go to the logger "einsum_transformer" as warnings: to stderr by default, wherever a program sends them
-with the standard library's logging, and nowhere with the command line's `--quiet`.
+They are logged as warnings to the logger "einsum_transformer": printed to stderr by default, configurable
+with the standard `logging` module, and suppressed by the command line's `--quiet`.
 """
 
 import logging
@@ -11,14 +11,14 @@ LOGGER = logging.getLogger("einsum_transformer")
 
 
 def note(text: str) -> None:
-    """Log one line."""
+    """Log a one-line warning."""
     LOGGER.warning("%s", text)
 
 
 @lru_cache(maxsize=1024)
 def note_once(text: str, about: str = "") -> None:
-    """Log one line the first time only, for what may be called in a loop.
+    """Log a one-line warning only once, even if called in a loop.
 
-    about: what the line is about, such as a model's source, where the text does not name it.
+    about: the subject of the warning, such as a model's source, if the text does not name it.
     """
     note(text)

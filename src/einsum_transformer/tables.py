@@ -1,4 +1,4 @@
-"""Amounts, lists and columns as text, for messages and tables."""
+"""Format amounts, lists and columns as text for messages and tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def quantity(amount: float, unit: str = "") -> str:
-    """An amount in three digits and a decimal prefix: 1.23 M, 538 MB."""
+    """Format an amount with three digits and a decimal prefix: 1.23 M, 538 MB."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(amount) < 999.5 or prefix == "P":
             break
@@ -21,9 +21,9 @@ def quantity(amount: float, unit: str = "") -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
-    """Rows of cells as lines of text, columns as wide as their longest cell; right: those that end together.
+    """Yield rows of cells as lines of text with aligned columns; right: indices of right-aligned columns.
 
-    Names are results, so nothing is cut, however narrow a terminal or a pipe is.
+    No cell is truncated, however narrow the terminal is, because names are part of the result.
     """
     widths, ends = [max(map(len, column)) for column in zip(*rows)], set(right)
     for row in rows:
@@ -35,7 +35,7 @@ def columns(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str
 
 
 def terminal_table(headings: Sequence[str], left: Collection[int] = (0,)) -> Table:
-    """A table for a terminal, without rows yet; left: columns that begin together, not end so."""
+    """Return a table for a terminal, without rows; left: indices of left-aligned columns."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -45,15 +45,28 @@ def terminal_table(headings: Sequence[str], left: Collection[int] = (0,)) -> Tab
 
 
 def with_lines(tables: Iterable[Any], lines: Iterable[str]) -> Any:
-    """Tables and the lines below them, as a rich renderable."""
+    """Return a rich renderable of tables followed by lines of text."""
     from rich.console import Group
     from rich.text import Text
 
     return Group(*tables, *map(Text, lines))
 
 
+def as_text(*parts: Any) -> str:
+    """Tables and lines as plain text."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=120, highlight=False, markup=False, soft_wrap=True)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get().rstrip("\n")
+
+
 def peak_rss_bytes() -> int | None:
-    """The most memory that this process held so far, or None where the system does not say."""
+    """Return the peak resident memory of this process, or None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -63,7 +76,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def some(names: Sequence[str], most: int, separator: str = ", ") -> str:
-    """The first names of a list, and how many more there are."""
+    """Join the first `most` names of a list and append the number of remaining names."""
     end = " and" if separator == ", " else f"{separator}and"
     more = f"{end} {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Walks over nested frozen dataclasses: weights, gradients and optimizer moments are one type."""
+"""Iterate and map over nested frozen dataclasses: weights, gradients and optimizer moments share one type."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, leaf) for everything in the tree that is neither a dataclass, a tuple nor None."""
+    """Yield (dotted path, leaf) for every entry of the tree that is not a dataclass, a tuple or None."""
     for key, child in _children(tree):
         path = f"{prefix}.{key}" if prefix else key
         if _is_node(child):
@@ -16,8 +16,8 @@ def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """A tree of the same type whose leaves are function(leaf, *leaves of the others at the same place); None
-    stays None."""
+    """Apply a function to the corresponding leaves of trees of one type and return such a tree; None stays
+    None."""
     if tree is None:
         return None
     if isinstance(tree, tuple):
@@ -35,7 +35,7 @@ def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def map_named(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") -> Any:
-    """A tree of the same type whose leaves are function(dotted path, leaf); None stays None."""
+    """Return a tree of the same type with function(dotted path, leaf) as its leaves; None stays None."""
     if tree is None:
         return None
     if not _is_node(tree):
@@ -48,7 +48,7 @@ def map_named(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") 
 
 
 def static(**options: Any) -> Any:
-    """A dataclass field that is a setting and no weight: the walks pass it by."""
+    """Declare a dataclass field that is a setting, not a weight: the functions of this module skip it."""
     return dataclasses.field(metadata={"static": True}, **options)
 
 

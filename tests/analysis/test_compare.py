@@ -69,11 +69,11 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Two architectures from their configs alone."""
     files = ROOT / "configs" / "mistral.json", ROOT / "configs" / "mixtral.json"
-    numbers = json.loads(said(capsys, *files, "--tokens", 64, "--json"))
+    numbers = json.loads(said(capsys, *files, "--seq-len", 64, "--json"))
     assert [round(n / 1e9, 1) for n in numbers["parameters"]] == [7.2, 46.7]
     assert numbers["fields"]["model_type"] == ["mistral", "mixtral"]
     assert 1.7 < numbers["flops"][1] / numbers["flops"][0] < 1.9
-    shown = said(capsys, *files, "--tokens", 64)
+    shown = said(capsys, *files, "--seq-len", 64)
     for words in ("mixtral", "parameters", "mlp.gate", "only in B", "cache, each token"):
         assert words in shown
 

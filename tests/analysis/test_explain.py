@@ -50,9 +50,9 @@ def test_every_family_has_a_program(name: str, golden_model: Models) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tokens": 10**20}, "tokens is 1000.*: from 1 to 262,144"),
-        ({"batch": 0}, "batch is 0: from 1 to"),
-        ({"tokens": 41}, "tokens is 41: this gpt2 has learned 40 positions"),
+        ({"tokens": 10**20}, "tokens` is 1000.*: from 1 to 262,144"),
+        ({"batch": 0}, "batch` is 0: from 1 to"),
+        ({"tokens": 41}, "tokens` is 41: this gpt2 has learned 40 positions"),
     ],
 )
 def test_programs_that_are_refused(changed: dict[str, int], message: str, golden_model: Models) -> None:
@@ -232,9 +232,11 @@ def test_sizes_below_one_are_refused(settings: dict[str, int]) -> None:
         et.explain(config_of(), **settings)
 
 
-def test_a_path_is_no_model() -> None:
-    with pytest.raises(et.InputError, match="explain takes a model or a config, not str"):
-        et.explain("config.json")  # type: ignore[arg-type]
+def test_what_is_not_a_source() -> None:
+    with pytest.raises(et.InputError, match=r"explain\(\): `source` is 3 \(int\), expected Model, str, Path"):
+        et.explain(3)  # type: ignore[arg-type]
+    with pytest.raises(et.InputError, match=r"config\.json: no such file"):
+        et.explain("config.json")
 
 
 def test_a_dry_array_passes_checks_and_never_becomes_numbers() -> None:
@@ -242,7 +244,7 @@ def test_a_dry_array_passes_checks_and_never_becomes_numbers() -> None:
     assert x.min() >= 5
     with pytest.raises(ValueError, match="ambiguous"):
         bool(x > 0)
-    with pytest.raises(TypeError, match=r"\(2, 3\) in a dry run has no numbers"):
+    with pytest.raises(TypeError, match=r"\(2, 3\) in a dry run has no data"):
         np.asarray(x)
 
 

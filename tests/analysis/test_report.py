@@ -13,7 +13,7 @@ from rich.console import Console
 
 from einsum_transformer.analysis.report import Report, Run, quantity, render, report, rope_facts, summary
 from einsum_transformer.engine.recorder import Recorder, Span
-from einsum_transformer.generation.decode import Generation, Settings, stream
+from einsum_transformer.generation.decode import Generation, Settings, decode_batch
 from einsum_transformer.generation.sampling import Sampling
 from tiny_models import LLAMA3, config_of, tiny_model
 
@@ -182,7 +182,7 @@ def test_a_real_run_reconciles() -> None:
     model = tiny_model()
     results = [Generation([1, 2, 3])]
     with Recorder() as recorder:
-        list(stream(model, results, Sampling(), Settings(4, ignore_eos=True)))
+        list(decode_batch(model, results, Sampling(), Settings(4, ignore_eos=True)))
     top = sum(span.seconds for span in recorder.spans if len(span.path) == 1)
     found = report(recorder.spans, Run(model.config, recorder.spans[0].start, top, 0.0, (3,), (4,), 0))
     assert found.parts_seconds == pytest.approx(top)

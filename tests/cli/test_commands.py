@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
+from einsum_transformer.api.profile import DEFAULT_PROMPT
 from einsum_transformer.cli.app import main
-from einsum_transformer.cli.run import DEFAULT_PROMPT
 from einsum_transformer.engine import blas
 from tiny_models import successor_model, tiny_model
 
@@ -113,7 +113,7 @@ def test_text_goes_to_stdout_and_the_table_to_stderr(etx: Etx, speller: Path) ->
 
 def test_text_is_written_as_it_comes(etx: Etx, speller: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
-    monkeypatch.setattr("einsum_transformer.cli.options.write", pieces.append)
+    monkeypatch.setattr("einsum_transformer.cli.output.write", pieces.append)
     etx("run", speller, "-p", "abc", "-n", 3, "--quiet")
     assert pieces == ["d", "e", "f", "\n"]
 
@@ -234,10 +234,10 @@ def test_the_context_of_a_rope_model_is_no_bound(etx: Etx, tmp_path: Path) -> No
     ):
         code, text, err = etx("run", folder, "-p", "abc", *flags)
         assert (code, text) == (0, out)
-        assert err.count("passes the 8 tokens") == (out != "defghi\n")
+        assert err.count("trained length of 8 tokens") == (out != "defghi\n")
     code, _, err = etx("run", folder, "-p", "abcdefghijkl", "--prefill-only")
     assert code == 0
-    assert err.count("passes the 8 tokens") == 1
+    assert err.count("trained length of 8 tokens") == 1
 
 
 def test_token_ids_from_a_file(etx: Etx, speller: Path, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_flags_and_set_override_a_config(etx: Etx, config: Path) -> None:
 def test_lora_is_said_to_be_ignored(etx: Etx, config: Path) -> None:
     code, _, err = etx("run", config, "-n", 1, "--set", "use_lora=true")
     assert code == 0
-    assert "use_lora concerns training; this run has no adapter" in err
+    assert "use_lora concerns training; this run does not use an adapter" in err
 
 
 def test_prefill_only(etx: Etx, speller: Path, config: Path) -> None:
@@ -318,7 +318,7 @@ def test_prefill_only(etx: Etx, speller: Path, config: Path) -> None:
 def test_chat_answers_each_line(etx: Etx, speller: Path) -> None:
     code, out, err = etx("chat", speller, "-n", 3, stdin="hello\n\n  \n/exit\nnever\n")
     assert (code, out) == (0, ";<=\n")
-    assert "[0 tokens kept, 10 read, 3 generated" in err
+    assert "[0 tokens reused, 10 read, 3 generated" in err
 
 
 def test_chat_shows_what_was_answered_before_an_error(etx: Etx, speller: Path) -> None:
@@ -363,7 +363,9 @@ def test_chat_keeps_its_cache_and_answers_as_without_it(etx: Etx, babbler: Path)
     ]
     for question, answer in zip(answers[::2], answers[1::2], strict=True):
         messages.append(question)
-        alone = et.generate(model, model.tokenizer.encode_chat(messages), max_new_tokens=6, temperature=0.0)
+        alone = et.generate(
+            model, model.tokenizer.apply_chat_template(messages), max_new_tokens=6, temperature=0.0
+        )
         assert answer["content"] == alone.text
         messages.append(answer)
 
@@ -402,7 +404,7 @@ def test_chat_keeps_the_common_beginning_where_the_template_shortens_old_answers
     assert tokenizer is not None
     for turn in (1, 2):
         messages = told["messages"][: 2 * turn + 1]
-        alone = et.generate(model, tokenizer.encode_chat(messages), max_new_tokens=6, temperature=0.0)
+        alone = et.generate(model, tokenizer.apply_chat_template(messages), max_new_tokens=6, temperature=0.0)
         assert told["messages"][2 * turn + 1]["content"] == alone.text
 
 
@@ -418,7 +420,7 @@ def test_chat_goes_back_or_starts_anew_with_sliding_windows(
     model = et.load(tmp_path, dtype="float64")
     assert model.tokenizer is not None
     for turn in range(3):
-        ids = model.tokenizer.encode_chat(told["messages"][: 2 * turn + 1])
+        ids = model.tokenizer.apply_chat_template(told["messages"][: 2 * turn + 1])
         alone = et.generate(model, ids, max_new_tokens=8, temperature=0.0)
         assert told["messages"][2 * turn + 1]["content"] == alone.text
 
@@ -500,14 +502,14 @@ def test_an_interrupted_answer_is_forgotten(
         if len(pieces) == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("einsum_transformer.cli.options.write", write)
+    monkeypatch.setattr("einsum_transformer.cli.output.write", write)
     monkeypatch.setattr(sys, "stdin", Terminal("one\ntwo\nthree\n"))
     with pytest.raises(SystemExit) as left:
         main(["chat", str(speller), "-n", "3"])
     err = capsys.readouterr().err
     assert left.value.code == 0
     assert "".join(pieces) == ";<=\n;<\n;<=\n"
-    assert err.count("stopped; this question is forgotten") == 1
+    assert err.count("stopped; this message is not part of the conversation") == 1
     assert [line[:15] for line in err.splitlines() if line.startswith("[")] == ["[0 tokens kept,"] * 2
 
 
@@ -519,7 +521,7 @@ def test_chat_system_messages(etx: Etx, speller: Path) -> None:
 
 
 def test_explain(etx: Etx, config: Path) -> None:
-    code, out, err = etx("explain", config, "--tokens", 8, "--batch", 2, "--backward")
+    code, out, err = etx("explain", config, "--seq-len", 8, "--batch-size", 2, "--backward")
     assert (code, err) == (0, "")
     assert out == f"{et.explain(et.load(config), batch=2, tokens=8, backward=True)}\n"
     told = json.loads(etx("explain", "--config", config, "--set", "n_layers=7", "--json")[1])
@@ -536,7 +538,7 @@ def test_explain_and_diff_count_adapters(etx: Etx, config: Path, tmp_path: Path)
     model = with_lora(et.load(config), LoRAConfig(8, 16.0, ("q_proj", "v_proj")))
     write_adapter(model, tmp_path / "adapter")
     expected = str(et.explain(model, tokens=8, backward=True))
-    size = ("--tokens", 8, "--backward")
+    size = ("--seq-len", 8, "--backward")
     assert etx("explain", config, *size, "--adapter-path", tmp_path / "adapter") == (0, f"{expected}\n", "")
     assert etx("explain", "--config", config, *size, "--set", "use_lora=true")[1] == f"{expected}\n"
     adapted = tmp_path / "adapted.json"

@@ -57,7 +57,7 @@ def test_in_and_out_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_bf16_says_what_it_loses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert etx("base", "--adapter-path", "adapter", "-o", "half", "--dtype", "bf16") == 0
+    assert etx("base", "--adapter-path", "adapter", "-o", "half", "--save-dtype", "bf16") == 0
     err = capsys.readouterr().err
     assert "largest rounding error" in err
     assert "model.layers.0.self_attn.q_proj.weight" in err
@@ -73,8 +73,15 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["base", "--adapter-path", "adapter", "-o", "x", "--unmerge"], "was not merged into it"),
         (["base", "--adapter-path", "adapter", "-o", "base"], "is the model itself"),
         (["base", "--adapter-path", "adapter"], "--adapter-path and --output are needed"),
-        (["base", "--adapter-path", "base", "-o", "x"], "holds no adapter_config.json"),
-        (["base", "--adapter-path", "adapter", "-o", "x", "--dtype", "f16"], "choose f32 or bf16"),
+        (["base", "--adapter-path", "base", "-o", "x"], "does not contain adapter_config.json"),
+        (
+            ["base", "--adapter-path", "adapter", "-o", "x", "--save-dtype", "f16"],
+            "float32 or bfloat16",
+        ),
+        (
+            ["base", "--adapter-path", "adapter", "-o", "x", "--dtype", "bf16"],
+            "is now --save-dtype",
+        ),
     ):
         assert etx(*arguments) == 2
         err = capsys.readouterr().err

@@ -157,18 +157,21 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
     Path("b.txt").write_text(TEXT.replace("cat", "dog"))
     told(capsys, *text, "--steps", "2")
     for flags, message in (
-        ([], "out: holds a training already; --resume goes on with it"),
+        ([], "out: holds a training already; --resume continues it"),
         (["--resume", "--steps", "2"], "all 2 steps are done already"),
-        (["--resume", "--seed", "1", "--steps", "3"], "is of another training: .*seed is 0 there and 1 here"),
-        (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 there and 0.5 here"),
+        (
+            ["--resume", "--seed", "1", "--steps", "3"],
+            "checkpoint of another training: .*seed is 0 in the checkpoint and 1 now",
+        ),
+        (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 in the checkpoint and 0.5 now"),
         (
             ["--resume", "--lr", "0.5", "--steps", "3"],
-            "give out/step-00000002 as the model and another output",
+            "pass out/step-00000002 as the model and another output",
         ),
-        (["--resume", "--data", "b.txt", "--steps", "3"], "the data have other contents or other tokens"),
+        (["--resume", "--data", "b.txt", "--steps", "3"], "the data or their token ids differ"),
         (
             ["--resume", "--valid-share", "0.3", "--steps", "3"],
-            "the data have other contents or other tokens",
+            "the data or their token ids differ",
         ),
     ):
         assert etx(*text, *flags, "--quiet") == 2
@@ -186,28 +189,28 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
     [
         (["--optimizer", "lion"], "--optimizer 'lion': choose sgd or adamw"),
         (["--optimizer", "adamw", "--momentum", "0.9"], "belong to sgd"),
-        (["--nesterov"], "nesterov needs a momentum"),
+        (["--nesterov"], "nesterov requires a momentum"),
         (["--beta2", "0.95"], "--beta2 belongs to adamw; sgd has --momentum"),
-        (["--optimizer", "adamw", "--beta2", "1"], "beta2 is 1.0: at least 0 and less than 1"),
+        (["--optimizer", "adamw", "--beta2", "1"], "beta2 is 1.0: a value from 0 to less than 1"),
         (["--min-lr", "1e-5"], "--min-lr is where a schedule ends: choose --schedule cosine or linear"),
         (["--min-lr", "1", "--schedule", "cosine"], "--min-lr 1.0: more than the learning rate, 0.01"),
         (
             ["--decay-matrices-only"],
-            "--decay-matrices-only says what --weight-decay holds for, but that is 0",
+            "--decay-matrices-only restricts --weight-decay, but that is 0",
         ),
-        (["--schedule", "step"], "schedule 'step': choose constant, linear, cosine"),
+        (["--schedule", "step"], "--schedule is 'step', expected 'constant', 'linear' or 'cosine'"),
         (["--warmup-steps", "11"], "warmup_steps is 11 of 10"),
         (["--clip-norm", "0"], "clip_norm is 0"),
-        (["--seq-len", "100000"], "--seq-len 100000: the context is 2048"),
-        (["--grad-accumulation-steps", "5"], "accumulation splits a batch of 4 into 5"),
+        (["--seq-len", "100000"], "--seq-len 100000: the maximum is 2048"),
+        (["--grad-accumulation-steps", "5"], "accumulation is 5: at most the batch size, 4,"),
         (["--lr", "1e30", "--set", "n_layers=1"], "not finite"),
         (["--resume"], "--resume and --save-every need --output"),
         (["--data", "none.txt"], "none.txt: cannot be read: No such file"),
         (["--valid", "a.txt"], "--valid needs --data"),
-        (["--long", "cut"], "--long 'cut': choose split or refuse"),
+        (["--long", "cut"], "--long is 'cut', expected 'split' or 'refuse'"),
         (["--lora-rank", "4"], "without --lora"),
-        (["--adapter-path", "."], ".: holds no adapter_config.json"),
-        (["--set", "use_lora=true", "--set", 'lora_target_modules=["w"]'], "name no matrix"),
+        (["--adapter-path", "."], ".: does not contain adapter_config.json"),
+        (["--set", "use_lora=true", "--set", 'lora_target_modules=["w"]'], "match no matrix"),
     ],
 )
 def test_one_line_for_a_mistake(
@@ -312,7 +315,7 @@ def test_one_conversation_is_learnt_to_its_end(chats: str, capsys: pytest.Captur
 
 def test_examples_longer_than_a_row_are_noted(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert etx(chats, "--data", "chats.jsonl", *MASKED, "--seq-len", "8") == 0
-    assert "4 of 4 examples are longer than a row of 8 tokens and go over several; --seq-len" in (
+    assert "4 of 4 examples are longer than a row of 8 tokens and are split over several; --seq-len" in (
         capsys.readouterr().err
     )
 
@@ -328,7 +331,7 @@ def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str
     assert "validation loss" in err
     assert "note" not in err
     assert etx(chats, "--data", "chats.jsonl", "--valid", "a.txt", "--steps", "1") == 0
-    assert "note: a.txt: of another kind than --data" in capsys.readouterr().err
+    assert "note: a.txt: unlike --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -342,9 +345,9 @@ def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str
         (["--data", "chats.jsonl", "--valid-share", "nan"], "--valid-share nan: a number from 0"),
         (["--data", "chats.jsonl", "--valid", "a.txt", "--valid-share", "0.1"], "with --valid nothing is"),
         (["--data", "chats.jsonl", "--valid", "x.parquet"], "x.parquet: a Parquet file"),
-        (["--data", "empty.txt"], "empty.txt: holds no text: the file is empty"),
-        (["--data", "chats.jsonl", "--valid", "empty.txt"], "empty.txt: holds no text: the file is empty"),
-        (["--data", "."], ".: a folder without train.jsonl; give the file itself"),
+        (["--data", "empty.txt"], "empty.txt: contains no text: the file is empty"),
+        (["--data", "chats.jsonl", "--valid", "empty.txt"], "empty.txt: contains no text: the file is empty"),
+        (["--data", "."], ".: a folder without train.jsonl; pass the file itself"),
         (["--pad"], "--pad needs --data"),
         (["--valid-share", "0.1"], "--valid-share needs --data"),
         (["--ray-workers", "5"], "4 rows cannot be divided over 5 Ray workers"),
@@ -374,7 +377,7 @@ def test_one_line_for_a_mistake_with_data(
         (["--lora-alpha", "0"], "flags of LoRA were given without --lora"),
         (["--lora-dropout", "0"], "flags of LoRA were given without --lora"),
         (["--lora-targets", ""], "flags of LoRA were given without --lora"),
-        (["--lora", "--lora-targets", ""], "--lora-targets '': names"),
+        (["--lora", "--lora-targets", ""], "LoRA targets '': names"),
         (["--merge", "-o", "new"], "--merge: there is no adapter to merge"),
     ],
 )
@@ -390,7 +393,7 @@ def test_resumed_without_its_adapters(text: list[str], capsys: pytest.CaptureFix
     assert etx(*text, "--lora", "--steps", "1", "--quiet") == 0
     assert etx(*text, "--steps", "2", "--resume", "--quiet") == 2
     told = capsys.readouterr().err
-    assert "lora is of rank 8 there and None here" in told
+    assert "lora is of rank 8 in the checkpoint and None now" in told
     assert "--adapter-path out/step-00000001 and another output folder (-o), without --resume and" in told
     assert "{" not in told
     assert "frozen" not in told
@@ -400,8 +403,8 @@ def test_resumed_with_new_adapters(text: list[str], capsys: pytest.CaptureFixtur
     assert etx(*text, "--steps", "1", "--quiet") == 0
     assert etx(*text, "--lora", "--steps", "2", "--resume", "--quiet") == 2
     told = capsys.readouterr().err
-    assert "lora is None there and of rank 8 here; to begin" in told
-    assert "give out/step-00000001 as the model and another output folder" in told
+    assert "lora is None in the checkpoint and of rank 8 now; to start" in told
+    assert "pass out/step-00000001 as the model and another output folder" in told
     assert "{" not in told
 
 
@@ -411,7 +414,7 @@ def test_parts_of_a_small_batch(text: list[str], capsys: pytest.CaptureFixture[s
     assert etx(*text, *flags, "--steps", "1", "--seq-len", "30", "-b", "4") == 0
     told = capsys.readouterr().err
     assert re.search(r"gives ([1-3]) rows? of 30 tokens, so a batch has \1, not 4", told)
-    assert re.search("steps 4: it is computed in [1-3] part", told)
+    assert re.search("steps 4: the batch is computed in [1-3] part", told)
 
 
 def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,12 +425,12 @@ def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_an_eps_of_zero_is_noted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     etx("--config", config, "--optimizer", "adamw", "--eps", "0", "--steps", "1")
-    assert "note: --eps 0: a weight with gradients of 0" in capsys.readouterr().err
+    assert "note: --eps 0: a weight whose gradients are all 0" in capsys.readouterr().err
 
 
 def test_a_large_file_is_announced(
     text: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("einsum_transformer.cli.training_data._LARGE", 10)
+    monkeypatch.setattr("einsum_transformer.training.batches._LARGE", 10)
     assert etx(*text, "--steps", "1") == 0
     assert "a.txt: encoding 0.0 million characters" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What workers do without Ray: rows and shards are divided, decoders taken apart and put together."""
+"""Data parallelism without Ray: division of rows and shards, decoders without and with arrays."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 import einsum_transformer as et
 from cluster_runs import input_major
-from einsum_transformer.cluster.data_parallel import _balanced, _shares, _sum, data_parallel
-from einsum_transformer.cluster.pool import Connection, _knock
+from einsum_transformer.cluster.data_parallel import RayWorkers, _balanced, _shares, _sum
+from einsum_transformer.cluster.pool import Connection, _check_reachable
 from einsum_transformer.cluster.worker import Shapes
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import with_lora
@@ -38,7 +38,7 @@ def test_rows_keep_their_order_and_numbers() -> None:
             np.testing.assert_array_equal(y, t + 1)
 
 
-def test_a_part_with_fewer_rows_than_workers_is_refused() -> None:
+def test_a_part_with_fewer_rows_than_workers_is_rejected() -> None:
     tokens = np.zeros((3, 4), int)
     with pytest.raises(InputError, match=r"^3 rows cannot be divided over 4 Ray workers"):
         _shares([(tokens, tokens)], 4)
@@ -59,27 +59,27 @@ def test_shards_are_of_about_the_same_size() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_decoder_is_put_together_again(tied: bool, lora: bool) -> None:
+def test_a_decoder_is_rebuilt_from_its_arrays(tied: bool, lora: bool) -> None:
     model = tiny_model(tie_word_embeddings=tied)
     if lora:
         model = with_lora(model, LoRAConfig(r=2, target_modules=["q_proj", "o_proj", "embed_tokens"]))
-    held = {path: np.array(w) for path, w in frozen(model.decoder).items()}
+    constant = {path: np.array(w) for path, w in frozen(model.decoder).items()}
     empty, trained = shapes_of(model.decoder), trainable(model.decoder)
     assert not any(isinstance(leaf, np.ndarray) for _, leaf in named_leaves(empty))
-    again = with_arrays(deepcopy(empty), lambda name, _: (held | trained)[name])
+    again = with_arrays(deepcopy(empty), lambda name, _: (constant | trained)[name])
     tokens = np.arange(12).reshape(2, 6)
     np.testing.assert_array_equal(again.forward(tokens)[0], model.decoder.forward(tokens)[0])
     assert trainable(again).keys() == trained.keys()
 
 
-def test_adapters_on_stacked_experts_are_put_together_again() -> None:
-    """Gate and up of an expert share A, which travels once."""
+def test_adapters_on_stacked_experts_are_rebuilt() -> None:
+    """Gate and up of an expert share A, which is sent once."""
     sizes = {"d_model": 24, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 61}
     config = parse_run_config({"arch": "mixtral", "num_experts": 3, "d_ff": 10} | sizes, "config")
     model = with_lora(et.load(config), LoRAConfig(r=2, target_modules="all-linear"))
-    held = {path: np.array(w) for path, w in frozen(model.decoder).items()}
+    constant = {path: np.array(w) for path, w in frozen(model.decoder).items()}
     empty, trained = shapes_of(model.decoder), trainable(model.decoder)
-    again = with_arrays(deepcopy(empty), lambda name, _: (held | trained)[name])
+    again = with_arrays(deepcopy(empty), lambda name, _: (constant | trained)[name])
     expert = again.layers[0].mlp.experts[1]
     assert np.shares_memory(expert.gate_proj.a, expert.up_proj.a)
     assert "layers.0.mlp.experts.1.up_proj.lora_A" not in trained
@@ -88,13 +88,13 @@ def test_adapters_on_stacked_experts_are_put_together_again() -> None:
     np.testing.assert_array_equal(again.forward(tokens)[0], model.decoder.forward(tokens)[0])
 
 
-def test_weights_travel_contiguous_and_uncopied() -> None:
-    """Also those that are transposed in memory, whose view in the equations is not contiguous."""
+def test_weights_are_sent_contiguous_and_uncopied() -> None:
+    """Also weights that are transposed in memory, whose view in the equations is not contiguous."""
     model = input_major(tiny_model())
     weights = trainable(model.decoder)
     shapes = Shapes(
         {name: w.shape for name, w in weights.items()},
-        {name: place.stored for name, place in model.weights.items()},
+        {name: entry.stored for name, entry in model.weights.items()},
     )
     assert not any(weights["layers.0.self_attn.q_proj"].flags[order] for order in ("C", "F"))
     sent = shapes.sent(weights)
@@ -113,20 +113,20 @@ def test_weights_travel_contiguous_and_uncopied() -> None:
         ({"workers": 2, "timeout": 0.0}, "timeout of 0.0 s"),
     ],
 )
-def test_wrong_settings_are_refused(given: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_rejected(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        data_parallel(**given)
+        RayWorkers(**given).compute()
 
 
-def test_ray_is_asked_for_when_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'pip install "einsum-transformer\[ray\]"'):
         Connection("auto", 2, 0)
 
 
-def test_nobody_at_an_address() -> None:
+def test_an_unreachable_address() -> None:
     with socket.socket() as bound:  # and not listening
         bound.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(InputError, match=rf"^Ray address '{address}': no connection: .*head node"):
-            _knock(address)
+            _check_reachable(address)

@@ -1,4 +1,4 @@
-"""A cluster of two machines, played by this one: the same weights, also when a machine goes away."""
+"""A simulated cluster of two machines gives the same weights, also when a machine is removed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cluster_runs import STEPS, final, snapshot, trainer
-from einsum_transformer.cluster.data_parallel import data_parallel
+from einsum_transformer.cluster.data_parallel import RayWorkers
 from einsum_transformer.cluster.pool import import_ray
 from einsum_transformer.errors import InputError
 from einsum_transformer.training.loop import Local
@@ -21,7 +21,7 @@ MACHINE = {"num_cpus": 2, "object_store_memory": 1 << 27, "include_dashboard": F
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A head with two CPUs; this process connects to it by its address."""
+    """A head node with two CPUs, to which this process connects by address."""
     ray = import_ray(local=True)
     utils = importlib.import_module("ray.cluster_utils")
     found = utils.Cluster(initialize_head=True, head_node_args=MACHINE)
@@ -31,9 +31,9 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("shard_optimizer", [False, True])
-def test_a_machine_that_goes_away_changes_nothing(cluster: Any, shard_optimizer: bool) -> None:
+def test_removing_a_machine_changes_nothing(cluster: Any, shard_optimizer: bool) -> None:
     second = cluster.add_node(**MACHINE)
-    made = trainer(data_parallel(4, cluster.address, 2, 60, shard_optimizer))
+    made = trainer(RayWorkers(4, cluster.address, 2, 60, shard_optimizer).compute())
     with made.compute as compute:
         nodes = [place.node for place in compute.pool.places]
         assert nodes[0] != nodes[1]
@@ -50,6 +50,6 @@ def test_a_machine_that_goes_away_changes_nothing(cluster: Any, shard_optimizer:
 
 
 def test_more_workers_than_the_cluster_has_cpus(cluster: Any) -> None:
-    with pytest.raises(InputError, match=r"^[0-2] of 3 Ray workers started within 5 s.*free CPUs"):
-        trainer(data_parallel(3, cluster.address, 2, 5))
+    with pytest.raises(InputError, match=r"^[0-2] of 3 Ray workers started within 5 s.*a free CPU"):
+        trainer(RayWorkers(3, cluster.address, 2, 5).compute())
     assert not import_ray(local=True).is_initialized()

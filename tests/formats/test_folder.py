@@ -160,7 +160,7 @@ def test_missing_shard_is_named(tmp_path):
     [
         (
             ["layers.0.w"],
-            r"index\.json lists tensor 'layers\.1\.w' .* but .*00001-of-00002\.safetensors does not",
+            r"index\.json lists tensor 'layers\.1\.w' .* but .*00001-of-00002\.safetensors does not contain",
         ),
         (["layers.0.w", "renamed"], r"'layers\.1\.w'"),
     ],

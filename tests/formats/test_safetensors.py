@@ -179,8 +179,8 @@ MALFORMED = {
     "entry not an object": (raw_file({"x": [1]}), "'x': its header entry"),
     "missing field": (raw_file({"x": {"dtype": "U8", "shape": []}}), "exactly dtype"),
     "extra field": (raw_file({"x": entry() | {"more": 1}}, b"\0" * 8), "exactly dtype"),
-    "unknown dtype": (raw_file({"x": entry("F7")}, b"\0" * 8), "'F7' is none of F64"),
-    "dtype not a string": (raw_file({"x": entry(["F32"])}, b"\0" * 8), "is none of"),
+    "unknown dtype": (raw_file({"x": entry("F7")}, b"\0" * 8), "'F7' is not one of F64"),
+    "dtype not a string": (raw_file({"x": entry(["F32"])}, b"\0" * 8), "is not one of"),
     "negative dimension": (raw_file({"x": entry(shape=[-2])}, b"\0" * 8), "shape must be"),
     "float dimension": (raw_file({"x": entry(shape=[2.0])}, b"\0" * 8), "shape must be"),
     "bool dimension": (raw_file({"x": entry(shape=[2, True])}, b"\0" * 8), "shape must be"),
@@ -194,10 +194,10 @@ MALFORMED = {
     "negative offset": (raw_file({"x": entry(offsets=[-8, 0])}, b"\0" * 8), "data_offsets must be"),
     "bool offset": (raw_file({"x": entry("U8", [1], [False, 1])}, b"\0"), "data_offsets must be"),
     "three offsets": (raw_file({"x": entry(offsets=[0, 4, 8])}, b"\0" * 8), "data_offsets must be"),
-    "hole": (raw_file({"x": entry(), "y": entry(offsets=[9, 17])}, b"\0" * 17), "'y' leaves bytes unused"),
+    "hole": (raw_file({"x": entry(), "y": entry(offsets=[9, 17])}, b"\0" * 17), "'y' has unused bytes"),
     "overlap": (raw_file({"x": entry(), "y": entry(offsets=[4, 12])}, b"\0" * 12), "'y' overlaps"),
     "same bytes twice": (raw_file({"x": entry(), "y": entry()}, b"\0" * 8), "overlaps"),
-    "hole at the start": (raw_file({"x": entry(offsets=[1, 9])}, b"\0" * 9), "leaves bytes unused"),
+    "hole at the start": (raw_file({"x": entry(offsets=[1, 9])}, b"\0" * 9), "has unused bytes"),
     "bytes after the end": (raw_file({"x": entry()}, b"\0" * 9), "last 1 bytes"),
 }
 
@@ -297,10 +297,10 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"x": np.zeros(1, np.complex64)}, "'x': safetensors has no type for complex64"),
-        ({"x": np.array([None])}, "no type for object"),
-        ({"x": [1.0]}, "no type for list"),
-        ({"__metadata__": np.zeros(1)}, "cannot be the name"),
+        ({"x": np.zeros(1, np.complex64)}, "'x': safetensors does not support complex64"),
+        ({"x": np.array([None])}, "not support object"),
+        ({"x": [1.0]}, "not support list"),
+        ({"__metadata__": np.zeros(1)}, "not a valid tensor name"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(tmp_path, tensors, message):

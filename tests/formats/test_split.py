@@ -81,21 +81,21 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path, gone: int) -> None:
 def test_a_part_of_another_place_model_or_count_is_named(tmp_path: Path) -> None:
     parts = write_parts(tmp_path)
     shutil.copy(parts[1], parts[2])
-    assert refusal(parts[0]).startswith(f"{parts[2]}: split.no is 1, 2 is expected")
+    assert refusal(parts[0]).startswith(f"{parts[2]}: split.no is 1, but 2 is expected")
     write_part(parts[2], 2, 4, ["t4", "t5"])
-    assert refusal(parts[0]).startswith(f"{parts[2]}: split.count is 4, 3 is expected")
+    assert refusal(parts[0]).startswith(f"{parts[2]}: split.count is 4, but 3 is expected")
     write_part(parts[2], 2, 3, ["t4", "t5"], arch="qwen2")
     assert "a part of another model" in refusal(parts[0])
     write_part(parts[2], 2, 3, ["t4", "t0"])
-    assert refusal(parts[0]).startswith(f"{parts[2]}: tensor 't0' is in {parts[0].name} as well")
+    assert refusal(parts[0]).startswith(f"{parts[2]}: tensor 't0' is also in {parts[0].name}")
     write_part(parts[2], 2, 3, ["t4"])
-    assert "split.tensors.count is 6, but the 3 parts hold 5 tensors" in refusal(parts[0])
+    assert "split.tensors.count is 6, but the 3 parts contain 5 tensors" in refusal(parts[0])
     (tmp_path / "whole").mkdir()
     other = tmp_path / "whole" / "x-00003-of-00003.gguf"
     write_part(other, 0, 1, ["t0"], total=1)
     assert open_tensors(other).names() == ["t0"]  # its metadata says that it is whole
     shutil.copy(other, parts[2])
-    assert refusal(parts[0]).startswith(f"{parts[2]}: split.no is 0, 2 is expected")
+    assert refusal(parts[0]).startswith(f"{parts[2]}: split.no is 0, but 2 is expected")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_part_of_another_place_model_or_count_is_named(tmp_path: Path) -> None
         ("renamed.gguf", 0, 3, "its name must end as in NAME-00001-of-00003.gguf"),
         ("m-00002-of-00003.gguf", 0, 3, "part 1 of 3"),
         ("m-00001-of-00002.gguf", 0, 3, "part 1 of 3"),
-        ("m-00001-of-00003.gguf", 3, 3, "there is no such part"),
+        ("m-00001-of-00003.gguf", 3, 3, "no such part"),
     ],
 )
 def test_a_name_must_agree_with_the_metadata(
@@ -137,7 +137,7 @@ class TestFolders:
     def test_several_models_are_listed(self, tmp_path: Path) -> None:
         write_parts(tmp_path)
         write_parts(tmp_path, name="other")
-        with pytest.raises(FormatError, match=r"several GGUF models: name one of m-00001.*, other-00001"):
+        with pytest.raises(FormatError, match=r"several GGUF models: choose one of m-00001.*, other-00001"):
             single_gguf(tmp_path)
 
     def test_files_that_are_no_models_are_left_out(self, tmp_path: Path) -> None:

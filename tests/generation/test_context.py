@@ -47,10 +47,10 @@ def test_learned_positions_are_the_only_bound(caplog: pytest.LogCaptureFixture) 
         check_length(config, 16, "--seq-len")
     assert not caplog.records
     check_length(ROPE, 17, "--seq-len")
-    assert caplog.text.count("passes the 16 tokens") == 1
-    with pytest.raises(InputError, match="--seq-len 17: the context is 16 learned positions"):
+    assert caplog.text.count("trained length of 16 tokens") == 1
+    with pytest.raises(InputError, match="--seq-len 17: the maximum is 16 learned positions"):
         check_length(LEARNED, 17, "--seq-len")
-    with pytest.raises(InputError, match="--seq-len 17: the context is 16 tokens"):
+    with pytest.raises(InputError, match="--seq-len 17: the maximum is 16 tokens"):
         check_length(ROPE, 17, "--seq-len", strict=True)
 
 
@@ -65,7 +65,7 @@ def test_alibi_and_nope_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         assert len(tokens) == 23
         # Every token is the best one of a whole pass.
         assert model.logits([tokens[:-1]])[0, 2:].argmax(axis=-1).tolist() == result.tokens
-        assert caplog.text.count("passes the 12 tokens") == 1
+        assert caplog.text.count("trained length of 12 tokens") == 1
 
 
 def test_training_beyond_the_stated_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,8 +74,8 @@ def test_training_beyond_the_stated_length(tmp_path: Path, capsys: pytest.Captur
     golden = load_golden("gpt2_plain")
     write_folder(tmp_path / "learned", golden.config, golden.weights)
     for name, code, words in (
-        ("rope", 0, "passes the 16 tokens"),
-        ("learned", 2, "--seq-len 48: the context is 40 learned positions"),
+        ("rope", 0, "trained length of 16 tokens"),
+        ("learned", 2, "--seq-len 48: the maximum is 40 learned positions"),
     ):
         flags = ["--seq-len", "48", "--steps", "1", "--batch-size", "1", "--json"]
         with pytest.raises(SystemExit) as left:

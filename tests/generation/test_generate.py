@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.generation.decode import Generation, Settings, prefill, stream
+from einsum_transformer.generation.decode import Generation, Settings, decode_batch, prefill
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import Models
@@ -193,7 +193,7 @@ class TestContext:
                 et.generate(learned, prompt, max_new_tokens=1)
 
     def test_ctx_size_beyond_the_learned_positions(self, learned: et.Model) -> None:
-        with pytest.raises(et.InputError, match="ctx_size is 41: the context is 40 learned positions"):
+        with pytest.raises(et.InputError, match="ctx_size is 41: the model has 40 learned positions"):
             et.generate(learned, [3], max_new_tokens=1, ctx_size=41)
         assert len(et.generate(learned, [3], max_new_tokens=100, ctx_size=40).tokens) == 40
 
@@ -202,7 +202,7 @@ class TestContext:
         result = et.generate(COUNTER, [3] * 60, max_new_tokens=40, ctx_size=ctx_size)
         assert result.tokens == [(4 + i) % 20 for i in range(40)]
         assert len(caplog.records) == 1
-        assert "the 64 tokens that the model was made for" in caplog.text
+        assert "trained length of 64 tokens" in caplog.text
         caplog.clear()
         assert et.generate(COUNTER, [3] * 60, max_new_tokens=5).finish_reason == "length"
         assert not caplog.records
@@ -221,7 +221,7 @@ class TestContext:
         assert len(et.generate(model, [3] * 8, max_new_tokens=57).tokens) == 57
         assert not caplog.records
         et.generate(model, [3] * 8, max_new_tokens=58)
-        assert "passes the 64 tokens" in caplog.text
+        assert "trained length of 64 tokens" in caplog.text
 
     def test_ctx_size_limits_a_rope_model(self) -> None:
         short = et.generate(COUNTER, [3], max_new_tokens=100, ctx_size=10)
@@ -342,7 +342,7 @@ class TestText:
     def test_the_stream_is_the_text(self, speller: et.Model) -> None:
         results = [Generation(list(b"abc")), Generation(list(b"m"))]
         pieces: dict[int, list[str]] = {0: [], 1: []}
-        for row, text in stream(speller, results, Sampling(), Settings(8, stop=("hij",))):
+        for row, text in decode_batch(speller, results, Sampling(), Settings(8, stop=("hij",))):
             pieces[row].append(text)
         assert "".join(pieces[0]) == results[0].text == "defg"
         assert "".join(pieces[1]) == results[1].text == "nopqrstu"
@@ -410,7 +410,7 @@ def test_a_cache_is_continued() -> None:
     cache = MODEL.cache()
     MODEL.decoder.forward(np.array([[1, 2, 3]]), cache, "none")
     results = [Generation([4, 5])]
-    for _ in stream(MODEL, results, Sampling(), Settings(10), cache):
+    for _ in decode_batch(MODEL, results, Sampling(), Settings(10), cache):
         pass
     assert results[0].tokens == et.generate(MODEL, [1, 2, 3, 4, 5], max_new_tokens=10).tokens
 
@@ -421,7 +421,7 @@ def test_a_cache_with_prompts_of_two_lengths() -> None:
     MODEL.decoder.forward(np.array([[1, 2, 3]] * 2), cache, "none")
     results = [Generation([4, 5, 6]), Generation([7])]
     try:
-        for _ in stream(MODEL, results, Sampling(), Settings(10), cache):
+        for _ in decode_batch(MODEL, results, Sampling(), Settings(10), cache):
             pass
     except et.InputError:
         return
@@ -450,7 +450,7 @@ def test_bytes_and_bools_are_no_token_ids(prompt: Any, tmp_path: Path) -> None:
 
 def test_a_draft_model_is_a_model(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path)[0]
-    with pytest.raises(et.InputError, match="draft_model is PosixPath: a model is expected"):
+    with pytest.raises(et.InputError, match="draft_model is PosixPath: expected a model"):
         et.generate(et.load(folder), [1, 2], draft_model=folder)
 
 

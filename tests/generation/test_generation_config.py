@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import einsum_transformer as et
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation import keys
-from einsum_transformer.generation.decode import Generation, options, stream
+from einsum_transformer.generation.decode import Generation, decode_batch, options
+from einsum_transformer.generation.options import GenerationOptions
 from einsum_transformer.generation.rows import Settings
 from einsum_transformer.generation.sampling import Sampling
 from golden_files import FOLDER, load_golden, write_folder
@@ -52,9 +53,9 @@ def test_the_tables_belong_to_the_dataclasses() -> None:
     stored = {each.name for each in fields(Settings)}
     assert stored == (set(keys.SETTINGS) | set(keys.OWN)) - {"stop_strings"}
     known = {**keys.OBEYED, **keys.NEUTRAL, **keys.UNSUPPORTED}
-    assert set(get_type_hints(keys.OtherOptions)) <= set(known)
-    explicit = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"}
-    assert set(keys.OBEYED) <= set(get_type_hints(keys.OtherOptions)) | explicit
+    drafting = {"draft_model", "draft_layers", "prompt_lookup", "num_draft_tokens"}
+    assert set(get_type_hints(GenerationOptions)) - drafting <= set(known | keys.OWN)
+    assert set(keys.OBEYED) | set(keys.OWN) | drafting <= set(get_type_hints(GenerationOptions))
 
 
 def test_the_reference_defaults_of_sampling() -> None:
@@ -345,7 +346,7 @@ def test_a_continued_cache_is_part_of_the_text(settings: dict[str, Any], drafts:
     result = Generation([8])
     how = Speculation(PromptLookup(), drafts) if drafts else None
     budget = {} if "max_length" in settings else {"max_new_tokens": 10}
-    list(stream(MODEL, [result], *options(MODEL, budget | settings), cache, how))
+    list(decode_batch(MODEL, [result], *options(MODEL, budget | settings), cache, how))
     assert result.tokens == whole[: len(result.tokens)]
     assert len(result.tokens) == (6 if "max_length" in settings else 10)
 

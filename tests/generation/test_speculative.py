@@ -14,7 +14,7 @@ import einsum_transformer as et
 from einsum_transformer.components.kv_cache import layer_cache
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation import speculative
-from einsum_transformer.generation.decode import stream
+from einsum_transformer.generation.decode import decode_batch
 from einsum_transformer.generation.rows import Generation, Settings
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import (
@@ -93,7 +93,7 @@ def speculated(model: et.Model, prompt: list[int], drafter: Drafter, k: int, new
     """The greedy text, with the lengths of both caches checked after every round."""
     result, cache = Generation(prompt), model.cache(slack=k + 1)
     how = Speculation(drafter, k)
-    for _ in stream(model, [result], GREEDY, Settings(new, ignore_eos=True), cache, how):
+    for _ in decode_batch(model, [result], GREEDY, Settings(new, ignore_eos=True), cache, how):
         # The last token of the text is in no cache yet.
         assert cache.length == len(prompt) + len(result.tokens) - 1
         assert {layer.length for layer in cache.layers} == {cache.length}
@@ -179,7 +179,7 @@ def test_an_end_token_in_the_middle_of_a_draft() -> None:
         lengths = []
         for how in (None, Speculation(ModelDrafter(model, 6), 5)):
             result, cache = Generation(prompt_of(1)), model.cache(slack=6)
-            list(stream(model, [result], GREEDY, Settings(NEW), cache, how))
+            list(decode_batch(model, [result], GREEDY, Settings(NEW), cache, how))
             assert result.finish_reason == "stop"
             assert result.tokens == text[: text.index(end)]
             lengths.append(cache.length)
@@ -245,7 +245,7 @@ def chi_square(model: et.Model, drafter: Any, sampling: Sampling, draws: int = 1
         how.statistics.step_seconds = 1.0  # no ordinary step before the first draft
         result = Generation(list(prompt))
         settings = Settings(3, seed=seed, ignore_eos=True)
-        list(stream(model, [result], sampling, settings, speculation=how))
+        list(decode_batch(model, [result], sampling, settings, speculation=how))
         counts[np.ravel_multi_index(result.tokens, (model.config.vocab_size,) * 3)] += 1
     assert not counts[p == 0].any()
     likely = p * draws >= 5
@@ -377,7 +377,7 @@ def test_tokenizers_that_differ_are_refused(tmp_path: Path) -> None:
     """Of equal size too; one that has more tokens at the end agrees."""
     model = spelling(tmp_path, 23)
     for tokens in (LETTERS[::-1], ["z", *LETTERS[1:]], [*LETTERS[:-2], "s", "r"], [*LETTERS[1:], "a", "x"]):
-        with pytest.raises(InputError, match=r"its tokenizer is not that of .*: token") as caught:
+        with pytest.raises(InputError, match=r"its tokenizer differs from .*: token") as caught:
             et.generate(model, "a", draft_model=spelling(tmp_path, 23, tokens))
         assert "\n" not in str(caught.value)
     et.generate(model, "b", draft_model=spelling(tmp_path, 23, [*LETTERS, "t"]), max_new_tokens=4)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import einsum_transformer as et
-from einsum_transformer.generation.decode import Generation, Settings, stream
+from einsum_transformer.generation.decode import Generation, Settings, decode_batch
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.stopping import StopMatcher
 from tiny_models import make_tokenizer, successor_model
@@ -152,7 +152,7 @@ class TestSpecialTokens:
     def test_the_stream_shows_nothing_too_early(self, speller: et.Model) -> None:
         results = [Generation(speller.tokenizer.encode("uv"))]  # type: ignore[union-attr]
         settings_ = Settings(12, stop=("yz<|x|>AC", "zzz"))
-        pieces = [text for _, text in stream(speller, results, Sampling(), settings_)]
+        pieces = [text for _, text in decode_batch(speller, results, Sampling(), settings_)]
         assert "".join(pieces) == results[0].text == "wxyzABCDEFG"
         assert "yzAB" in pieces  # held back until the C did not come
 

@@ -149,11 +149,11 @@ def test_ranks_and_alphas_by_pattern() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ("w1",)}, "'w1' name no matrix .* it has down_proj, embed_tokens"),
+        ({"target_modules": ("w1",)}, "'w1' match no matrix .* it has down_proj, embed_tokens"),
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": 0.0}, "lora_alpha is 0.0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        ({"target_modules": "("}, "is no regular expression"),
+        ({"target_modules": "("}, "is not a valid RE2 regular expression"),
     ],
 )
 def test_what_makes_no_sense_is_said(tiny: et.Model, settings: dict[str, Any], message: str) -> None:

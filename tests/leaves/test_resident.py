@@ -10,7 +10,7 @@ import pytest
 
 from einsum_transformer.engine import blas
 from einsum_transformer.leaves import resident
-from einsum_transformer.leaves.resident import Stored, fill, input_major, read_all, rooms
+from einsum_transformer.leaves.resident import Stored, allocate, fill, input_major, read_all
 from memory_source import MemorySource
 
 TYPES = [
@@ -74,7 +74,7 @@ def test_what_lies_in_the_file_as_wanted_stays_there() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rooms_begin_at_cache_lines_and_do_not_overlap(dtype: Any) -> None:
     shapes = [(3,), (5, 7), (1024, 3), (0, 4), (), (2, 3, 4)]
-    arrays = rooms(shapes, np.dtype(dtype))
+    arrays = allocate(shapes, np.dtype(dtype))
     for i, array in enumerate(arrays):
         array[...] = i
     for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):

@@ -124,7 +124,7 @@ def test_a_tokenizer_that_the_cache_lacks_is_asked_for(remote: Remote) -> None:
 
 def test_without_network_the_reason_is_one_line(remote: Remote) -> None:
     remote(SHARDED, cached=SHARDED[:-1], online=False)
-    assert refusal("o/n") == "o/n: cannot be fetched from the hub: no network"
+    assert refusal("o/n") == "o/n: cannot be downloaded from the hub: no network"
 
 
 class TestGGUF:
@@ -137,7 +137,7 @@ class TestGGUF:
         fetched = remote(GGUFS)
         message = refusal("o/n")
         assert (
-            "several GGUF models: name one, as o/n:Q4_K_M or o/n:FILE, of m-Q4_K_M.gguf, m-Q8_0.gguf"
+            "several GGUF models: choose one as o/n:Q4_K_M or o/n:FILE, from m-Q4_K_M.gguf, m-Q8_0.gguf"
             in message
         )
         assert fetched == []
@@ -152,7 +152,7 @@ class TestGGUF:
 
     def test_one_that_is_not_there(self, remote: Remote) -> None:
         remote(GGUFS)
-        assert "o/n:Q2_K: has no GGUF model 'Q2_K': name one" in refusal("o/n:Q2_K")
+        assert "o/n:Q2_K: has no GGUF model 'Q2_K': choose one" in refusal("o/n:Q2_K")
         assert "missing: Q2_K" in refusal_of_cached(remote, "o/n:Q2_K")
 
     @pytest.mark.parametrize("tag", ["Q8_0", "m-Q8_0.gguf", "F16", SPLIT[1]])
@@ -223,7 +223,7 @@ def test_a_repository_of_pickles_is_refused(remote: Remote) -> None:
     [
         (SINGLE[1:], "o/n", "o/n: the repository has model.safetensors, but no config.json"),
         (SHARDED[1:], "o/n", f"o/n: the repository has {INDEX}, but no config.json"),
-        (SINGLE, "o/n:Q4", "no GGUF models, but safetensors weights: name it as o/n"),
+        (SINGLE, "o/n:Q4", "safetensors weights and no GGUF models: load it as o/n"),
         (["config.json", "x.safetensors"], "o/n", "such as x.safetensors, but neither model.safetensors nor"),
         (
             ["config.json", SHARDS[0]],

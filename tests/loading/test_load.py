@@ -368,8 +368,8 @@ def test_a_link_that_leads_nowhere_in_the_place_of_a_file(name: str, tmp_path: P
     folder, _ = write_tiny(tmp_path)
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("gone")
-    assert f"{name}: a link that leads nowhere" in refusal(folder)
-    assert "a link that leads nowhere" in refusal(folder / name)
+    assert f"{name}: a broken link" in refusal(folder)
+    assert "a broken link" in refusal(folder / name)
 
 
 def test_a_shard_or_part_that_is_a_link_to_nothing(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_a_shard_or_part_that_is_a_link_to_nothing(tmp_path: Path) -> None:
     part = max(tmp_path.iterdir())
     part.unlink()
     part.symlink_to("gone")
-    assert f"{part}: a link that leads nowhere" in refusal(min(tmp_path.iterdir()))
+    assert f"{part}: a broken link" in refusal(min(tmp_path.iterdir()))
     folder = tmp_path / "shards"
     folder.mkdir()
     write_config(folder / "config.json", golden.config)
@@ -386,7 +386,7 @@ def test_a_shard_or_part_that_is_a_link_to_nothing(tmp_path: Path) -> None:
     shard = max(folder.glob("*.safetensors"))
     shard.unlink()
     shard.symlink_to("gone")
-    assert f"{shard}: a link that leads nowhere" in refusal(folder)
+    assert f"{shard}: a broken link" in refusal(folder)
 
 
 def test_a_gguf_file_named_json_is_a_gguf_file(tmp_path: Path) -> None:
@@ -427,11 +427,11 @@ def test_a_config_beside_a_gguf_model_does_not_hide_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"general.type": "adapter"}, "of kind 'adapter', not a model: name the base model"),
-        ({"general.type": "mmproj"}, "of kind 'mmproj', not a model: a projector"),
-        ({"general.type": "imatrix"}, "of kind 'imatrix', not a model: an importance matrix"),
-        ({"general.architecture": "clip"}, "of kind 'mmproj'"),
-        ({"adapter.type": "lora"}, "of kind 'adapter', not a model: name the base model"),
+        ({"general.type": "adapter"}, "of type 'adapter', not a model: give the base model"),
+        ({"general.type": "mmproj"}, "of type 'mmproj', not a model: a projector"),
+        ({"general.type": "imatrix"}, "of type 'imatrix', not a model: an importance matrix"),
+        ({"general.architecture": "clip"}, "of type 'mmproj'"),
+        ({"adapter.type": "lora"}, "of type 'adapter', not a model: give the base model"),
         ({"llama.block_count": 1 << 31}, "llama.block_count is 2147483648, but the file has only"),
     ],
 )
@@ -463,7 +463,7 @@ def test_gguf_files_of_other_programs_are_named(architecture: str, kind: str | N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    expected = "of kind 'diffusion'" if kind == "diffusion" else f"architecture '{architecture}' is not supp"
+    expected = "of type 'diffusion'" if kind == "diffusion" else f"architecture '{architecture}' is not supp"
     assert expected in refusal(path)
 
 
@@ -601,8 +601,8 @@ def test_wrappers_in_names_are_explained(start: str, message: str, tmp_path: Pat
     [
         ({"model_type": "bert"}, "bert is an encoder"),
         ({"model_type": "t5"}, "t5 is an encoder-decoder"),
-        ({"model_type": "clip"}, "clip is a model of images"),
-        ({"model_type": "whisper"}, "whisper is a model of sound"),
+        ({"model_type": "clip"}, "clip is a vision model"),
+        ({"model_type": "whisper"}, "whisper is an audio model"),
         ({"model_type": "mamba"}, "mamba is a recurrent"),
         ({"model_type": "unheard", "is_encoder_decoder": True}, "unheard is an encoder-decoder"),
         ({"model_type": "llava", "vision_config": {}}, "llava is a multimodal model"),
@@ -651,7 +651,7 @@ def test_an_adapter_beside_a_model_is_noted(tmp_path: Path, caplog: pytest.LogCa
 ABSURD = [
     ({"num_local_experts": 65536}, "65536 experts in each of 3 layers"),
     ({"num_local_experts": 4096}, "4096 experts in each of 3 layers"),
-    ({"num_hidden_layers": 4096}, "4096 layers by the config, only"),
+    ({"num_hidden_layers": 4096}, "4096 layers in the config, only"),
     ({"num_hidden_layers": 1 << 32}, "num_hidden_layers is 4294967296, at most"),
     ({"num_hidden_layers": 1e300}, "num_hidden_layers is 1e+300, at most"),
     ({"num_hidden_layers": 1 << 32, "num_local_experts": 65536}, "num_hidden_layers is 4294967296, at most"),
@@ -678,7 +678,7 @@ def test_a_run_config_is_bounded_as_well(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     for keys in ({"n_layers": 1 << 24}, {"arch_keys": {"num_hidden_layers": 1 << 60}}):
         path.write_text(json.dumps({"arch": "llama"} | keys))
-        assert "layers are expected" in refusal(path)
+        assert "layers are supported" in refusal(path)
     path.write_text(json.dumps({"arch": "llama", "use_moe": True, "num_experts": 65536}))
     assert "num_experts is 65536 in each of 8 layers" in refusal(path)
 

@@ -23,7 +23,7 @@ from einsum_transformer.models.families.config_keys import (
     unapplied_settings,
 )
 from einsum_transformer.training.data import RandomTokens
-from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.loop import Trainer, TrainingSettings
 from einsum_transformer.training.schedule import Schedule
 from golden_files import FOLDER, load_golden, write_folder
 
@@ -107,9 +107,9 @@ def test_what_training_does_not_apply_is_said_when_it_starts(
         assert model.loss_and_gradients(golden.tokens, golden.targets)[0] == pytest.approx(
             golden.loss, abs=1e-5
         )
-    Trainer(model, RandomTokens(61, 2, 5), Settings(Schedule(0.1, 1)))
+    Trainer(model, RandomTokens(61, 2, 5), TrainingSettings(Schedule(0.1, 1)))
     assert [record.getMessage().partition("folder: ")[2] for record in caplog.records] == [
-        "the loss is without the load-balancing loss of output_router_logits = True",
+        "the loss excludes the load-balancing loss of output_router_logits = True",
         "training does not apply attention_dropout = 0.1, output_router_logits = True",
     ]
 
@@ -133,7 +133,7 @@ def test_layer_types_are_as_many_as_layers(name: str, more: int, tmp_path: Path)
     changed = golden.config | {
         "layer_types": ["full_attention"] * (golden.config["num_hidden_layers"] + more)
     }
-    with pytest.raises(et.ConfigError, match=r"layer_types has \d+ entries, num_hidden_layers is"):
+    with pytest.raises(et.ConfigError, match=r"layer_types has \d+ entries, but num_hidden_layers is"):
         et.load(write_folder(tmp_path / "folder", changed, golden.weights))
 
 

@@ -74,7 +74,7 @@ def test_epsilon_of_latent_norms() -> None:
 
 @pytest.mark.parametrize("eps", [-1e-6, 2.0, float("nan")])
 def test_epsilon_out_of_range(eps: float) -> None:
-    with pytest.raises(et.ConfigError, match=r"norm_eps.*must lie from 0 to 1"):
+    with pytest.raises(et.ConfigError, match=r"norm_eps.*expected a number from 0 to 1"):
         replace(LATENT, norm_eps=eps)
 
 
@@ -114,14 +114,14 @@ def test_a_logit_scale_comes_before_the_cap(tied: bool) -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e10, float("nan")])
 @pytest.mark.parametrize("name", ["residual_multiplier", "logit_scale"])
 def test_multiplier_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(et.ConfigError, match=rf"{name}.*a positive number"):
+    with pytest.raises(et.ConfigError, match=rf"{name}.*expected a number from 1e-9 to 1e9"):
         replace(SMALL, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["residual_multiplier", "logit_scale"])
 def test_a_config_json_that_cannot_say_it_is_not_saved(name: str, tmp_path: Path) -> None:
     model = tiny_model()
-    with pytest.raises(et.InputError, match=f"cannot say {name} = 0.5"):
+    with pytest.raises(et.InputError, match=f"cannot represent {name} = 0.5"):
         replace(model, config=replace(model.config, **{name: 0.5})).save(tmp_path)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.analysis import gradcheck as checks
-from einsum_transformer.generation.decode import Generation, Settings, stream
+from einsum_transformer.generation.decode import Generation, Settings, decode_batch
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.models.families import FAMILIES
 from golden_files import MODELS, Folders, Models, load_golden
@@ -96,7 +96,7 @@ def test_a_continued_cache_passes_that_length(golden_model: Models) -> None:
     cache, sampling = model.cache(), Sampling()
     for turn in (text[:11], text[11:]):
         results = [Generation(turn)]
-        list(stream(model, results, sampling, Settings(1, ignore_eos=True), cache))
+        list(decode_batch(model, results, sampling, Settings(1, ignore_eos=True), cache))
         cache.truncate(cache.length)
     assert cache.length == 20
     expected = int(model.logits(np.array([text]))[0, -1].argmax())

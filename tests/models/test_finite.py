@@ -12,7 +12,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.engine import Recorder
-from einsum_transformer.generation.decode import Generation, stream
+from einsum_transformer.generation.decode import Generation, decode_batch
 from einsum_transformer.generation.rows import Settings
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.models.adapters import with_lora
@@ -64,7 +64,7 @@ def test_the_first_step_and_the_weight_are_named(name: str, tensor: str, step: s
     model = spoilt(tmp_path, name, tensor)
     error = error_of(lambda: model.logits(load_golden(name).tokens))
     assert re.search(rf"nan appears first in (model\.)?{re.escape(step)}", error) or step == "shared_expert"
-    assert f"the weight {tensor} holds nan or inf" in error
+    assert f"the weight {tensor} contains nan or inf" in error
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -74,7 +74,7 @@ def test_an_embedding_of_every_family(name: str, tmp_path: Path) -> None:
         key for key in golden.weights if any(each in key for each in ("embed_tokens", "wte", "embed_in"))
     )
     error = error_of(lambda: spoilt(tmp_path, name, tensor, np.inf).logits(golden.tokens))
-    assert f"the weight {tensor} holds nan or inf" in error
+    assert f"the weight {tensor} contains nan or inf" in error
 
 
 def test_a_row_that_the_text_does_not_use_is_no_fault(tmp_path: Path) -> None:
@@ -105,13 +105,13 @@ def test_a_sink_that_is_not_finite_is_named() -> None:
     model = et.Model(config, build(config, lambda spec: rng.standard_normal(spec.shape) * 0.1))
     model.decoder.layers[1].self_attn.sinks[0, 1] = np.nan
     error = error_of(lambda: model.logits([[1, 2, 3]]))
-    assert "the weight model.layers.1.self_attn.sinks holds nan or inf" in error
+    assert "the weight model.layers.1.self_attn.sinks contains nan or inf" in error
 
 
 def test_a_reader_that_makes_nan_is_named(golden_model: Models) -> None:
     with Recorder().on_value(lambda name, value: np.full_like(value, np.nan), "layers.0.self_attn"):
         error = error_of(lambda: golden_model("llama_gqa").logits([[1, 2, 3]]))
-    assert "finite when they are computed again" in error
+    assert "finite when they are recomputed" in error
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -146,7 +146,7 @@ def test_it_may_appear_later_than_the_prompt(golden_model: Models, tmp_path: Pat
     model = et.load(write_folder(tmp_path / "folder", golden.config, weights))
     result = [Generation(prompt)]
     with Recorder() as recorder:
-        error = error_of(lambda: list(stream(model, result, Sampling(), Settings(6, ignore_eos=True))))
+        error = error_of(lambda: list(decode_batch(model, result, Sampling(), Settings(6, ignore_eos=True))))
     assert "nan appears first in model.embed_tokens: the weight model.embed_tokens.weight" in error
     assert recorder.spans
     assert result[0].tokens == answer[: answer.index(later) + 1]
@@ -167,7 +167,7 @@ def test_adapters_are_weights_too(golden_model: Models) -> None:
     pair = dict(named_leaves(adapted.decoder))["layers.1.mlp.up_proj"]
     pair.b[...] = np.inf
     error = error_of(lambda: adapted.logits(golden.tokens))
-    assert "the weight model.layers.1.mlp.up_proj.weight holds nan or inf" in error
+    assert "the weight model.layers.1.mlp.up_proj.weight contains nan or inf" in error
 
 
 def test_remove_invalid_values_repairs_as_transformers_does(tmp_path: Path) -> None:

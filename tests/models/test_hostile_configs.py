@@ -132,7 +132,7 @@ SAID = {
     "unknown model_type": ({"model_type": "lama"}, "did you mean 'llama'"),
     "another model_type": ({"model_type": "gpt_bigcode"}, "gpt_bigcode"),
     "activation": ({"hidden_act": "relu6"}, "hidden_act.*relu6.*silu"),
-    "no divisor": ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling.*0.0.*positive"),
+    "no divisor": ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling.*0.0.*from 1e-9"),
     "negative factor": ({"model_type": "granite", "residual_multiplier": -1}, "residual_multiplier.*-1.0"),
     "heads": ({"num_key_value_heads": 3}, "num_attention_heads 8.*num_key_value_heads 3"),
     "negative": ({"hidden_size": -32}, "hidden_size.*-32"),

@@ -43,22 +43,25 @@ def test_a_final_message_is_continued_as_transformers_does(template: str, tmp_pa
 def test_a_continued_message_needs_no_other_option() -> None:
     tokenizer = with_templates(default=CHATS["templates"]["plain"])
     messages = [*HI, {"role": "assistant", "content": "Sure, I"}]
-    ids = tokenizer.encode_chat(messages, continue_final_message=True)
+    ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
     assert tokenizer.decode(ids) == "<user>Hi</user>\n<assistant>Sure, I"
+    text = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    assert text == "<user>Hi</user>\n<assistant>Sure, I"
+    with pytest.warns(DeprecationWarning, match="apply_chat_template"):
+        assert tokenizer.encode_chat(messages, continue_final_message=True) == ids
     with pytest.raises(InputError, match="continue_final_message and add_generation_prompt"):
-        tokenizer.encode_chat(messages, True, continue_final_message=True)
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, continue_final_message=True)
     with pytest.raises(InputError, match="the last message has no 'content'"):
-        tokenizer.encode_chat(
+        tokenizer.apply_chat_template(
             [{"role": "assistant", "tool_calls": [{"name": "f"}]}], continue_final_message=True
         )
-    with pytest.raises(InputError, match="does not write the last message"):
-        tokenizer.encode_chat(messages, continue_final_message=True, chat_template="{{ 'content' }}")
+    with pytest.raises(InputError, match="changes or omits the last message"):
+        tokenizer.apply_chat_template(messages, continue_final_message=True, chat_template="{{ 'content' }}")
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"tokenize": False},
         {"return_dict": True},
         {"return_tensors": "np"},
         {"padding": True},
@@ -71,7 +74,7 @@ def test_a_continued_message_needs_no_other_option() -> None:
 )
 def test_keywords_with_another_meaning_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{next(iter(options))}"):
-        with_templates(default="x").encode_chat(HI, **options)
+        with_templates(default="x").apply_chat_template(HI, **options)
 
 
 def test_neutral_keywords_are_accepted(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,7 +103,7 @@ def test_a_template_is_chosen_by_name_or_given() -> None:
     assert tokenizer.render_chat(HI, tools=[{}]) == "3[{}]"
     assert tokenizer.render_chat(HI, tools=[], chat_template="default") == "1"
     assert tokenizer.render_chat(HI, chat_template="{{ 4 }}") == "4"
-    with pytest.raises(InputError, match=r"'rga' is neither a jinja template nor the name of one; .*'rag'"):
+    with pytest.raises(InputError, match=r"'rga' is neither a Jinja template nor the name of one; .*'rag'"):
         tokenizer.render_chat(HI, chat_template="rga")
     assert with_templates().render_chat(HI, chat_template="{{ 4 }}") == "4"
 
@@ -108,7 +111,7 @@ def test_a_template_is_chosen_by_name_or_given() -> None:
 def test_named_templates_without_a_default_are_listed() -> None:
     tokenizer = with_templates(rag="{{ 2 }}", short="{{ 3 }}")
     with pytest.raises(InputError, match=r"choose one of 'rag', 'short' with .*chat_template=NAME"):
-        tokenizer.encode_chat(HI)
+        tokenizer.apply_chat_template(HI)
     assert tokenizer.render_chat(HI, chat_template="short") == "3"
 
 

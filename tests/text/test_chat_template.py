@@ -50,9 +50,9 @@ def test_as_transformers_renders(template: str, monkeypatch: pytest.MonkeyPatch)
             assert case["error"] in str(error.value), case
 
 
-HUGE = "makes a value of more than"
+HUGE = "creates a value of more than"
 SLOW = "ran for more than"
-UNSAFE = "unsafe|looks into|undefined|underscore|not safely callable|no attribute"
+UNSAFE = "unsafe|format fields|undefined|underscore|not safely callable|no attribute"
 GROW = "{% set ns = namespace(a=START) %}{% for i in range(100) %}{% set ns.a = STEP %}{% endfor %}{{ ns.a }}"
 
 
@@ -109,13 +109,13 @@ def grow(start: str, step: str) -> str:
         ("{% set x %}{% for i in range(99999) %}long enough text{% endfor %}{% endset %}", HUGE),
         (
             "{% set x %}{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endset %}",
-            "characters in all",
+            "characters in total",
         ),
         ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "writes more than"),
-        ("{% set s = 'a' * 99999 %}{% for i in range(99999) %}{% set x = s[1:] %}{% endfor %}", "in all"),
+        ("{% set s = 'a' * 99999 %}{% for i in range(99999) %}{% set x = s[1:] %}{% endfor %}", "in total"),
         (
             "{% set l = ['a' * 99999] %}{% set x %}{% for i in range(1500) %}{{ l }}{% endfor %}{% endset %}",
-            "in all",
+            "in total",
         ),
         ("{{ range(10**12)|list }}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -125,7 +125,10 @@ def grow(start: str, step: str) -> str:
         ("{{ (1).to_bytes(10**9, 'big') }}", "'to_bytes' is not supported"),
         ("{{ (('<!---->' * 99999)|safe).striptags() }}", "'striptags' is not supported"),
         ("{{ ('{_a}' * 1000).format(_a='a' * 10000) }}", HUGE),
-        ("{% set n = namespace(a='a' * 9999) %}{{ ('{0.a}' * 9999).format(n) }}", "looks into its argument"),
+        (
+            "{% set n = namespace(a='a' * 9999) %}{{ ('{0.a}' * 9999).format(n) }}",
+            "in format fields are not supported",
+        ),
         ("{% set n = namespace(a='a' * 9999) %}{{ ([n] * 9999)|join(attribute='a') }}", HUGE),
         ("{% set n = namespace(a='a' * 9999) %}{{ ([n] * 9999)|map(attribute='a')|list }}", HUGE),
         ("{{ 'a'|center(999999) }}" * 200, "writes more than"),
@@ -244,7 +247,7 @@ for _ in range(200):
         ([{"role": "user", "content": ["x"]}], r"messages\[0\].content\[0\]: expected {'type': 'text'"),
         ([{"role": "user", "content": [{"type": "image", "text": ""}]}], r"content\[0\]: expected"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\]: expected"),
-        ([TEXT | {"extra": object()}], r"messages\[0\].extra: a template takes JSON values only, got object"),
+        ([TEXT | {"extra": object()}], r"messages\[0\].extra: expected a JSON value, got object"),
         ([TEXT | {"extra": [{1: 2}]}], r"messages\[0\].extra\[0\]: keys must be strings, got 1"),
         ([TEXT | {"extra": DEEP}], "nested more than 90 levels"),
     ],
@@ -274,9 +277,7 @@ def test_tools_documents_and_variables() -> None:
     assert text == 'f T 3 |[{"name": "f"}]'
     with pytest.raises(InputError, match="tools: expected a list of JSON objects"):
         render(template, tools=[print])
-    with pytest.raises(
-        InputError, match=r"variables\.depth: a template takes JSON values only, got function"
-    ):
+    with pytest.raises(InputError, match=r"variables\.depth: expected a JSON value, got function"):
         render(template, depth=test_tools_documents_and_variables)
 
 

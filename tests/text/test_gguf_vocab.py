@@ -170,8 +170,8 @@ TOKENS, SIZE = BYTE_LEVEL["tokenizer.ggml.tokens"], len(BYTE_LEVEL["tokenizer.gg
         (BYTE_LEVEL, {"merges": ["a b", "ab"]}, "merges: 'ab' is not two tokens"),
         (BYTE_LEVEL, {"merges": ["a b", "a b c"]}, "merges: 'a b c' is not two tokens"),
         (BYTE_LEVEL, {"merges": ["a \U0001f9ea"]}, "unusable vocabulary: .*out of vocabulary"),
-        (BYTE_LEVEL, {"eot_token_id": "x"}, "eot_token_id: 'x' is not an id"),
-        (BYTE_LEVEL, {"bos_token_id": None, "add_bos_token": True}, "add_bos_token is set, but there is no"),
+        (BYTE_LEVEL, {"eot_token_id": "x"}, "eot_token_id: 'x' is not a token id"),
+        (BYTE_LEVEL, {"bos_token_id": None, "add_bos_token": True}, "is true, but bos_token_id is missing"),
         (BYTE_LEVEL, {"add_bos_token": "yes"}, "add_bos_token: expected bool, got str"),
         (SENTENCEPIECE, {"scores": None}, "scores: missing"),
         (SENTENCEPIECE, {"scores": [0.0]}, "scores: 1 values, expected 480"),
@@ -182,9 +182,9 @@ TOKENS, SIZE = BYTE_LEVEL["tokenizer.ggml.tokens"], len(BYTE_LEVEL["tokenizer.gg
             "more than 1024",
         ),
         (UNIGRAM, {"scores": None}, "scores: missing"),
-        (UNIGRAM, {"precompiled_charsmap": [255] * 8}, "8 bytes cannot hold the 4294967295 bytes"),
-        (UNIGRAM, {"precompiled_charsmap": [0] * 8}, "cannot hold the 0 bytes"),
-        (UNIGRAM, {"precompiled_charsmap": []}, "0 bytes cannot hold"),
+        (UNIGRAM, {"precompiled_charsmap": [255] * 8}, "8 bytes with an invalid length of 4294967295 bytes"),
+        (UNIGRAM, {"precompiled_charsmap": [0] * 8}, "invalid length of 0 bytes"),
+        (UNIGRAM, {"precompiled_charsmap": []}, "0 bytes with an invalid length"),
         (UNIGRAM, {"precompiled_charsmap": ["a"]}, "unusable vocabulary"),
     ],
 )
@@ -256,5 +256,5 @@ def test_smollm2() -> None:
     assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in case["ids"]] == case["strings"]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 49152)
     assert tokenizer.end_of_generation_ids == {0, 2}
-    prompt = tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}]), False)
+    prompt = tokenizer.decode(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]), False)
     assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

@@ -88,12 +88,12 @@ def test_where_the_chat_template_comes_from(folder: Path) -> None:
     assert configure(folder, chat_template="other").chat_template == "other"
     tokenizer = configure(folder, chat_template=named)
     assert tokenizer.chat_template == "one"
-    assert tokenizer.decode(tokenizer.encode_chat(CONVERSATION)) == "one"
-    assert tokenizer.decode(tokenizer.encode_chat(CONVERSATION, tools=[{"name": "f"}])) == "two"
+    assert tokenizer.decode(tokenizer.apply_chat_template(CONVERSATION)) == "one"
+    assert tokenizer.decode(tokenizer.apply_chat_template(CONVERSATION, tools=[{"name": "f"}])) == "two"
     tokenizer = configure(folder, chat_template=None)
     assert tokenizer.chat_template is None
     with pytest.raises(InputError, match="has no chat template"):
-        tokenizer.encode_chat(CONVERSATION)
+        tokenizer.apply_chat_template(CONVERSATION)
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
@@ -115,7 +115,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer.json, which is needed"),
+        ({}, "no tokenizer.json, which is required"),
         (
             {"tokenizer.model": "x", "vocab.json": "{}"},
             r"tokenizer.model is a SentencePiece model or .*: convert it with transformers, AutoTokenizer",
@@ -148,7 +148,7 @@ def test_a_character_map_that_lies_about_its_length_is_refused(key: str, folder:
     saved = json.loads(text) | {"normalizer": "HERE"}
     nested = '{"type": "Sequence", "normalizers": [{"type": "Precompiled", "KEY": "/////////w=="}]}'
     write_files(folder, {"tokenizer.json": json.dumps(saved).replace('"HERE"', nested.replace("KEY", key))})
-    with pytest.raises(InputError, match=r"charsmap: 7 bytes cannot hold the 4294967295 bytes"):
+    with pytest.raises(InputError, match=r"charsmap: 7 bytes with an invalid length of 4294967295 bytes"):
         Tokenizer.from_folder(folder)
 
 
@@ -159,7 +159,7 @@ def test_files_that_are_not_text_or_too_large_are_refused(
     with pytest.raises(InputError, match=r"chat_template\.jinja: cannot be read as UTF-8"):
         Tokenizer.from_folder(folder)
     monkeypatch.setattr("einsum_transformer.text.folder._MAX_OTHER_BYTES", 50)
-    with pytest.raises(InputError, match=r"tokenizer_config\.json: \d+ bytes; at most 50 are accepted"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: \d+ bytes; at most 50 are allowed"):
         Tokenizer.from_folder(folder)
 
 
@@ -220,7 +220,7 @@ def test_a_chat_has_the_bos_that_its_template_writes_and_no_other(template: str)
     text = golden("chat")["templates"][template]
     metadata = byte_level_metadata("llama-bpe", add_bos_token=True) | {"tokenizer.chat_template": text}
     tokenizer = Tokenizer.from_gguf(metadata, Path("x.gguf"))
-    ids = tokenizer.encode_chat(CONVERSATION)
+    ids = tokenizer.apply_chat_template(CONVERSATION)
     written = {"llama2": 2, "chatml": 0}.get(template, 1)  # Llama 2 begins each of its two exchanges with one
     assert ids.count(tokenizer.bos_id or 0) == written
     assert (ids[0] == tokenizer.bos_id) is (written > 0) or template == "llama2"
@@ -234,7 +234,9 @@ def test_chat_options_reach_the_template() -> None:
     tokenizer = Tokenizer.from_gguf(
         byte_level_metadata() | {"tokenizer.chat_template": template}, Path("x.gguf")
     )
-    ids = tokenizer.encode_chat(CONVERSATION, False, tools=[{"n": 1}], style="terse")
+    ids = tokenizer.apply_chat_template(
+        CONVERSATION, add_generation_prompt=False, tools=[{"n": 1}], style="terse"
+    )
     assert tokenizer.decode(ids, skip_special_tokens=False) == "4 False [{'n': 1}] terse <|im_end|>"
 
 
@@ -243,7 +245,9 @@ def test_text_that_is_not_unicode_is_refused() -> None:
         byte_level().encode("abc\ud800")
     metadata = byte_level_metadata() | {"tokenizer.chat_template": "{{ messages[0].content }}"}
     with pytest.raises(InputError, match="text: character 1 is half a surrogate pair"):
-        Tokenizer.from_gguf(metadata, Path("x.gguf")).encode_chat([{"role": "user", "content": "a\udfff"}])
+        Tokenizer.from_gguf(metadata, Path("x.gguf")).apply_chat_template(
+            [{"role": "user", "content": "a\udfff"}]
+        )
 
 
 def test_ids() -> None:

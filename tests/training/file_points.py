@@ -1,4 +1,4 @@
-"""The points of a process between two changes of files: to be named, counted, and to die at."""
+"""Points before, within and after each file operation of a process, to count them or to kill it there."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _CHANGES = (
 
 
 def record(seen: Counter[str]) -> None:
-    """Count every point that this process passes from here on."""
+    """Count every point that this process passes from now on."""
     _watch(lambda point: seen.update([point]))
 
 
 def die_at(point: str, occurrence: int) -> None:
-    """Have this process kill itself when it passes a point for the so-manieth time."""
+    """Kill this process at the given occurrence of a point."""
     seen: Counter[str] = Counter()
 
-    def pass_by(passed: str) -> None:
+    def at_point(passed: str) -> None:
         seen[passed] += 1
         if passed == point and seen[point] == occurrence:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _watch(pass_by)
+    _watch(at_point)
 
 
 def _watch(passed: Callable[[str], None]) -> None:
-    """Replace what changes files by what tells of it: `before rename step-#`, `half of state.json`."""
+    """Patch file operations to report their points: `before rename step-#`, `half of write state.json`."""
     for module, names in _CHANGES:
         for name in names:
             _surround(module, name, passed)
@@ -48,24 +48,22 @@ def _watch(passed: Callable[[str], None]) -> None:
 def _surround(module: ModuleType, name: str, passed: Callable[[str], None]) -> None:
     real = getattr(module, name)
 
-    def told(*arguments: Any, **options: Any) -> Any:
-        # The second number of mkdir is no file but a mode.
-        places = [
-            each for number, each in enumerate(arguments) if isinstance(each, (str, Path)) or not number
-        ]
-        what = " ".join([name, *map(_name, places)])
-        passed(f"before {what}")
+    def reporting(*arguments: Any, **options: Any) -> Any:
+        # The second argument of mkdir is a mode, not a file.
+        files = [each for number, each in enumerate(arguments) if isinstance(each, (str, Path)) or not number]
+        operation = " ".join([name, *map(_name, files)])
+        passed(f"before {operation}")
         result = real(*arguments, **options)
-        passed(f"after {what}")
+        passed(f"after {operation}")
         return result
 
-    setattr(module, name, told)
+    setattr(module, name, reporting)
 
 
 def _opener(passed: Callable[[str], None]) -> Any:
     real = io.open
 
-    def told(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **named: Any) -> Any:
+    def reporting(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **named: Any) -> Any:
         if not set(mode) & set("wax+") or isinstance(file, int):
             return real(file, mode, buffering, *text, **named)
         raw = _Written(file, mode.replace("b", "").replace("t", ""))
@@ -76,26 +74,26 @@ def _opener(passed: Callable[[str], None]) -> Any:
             else io.TextIOWrapper(io.BufferedWriter(raw), *text, **named)
         )
 
-    return told
+    return reporting
 
 
 class _Written(io.FileIO):
-    """A file whose writes are made in two halves."""
+    """A file that writes its data in two halves."""
 
     passed: Callable[[str], None]
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
-        what = f"write {_name(str(self.name))}"
-        self.passed(f"before {what}")
+        operation = f"write {_name(str(self.name))}"
+        self.passed(f"before {operation}")
         done = super().write(view[: len(view) // 2]) or 0
-        self.passed(f"half of {what}")
+        self.passed(f"half of {operation}")
         done += super().write(view[done:]) or 0
-        self.passed(f"after {what}")
+        self.passed(f"after {operation}")
         return done
 
 
-def _name(place: int | str | Path) -> str:
-    """The name of a file, the same for all steps and all random parts (which may begin with eight digits)."""
-    path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else place
+def _name(file: int | str | Path) -> str:
+    """The name of a file, with step numbers and random parts (which may begin with eight digits) as `#`."""
+    path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file
     return re.sub(r"[0-9a-f]{12}|\d{8}", "#", Path(path).name)

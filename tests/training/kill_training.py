@@ -1,9 +1,9 @@
-"""Kills trainings by the dozen and checks that nothing that was saved is lost and no number changes.
+"""Kills many training processes and checks that no checkpoint is lost and no result changes.
 
-`python tests/training/kill_training.py --kills 120` trains a tiny model with `train`, once undisturbed. Then
-it trains again in processes that end by SIGKILL, half of them at random moments, half of them at named points
-of writing (`before rename`, `half of write state.json`), each followed by one with --resume. For
-Linux: processes are forked from one that has imported everything.
+`python tests/training/kill_training.py --kills 120` trains a tiny model with `train` without interruption,
+and again in processes that are killed with SIGKILL, half of them at random times and half at named points of
+file operations (`before rename`, `half of write state.json`); each kill is followed by `--resume`. Linux
+only: the processes are forked from one that has imported all modules.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ TEXT = "the cat sat on the mat and the dog sat on the log\n" * 12
 
 
 class Broken(Exception):
-    """A promise of the checkpoints was not kept."""
+    """A guarantee of checkpoints is violated."""
 
 
-def expect(kept: bool, what: str) -> None:
-    if not kept:
-        raise Broken(what)
+def expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise Broken(message)
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process ended: its exit code, negative for a signal, and what it wrote to stderr."""
+    """The result of a process: its exit code, negative for a signal, and its stderr."""
 
     code: int
-    said: str
+    stderr: str
 
     @property
     def done(self) -> bool:
-        # Killed after its last checkpoint, a training has nothing left to do; the command says so.
-        return self.code == 0 or (self.code == 2 and f"all {STEPS} steps are done already" in self.said)
+        # A training killed after its last checkpoint is complete, which the command reports as an error.
+        return self.code == 0 or (self.code == 2 and f"all {STEPS} steps are done already" in self.stderr)
 
 
 class Process:
-    """`train` with flags in a process of its own, after `prepare` was called there."""
+    """A forked process that calls `prepare` and then runs `train` with flags."""
 
     def __init__(self, flags: tuple[str, ...], prepare: Callable[[], None]) -> None:
         read, write = os.pipe()
@@ -80,8 +80,8 @@ class Process:
 
     def wait(self) -> Ended:
         with open(self.stderr, encoding="utf-8") as file:
-            said = file.read()
-        return Ended(os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1]), said)
+            text = file.read()
+        return Ended(os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1]), text)
 
 
 def _train(flags: tuple[str, ...], prepare: Callable[[], None], stderr: int) -> int:
@@ -105,7 +105,7 @@ def _train(flags: tuple[str, ...], prepare: Callable[[], None], stderr: int) -> 
 
 
 def check_start(folder: Path) -> None:
-    """Have `train`, before its first step, check that what a killed one left behind has been put in order."""
+    """Patch `train` to check, before its first step, that the files of a killed process are cleaned up."""
     from einsum_transformer.training.loop import Trainer
 
     run = Trainer.run
@@ -121,7 +121,7 @@ def check_start(folder: Path) -> None:
 
 
 def rename_by_copying() -> None:
-    """The planted error: a rename that takes its time."""
+    """The planted error: a rename that is not atomic."""
     os.rename = shutil.copytree  # type: ignore[assignment]
 
 
@@ -130,7 +130,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> dict[int, tuple[float, ...]]:
-    """The numbers of each step; a step that is there twice is an error."""
+    """The metrics of each step; a duplicate step is an error."""
     lines = [line for line in metrics(folder) if "loss" in line]
     found = {line["step"]: (line["loss"], line["norm"], line["lr"], line["targets"]) for line in lines}
     expect(len(found) == len(lines), f"{folder}: steps {[line['step'] for line in lines]} in metrics.jsonl")
@@ -146,21 +146,21 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def newest(folder: Path) -> int:
-    """The last step that has a checkpoint, by the names in the folder; 0 without any."""
+    """The last step with a checkpoint, by the names in the folder; 0 if there is no checkpoint."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return max((int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name)), default=0)
 
 
-def promised(folder: Path) -> int:
-    """The last step whose checkpoint was reported in train.log."""
+def reported(folder: Path) -> int:
+    """The last step whose checkpoint is reported in train.log."""
     log = folder / "train.log"
-    told = re.findall(r"checkpoint step-(\d{8})\n", log.read_text()) if log.exists() else []
-    return max(map(int, told), default=0)
+    steps = re.findall(r"checkpoint step-(\d{8})\n", log.read_text()) if log.exists() else []
+    return max(map(int, steps), default=0)
 
 
 @dataclass
 class Trial:
-    """One training that is killed again and again, beside the same one undisturbed."""
+    """A training that is killed repeatedly, and the same training without interruption."""
 
     name: str
     root: Path
@@ -181,28 +181,28 @@ class Trial:
         flags = (*FLAGS, *TRAININGS[self.name], "--keep-last", str(keep), "-o", str(folder))
         return (*flags, "--resume") if resume else flags
 
-    def undisturbed(self) -> None:
-        """Train in this process, which has then imported everything; and in another, watching its points."""
+    def uninterrupted(self) -> None:
+        """Train in this process, which imports all modules, and in a fork that records its points."""
         from einsum_transformer.training import state
 
         save = state.save
 
-        def kept(trainer: Any, *others: Any) -> Path:
+        def recording(trainer: Any, *others: Any) -> Path:
             self.trainer = trainer
             return save(trainer, *others)
 
-        state.save = kept
+        state.save = recording
         code = _train(self.flags(self.root / "whole", keep=STEPS), lambda: None, 2)
         state.save = save
-        expect(code == 0, f"the undisturbed training ended with {code}")
-        # A thread would be missing in a forked process, and what it holds would be held for ever.
+        expect(code == 0, f"the uninterrupted training ended with {code}")
+        # A forked process does not have the threads of its parent, and their locks would never be released.
         expect(len(os.listdir("/proc/self/task")) == 1, "there are threads in the process to be forked")
         self.whole = {path.name: content(path) for path in (self.root / "whole").glob("step-*")}
         expect(len(self.whole) == STEPS, f"checkpoints of {sorted(self.whole)}")
         begin = time.monotonic()
         ended = Process(self.flags(self.folder), self._recorded).wait()
         self.seconds = time.monotonic() - begin
-        expect(ended.code == 0, f"a training in a process of its own ended with {ended}")
+        expect(ended.code == 0, f"a training in a forked process ended with {ended}")
         self.points = Counter(json.loads((self.root / "points.json").read_text()))
         if not self.planted:
             self.compare()
@@ -210,28 +210,28 @@ class Trial:
 
     def _recorded(self) -> None:
         """Leave the points of a training in points.json when it ends."""
-        from einsum_transformer.cli.training_run import TrainingRun
+        from einsum_transformer.api.train import _Run
 
         seen: Counter[str] = Counter()
-        report = TrainingRun.report
+        report = _Run.result
 
         def written(*arguments: Any) -> Any:
             counted = dict(seen)
             (self.root / "points.json").write_text(json.dumps(counted))
             return report(*arguments)
 
-        TrainingRun.report = written
+        _Run.result = written
         if self.planted:
             rename_by_copying()
         file_points.record(seen)
 
     def kill(self, kills: int) -> None:
-        """So many kills, every second one at a point; trainings that reach their end are begun anew."""
+        """Kill `kills` processes, every second one at a point; restart completed trainings."""
         left: list[str] = []
         while self.counts["kills"] < kills:
             left = left or self.chance.sample(sorted(self.points), len(self.points))
             point = left.pop(0) if self.counts["kills"] % 2 else ""
-            before, resume = max(newest(self.folder), promised(self.folder)), self.folder.exists()
+            before, resume = max(newest(self.folder), reported(self.folder)), self.folder.exists()
             ended = self._end_one(resume, point)
             self.counts["processes"] += 1
             if ended.code == -signal.SIGKILL:
@@ -240,12 +240,12 @@ class Trial:
                 self.hit |= {point} - {""}
                 self.examine(before, point or "a random moment")
                 continue
-            expect(ended.done, f"a training ended with {ended.code}: {ended.said}")
+            expect(ended.done, f"a training ended with {ended.code}: {ended.stderr}")
             left = [point, *left] if point else left
             self.finish()
         while self.folder.exists():
             ended = Process(self.flags(self.folder, resume=True), lambda: check_start(self.folder)).wait()
-            expect(ended.done, f"the last training ended with {ended.code}: {ended.said}")
+            expect(ended.done, f"the last training ended with {ended.code}: {ended.stderr}")
             self.finish()
 
     def _end_one(self, resume: bool, point: str) -> Ended:
@@ -266,12 +266,12 @@ class Trial:
         return process.wait()
 
     def examine(self, before: int, killed_at: str) -> None:
-        """What must hold after every kill."""
+        """Check the checkpoints after a kill."""
         from einsum_transformer.errors import InputError
         from einsum_transformer.training import state
 
         found = state.checkpoints(self.folder)
-        least = max(before, promised(self.folder))
+        least = max(before, reported(self.folder))
         last = newest(self.folder)
         expect(last >= least, f"killed at {killed_at}: step {least} was saved, {last} is the newest")
         for folder in found:
@@ -281,7 +281,7 @@ class Trial:
                 raise Broken(f"killed at {killed_at}: {error}") from None
             expect(self.trainer.steps_done == int(folder.name[5:]), f"{folder} restores another step")
             same = content(folder) == self.whole[folder.name]
-            expect(same, f"killed at {killed_at}: {folder} differs from the undisturbed training's")
+            expect(same, f"killed at {killed_at}: {folder} differs from the uninterrupted training")
             self.counts["checkpoints restored"] += 1
 
     def finish(self) -> None:
@@ -290,7 +290,7 @@ class Trial:
         shutil.rmtree(self.folder)
 
     def compare(self) -> None:
-        """A training that came to its end is the undisturbed one, bit for bit."""
+        """Check that a completed training equals the uninterrupted one bit for bit."""
         self.examine(STEPS, "no point")
         whole = self.root / "whole"
         expect(losses(self.folder) == losses(whole), f"{losses(self.folder)} instead of {losses(whole)}")
@@ -298,16 +298,16 @@ class Trial:
         names = {path.name for path in self.folder.iterdir()}
         last = {f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"}
         expect(
-            names == {"run.json", "train.log", "metrics.jsonl", *last}, f"the folder holds {sorted(names)}"
+            names == {"run.json", "train.log", "metrics.jsonl", *last}, f"the folder contains {sorted(names)}"
         )
 
     def fill_disk(self) -> None:
-        """Files that cannot grow beyond a size: one line, exit code 2, and the last checkpoint goes on."""
+        """Limit the size of files: expect one line, exit code 2, and that the last checkpoint resumes."""
         folder = self.folder
         ended = Process(
             self.flags(folder), lambda: file_points.die_at("before rename .step-#.#.tmp step-#", 3)
         )
-        expect(ended.wait().code == -signal.SIGKILL, "the training was to be killed at its third checkpoint")
+        expect(ended.wait().code == -signal.SIGKILL, "the training should be killed at its third checkpoint")
         good = {path.name: content(path) for path in folder.glob("step-*")}
         sizes = {len(data) for files in good.values() for data in files.values()}
         logs = {
@@ -317,18 +317,18 @@ class Trial:
         }
         for limit in sorted({0, 1, *(size - 1 for size in sizes), *logs}):
             ended = Process(self.flags(folder, resume=True), partial(_limit_files, limit)).wait()
-            what = f"files of at most {limit} bytes: exit code {ended.code}, {ended.said!r}"
-            expect(ended.code == 2 and ended.said.count("\n") == 1, what)
-            expect(re.match(rf"error: \S*{folder.name}/\S+: File too large", ended.said) is not None, what)
-            expect(not list(folder.glob(".*")), f"{what}: left {list(folder.glob('.*'))}")
-            expect({path.name: content(path) for path in folder.glob("step-*")} == good, what)
+            case = f"files of at most {limit} bytes: exit code {ended.code}, {ended.stderr!r}"
+            expect(ended.code == 2 and ended.stderr.count("\n") == 1, case)
+            expect(re.match(rf"error: \S*{folder.name}/\S+: File too large", ended.stderr) is not None, case)
+            expect(not list(folder.glob(".*")), f"{case}: left {list(folder.glob('.*'))}")
+            expect({path.name: content(path) for path in folder.glob("step-*")} == good, case)
             self.counts["full disks"] += 1
         ended = Process(self.flags(folder, resume=True), lambda: check_start(folder)).wait()
         expect(ended.code == 0, f"after the full disk: {ended}")
         self.finish()
 
     def report(self) -> str:
-        counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
+        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         return f"{self.name}: {counts}; {len(self.hit)} of {len(self.points)} points hit"
 
 
@@ -338,23 +338,25 @@ def _limit_files(size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=120, help="in all; half for each kind of training")
+    parser.add_argument("--kills", type=int, default=120, help="total; half for each kind of training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plant", action="store_true", help="rename by copying: must be found")
+    parser.add_argument(
+        "--plant", action="store_true", help="rename by copying, an error that must be detected"
+    )
     flags = parser.parse_args()
     os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | {
         "TOKENIZERS_PARALLELISM": "false"
     }
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         Path("tiny.json").write_text(json.dumps(CONFIG | {"vocab_size": 270}))
         Path("text.txt").write_text(TEXT)
         for number, name in enumerate(TRAININGS):
             Path(str(number)).mkdir()
             trial = Trial(name, Path(str(number)), random.Random(flags.seed + number), flags.plant)
             try:
-                trial.undisturbed()
+                trial.uninterrupted()
                 trial.kill(flags.kills // len(TRAININGS))
                 if not flags.plant:
                     trial.fill_disk()

@@ -1,4 +1,4 @@
-"""Text data: what becomes a token, a target, a row and a batch; and what malformed files get."""
+"""Text data: tokens, targets, rows and batches, and the errors for malformed files."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def write(path: Path, lines: list[Any]) -> Path:
     return path
 
 
-def learnt(example: Example, tokenizer: Tokenizer) -> str:
+def target_text(example: Example, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(example.tokens[example.trained].tolist(), skip_special_tokens=False)
 
 
 def test_a_text_is_one_example_that_ends(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.txt", ["to be", "or not"])
     [example] = read_examples(path, tokenizer)
-    assert learnt(example, tokenizer) == "to be\nor not\n<|endoftext|>"
+    assert target_text(example, tokenizer) == "to be\nor not\n<|endoftext|>"
 
 
-def test_prompts_are_masked_if_asked_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prompts_are_masked_on_request(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "to be", "completion": " or not"}, "", {"messages": CHAT}])
     plain = read_examples(path, tokenizer)
-    assert [learnt(example, tokenizer) for example in plain] == [
+    assert [target_text(example, tokenizer) for example in plain] == [
         "to be or not<|endoftext|>",
         "<|user|>hi<|endoftext|><|assistant|>yes<|endoftext|><|user|>so<|endoftext|><|assistant|>no<|endoftext|>",
     ]
     masked = read_examples(path, tokenizer, mask_prompt=True)
-    assert [learnt(example, tokenizer) for example in masked] == [
+    assert [target_text(example, tokenizer) for example in masked] == [
         " or not<|endoftext|>",
         "yes<|endoftext|>no<|endoftext|>",
     ]
@@ -73,7 +73,7 @@ def test_prompts_are_masked_if_asked_for(tmp_path: Path, tokenizer: Tokenizer) -
         ("{", "line 2 is not valid JSON"),
         ("[1]", "line 2 is not a JSON object"),
         ('{"text": 1}', "line 2: 'text' is int, a string is expected"),
-        ('{"txt": "a"}', "line 2: expected text, prompt and completion, or messages; it has txt"),
+        ('{"txt": "a"}', "line 2: expected text, prompt and completion, or messages, got txt"),
         ('{"prompt": "a"}', "line 2: expected text"),
         ('{"messages": []}', "line 2: messages: empty"),
         ('{"messages": [{"role": "user"}]}', r"line 2: messages\[0\]: 'content' must be"),
@@ -88,19 +88,19 @@ def test_a_malformed_line_is_named(line: str, message: str, tmp_path: Path, toke
     assert str(caught.value).startswith(str(path))
 
 
-def test_what_cannot_be_masked_or_read_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_errors_of_masking_and_reading(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = write(tmp_path / "a.txt", ["abc"])
     with pytest.raises(InputError, match="no prompt to mask"):
         read_examples(text, tokenizer, mask_prompt=True)
     lines = write(tmp_path / "a.jsonl", [{"messages": CHAT[:1]}])
     with pytest.raises(InputError, match="line 1: no message is the assistant's"):
         read_examples(lines, tokenizer, mask_prompt=True)
-    for content, message in ((b" \n", "holds no text"), (b"a\n\xff", "line 2: byte 2 is not UTF-8")):
+    for content, message in ((b" \n", "contains no text"), (b"a\n\xff", "line 2: byte 2 is not UTF-8")):
         text.write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_examples(text, tokenizer)
     lines.write_bytes(b"\n\n")
-    with pytest.raises(InputError, match="holds no lines"):
+    with pytest.raises(InputError, match="contains no lines"):
         read_examples(lines, tokenizer)
     with pytest.raises(InputError, match="cannot be read: No such file"):
         read_examples(tmp_path / "none.txt", tokenizer)
@@ -110,7 +110,7 @@ def example(*tokens: int, masked: int = 0) -> Example:
     return Example(np.array(tokens, np.int32), np.arange(len(tokens)) >= masked, "here")
 
 
-def test_packed_rows_learn_every_token_but_the_first_once() -> None:
+def test_every_token_but_the_first_is_a_target_once_in_packed_rows() -> None:
     rows = arrange([example(1, 2, 3), example(4, 5, 6, 7, masked=2)], 4)
     np.testing.assert_array_equal(rows.tokens, [[1, 2, 3, 4], [5, 6, 0, 0]])
     np.testing.assert_array_equal(rows.targets, [[2, 3, -100, -100], [6, 7, -100, -100]])
@@ -125,11 +125,11 @@ def test_padded_rows_begin_with_their_example() -> None:
     np.testing.assert_array_equal(targets, [[2, 3], [10, -100]])
 
 
-def test_long_examples_are_refused_where_asked() -> None:
+def test_long_examples_can_be_rejected() -> None:
     arrange([example(1, 2, 3, 4, 5)], 4, split_long=False)
-    with pytest.raises(InputError, match="here: 6 tokens, rows have 4"):
+    with pytest.raises(InputError, match="here: 6 tokens do not fit in rows of 4"):
         arrange([example(1, 2, 3, 4, 5, 6)], 4, split_long=False)
-    with pytest.raises(InputError, match="no token to learn"):
+    with pytest.raises(InputError, match="the data contains no targets"):
         arrange([example(1)], 4)
 
 
@@ -164,7 +164,7 @@ def test_held_out_examples_are_not_trained_on() -> None:
         held_out([example(1, 2, 3)], 0.5)
 
 
-def test_a_single_conversation_is_not_cut(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_conversation_is_not_split(caplog: pytest.LogCaptureFixture) -> None:
     whole = dataclasses.replace(example(*range(100)), divisible=False)
     assert held_out([whole], 0.1) == ([whole], [])
     assert "here: the only example, so nothing is held out" in caplog.text
@@ -186,5 +186,5 @@ def test_a_trained_tokenizer_gives_the_text_back(tmp_path: Path) -> None:
     again = Tokenizer.from_folder(tmp_path)
     assert again.encode("the cat") == trained.encode("the cat")
     assert again.eos_id == 0
-    with pytest.raises(InputError, match="the bytes and EOS alone are 257"):
+    with pytest.raises(InputError, match="expected at least 257, 256 bytes and EOS"):
         Tokenizer.train(["a"], 256)

@@ -1,4 +1,4 @@
-"""Trainings that are killed, at random and at named points of writing: see kill_training.py."""
+"""Trainings that are killed at random times and at named file operations; see kill_training.py."""
 
 from __future__ import annotations
 

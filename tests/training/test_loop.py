@@ -1,4 +1,4 @@
-"""The loop: it learns, parts of a batch add up, numbers that are not finite change nothing."""
+"""The training loop: the loss falls, micro-batches add up, and steps that are not finite are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.parameters import trainable
 from einsum_transformer.training.data import Batch, RandomTokens
-from einsum_transformer.training.loop import Settings, Trainer, TrainingFailed, _sliced, batch_gradients
+from einsum_transformer.training.loop import (
+    Trainer,
+    TrainingFailed,
+    TrainingSettings,
+    _sliced,
+    batch_gradients,
+)
 from einsum_transformer.training.optimizers import SGD, AdamW
 from einsum_transformer.training.schedule import Schedule
 from tiny_models import write_tiny
@@ -30,12 +36,12 @@ def tiny(tmp_path: Path) -> et.Model:
     return et.load(folder)
 
 
-def settings(lr: float = 0.5, **others: Any) -> Settings:
-    return Settings(Schedule(lr, 1000), **others)
+def settings(lr: float = 0.5, **others: Any) -> TrainingSettings:
+    return TrainingSettings(Schedule(lr, 1000), **others)
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [(SGD(), 0.5), (SGD(0.9, nesterov=True), 0.1), (AdamW(), 0.01)])
-def test_a_fixed_batch_is_learnt(tiny: et.Model, optimizer: Any, lr: float) -> None:
+def test_the_loss_of_a_fixed_batch_falls(tiny: et.Model, optimizer: Any, lr: float) -> None:
     trainer = Trainer(tiny, FIXED, settings(lr, optimizer=optimizer, clip_norm=5.0))
     reports = list(trainer.run(40))
     assert reports[-1].loss < 0.5 * reports[0].loss
@@ -55,7 +61,7 @@ def test_adapters_learn_and_the_base_stays(tiny: et.Model) -> None:
 
 
 class Ragged:
-    """The same eight rows, in one part or one part each; rows have 1 to 8 targets."""
+    """The same eight rows in `parts` micro-batches; rows have 1 to 8 targets."""
 
     def __init__(self, parts: int) -> None:
         rng = np.random.default_rng(3)
@@ -70,7 +76,7 @@ class Ragged:
 @pytest.mark.parametrize("parts", [2, 8])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_parts_of_a_batch_add_up(tiny: et.Model, parts: int, recompute: bool, tmp_path: Path) -> None:
-    """Also where every part has another number of targets: the loss is a mean over targets."""
+    """Micro-batches have different numbers of targets; the loss is the mean over all targets."""
     folder, _ = write_tiny(tmp_path / "same")
     whole = Trainer(et.load(folder), Ragged(1), settings())
     split = Trainer(et.load(folder), Ragged(parts), settings(recompute=recompute))
@@ -86,8 +92,7 @@ def test_parts_of_a_batch_add_up(tiny: et.Model, parts: int, recompute: bool, tm
 def test_rows_on_threads_give_the_gradients_of_the_batch(
     tmp_path: Path, threads: int, recompute: bool
 ) -> None:
-    """In float64, under dropout, where rows have different numbers of targets and the threads different
-    numbers of rows."""
+    """In float64 and with dropout; rows have different numbers of targets, threads of rows."""
     folder, _ = write_tiny(tmp_path / "in")
     base = et.load(folder, dtype="float64")
     model = with_lora(base, LoRAConfig(r=3, lora_dropout=0.4, target_modules="all-linear"))
@@ -95,7 +100,7 @@ def test_rows_on_threads_give_the_gradients_of_the_batch(
     for name, array in trainable(model.decoder).items():
         if name.endswith("lora_B"):
             array[...] = rng.standard_normal(array.shape) * 0.1
-    # Of so few tokens a thread would be worth nothing; of this many rows it is, or the test tests nothing.
+    # Enough rows for the threads to be used.
     tokens, targets = rng.integers(0, 61, (2, 100, 12))
     targets[np.arange(12) > (np.arange(100) % 12)[:, None]] = -100
     found, before = [], blas.get_threads()
@@ -108,7 +113,7 @@ def test_rows_on_threads_give_the_gradients_of_the_batch(
                     batch_gradients(model.decoder, parts, 600, (3, 1), settings(recompute=recompute))
                 )
             spans = [span for span in recorder.spans if span.path == ("forward",)]
-            # One for each part; the threads' are one together.
+            # One span for each micro-batch; the threads share it.
             assert len(spans) == 2
         finally:
             blas.set_threads(before)
@@ -120,7 +125,7 @@ def test_rows_on_threads_give_the_gradients_of_the_batch(
 
 
 def test_threads_take_rows_where_their_gradients_are_small(tiny: et.Model) -> None:
-    """Of all weights from 1,000 tokens on, of a small adapter from its first."""
+    """All weights: from 1,000 tokens on; a small adapter: from the first token on."""
     adapted = with_lora(tiny, LoRAConfig(r=1, target_modules=["q_proj"]))
 
     def slices(model: et.Model, rows: int) -> int:
@@ -140,7 +145,7 @@ def test_threads_take_rows_where_their_gradients_are_small(tiny: et.Model) -> No
 
 
 def test_clipping_bounds_the_step(tiny: et.Model) -> None:
-    """With plain SGD a step has the length lr * clip_norm."""
+    """The norm of an SGD update is lr * clip_norm."""
     trainer = Trainer(tiny, FIXED, settings(0.1, clip_norm=0.01))
     before = {name: array.copy() for name, array in trainer.weights.items()}
     assert trainer.step().norm > 0.01
@@ -150,20 +155,20 @@ def test_clipping_bounds_the_step(tiny: et.Model) -> None:
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize(
-    ("path", "place"),
+    ("path", "module"),
     [
         ("layers.1.mlp.up_proj", "layers.1.mlp"),
         ("layers.0.self_attn.o_proj", "layers.0.self_attn"),
         ("embed_tokens.weight", "embed_tokens"),
     ],
 )
-def test_numbers_that_are_not_finite_change_nothing(
-    tiny: et.Model, path: str, place: str, watched: bool
+def test_steps_that_are_not_finite_change_nothing(
+    tiny: et.Model, path: str, module: str, watched: bool
 ) -> None:
     trainer = Trainer(tiny, FIXED, settings(optimizer=AdamW(), max_bad_steps=2))
     trainer.step()
     weight = trainer.weights[path]
-    kept, weight[...] = weight.copy(), np.inf
+    original, weight[...] = weight.copy(), np.inf
     frozen = {name: array.copy() for name, array in trainer.weights.items()}
     moments = {name: array.copy() for name, array in trainer.compute.moments()["m"].items()}
     if watched:
@@ -171,20 +176,20 @@ def test_numbers_that_are_not_finite_change_nothing(
             report = trainer.step()
     else:
         report = trainer.step()
-    assert report.fault == f"{place} gives a number that is not finite"
+    assert report.fault == f"{module} gives a number that is not finite"
     for name, array in trainer.weights.items():
         np.testing.assert_array_equal(array, frozen[name])
         np.testing.assert_array_equal(trainer.compute.moments()["m"][name], moments[name])
-    weight[...] = kept
+    weight[...] = original
     assert trainer.step().fault is None
     weight[...] = np.nan
-    with pytest.raises(TrainingFailed, match=f"step 6: {place}"):
+    with pytest.raises(TrainingFailed, match=f"step 6: {module}"):
         list(trainer.run(10))
     assert trainer.bad_steps == 4
 
 
 def test_a_read_only_file_is_trained_in_a_copy(tmp_path: Path) -> None:
-    """The mapped file and the loaded model keep their numbers."""
+    """The mapped file and the loaded model do not change."""
     folder, _ = write_tiny(tmp_path / "in")
     model = et.load(folder)
     assert any(not array.flags.writeable for array in trainable(model.decoder).values())

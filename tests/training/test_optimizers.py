@@ -1,4 +1,4 @@
-"""SGD and AdamW beside torch.optim, step by step, whatever the memory layout, the pieces and the threads."""
+"""SGD and AdamW compared with torch.optim at every step, for all memory layouts, pieces and threads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_steps_are_those_of_torch(
 
 @pytest.mark.parametrize("plain", [SGD(weight_decay=0.1), AdamW(weight_decay=0.1)])
 def test_decay_of_matrices_only(plain: SGD | AdamW) -> None:
-    """As with two parameter groups of torch.optim, that of norms and biases with weight_decay 0."""
+    """Equal to two parameter groups of torch.optim, with weight_decay 0 for norms and biases."""
     rng = np.random.default_rng(2)
     names = ["layers.0.self_attn.q_proj", "layers.0.input_layernorm.weight", "layers.0.self_attn.q_bias"]
     weights = {name: rng.standard_normal((4, 3)) for name in names}
@@ -70,7 +70,7 @@ def test_decay_of_matrices_only(plain: SGD | AdamW) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_a_matrix_in_every_family(name: str, golden_model: Models) -> None:
-    """By name, what transformers' Trainer leaves out of the decay: in these checkpoints all vectors."""
+    """What transformers' Trainer excludes from weight decay are the vectors of these checkpoints."""
     model = golden_model(name)
     for path, w in trainable(model.decoder).items():
         stored = model.weights[path].stored if path in model.weights else w.shape
@@ -78,7 +78,7 @@ def test_what_is_a_matrix_in_every_family(name: str, golden_model: Models) -> No
 
 
 def test_many_weights_of_all_shapes_on_threads() -> None:
-    """A step of one weight does not depend on the others, nor on how they share the threads."""
+    """The update of a weight does not depend on the other weights or on the division over threads."""
     rng = np.random.default_rng(0)
     shapes = [(), (3,), (1, 7), (300, 5000), (4, 1, 6), (700, 900)]
     weights = {f"w{i}": rng.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)}
@@ -99,7 +99,7 @@ def test_many_weights_of_all_shapes_on_threads() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-15, 1.0, 1e15, 1e25])
 def test_the_norm_of_small_and_large_gradients(scale: float) -> None:
-    """Squares of float32 numbers below 1e-19 vanish and those above 1e19 overflow; the norm does neither."""
+    """Squares of float32 values underflow below 1e-19 and overflow above 1e19; the norm must not."""
     rng = np.random.default_rng(6)
     gradient = (rng.standard_normal((37, 1023)) * scale).astype(np.float32)
     expected = np.sqrt(np.sum(gradient.astype(np.float64) ** 2))

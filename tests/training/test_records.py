@@ -1,4 +1,4 @@
-"""The records of data files: every form and key is learnt from, named in a note, or refused by its name."""
+"""The records of data files: every form and key is used, ignored with a note, or rejected by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def text(example: Example, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(example.tokens.tolist(), skip_special_tokens=False)
 
 
-def learnt(example: Example, tokenizer: Tokenizer) -> str:
+def target_text(example: Example, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(example.tokens[example.trained].tolist(), skip_special_tokens=False)
 
 
@@ -101,79 +101,88 @@ def learnt(example: Example, tokenizer: Tokenizer) -> str:
 def test_every_form_is_rendered(record: Any, expected: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     for line in (json.dumps(record), json.dumps(record, ensure_ascii=False)):
         [example] = read(tmp_path, tokenizer, line)
-        assert text(example, tokenizer) == learnt(example, tokenizer) == expected
+        assert text(example, tokenizer) == target_text(example, tokenizer) == expected
 
 
-def test_the_completion_of_messages_is_learnt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_completion_of_messages_is_the_target(tmp_path: Path, tokenizer: Tokenizer) -> None:
     record = {"prompt": LONGER[:3], "completion": LONGER[3:]}
     [example] = read(tmp_path, tokenizer, record, mask=True)
-    assert learnt(example, tokenizer) == f"no{END}"
+    assert target_text(example, tokenizer) == f"no{END}"
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": 0.0}])
 def test_messages_can_be_left_out(flag: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """OpenAI: weight 0 or 1 of a message; axolotl: train."""
+    """weight 0 or 1 (OpenAI), or train (axolotl), of a message."""
     first = [LONGER[0], LONGER[1] | flag, *LONGER[2:]]
     [example] = read(tmp_path, tokenizer, {"messages": first}, mask=True)
-    assert learnt(example, tokenizer) == f"no{END}"
+    assert target_text(example, tokenizer) == f"no{END}"
     [example] = read(tmp_path, tokenizer, {"messages": first})
-    assert learnt(example, tokenizer) == f"<user>hi{END}<assistant><user>so{END}<assistant>no{END}"
+    assert target_text(example, tokenizer) == f"<user>hi{END}<assistant><user>so{END}<assistant>no{END}"
     user = [LONGER[0] | flag, *LONGER[1:]]
     [example] = read(tmp_path, tokenizer, {"messages": user})
-    assert learnt(example, tokenizer) == f"<assistant>yes{END}<user>so{END}<assistant>no{END}"
-    with pytest.raises(InputError, match="line 1: nothing is left to learn"):
+    assert target_text(example, tokenizer) == f"<assistant>yes{END}<user>so{END}<assistant>no{END}"
+    with pytest.raises(InputError, match="line 1: no targets are left"):
         read(tmp_path, tokenizer, {"messages": [CHAT[0], CHAT[1] | flag]}, mask=True)
 
 
 def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """weight 1 is what a message has anyway; train true adds a message of the user."""
+    """weight 1 is the default; train true includes a user message."""
     for flag, expected in (
         ({"weight": 1}, f"yes{END}no{END}"),
         ({"train": True}, f"<user>hi{END}yes{END}no{END}"),
     ):
         messages = [LONGER[0] | flag, LONGER[1] | flag, *LONGER[2:]]
         [example] = read(tmp_path, tokenizer, {"messages": messages}, mask=True)
-        assert learnt(example, tokenizer) == expected
+        assert target_text(example, tokenizer) == expected
         assert text(example, tokenizer) == f"<user>hi{END}<assistant>yes{END}<user>so{END}<assistant>no{END}"
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it has prompt, chosen, rejected: preference data"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "got prompt, chosen, rejected: preference data"),
         ({"chosen": CHAT, "rejected": CHAT}, "preference data"),
         ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
         ({"question": "a", "answer": "b"}, "write prompt for question and completion for answer"),
         ({"prompt": "a", "completion": "b", "label": False}, "'label': unpaired preference data"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "stepwise supervision"),
-        ({"input_ids": [1, 2], "labels": [1, 2]}, "tokens"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "token ids"),
         ({"prompt": "a"}, "expected text, .*a prompt without a completion"),
         ({"role": "user", "content": "a"}, "a message; a record is"),
-        ({"data": [{"text": "a"}]}, "if data holds the records, write that list alone"),
+        ({"data": [{"text": "a"}]}, "if data is the list of records, write it alone"),
         ({"prompt": "a", "completion": CHAT}, "two strings or two lists of messages"),
-        ({"text": "a", "tools": [TOOL]}, "'tools': a chat template renders it, which needs messages"),
-        ({"prompt": "a", "completion": "b", "suffix": "c"}, "'suffix': text to fill in"),
-        ({"messages": CHAT, "images": ["a.png"]}, "'images': pictures"),
+        ({"text": "a", "tools": [TOOL]}, "'tools': used by chat templates only, which require messages"),
+        ({"prompt": "a", "completion": "b", "suffix": "c"}, "'suffix': fill-in-the-middle"),
+        ({"messages": CHAT, "images": ["a.png"]}, "'images': images are not supported"),
         ({"messages": CHAT, "functions": [TOOL]}, "'functions': .*write tools"),
-        ({"messages": CHAT, "weight": 0.5}, "'weight' is 0.5: a record counts once"),
+        ({"messages": CHAT, "weight": 0.5}, "'weight' is 0.5: weights are not supported"),
         ({"messages": CHAT, "tools": {"a": 1}}, "tools: a list of objects"),
         ({"messages": CHAT, "tools": "[1"}, "tools: the string is not valid JSON"),
-        ({"messages": CHAT, "chat_template_kwargs": {"seconds": 9e9}}, "'seconds' is no variable"),
-        ({"messages": CHAT, "chat_template_kwargs": {"messages": []}}, "'messages' is no variable"),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"seconds": 9e9}},
+            "'seconds' is not a template variable",
+        ),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"messages": []}},
+            "'messages' is not a template variable",
+        ),
         ({"messages": CHAT, "chat_template_kwargs": [1]}, "an object is expected, not list"),
         ({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, r"messages\[1\]: 'weight' is 0.5: 0 or 1"),
         ({"messages": [CHAT[0], CHAT[1] | {"train": "no"}]}, r"messages\[1\]: 'train' is \"no\""),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": 0, "train": True}]}, "weight, train contradict"),
+        (
+            {"messages": [CHAT[0], CHAT[1] | {"weight": 0, "train": True}]},
+            "weight, train contradict each other",
+        ),
         ({"messages": [CHAT[0], CHAT[1] | {"train_detail": [{}]}]}, "'train_detail': parts of a message"),
         ({"prompt": CHAT[:1], "completion": [CHAT[1] | {"weight": 0}]}, r"completion\[0\]: weights"),
         ({"conversations": [{"from": "bard", "value": "a"}]}, r"conversations\[0\]: 'from' is \"bard\""),
         ({"conversations": [{"from": "gpt", "role": "user", "value": "a"}]}, "has both from and value"),
         ({"conversations": CHAT, "system": 1}, "'system': a string is expected"),
-        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "no system message beside it"),
-        ({"prompt": "a", "completion": "b", "system": "c"}, "'system': a chat template renders it"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "no system message in addition"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "'system': used by chat templates only"),
     ],
 )
-def test_what_is_not_learnt_from_is_refused(
+def test_unsupported_records_are_rejected(
     record: Any, message: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(InputError, match=f"line 2: .*{message}") as caught:
@@ -181,7 +190,7 @@ def test_what_is_not_learnt_from_is_refused(
     assert str(caught.value).startswith(str(tmp_path / "a.jsonl"))
 
 
-def test_one_note_names_what_changes_nothing(
+def test_one_note_lists_ignored_keys(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     named = CHAT[0] | {"mood": "x"}
@@ -192,7 +201,7 @@ def test_one_note_names_what_changes_nothing(
     read(tmp_path, tokenizer, *records)
     [record] = caplog.records
     assert record.message == (
-        f"{tmp_path / 'a.jsonl'}: keys that change nothing here, and in how many records: "
+        f"{tmp_path / 'a.jsonl'}: ignored keys, with the number of records that contain them: "
         "difficulty (2), prompt (1), speed (1), mood (1)"
     )
 
@@ -206,16 +215,16 @@ def test_tools_that_the_template_does_not_read_are_noted(
     assert "tools (1)" in caplog.text
 
 
-def test_every_key_of_the_tables_has_one_fate() -> None:
+def test_the_tables_of_keys_are_disjoint() -> None:
     used = {key for names in keys.FORMS.values() for key in names}
-    fates = [used, keys.NEUTRAL, set(keys.REFUSED), set(keys.WEIGHTS)]
-    for i, one in enumerate(fates):
-        for other in fates[i + 1 :]:
+    tables = [used, keys.IGNORED, set(keys.UNSUPPORTED), set(keys.WEIGHTS)]
+    for i, one in enumerate(tables):
+        for other in tables[i + 1 :]:
             assert not one & other
-    for key in keys.NEUTRAL:
+    for key in keys.IGNORED:
         form, names = keys.form_of({"messages": CHAT, key: "x"})
         assert (form, keys.unused({"messages": CHAT, key: "x"}, names)) == ("messages", [])
-    for key in keys.REFUSED:
+    for key in keys.UNSUPPORTED:
         with pytest.raises(InputError, match=key):
             keys.form_of({"messages": CHAT, key: "x"})
     for names, _ in keys.OTHER_FORMS:
@@ -250,11 +259,11 @@ def test_json_is_read_by_its_content(name: str, content: str, tmp_path: Path, to
     (tmp_path / name).write_bytes(content.encode())
     path = tmp_path if name == "train.jsonl" else tmp_path / name
     examples = read_examples(path, tokenizer, mask_prompt=True)
-    assert [learnt(example, tokenizer) for example in examples] == [f"be{END}", f"not{END}"]
+    assert [target_text(example, tokenizer) for example in examples] == [f"be{END}", f"not{END}"]
     assert examples[1].place.startswith(f"{tmp_path / name}: ")
 
 
-def test_texts_that_begin_as_json_does_stay_texts(
+def test_text_that_begins_like_json_is_read_as_text(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, content in (("a.txt", "[Verse 1]\nto be"), ("a.c", "{ return 1; }")):
@@ -263,9 +272,9 @@ def test_texts_that_begin_as_json_does_stay_texts(
     assert not caplog.records
     [example] = read(tmp_path, tokenizer, '{"level": 3}', name="a.log")
     assert text(example, tokenizer) == '{"level": 3}' + END
-    assert "holds JSON without a form to learn from" in caplog.text
+    assert "contains JSON, but not in a form of training records" in caplog.text
     read(tmp_path, tokenizer, "<!DOCTYPE html><p>to be", name="a.txt")
-    assert "is an HTML page" in caplog.text
+    assert "an HTML page" in caplog.text
 
 
 def npy() -> bytes:
@@ -283,30 +292,30 @@ def npy() -> bytes:
         ("a.zip", b"PK\x03\x04" + bytes(40), "a compressed file"),
         ("a.parquet", b"PAR1" + bytes(40), "a Parquet file; convert it to JSONL"),
         ("a.arrow", b"ARROW1\x00\x00" + bytes(40), "an Arrow file"),
-        ("a.txt", npy(), "a file of the kind npy"),
-        ("a.pkl", b"\x80\x04\x95" + bytes(40), "a file of the kind pickle"),
+        ("a.txt", npy(), "a npy file"),
+        ("a.pkl", b"\x80\x04\x95" + bytes(40), "a pickle file"),
         ("a.pdf", b"%PDF-1.7\n", "a PDF file; extract its text"),
         ("a.bin", b"abc\x00\x01", "a binary file"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
-        ("a.gguf", b"GGUF" + bytes(40), "a file of weights"),
+        ("a.gguf", b"GGUF" + bytes(40), "a weights file"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         ("a.txt", codecs.BOM_UTF16_BE + "a".encode("utf-16-be"), "UTF-16 text"),
         ("a.txt", "abc".encode("utf-32"), "UTF-32 text"),
         ("a.jsonl", b"", "the file is empty"),
-        ("a.txt", b"\xef\xbb\xbf \n", "holds no text"),
+        ("a.txt", b"\xef\xbb\xbf \n", "contains no text"),
         ("a.json", b"{", "record 1 is not valid JSON"),
         ("a.json", b'[{"text": "a"}', "record 1 is not valid JSON"),
         ("a.json", b'[{"text": "a"},]', "record 1 is not valid JSON"),
         ("a.json", b'["a"]', "record 1 is not a JSON object"),
         ("a.json", b"hello", "record 1 is not valid JSON"),
-        ("a.json", b"[]", "holds no records"),
+        ("a.json", b"[]", "contains no records"),
         ("a.json", b'[{"text": "a", "text": "b"}]', "record 1 is not valid JSON: the key .* occurs twice"),
         ("a.json", b"[" * 100_000, "record 1 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"\n{"text": "b"}', "line 1 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n\xff', "line 2: byte 14 is not UTF-8 text"),
     ],
 )
-def test_what_is_no_text_is_refused_by_its_kind(
+def test_files_that_are_not_text_are_rejected_by_kind(
     name: str, content: bytes, message: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     path = tmp_path / name
@@ -321,12 +330,12 @@ def test_folders_without_data_are_refused(tmp_path: Path, tokenizer: Tokenizer) 
     with pytest.raises(InputError, match=r"a folder without train\.jsonl"):
         read_examples(tmp_path, tokenizer)
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(InputError, match="a dataset in Arrow files"):
+    with pytest.raises(InputError, match="a dataset of Arrow files"):
         read_examples(tmp_path, tokenizer)
 
 
 def test_a_completion_follows_its_prompt_without_a_space(tmp_path: Path) -> None:
-    """SentencePiece begins a text with a space, but not what continues one."""
+    """SentencePiece adds a space at the start of a text, which a completion must not get."""
     from text.text_golden import from_golden
 
     tokenizer = from_golden("sentencepiece", add_bos_token=True, add_eos_token=True)
@@ -349,12 +358,12 @@ def test_a_completion_follows_its_prompt_without_a_space(tmp_path: Path) -> None
         ({"text": "a", "label": False}, "'label': unpaired"),
     ],
 )
-def test_a_record_that_is_switched_off_is_refused(record: dict[str, object], message: str) -> None:
+def test_a_record_that_is_switched_off_is_rejected(record: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         keys.form_of(record)
 
 
-def test_a_record_that_is_switched_on_is_learnt() -> None:
+def test_a_record_that_is_switched_on_is_used() -> None:
     record = {"text": "a", "train": True, "loss": 0.25, "label": 0}
     form, used = keys.form_of(record)
     assert form == "text"
@@ -376,7 +385,7 @@ def test_a_record_that_is_switched_on_is_learnt() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a"])
-def test_what_looks_like_records_is_no_text_without_a_word(
+def test_text_that_looks_like_records_is_noted(
     content: str,
     message: str,
     name: str,
@@ -388,7 +397,7 @@ def test_what_looks_like_records_is_no_text_without_a_word(
     read_examples(tmp_path / name, tokenizer)
     [record] = caplog.records
     assert message in record.message
-    assert "is learnt as a plain text" in record.message
+    assert "is read as plain text" in record.message
     with pytest.raises(InputError, match=f"{message}.*no prompt to mask"):
         read_examples(tmp_path / name, tokenizer, mask_prompt=True)
 
@@ -401,7 +410,7 @@ def test_what_looks_like_records_is_no_text_without_a_word(
         ("to be or not to be".encode("utf-16-be"), "UTF-16BE text without a byte order mark"),
     ],
 )
-def test_texts_in_other_forms_are_refused(
+def test_unsupported_text_formats_are_rejected(
     content: bytes, message: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
@@ -420,17 +429,17 @@ def test_messages_of_other_dialects(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = [CHAT[0], {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}]
-    refused: tuple[tuple[dict[str, Any], str], ...] = (
+    rejected: tuple[tuple[dict[str, Any], str], ...] = (
         ({"messages": calls}, "function_call.*write tool_calls"),
         ({"conversation": CHAT}, "write messages for conversation"),
         ({"dialogue": CHAT}, "write messages for dialogue"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "role assistant with tool_calls"),
     )
-    for record, message in refused:
+    for record, message in rejected:
         with pytest.raises(InputError, match=message):
             read(tmp_path, tokenizer, record)
-    said = [("Human", "a"), ("chatgpt", "b"), ("observation", "c"), ("bing", "d")]
-    [example] = read(tmp_path, tokenizer, {"conversations": [{"from": a, "value": b} for a, b in said]})
+    turns = [("Human", "a"), ("chatgpt", "b"), ("observation", "c"), ("bing", "d")]
+    [example] = read(tmp_path, tokenizer, {"conversations": [{"from": a, "value": b} for a, b in turns]})
     assert text(example, tokenizer) == f"<user>a{END}<assistant>b{END}<tool>c{END}<assistant>d{END}"
     read(tmp_path, tokenizer, {"messages": [*CHAT, {"role": "tool", "content": "2", "tool_call_id": "x"}]})
     assert not caplog.records

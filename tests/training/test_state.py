@@ -1,4 +1,4 @@
-"""Checkpoints: resumed is uninterrupted bit for bit; a damaged or foreign one is refused in one line."""
+"""Checkpoints: resuming is exact bit for bit; damaged or unrelated checkpoints give a one-line error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.run_config import parse_run_config
 from einsum_transformer.training import state
 from einsum_transformer.training.data import RandomTokens
-from einsum_transformer.training.loop import Settings, Trainer
+from einsum_transformer.training.loop import Trainer, TrainingSettings
 from einsum_transformer.training.optimizers import SGD, AdamW
 from einsum_transformer.training.schedule import Schedule
 from tiny_models import tiny_model, write_tiny
@@ -51,7 +51,7 @@ def experts() -> et.Model:
 
 
 def trainer(make: Callable[[], et.Model], optimizer: Any = AdamW(), **changes: Any) -> Trainer:  # noqa: B008
-    settings = Settings(Schedule(1e-2, STEPS, "cosine", 1), optimizer, clip_norm=1.0, seed=3)
+    settings = TrainingSettings(Schedule(1e-2, STEPS, "cosine", 1), optimizer, clip_norm=1.0, seed=3)
     return Trainer(make(), DATA, replace(settings, **changes))
 
 
@@ -62,7 +62,7 @@ def numbers(of: Trainer) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("optimizer", [SGD(), SGD(0.9, True, 0.1), AdamW()], ids=["sgd", "nesterov", "adamw"])
 @pytest.mark.parametrize("make", [full, tied, lora, experts])
-def test_resuming_at_every_step_is_not_seen(make: Any, optimizer: Any, tmp_path: Path) -> None:
+def test_resuming_at_every_step_changes_nothing(make: Any, optimizer: Any, tmp_path: Path) -> None:
     whole = trainer(make, optimizer)
     losses = []
     for report in whole.run(STEPS):
@@ -83,7 +83,7 @@ def test_resuming_at_every_step_is_not_seen(make: Any, optimizer: Any, tmp_path:
 def test_a_checkpoint_from_before_a_field_of_configs_was_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was not there yet was as its default is; another value is another training."""
+    """A missing field means its default; another value of the field is another training."""
     training, now = trainer(full), state.description
 
     def before(of: Trainer) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_a_checkpoint_from_before_a_field_of_configs_was_added(
     assert state.restore(trainer(full), folder) == []
     other = trainer(full)
     other.model = replace(other.model, config=replace(other.model.config, residual_multiplier=0.5))
-    with pytest.raises(InputError, match=r"model.residual_multiplier is 1.0 there and 0.5 here"):
+    with pytest.raises(InputError, match=r"model.residual_multiplier is 1.0 in the checkpoint and 0.5 now"):
         state.restore(other, folder)
 
 
@@ -166,7 +166,7 @@ def test_one_flipped_bit_is_found(name: str, tmp_path: Path) -> None:
     folder = state.save(training, tmp_path)
     damaged(folder, name)
     with pytest.raises(
-        InputError, match=f"{name}: is not what manifest.json says; the checkpoint is damaged"
+        InputError, match=f"{name}: size or sha256 differs from manifest.json; the checkpoint is damaged"
     ):
         state.restore(trainer(full), folder)
 
@@ -178,19 +178,19 @@ def test_a_manifest_cannot_name_other_places(tmp_path: Path) -> None:
         (folder / "manifest.json").write_text(json.dumps({"files": {name: {}}}))
         with pytest.raises(InputError, match=r"plain name|missing"):
             state.restore(trainer(lora), folder)
-    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+    with pytest.raises(InputError, match=r"contains no manifest\.json"):
         state.restore(trainer(lora), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: trainer(full), "lora is .* there and None here"),
-        (lambda: trainer(lora, SGD()), "optimizer.name is 'AdamW' there and 'SGD' here"),
-        (lambda: trainer(lora, seed=4), "seed is 3 there and 4 here"),
+        (lambda: trainer(full), "lora is .* in the checkpoint and None now"),
+        (lambda: trainer(lora, SGD()), "optimizer.name is 'AdamW' in the checkpoint and 'SGD' now"),
+        (lambda: trainer(lora, seed=4), "seed is 3 in the checkpoint and 4 now"),
         (
             lambda: trainer(lora, schedule=Schedule(1e-2, 9, "cosine", 1)),
-            "schedule.steps is 5 there and 9 here",
+            "schedule.steps is 5 in the checkpoint and 9 now",
         ),
         (
             lambda: trainer(lambda: with_lora(tiny_model(tie_word_embeddings=True, seed=1), lora().lora)),
@@ -198,12 +198,12 @@ def test_a_manifest_cannot_name_other_places(tmp_path: Path) -> None:
         ),  # type: ignore[arg-type]
     ],
 )
-def test_another_training_is_refused(other: Any, message: str, tmp_path: Path) -> None:
+def test_another_training_is_rejected(other: Any, message: str, tmp_path: Path) -> None:
     folder = state.save(trainer(lora), tmp_path)
-    with pytest.raises(InputError, match=f"is of another training: .*{message}"):
+    with pytest.raises(InputError, match=f"checkpoint of another training: .*{message}"):
         state.restore(other(), folder)
 
 
-def test_a_constant_rate_may_go_on(tmp_path: Path) -> None:
+def test_a_constant_rate_may_train_longer(tmp_path: Path) -> None:
     folder = state.save(trainer(lora, schedule=Schedule(1e-2, 5)), tmp_path)
     state.restore(trainer(lora, schedule=Schedule(1e-2, 50)), folder)

@@ -1,4 +1,4 @@
-"""The assistant's words in a rendered conversation: as from rendering every prefix, in linear time."""
+"""Spans of assistant messages in a rendered conversation: equal to rendering every prefix, in linear time."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def read(tmp_path: Path, tokenizer: Tokenizer, *records: dict[str, Any], mask: b
     return read_examples(path, tokenizer, mask)
 
 
-def learnt(example: Example, tokenizer: Tokenizer) -> str:
+def target_text(example: Example, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(example.tokens[example.trained].tolist(), skip_special_tokens=False)
 
 
 def by_prefixes(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> tuple[list[int], np.ndarray] | None:
     """The ids and the mask from the ids of every prefix; None where those of the whole begin otherwise."""
-    tokens = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
     mask = np.zeros(len(tokens), bool)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.encode_chat(messages[:i]) if i else []
-            after = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+            before = tokenizer.apply_chat_template(messages[:i]) if i else []
+            after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
             if tokens[: len(before)] != before or tokens[: len(after)] != after:
                 return None
             mask[len(before) : len(after)] = True
@@ -66,8 +66,8 @@ def drawn(rng: np.random.Generator, system: bool, turns: int) -> list[dict[str, 
 
 
 @pytest.mark.parametrize("template", PLAIN)
-def test_masks_are_those_of_all_prefixes(template: str, tmp_path: Path) -> None:
-    """Where the ids of the whole begin with those of the prefixes, which merges over their ends prevent."""
+def test_masks_equal_those_of_all_prefixes(template: str, tmp_path: Path) -> None:
+    """Compared only where no merge crosses the end of a prefix."""
     rng, compared = np.random.default_rng(5), 0
     drawings = [drawn(rng, n % 3 == 0, int(rng.integers(1, 2 + n // 2))) for n in range(12)]
     for each, messages in itertools.product(TOKENIZERS, (CHAT[:2], CHAT, *drawings)):
@@ -85,7 +85,7 @@ def test_masks_are_those_of_all_prefixes(template: str, tmp_path: Path) -> None:
     assert compared >= 4
 
 
-def test_turns_of_tools_and_reasoning_are_those_of_all_prefixes(tmp_path: Path) -> None:
+def test_turns_of_tools_and_reasoning_equal_those_of_all_prefixes(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
     messages = [
         {"role": "user", "content": "1 + 1?"},
@@ -105,7 +105,7 @@ def test_turns_of_tools_and_reasoning_are_those_of_all_prefixes(tmp_path: Path) 
     np.testing.assert_array_equal(example.trained, expected[1])
 
 
-# As in the templates of Qwen 2.5 (answers of tools share a turn), Llama 3.1 and SmolLM2.
+# Patterns of the templates of Qwen 2.5 (tool responses share a turn), Llama 3.1 and SmolLM2.
 CALLS = "{% for c in m.tool_calls or [] %}\n<call>{{ c.function|tojson }}</call>{% endfor %}"
 FRAMES = {
     "shared": (
@@ -129,7 +129,7 @@ FRAMES = {
 
 
 def calling(rng: np.random.Generator, count: int, kind: str) -> list[dict[str, Any]]:
-    """A conversation of about so many messages, in which the arguments of tools are all different."""
+    """A conversation of about `count` messages in which all tool arguments differ."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": "plan it"}]
     for i in range(count // 2):
         arguments = {
@@ -146,7 +146,7 @@ def calling(rng: np.random.Generator, count: int, kind: str) -> list[dict[str, A
 
 @pytest.mark.parametrize("kind", ["string", "integer", "nested", "key"])
 @pytest.mark.parametrize("template", FRAMES)
-def test_masks_of_calls_that_differ_are_those_of_all_prefixes(
+def test_masks_of_calls_that_differ_equal_those_of_all_prefixes(
     template: str, kind: str, tmp_path: Path
 ) -> None:
     tokenizer = with_template(BYTES, FRAMES[template])
@@ -175,7 +175,7 @@ def test_a_long_conversation_takes_a_linear_time(template: str, tmp_path: Path) 
     pair = [{"role": "user", "content": "to be or not to be"}, {"role": "assistant", "content": "that is it"}]
     seconds(pair * 50, tokenizer, tmp_path)
     short, long = (min(seconds(pair * n, tokenizer, tmp_path) for _ in range(3)) for n in (50, 200))
-    assert long <= 8 * short  # 4 if it were exactly linear; with all prefixes about 16
+    assert long <= 8 * short  # linear: 4; rendering all prefixes: about 16
 
 
 @pytest.mark.parametrize("kind", ["integer", "key"])
@@ -187,7 +187,7 @@ def test_calls_that_differ_take_a_linear_time(kind: str, tmp_path: Path) -> None
     assert long <= 8 * short
 
 
-# Earlier answers lose what the last has, as with Qwen3 and DeepSeek-R1.
+# The template removes reasoning from earlier answers, like those of Qwen3 and DeepSeek-R1.
 REWRITING = (
     "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}BEGIN"
     "{% if loop.last %}<think></think>{% endif %}{{ m.content }}END</s>"
@@ -202,13 +202,13 @@ def test_only_the_last_answer_where_the_template_rewrites_earlier_ones(
     tokenizer = with_template(BYTES, REWRITING.replace("BEGIN", "").replace("END", ""))
     records = [{"messages": CHAT}, {"messages": CHAT[:2]}, {"messages": CHAT}]
     examples = read(tmp_path, tokenizer, *records)
-    assert [learnt(example, tokenizer) for example in examples] == [
+    assert [target_text(example, tokenizer) for example in examples] == [
         "<think></think>no</s>",
         "<think></think>yes</s>",
         "<think></think>no</s>",
     ]
     [record] = caplog.records
-    assert "of 2 conversations only the last answer is learnt" in record.message
+    assert "only the last assistant message of 2 conversations is a target" in record.message
 
 
 def test_generation_blocks_where_the_template_rewrites_earlier_answers(
@@ -217,32 +217,34 @@ def test_generation_blocks_where_the_template_rewrites_earlier_answers(
     template = REWRITING.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
     tokenizer = with_template(BYTES, template)
     [example] = read(tmp_path, tokenizer, {"messages": CHAT})
-    assert learnt(example, tokenizer) == "yes<think></think>no"
+    assert target_text(example, tokenizer) == "yes<think></think>no"
     messages = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
     [example] = read(tmp_path, tokenizer, {"messages": messages})
-    assert learnt(example, tokenizer) == "<think></think>no"
+    assert target_text(example, tokenizer) == "<think></think>no"
     [example] = read(tmp_path, tokenizer, {"messages": messages}, mask=False)
-    assert learnt(example, tokenizer) == "[user]hi[assistant]</s>[user]so[assistant]<think></think>no</s>"
+    assert (
+        target_text(example, tokenizer) == "[user]hi[assistant]</s>[user]so[assistant]<think></think>no</s>"
+    )
     assert not caplog.records
 
 
 def test_a_generation_prompt_that_opens_more_than_the_answer_has(tmp_path: Path) -> None:
-    """As DeepSeek-R1's, which ends in <think> although answers of the past have none."""
+    """DeepSeek-R1: the generation prompt ends in <think>, which earlier answers do not contain."""
     template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
     )
     tokenizer = with_template(BYTES, template)
     [example] = read(tmp_path, tokenizer, {"messages": CHAT[:2]})
-    assert learnt(example, tokenizer) == "yes</s>"
+    assert target_text(example, tokenizer) == "yes</s>"
 
 
 def test_eos_at_the_end_of_the_conversation_alone(tmp_path: Path) -> None:
-    """As Phi-3's template, which writes EOS once, after the last message."""
+    """Phi-3: the template writes EOS once, after the last message."""
     tokenizer = with_template(BYTES, TEMPLATES["phi3"])
     [example] = read(tmp_path, tokenizer, {"messages": CHAT})
     eos = tokenizer.token(tokenizer.eos_id or 0)
-    assert learnt(example, tokenizer) == f"yes<|end|>\nno<|end|>\n{eos}"
+    assert target_text(example, tokenizer) == f"yes<|end|>\nno<|end|>\n{eos}"
 
 
 TURN = "<s>{{ m.role }}\n"
@@ -287,12 +289,10 @@ LONGER = [
         ("last only", 5, "and</s>"),
     ],
 )
-def test_generation_blocks_are_what_is_learnt(
-    template: str, count: int, expected: str, tmp_path: Path
-) -> None:
+def test_generation_blocks_are_the_targets(template: str, count: int, expected: str, tmp_path: Path) -> None:
     tokenizer = with_template(BYTES, BLOCKS[template])
     [example] = read(tmp_path, tokenizer, {"messages": LONGER[:count]})
-    assert learnt(example, tokenizer) == expected
+    assert target_text(example, tokenizer) == expected
 
 
 def test_a_weight_of_zero_switches_off_the_blocks_of_its_message(tmp_path: Path) -> None:
@@ -300,22 +300,22 @@ def test_a_weight_of_zero_switches_off_the_blocks_of_its_message(tmp_path: Path)
     for template, expected in (("several", "no</s>and</s>"), ("without end", "noand")):
         tokenizer = with_template(BYTES, BLOCKS[template])
         [example] = read(tmp_path, tokenizer, {"messages": off})
-        assert learnt(example, tokenizer) == expected
+        assert target_text(example, tokenizer) == expected
 
 
-def test_a_conversation_without_a_block_is_left_out_where_the_template_has_them(
+def test_a_conversation_without_a_block_is_skipped_where_the_template_has_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = with_template(BYTES, BLOCKS["last only"])
     examples = read(tmp_path, tokenizer, {"messages": LONGER[:5]}, {"messages": LONGER})
     assert len(examples) == 1
-    assert "1 of 2 records are left out" in caplog.text
+    assert "1 of 2 records are skipped" in caplog.text
     with pytest.raises(InputError, match="without --mask-prompt"):
         read(tmp_path, tokenizer, {"messages": LONGER})
 
 
 def test_an_answer_that_begins_as_the_generation_prompt_goes_on(tmp_path: Path) -> None:
-    """As with QwQ: the prompt opens <think>, and the answer begins with the same character."""
+    """QwQ: the prompt opens <think>, and the answer begins with the same character."""
     template = (
         "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
         "<tool>{{ c.function.name }}</tool>{% endfor %}</s>\n{% endfor %}"
@@ -329,35 +329,35 @@ def test_an_answer_that_begins_as_the_generation_prompt_goes_on(tmp_path: Path) 
         (call, "<tool>f</tool></s>\n"),
     ):
         [example] = read(tmp_path, tokenizer, {"messages": [CHAT[0], answer]})
-        assert learnt(example, tokenizer) == expected
+        assert target_text(example, tokenizer) == expected
         halves = {"prompt": CHAT[:1], "completion": [answer]}
         [example] = read(tmp_path, tokenizer, halves)
-        assert learnt(example, tokenizer) == expected
+        assert target_text(example, tokenizer) == expected
 
 
 def test_the_answer_before_a_last_question_where_the_template_rewrites_turns(tmp_path: Path) -> None:
-    """As with Qwen3, where an answer has <think></think> as long as no question follows."""
+    """Qwen3: an answer contains <think></think> until a question follows."""
     tokenizer = with_template(BYTES, REWRITING.replace("BEGIN", "").replace("END", ""))
     [example] = read(tmp_path, tokenizer, {"messages": CHAT[:3]})
-    assert learnt(example, tokenizer) == "yes</s>"
+    assert target_text(example, tokenizer) == "yes</s>"
 
 
 def test_the_last_answer_where_the_first_lines_depend_on_the_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a system prompt before the last question, or a date in a preamble: no prefix is in the whole."""
+    """Such as a system prompt before the last question, or a date: no prefix is in the text."""
     template = "{{ messages|length }}\n" + REWRITING.replace("BEGIN", "").replace("END", "")
     tokenizer = with_template(BYTES, template)
     [example] = read(tmp_path, tokenizer, {"messages": CHAT})
-    assert learnt(example, tokenizer) == "<think></think>no</s>"
+    assert target_text(example, tokenizer) == "<think></think>no</s>"
     [example] = read(tmp_path, tokenizer, {"messages": [*CHAT[:3], CHAT[3] | {"weight": 0}]})
-    assert learnt(example, tokenizer) == "yes</s>"
+    assert target_text(example, tokenizer) == "yes</s>"
     off = {"messages": [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"train": False}]}
-    with pytest.raises(InputError, match="switches off every message"):
+    with pytest.raises(InputError, match="excludes every message"):
         read(tmp_path, tokenizer, off)
 
 
-def test_conversations_that_show_no_answer_are_left_out(
+def test_conversations_without_locatable_answers_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = (
@@ -366,15 +366,15 @@ def test_conversations_that_show_no_answer_are_left_out(
     )
     tokenizer = with_template(BYTES, template)
     with pytest.raises(
-        InputError, match=r"a\.jsonl: the chat template does not show .*without --mask-prompt"
+        InputError, match=r"a\.jsonl: the assistant's messages cannot be located .*without --mask-prompt"
     ):
         read(tmp_path, tokenizer, {"messages": CHAT})
     examples = read(tmp_path, tokenizer, {"messages": CHAT}, {"prompt": "a", "completion": "b"})
     assert len(examples) == 1
-    assert "1 of 2 records are left out" in caplog.text
+    assert "1 of 2 records are skipped" in caplog.text
 
 
-def test_a_template_that_refuses_a_part_of_a_conversation(tmp_path: Path) -> None:
+def test_a_template_that_rejects_a_part_of_a_conversation(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% if loop.last and m.role == 'tool' %}"
         "{{ raise_exception('an answer must follow') }}{% endif %}{% endfor %}"
@@ -382,7 +382,7 @@ def test_a_template_that_refuses_a_part_of_a_conversation(tmp_path: Path) -> Non
     )
     messages = [*CHAT[:2], {"role": "tool", "content": "2"}, CHAT[3]]
     [example] = read(tmp_path, with_template(BYTES, template), {"messages": messages})
-    assert learnt(example, BYTES) == "no</s>\n"
+    assert target_text(example, BYTES) == "no</s>\n"
 
 
 def test_messages_without_a_chat_template_say_what_to_do(tmp_path: Path) -> None:

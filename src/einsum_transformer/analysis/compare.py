@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import prod
 from typing import Any
 
@@ -52,6 +52,13 @@ class Comparison:
     """Bytes that one more token takes in the cache, in layers without a window or within it."""
     cache: tuple[int, int]
     """Bytes of the cache at this batch and length; a window's layers hold no more than the window."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers in JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return render(self)
 
 
 def compare(

@@ -131,11 +131,11 @@ def explain(
     """
     for name, value in (("batch", batch), ("tokens", tokens)):
         if not 1 <= value <= _MOST:
-            raise InputError(f"{name} is {value}: from 1 to {_MOST:,}")
+            raise InputError(f"`{name}` is {value}: from 1 to {_MOST:,}")
     config = _config(model)
     if config.learned_positions and tokens > config.max_position_embeddings:
         learned = f"this {config.model_type} has learned {config.max_position_embeddings} positions"
-        raise InputError(f"tokens is {tokens}: {learned}")
+        raise InputError(f"`tokens` is {tokens}: {learned}")
     decoder = _without_numbers(model, config)
     blocks, members = _distinct(decoder)
     # Tiles one after the other, so that their events come in program order.

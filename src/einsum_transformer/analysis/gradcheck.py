@@ -23,7 +23,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import gradients_by_name, trainable
 from einsum_transformer.numerics.softmax import cross_entropy
-from einsum_transformer.tables import terminal_table, with_lines
+from einsum_transformer.tables import as_text, terminal_table, with_lines
 
 Array = np.ndarray
 
@@ -48,6 +48,8 @@ class Checked:
 class GradCheck:
     """All comparisons; whole: along one direction through every parameter at once."""
 
+    model: str
+    """The source of the model."""
     tolerance: float
     loss: float
     whole: Checked
@@ -62,6 +64,13 @@ class GradCheck:
     def to_dict(self) -> dict[str, Any]:
         """The comparisons in JSON types."""
         return asdict(self) | {"passed": self.passed}
+
+    def table(self) -> Any:
+        """The comparisons by component, for a terminal."""
+        return render(self)
+
+    def __str__(self) -> str:
+        return as_text(render(self))
 
 
 def gradcheck(
@@ -122,7 +131,7 @@ def gradcheck(
     finally:
         for name, w in weights.items():
             np.copyto(w, kept[name])
-    return GradCheck(tolerance, loss, whole, tuple(rows), bool(empty))
+    return GradCheck(model.source, tolerance, loss, whole, tuple(rows), bool(empty))
 
 
 def _scale(weights: dict[str, Array], directions: dict[str, Array]) -> float:

@@ -74,6 +74,13 @@ class Inspection:
         """The facts in JSON types."""
         return asdict(self) | {"bytes_by_dtype": self.bytes_by_dtype}
 
+    def text(self, every: bool = False) -> str:
+        """The facts as text; every: one line for each tensor instead of each kind of tensor."""
+        return render(self, every)
+
+    def __str__(self) -> str:
+        return render(self)
+
 
 def inspect(source: Source, options: Options) -> Inspection:
     """What a source holds; all that `load` would refuse is among the problems.

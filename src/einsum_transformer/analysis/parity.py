@@ -52,6 +52,8 @@ class Step:
 class Parity:
     """All steps that both have, in the order of the program."""
 
+    model: str
+    """The source of the model."""
     reference: str
     tokens: tuple[int, ...]
     tolerance: float
@@ -75,6 +77,13 @@ class Parity:
         first = self.first_diverging
         derived = {"passed": self.passed, "first_diverging": None if first is None else first.name}
         return asdict(self) | derived
+
+    def text(self, every: bool = True) -> str:
+        """The steps as text; every: also those that agree."""
+        return render(self, every)
+
+    def __str__(self) -> str:
+        return render(self)
 
 
 def open_reference(path: Path) -> TensorSource:
@@ -125,6 +134,7 @@ def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, 
     aside = {step.name for step in found.steps} | {TOKENS}
     others = tuple(name for name in reference.names() if name not in aside)
     return Parity(
+        model.source,
         str(reference.path),
         tokens.shape,
         tolerance,

@@ -196,7 +196,7 @@ def _advice(
     found = []
     if skipped:
         found.append(
-            f"{skipped} steps gave numbers that are not finite: lower the rate, or use --clip-norm 1"
+            f"{skipped} steps gave numbers that are not finite: lower the rate, or use `clip_norm` 1"
         )
     if len(losses) >= 6:
         third = len(losses) // 3
@@ -206,7 +206,7 @@ def _advice(
             floor = math.log(random_vocabulary)
             found.append(
                 f"random tokens, new in every step, cannot be learnt below log({random_vocabulary}) = "
-                f"{floor:.2f}: --fix-batch shows that a loss falls, --data trains on text"
+                f"{floor:.2f}: `fix_batch` shows that a loss falls, `data` trains on text"
             )
         elif last > first * 1.01:
             found.append(f"the loss rises, from {first:.3f} to {last:.3f}: lower the learning rate")
@@ -217,7 +217,7 @@ def _advice(
         elif float(losses[-third:].mean()) < float(losses[-2 * third : -third].mean()) * 0.98:
             found.append("the loss was still falling at the end: more steps will lower it further")
     if clipped > len(losses) / 2:
-        found.append(f"gradients were clipped in {clipped} of {len(losses)} steps: is --clip-norm too low?")
+        found.append(f"gradients were clipped in {clipped} of {len(losses)} steps: is `clip_norm` too low?")
     if step.p50 > 0 and step.p99 > 2 * step.p50 and len(losses) >= 10:
         found.append(
             f"the slowest steps took {step.p99 / step.p50:.1f} times the median: is the machine shared?"
@@ -286,10 +286,12 @@ def check_plot(path: str | Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise InputError('--plot needs matplotlib: pip install "einsum-transformer[plot]"') from None
+        raise InputError('`plot` needs matplotlib: pip install "einsum-transformer[plot]"') from None
     path = Path(path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--plot {path}: a file in a folder that can be written to is expected")
+        raise InputError(f"`plot` {path}: a file in a folder that can be written to is expected")
+    if path.suffix.lower() != ".png":
+        raise InputError(f"`plot` {path}: a PNG image is written, so a name that ends in .png is expected")
 
 
 def plot_losses(
@@ -312,3 +314,20 @@ def plot_losses(
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_file(Path(path)) as file:
         figure.savefig(file, dpi=150, format="png")
+
+
+def step_line(report: StepReport, steps: int, reports: Sequence[StepReport]) -> str:
+    """A line for one step of `steps`; reports: those so far, of which the last ones predict the time left."""
+    recent = reports[-10:]
+    left = (steps - report.step - 1) * sum(each.seconds for each in recent) / len(recent)
+    fault = f"  left out: {report.fault}" if report.fault else ""
+    peak = peak_rss_bytes()
+    memory = "" if peak is None else f"peak {quantity(peak, 'B')}"
+    numbers = f"loss {report.loss:.4f}  norm {report.norm:.3g}  lr {report.lr:.3g}"
+    speed = f"{report.seconds:.2f} s  {report.targets / report.seconds:.0f} tokens/s"
+    return f"step {report.step + 1}/{steps}  {numbers}  {speed}  {memory}  {_clock(left)} left{fault}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -15,10 +16,10 @@ from typer.main import get_command
 from einsum_transformer.cli.chat import chat
 from einsum_transformer.cli.diff import diff
 from einsum_transformer.cli.explain import explain
+from einsum_transformer.cli.flags import EXIT_CODES, ungrouped
 from einsum_transformer.cli.gradcheck import gradcheck
 from einsum_transformer.cli.inspect import inspect
 from einsum_transformer.cli.merge import merge
-from einsum_transformer.cli.options import ungrouped
 from einsum_transformer.cli.parity import parity
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.run import run
@@ -33,12 +34,13 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command line and exit: 0, 1 if a check found a difference, 2 for a user's mistake, 130 if
+    interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know a character that a model says
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that a model writes
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    handler.setFormatter(_Formatter(arguments))
     LOGGER.addHandler(handler)
     LOGGER.propagate = False
     try:
@@ -68,8 +70,29 @@ def _code_of(arguments: Sequence[str]) -> int:
         return _INTERRUPTED
     else:
         return code if isinstance(code, int) else 0
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", with_flags(" ".join(message.split()), arguments), file=sys.stderr)
     return _MISUSE
+
+
+def with_flags(message: str, arguments: Sequence[str]) -> str:
+    """The message with the flags of the command in the place of the library's arguments in backticks."""
+    commands: Any = get_command(_application())
+    command = commands.commands.get(arguments[0]) if arguments else None
+    known = {each.name: each.opts[0] for each in command.params if each.opts[0][:1] == "-"} if command else {}
+    known |= {"adapter": "--adapter-path", "workers": "--ray-workers"}
+    message = re.sub(r"^\w+\(\): (?=`)", "", message)
+    return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), message)
+
+
+class _Formatter(logging.Formatter):
+    """Notes as the command line shows them."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"note: {with_flags(record.getMessage(), self.arguments)}"
 
 
 def _application() -> typer.Typer:
@@ -80,9 +103,9 @@ def _application() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
-    application.callback()(_etx)
+    application.callback(epilog=EXIT_CODES)(_etx)
     for command in (run, chat, explain, diff, inspect, train, merge, gradcheck, parity, pull):
-        application.command(command.__name__)(ungrouped(command))
+        application.command(command.__name__, epilog=EXIT_CODES)(ungrouped(command))
     return application
 
 
@@ -108,12 +131,12 @@ def _etx(
     \b
     etx run -p "The capital of France is" -n 8     continue a text, with a table of where the time went
     etx chat                                       talk to the default model, SmolLM2-135M-Instruct
-    etx explain configs/llama.json --backward      the program of a model: equations, FLOPs, bytes
-    etx inspect my-model                           what a checkpoint holds, and which keys count
+    etx explain llama --backward                   the program of a model: equations, FLOPs, bytes
+    etx inspect my-model                           what a checkpoint contains, and which keys are used
     etx train --lora --data notes.txt -o my-run    train adapters of the default model on a text
-    etx merge --adapter-path my-run/step-00000010 -o my-model   put an adapter into the weights
-    etx gradcheck --config configs/fast_lora.json  hand-derived gradients against central differences
-    etx run --config configs/fast_lora.json        a model of random weights, described by a JSON file
+    etx merge --adapter-path my-run/step-00000010 -o my-model   add an adapter to the weights
+    etx gradcheck fast_lora                        hand-derived gradients against central differences
+    etx run fast_lora                              a model of random weights, described by a JSON file
 
-    Results go to stdout, all else to stderr. `etx COMMAND --help` shows the flags and more examples.
+    Results go to stdout, everything else to stderr. `etx COMMAND --help` shows the flags and more examples.
     """

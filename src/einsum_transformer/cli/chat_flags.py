@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from einsum_transformer.cli import options
+from einsum_transformer.cli.flags import flag
 from einsum_transformer.cli.prompts import read_text
 from einsum_transformer.errors import InputError
+
+if TYPE_CHECKING:
+    from einsum_transformer.text.tokenizer import Tokenizer
 
 _MAX_BYTES = 1 << 22
 _RESERVED = frozenset(
@@ -22,28 +25,29 @@ _RESERVED = frozenset(
 class ChatFlags:
     """What a chat begins with, and how it is written."""
 
-    system_prompt: str | None = options.flag(metavar="TEXT", help="The system message of a chat.")
-    chat_template: str | None = options.flag(
+    system_prompt: str | None = flag(metavar="TEXT", help="The system message of a chat.")
+    chat_template: str | None = flag(
         "--chat-template",
         "--chat-template-file",
         metavar="FILE|TEXT|NAME",
         help="A jinja template, its file, or the name of one of the model's; default the model's own.",
     )
-    chat_template_kwargs: str | None = options.flag(
+    chat_template_kwargs: str | None = flag(
         "--chat-template-kwargs",
         "--chat-template-config",
         metavar="JSON",
         help="Variables of the chat template, as a JSON object.",
     )
-    enable_thinking: bool | None = options.flag(
+    enable_thinking: bool | None = flag(
         "--enable-thinking/--no-thinking", help="The template's variable enable_thinking."
     )
-    tools: str | None = options.flag(
+    tools: str | None = flag(
         "--tools", metavar="FILE.json", help="Tools for the chat template, a list of objects."
     )
 
     def options(self, templates: Mapping[str, str]) -> dict[str, Any]:
-        """The options of `Tokenizer.encode_chat` that the flags ask for; `templates`: the checkpoint's."""
+        """The options of `Tokenizer.apply_chat_template` that the flags ask for; `templates`: the
+        checkpoint's."""
         found: dict[str, Any] = {}
         if self.chat_template_kwargs is not None:
             found |= _object(self.chat_template_kwargs, "--chat-template-kwargs")
@@ -63,6 +67,12 @@ class ChatFlags:
         if self.tools is not None:
             found["tools"] = _tools(self.tools)
         return found
+
+    def encoded(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """The token ids of a chat of one message."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
+        messages = [*system, {"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(messages, **self.options(tokenizer.chat_templates))
 
 
 def _template(given: str, templates: Mapping[str, str]) -> str:

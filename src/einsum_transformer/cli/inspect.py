@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint holds."""
+"""`inspect`: what a checkpoint contains."""
 
 from __future__ import annotations
 
@@ -7,36 +7,33 @@ from typing import Annotated
 
 import typer
 
-from einsum_transformer.cli import options
+from einsum_transformer.cli import options, output
 
 
 def inspect(
     *,
     named: options.NamedOrConfig,
     every: Annotated[
-        bool, typer.Option("--all", help="A line for each tensor, not for each kind of tensor.")
+        bool, typer.Option("--all", help="One line for each tensor, not for each kind of tensor.")
     ] = False,
     hub: options.Hub,
     json: options.Json = False,
 ) -> None:
-    """List what a checkpoint holds: tensors, types, sizes, and what each is in the model.
+    """List what a checkpoint contains: tensors, types, sizes, and what each is in the model.
 
-    Nothing is loaded. Keys of the config are told apart: those that were read, those that are absent, so that
-    the architecture's default holds, and those that nothing here reads. What keeps the checkpoint from
-    loading is told as a problem and makes the exit code 1.
+    Nothing is loaded. Keys of the config are listed as used, as absent (the architecture's default applies)
+    or as ignored. Everything that would keep the checkpoint from loading is listed as a problem and makes
+    the exit code 1. In Python: et.inspect.
 
     \b
     etx inspect                                 the default model
     etx inspect my-model --all                  every tensor of a Hugging Face folder
-    etx inspect model.gguf --json               the same of a GGUF file, for programs
-    etx inspect config.json                     a config alone: which keys count
+    etx inspect model.gguf --json               a GGUF file, for programs
+    etx inspect config.json                     a config alone: which keys are used
     """
-    from einsum_transformer.analysis.inspect import inspect as look
-    from einsum_transformer.analysis.inspect import render
-    from einsum_transformer.loading.sources import Options, find
+    from einsum_transformer.api.compare import inspect as call
 
-    how = Options(**asdict(hub))
-    found = look(find(named.source(), how), how)
-    options.write_line(found.to_dict() if json else render(found, every))
+    found = call(named.source(), **asdict(hub))
+    output.write_line(found.to_dict() if json else found.text(every))
     if found.problems:
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from einsum_transformer.cli import options
+from einsum_transformer.cli import options, output
 
 
 def pull(
@@ -18,10 +18,10 @@ def pull(
     offline: options.Offline = False,
     json: options.Json = False,
 ) -> None:
-    """Fetch a model from the hub, and print where it lies.
+    """Fetch a model from the hub, and print the path of its folder or file.
 
-    What is in the cache already is not fetched again. Weights are fetched as safetensors; of a repository of
-    GGUF files the one that FILE names, by its file name or its quantization.
+    Files that are in the cache are not fetched again. Weights are fetched as safetensors; of a repository of
+    GGUF files the one that FILE names, by its file name or its quantization. In Python: et.pull.
 
     \b
     etx pull HuggingFaceTB/SmolLM2-135M-Instruct
@@ -29,11 +29,7 @@ def pull(
     etx pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
     etx run $(etx pull HuggingFaceTB/SmolLM2-135M) -p "Once upon a time"
     """
-    from einsum_transformer.loading import hub
+    from einsum_transformer.loading.hub import pull as call
 
-    path = (
-        hub.default_model(offline)
-        if repo.lower() == hub.DEFAULT_MODEL
-        else hub.download(repo, revision, offline)
-    )
-    options.write_line({"repo": repo, "path": str(path)} if json else str(path))
+    path = str(call(repo, revision, offline))
+    output.write_line({"repo": repo, "path": path} if json else path)

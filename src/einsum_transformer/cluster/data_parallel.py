@@ -1,8 +1,8 @@
-"""Data-parallel training: the rows of a batch are divided over workers and their gradients added up.
+"""Data-parallel training: workers compute the gradients of a batch's rows, and the driver sums them.
 
-The driver holds the weights and sends them out at every step; workers hold no more than what never changes,
-so any of them can be replaced at any time. With `shard_optimizer` they hold the optimizer's state too, each
-shard twice (ZeRO stage 1, Rajbhandari et al., 2020).
+The driver stores the trained weights and sends them to the workers at every step. Workers store constant data
+only, so a worker can be replaced at any time. With `shard_optimizer` the workers also store the optimizer's
+state, two copies of each shard (ZeRO stage 1, Rajbhandari et al., 2020).
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.cluster.pool import Connection, Pool
 from einsum_transformer.cluster.worker import Moments, Part, Plan, Shapes
 from einsum_transformer.engine import blas, phase
@@ -22,44 +24,58 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import frozen, shapes_of, trainable
 from einsum_transformer.training.data import Batch
-from einsum_transformer.training.loop import Local, Settings, numbered
+from einsum_transformer.training.loop import Local, TrainingSettings, numbered
 
 Array = np.ndarray
 Arrays = dict[str, Array]
 
 
-def data_parallel(
-    workers: int,
-    address: str | None = None,
-    threads: int | None = None,
-    timeout: float = 600.0,
-    shard_optimizer: bool = False,
-) -> Callable[[Model, Settings], DataParallel]:
-    """What makes a `DataParallel` of a model and settings: `Trainer(..., compute=data_parallel(4))`.
+@checked
+@dataclass(frozen=True, slots=True)
+class RayWorkers:
+    """Workers of a Ray cluster that share each batch: `train(..., workers=RayWorkers(4))`.
 
-    address: of a Ray cluster, "auto" or host:port; None starts a local one. threads: of each machine, divided
-    over its workers; all its cores by default. timeout: seconds that a worker's answer may take.
-    shard_optimizer: divide the optimizer's state over the workers, each part held by two of them.
+    address: the address of a Ray cluster, "auto" or host:port; None starts a local one. threads: the number
+    of threads on each machine, divided over its workers; all its cores by default. timeout: the time limit
+    of a call to a worker, in seconds. shard_optimizer: shard the optimizer's state over the workers, with two
+    copies of each shard.
     """
-    if workers < 1:
-        raise InputError(f"{workers} Ray workers: at least 1 is expected")
-    if shard_optimizer and workers < 2:
-        raise InputError("a divided optimizer state needs at least 2 Ray workers: each part is held by two")
-    if threads is not None and threads < 1:
-        raise InputError(f"{threads} threads for the Ray workers of a machine: at least 1 is expected")
-    if not timeout > 0:
-        raise InputError(f"a timeout of {timeout} s for Ray workers: a number above 0 is expected")
-    kind = Sharded if shard_optimizer else DataParallel
-    return lambda model, settings: kind(model, settings, workers, address, threads, timeout)
+
+    workers: int
+    address: str | None = None
+    threads: int | None = None
+    timeout: float = 600.0
+    shard_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"{self.workers} Ray workers: at least 1 is expected")
+        if self.shard_optimizer and self.workers < 2:
+            raise InputError(
+                "a sharded optimizer requires at least 2 Ray workers, for two copies of each shard"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise InputError(
+                f"{self.threads} threads for the Ray workers of a machine: at least 1 is expected"
+            )
+        if not self.timeout > 0:
+            raise InputError(f"Ray timeout of {self.timeout} s: a number above 0 is expected")
+
+    def compute(self) -> Callable[[Model, TrainingSettings], DataParallel]:
+        """The argument `compute` of `Trainer`."""
+        kind = Sharded if self.shard_optimizer else DataParallel
+        return lambda model, settings: kind(
+            model, settings, self.workers, self.address, self.threads, self.timeout
+        )
 
 
 class DataParallel(AbstractContextManager["DataParallel"]):
-    """Workers compute; see `data_parallel`. Close it, or use it in a `with`, to end what it started."""
+    """Computes gradients on Ray workers; see `RayWorkers`. `close`, or a `with` statement, ends them."""
 
     def __init__(
         self,
         model: Model,
-        settings: Settings,
+        settings: TrainingSettings,
         workers: int,
         address: str | None,
         threads: int | None,
@@ -67,19 +83,19 @@ class DataParallel(AbstractContextManager["DataParallel"]):
     ) -> None:
         self.model, self.settings, self.workers = model, settings, workers
         self.weights = trainable(model.decoder)
-        places, held = model.weights, frozen(model.decoder)
+        entries, constant = model.weights, frozen(model.decoder)
         self.shapes = Shapes(
             {name: array.shape for name, array in self.weights.items()},
-            {name: places[name].stored if name in places else w.shape for name, w in self.weights.items()},
+            {name: entries[name].stored if name in entries else w.shape for name, w in self.weights.items()},
         )
-        self.connection = Connection(address, workers, _store_bytes(self.weights, held, workers))
+        self.connection = Connection(address, workers, _store_bytes(self.weights, constant, workers))
         self.ray = self.connection.ray
         self.trained: Any = None
-        """Reference to the weights that the workers have, from a step's gradients to its update."""
+        """Reference to the weights of the current step in the object store, until its update."""
         try:
             references = {
-                name: self.ray.put(np.asarray(w).reshape(places[name.partition("/")[0]].stored))
-                for name, w in held.items()
+                name: self.ray.put(np.asarray(w).reshape(entries[name.partition("/")[0]].stored))
+                for name, w in constant.items()
             }
             plan = Plan(shapes_of(model.decoder), references, settings, blas.current().name)
             self.pool = Pool(self.ray, plan, workers, threads, timeout)
@@ -118,7 +134,7 @@ class DataParallel(AbstractContextManager["DataParallel"]):
         return self.ray.put(self.shapes.sent(arrays))
 
     def close(self) -> None:
-        """End the workers, and Ray if it was started or connected to here."""
+        """End the workers, and the Ray session if this object started or connected it."""
         self.pool.close()
         self.connection.close()
 
@@ -127,10 +143,10 @@ class DataParallel(AbstractContextManager["DataParallel"]):
 
 
 class Sharded(DataParallel):
-    """Workers hold the optimizer's state too: worker i has shard i, and a twin of its neighbour's shard.
+    """Shards the optimizer's state: worker i owns shard i and stores a replica of its neighbour's shard.
 
-    Each step the owners of the shards change them and answer with the new weights; when all have, the twins
-    follow. So at any time one of two copies is whole, and a worker that takes a dead one's place gets its
+    In each step the owners update their shards and return the new weights; after all of them, the replicas
+    are updated. So one of the two copies is always complete, and a replacement of a dead worker copies its
     shards from the neighbours.
     """
 
@@ -143,9 +159,9 @@ class Sharded(DataParallel):
     def update(self, gradients: Arrays, lr: float, step: int, scale: float) -> None:
         trained, self.trained = self.trained, None
         parts = [self._put({name: gradients[name] for name in names}) for names in self.shards]
-        how, actors = (lr, step, scale), self.pool.actors
-        answers = self.pool.ask(lambda i: actors[i].update.remote(i, trained, parts[i], *how))
-        self.pool.ask(lambda i: actors[i].follow.remote(self._twin(i), trained, parts[i - 1], *how))
+        scalars, actors = (lr, step, scale), self.pool.actors
+        answers = self.pool.ask(lambda i: actors[i].update.remote(i, trained, parts[i], *scalars))
+        self.pool.ask(lambda i: actors[i].follow.remote(self._replica(i), trained, parts[i - 1], *scalars))
         for worker, (names, weights) in enumerate(zip(self.shards, answers)):
             if names and not weights:
                 raise _lost(worker, (worker + 1) % self.workers)
@@ -163,35 +179,35 @@ class Sharded(DataParallel):
     def restore(self, moments: Moments) -> None:
         copies = []
         for names in self.shards:
-            shard = {moment: self._laid_out(moments[moment], names) for moment in moments}
+            shard = {moment: self._as_weights(moments[moment], names) for moment in moments}
             copies.append(self.ray.put((-1, shard)))
         self._give(lambda actor, shard: actor.receive.remote(shard, copies[shard]))
 
-    def _twin(self, worker: int) -> int:
-        """The shard that a worker holds beside its own, and the worker that owns it."""
+    def _replica(self, worker: int) -> int:
+        """The index of the shard that a worker replicates, which is also the index of the shard's owner."""
         return (worker - 1) % self.workers
 
-    def _laid_out(self, moment: Arrays, names: list[str]) -> Arrays:
-        """In the memory layout of the weights, as the update takes them."""
+    def _as_weights(self, moment: Arrays, names: list[str]) -> Arrays:
+        """Copies of these moments in the memory layout of the weights, which the update requires."""
         arrays = {name: np.empty_like(self.weights[name]) for name in names}
         for name, array in arrays.items():
             np.copyto(array, moment[name])
         return self.shapes.sent(arrays)
 
     def _give(self, submit: Callable[[Any, int], Any]) -> None:
-        """submit(actor, shard) for both shards of every worker."""
+        """Call submit(actor, shard) for both shards of every worker."""
 
         def both(worker: int) -> Any:
-            # An actor's calls are done in order: the second one's answer is that of both.
-            submit(self.pool.actors[worker], self._twin(worker))
+            # An actor runs its calls in order, so waiting for the second call is enough.
+            submit(self.pool.actors[worker], self._replica(worker))
             return submit(self.pool.actors[worker], worker)
 
         self.pool.ask(both)
 
     def _recover(self, worker: int) -> None:
-        """Give a new worker its shards. What a neighbour was asked before is done before it answers this."""
-        twin = self._twin(worker)
-        for shard, holder in ((worker, (worker + 1) % self.workers), (twin, twin)):
+        """Copy its shards to a new worker. The neighbours have completed their earlier calls by then."""
+        replica = self._replica(worker)
+        for shard, holder in ((worker, (worker + 1) % self.workers), (replica, replica)):
             copy = self.pool.actors[holder].moments.remote(shard)
             try:
                 self.pool.get(copy, holder)
@@ -202,13 +218,13 @@ class Sharded(DataParallel):
 
 def _lost(worker: int, neighbour: int) -> InputError:
     return InputError(
-        f"workers {worker} and {neighbour} died together, and with them both copies of a part of the "
-        "optimizer's state: go on from the last checkpoint"
+        f"workers {worker} and {neighbour} died together, which lost both copies of a shard of the "
+        "optimizer's state: resume from the last checkpoint"
     )
 
 
 def _balanced(sizes: dict[str, int], count: int) -> list[list[str]]:
-    """Names in `count` groups of about the same size: each, from the largest on, goes where least is."""
+    """Partition names into `count` groups of similar total size: largest first, to the smallest group."""
     groups: list[list[str]] = [[] for _ in range(count)]
     totals = [0] * count
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -218,24 +234,24 @@ def _balanced(sizes: dict[str, int], count: int) -> list[list[str]]:
     return groups
 
 
-def _store_bytes(trained: Arrays, held: dict[str, Any], workers: int) -> int:
-    """What lies in a machine's object store at most: what is frozen, the weights of two steps, the gradients
-    of every worker, and those of all with the new weights where the optimizer's state is divided."""
+def _store_bytes(trained: Arrays, constant: dict[str, Any], workers: int) -> int:
+    """The maximum contents of an object store: the frozen weights, the trained weights of two steps, the
+    gradients of every worker, and with a sharded optimizer the summed gradients and the new weights."""
     once = sum(array.nbytes for array in trained.values())
-    return sum(w.dtype.itemsize * math.prod(w.shape) for w in held.values()) + (workers + 4) * once
+    return sum(w.dtype.itemsize * math.prod(w.shape) for w in constant.values()) + (workers + 4) * once
 
 
 def check_rows(rows: int, workers: int) -> None:
-    """Raise InputError if the rows of a part of a batch are too few for the workers."""
+    """Raise InputError if a micro-batch has fewer rows than there are workers."""
     if rows < workers:
         raise InputError(
-            f"{rows} rows cannot be divided over {workers} Ray workers: use a larger batch, fewer "
-            "parts of it (accumulation) or fewer workers"
+            f"{rows} rows cannot be divided over {workers} Ray workers: use a larger batch, fewer gradient "
+            "accumulation steps or fewer workers"
         )
 
 
 def _shares(parts: list[Batch], workers: int) -> list[list[Part]]:
-    """The rows of every part that each worker computes, numbered as they are in the whole batch."""
+    """The rows of every micro-batch for each worker, with the number of the first row in the whole batch."""
     shares: list[list[Part]] = [[] for _ in range(workers)]
     for first, tokens, targets in numbered(parts):
         check_rows(len(tokens), workers)
@@ -246,7 +262,7 @@ def _shares(parts: list[Batch], workers: int) -> list[list[Part]]:
 
 
 def _sum(shares: list[Arrays]) -> Arrays:
-    """The sum by name, in the order of the workers whoever was first."""
+    """The sum by name, in the order of the workers, which makes it deterministic."""
     first, *others = shares
     if not others:
         return first

@@ -1,8 +1,8 @@
-"""A worker: the gradients of its rows and, where the optimizer's state is divided, the update of its shards.
+"""Ray worker: computes the gradients of its rows and, with a sharded optimizer, updates its shards.
 
-Weights come from Ray's object store, mapped read-only and shared by all workers of a machine. They and their
-gradients travel in the shape that a checkpoint stores them in: as matrices they are contiguous in the layout
-that they have, and what is contiguous is mapped without a copy.
+Weights are mapped read-only from Ray's object store, which the workers of a machine share. Weights and
+gradients are sent in their checkpoint shapes, because these are contiguous in memory, and the object store
+maps contiguous arrays without a copy.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ import numpy as np
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.models.parameters import with_arrays
-from einsum_transformer.training.loop import Settings, batch_gradients
+from einsum_transformer.training.loop import TrainingSettings, batch_gradients
 from einsum_transformer.training.optimizers import start
 
 Array = np.ndarray
 Arrays = Mapping[str, Array]
 Moments = dict[str, dict[str, Array]]
 Part = tuple[int, Array, Array]
-"""The number of its first row in the whole batch, tokens, targets."""
+"""(index of the first row in the whole batch, tokens, targets)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every worker is made of. decoder: one of only shapes (`shapes_of`); frozen: name -> reference to
-    the array."""
+    """The configuration of every worker. decoder: a decoder with shapes in place of arrays (`shapes_of`);
+    frozen: name -> reference to the array in the object store."""
 
     decoder: Any
     frozen: dict[str, Any]
-    settings: Settings
+    settings: TrainingSettings
     blas: str
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker runs. node: Ray's id of the machine."""
+    """The process and machine of a worker. node: Ray's id of the machine."""
 
     pid: int
     host: str
@@ -51,22 +51,22 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Name -> shape of every trained array, in the equations and as a checkpoint stores it."""
+    """Name -> shape of every trained array, as einsum equations use it (`seen`) and in a checkpoint."""
 
     seen: dict[str, tuple[int, ...]]
     stored: dict[str, tuple[int, ...]]
 
     def sent(self, arrays: Arrays) -> dict[str, Array]:
-        """As they travel, views in the same memory."""
+        """Views of the arrays in their checkpoint shapes, to be sent."""
         return {name: array.reshape(self.stored[name]) for name, array in arrays.items()}
 
     def received(self, arrays: Arrays) -> dict[str, Array]:
-        """As the equations take them, views in the same memory."""
+        """Views of received arrays in the shapes of the einsum equations."""
         return {name: array.reshape(self.seen[name]) for name, array in arrays.items()}
 
 
 class Worker:
-    """One process of a data-parallel training."""
+    """A process of data-parallel training."""
 
     def __init__(self, plan: Plan, threads: int) -> None:
         import ray  # pyright: ignore[reportMissingImports]
@@ -77,10 +77,10 @@ class Worker:
         self.plan = plan
         self.frozen = dict(zip(plan.frozen, ray.get(list(plan.frozen.values()))))
         self.shards: dict[int, tuple[int, Moments]] = {}
-        """Number of a shard -> (the last step that is in it, the moments of its weights)."""
+        """Index of a shard -> (the last step applied to it, the moments of its weights)."""
 
     def place(self) -> Place:
-        """Where this worker runs."""
+        """Return the process and machine of this worker."""
         import ray  # pyright: ignore[reportMissingImports]
 
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -92,21 +92,21 @@ class Worker:
     def gradients(
         self, trained: Arrays, parts: list[Part], count: int, key: tuple[int, ...]
     ) -> tuple[float, dict[str, Array]]:
-        """The loss of these rows, divided by `count`, and its gradient by every trained array."""
-        held = {**self.frozen, **trained}
-        decoder = with_arrays(self.plan.decoder, lambda name, shape: held[name].reshape(shape.shape))
-        # What overflows is found and told where the sum of all workers is.
+        """Return the loss of these rows, summed and divided by `count`, and its gradients by array name."""
+        arrays = {**self.frozen, **trained}
+        decoder = with_arrays(self.plan.decoder, lambda name, shape: arrays[name].reshape(shape.shape))
+        # The trainer reports values that are not finite in the sum over all workers.
         with np.errstate(over="ignore", invalid="ignore"):
             loss, found = batch_gradients(decoder, parts, count, key, self.plan.settings)
         return loss, {name: array.reshape(trained[name].shape) for name, array in found.items()}
 
     def begin(self, shard: int, trained: Arrays, names: list[str]) -> None:
-        """Hold a shard, the moments of these weights, as they are before the first step."""
+        """Store a shard: the initial moments of these weights."""
         weights = {name: trained[name] for name in names}
         self.shards[shard] = -1, start(self.plan.settings.optimizer, weights)
 
     def receive(self, shard: int, copy: tuple[int, Moments]) -> None:
-        """Hold a shard as another worker or a checkpoint has it: (the last step in it, the moments)."""
+        """Store a copy of a shard from another worker or a checkpoint: (last step applied, moments)."""
         step, moments = copy
         self.shards[shard] = (
             step,
@@ -117,16 +117,14 @@ class Worker:
         )
 
     def moments(self, shard: int) -> tuple[int, Moments]:
-        """The last step that is in a shard, and its moments."""
+        """Return the last step applied to a shard, and its moments."""
         return self.shards[shard]
 
     def update(
         self, shard: int, trained: Arrays, gradients: Arrays, lr: float, step: int, scale: float
     ) -> dict[str, Array]:
-        """The new weights of a shard, whose moments change; of a step that is in it already, nothing.
-
-        (A worker that took another's place may have got the shard after the step.)
-        """
+        """Update the moments of a shard and return its new weights, or nothing if the step is already applied
+        (by the worker from which a replacement copied the shard)."""
         last, moments = self.shards[shard]
         if last == step:
             return {}
@@ -137,5 +135,5 @@ class Worker:
         return weights
 
     def follow(self, *update: Any) -> None:
-        """`update` of a twin: its moments change as the other copy's did, its new weights are the same."""
+        """Update a replica of a shard as `update` does; the owner returns the new weights."""
         self.update(*update)

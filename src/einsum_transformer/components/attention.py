@@ -19,7 +19,7 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass of Attention needs."""
+    """Activations saved for `Attention.backward`."""
 
     x: Array
     mixed: Array
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Weights in checkpoint layout, heads viewed apart. A gradient is another Attention."""
+    """Weights in checkpoint layout with split head axes. Gradients are returned as an Attention."""
 
     q_proj: Annotated[Array, "(k g h) d"]
     k_proj: Annotated[Array, "(k h) d"]
@@ -43,10 +43,10 @@ class Attention:
     q_norm: QKNorm | None = None
     k_norm: QKNorm | None = None
     sinks: Annotated[Array, "(k g)"] | None = None
-    """The score of one more key of each query head, whose value is zero."""
+    """Attention sinks: for each query head, the score of an extra key whose value is zero."""
     mixing: Mixing = static(default=Mixing())
     rope: int | None = static(default=0)
-    """Which of the decoder's rotations this layer's queries and keys get; None: NoPE."""
+    """Index of this layer's RoPE in `Decoder.ropes`; None: NoPE (no position encoding)."""
 
     def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
         """x: (b, t, d) -> (b, t, d)"""
@@ -110,21 +110,21 @@ class Attention:
 
 
 class FusedSaved(NamedTuple):
-    """What the backward pass of FusedAttention needs."""
+    """Activations saved for `FusedAttention.backward`."""
 
     x: Array
     mixed: Array
     mix: core.Saved
-    inside: Array | None
-    """Where clipping changed nothing."""
+    unclipped: Array | None
+    """True where `clip` did not change the value; None without clipping."""
 
 
 @dataclass(frozen=True, slots=True)
 class FusedAttention:
-    """The same with one matrix for q, k and v. A gradient is another FusedAttention.
+    """Attention with one matrix for q, k and v. Gradients are returned as a FusedAttention.
 
-    Its rows are those of all queries, then all keys, then all values; or, `by_head`, for each key/value head
-    its queries, its key and its value.
+    Row order of `qkv_proj`: all queries, then all keys, then all values; with `by_head`, the queries, the key
+    and the value of one key/value head after the other.
     """
 
     qkv_proj: Annotated[Array, "j d"]
@@ -133,19 +133,19 @@ class FusedAttention:
     o_bias: Annotated[Array, "d"] | None = None
     by_head: bool = static(default=False)
     clip: float | None = static(default=None)
-    """Limits q, k and v to [-clip, clip]."""
+    """q, k and v are clipped to [-clip, clip]; None: no clipping."""
     mixing: Mixing = static(default=Mixing())
     rope: int | None = static(default=0)
 
     def forward(self, x: Array, context: Context) -> tuple[Array, FusedSaved]:
         """x: (b, t, d) -> (b, t, d)"""
-        inside = None
+        unclipped = None
         with phase("qkv"):
             qkv = einsum("btd,jd->btj", x, self.qkv_proj)
             if self.qkv_bias is not None:
                 qkv += self.qkv_bias
             if self.clip is not None:
-                inside = np.abs(qkv) <= self.clip
+                unclipped = np.abs(qkv) <= self.clip
                 np.clip(qkv, -self.clip, self.clip, out=qkv)
             q, k, v = self._views(qkv)
         mixed, saved_mix = attend(q, k, v, context, self.mixing)
@@ -153,7 +153,7 @@ class FusedAttention:
             y = einsum("btkgh,dkgh->btd", mixed, self.o_proj)
             if self.o_bias is not None:
                 y += self.o_bias
-        return y, FusedSaved(x, mixed, saved_mix, inside)
+        return y, FusedSaved(x, mixed, saved_mix, unclipped)
 
     def backward(self, dy: Array, saved: FusedSaved, context: Context) -> tuple[Array, FusedAttention]:
         x, mixed = saved.x, saved.mixed
@@ -167,9 +167,9 @@ class FusedAttention:
             dqkv = np.empty_like(dy, shape=(*dy.shape[:2], self.qkv_proj.shape[0]))
             for part, value in zip(self._views(dqkv), parts):
                 part[...] = value
-            if saved.inside is not None:
+            if saved.unclipped is not None:
                 # qkv = clip(einsum("btd,jd->btj", x, qkv_proj) + qkv_bias)
-                dqkv *= saved.inside
+                dqkv *= saved.unclipped
             dx = einsum("btj,jd->btd", dqkv, self.qkv_proj)
             return dx, FusedAttention(
                 qkv_proj=weight_grad(self.qkv_proj, "btj,btd->jd", dqkv, x),
@@ -183,7 +183,7 @@ class FusedAttention:
             )
 
     def _views(self, qkv: Array) -> tuple[Array, Array, Array]:
-        """q (b, t, k, g, h), k and v (b, t, k, h) in the memory of qkv (b, t, j)."""
+        """Views of qkv (b, t, j): q (b, t, k, g, h), k and v (b, t, k, h)."""
         b, t, joined = qkv.shape
         _, kv_heads, groups, size = self.o_proj.shape
         if self.by_head:
@@ -198,7 +198,7 @@ class FusedAttention:
 def attend(
     q: Array, k: Array, v: Array, context: Context, mixing: Mixing, sinks: Any = None
 ) -> tuple[Array, core.Saved]:
-    """Projected queries, keys and values -> mixed values: RoPE, the cache, the core."""
+    """Apply RoPE, append to the KV cache, and return the attention output before `o_proj`."""
     rotation, cache = context.rotation, context.cache
     with phase("rope"):
         if rotation is not None:
@@ -214,7 +214,7 @@ def attend(
 def attend_backward(
     dmixed: Array, saved: core.Saved, context: Context, mixing: Mixing
 ) -> tuple[Array, Array, Array]:
-    """The gradients by q, k and v as they were projected."""
+    """The gradients with respect to the projected q, k and v, before RoPE."""
     with phase("scores"):
         dq, dk, dv = mixing.backward(dmixed, saved)
     if context.rotation is not None:

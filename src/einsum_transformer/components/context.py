@@ -1,4 +1,4 @@
-"""What travels with every layer of a pass, beside its activations."""
+"""The inputs of a layer other than its activations: positions, RoPE, padding and KV cache."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Array = np.ndarray
 
 
 class Context(NamedTuple):
-    """Where the tokens of a pass are in their sequence, and what came before them, as one layer sees it."""
+    """Positions, RoPE, padding and KV cache of one layer in a forward pass."""
 
     positions: Array
-    """(t,) of the queries in the sequence, one after the other, padding included."""
+    """(t,) consecutive positions of the queries in the sequence, padding included."""
     rotation: Rotation | None = None
-    """The layer's RoPE at these positions; None: NoPE."""
+    """The layer's RoPE at these positions; None: NoPE (no position encoding)."""
     pads: Array | None = None
-    """(b,) padding tokens at the left of each row, or None."""
+    """(b,) number of left-padding tokens of each row; None: no padding."""
     cache: LayerCache | None = None
-    """Keys and values of earlier tokens, which the layer extends by its own."""
+    """The layer's KV cache, to which it appends the keys and values of this pass."""

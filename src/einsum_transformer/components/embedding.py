@@ -15,8 +15,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Weights in checkpoint layout, a row for each token (or each position, where positions are learned).
-    A gradient is another Embedding."""
+    """Weights in checkpoint layout, one row per token (or per position, for learned positions). Gradients are
+    returned as an Embedding."""
 
     weight: Annotated[Array, "v d"]
     scale: float = static(default=1.0)
@@ -28,7 +28,7 @@ class Embedding:
         return x, tokens
 
     def backward(self, dy: Array, saved: Array) -> Embedding:
-        # x = scale * take_rows(weight, tokens): rows of tokens that occur more than once add up
+        # x = scale * take_rows(weight, tokens): the gradients of repeated tokens are summed
         if self.scale != 1:
             dy = dy * np.asarray(self.scale, dy.dtype)
         return Embedding(weight=add_rows(self.weight, saved, dy), scale=self.scale)

@@ -1,5 +1,4 @@
-"""Gated feed-forward: y = down(activation(gate(x)) * up(x)), SwiGLU with silu and GeGLU with gelu (Shazeer,
-2020)."""
+"""Gated feed-forward: y = down(activation(gate(x)) * up(x)); silu: SwiGLU, gelu: GeGLU (Shazeer, 2020)."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass of GatedMLP needs."""
+    """Activations saved for `GatedMLP.backward`."""
 
     x: Array
     gate: Array
@@ -25,7 +24,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
-    """Weights in checkpoint layout. A gradient is another GatedMLP."""
+    """Weights in checkpoint layout. Gradients are returned as a GatedMLP."""
 
     gate_proj: Annotated[Array, "f d"]
     up_proj: Annotated[Array, "f d"]
@@ -55,7 +54,7 @@ class GatedMLP:
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
         hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
-        del hidden  # as large as gate and up
+        del hidden  # free it early: it is as large as gate and up
         # hidden = activation(gate) * up
         dup = np.multiply(dhidden, activated, out=activated)
         dgate = dhidden
@@ -76,7 +75,7 @@ class GatedMLP:
 
 
 class FusedSaved(NamedTuple):
-    """What the backward pass of FusedGatedMLP needs."""
+    """Activations saved for `FusedGatedMLP.backward`."""
 
     x: Array
     gate_up: Array
@@ -84,7 +83,7 @@ class FusedSaved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FusedGatedMLP:
-    """The same with one matrix for gate and up, first the rows of gate. A gradient is another
+    """GatedMLP with one matrix for gate and up; the rows of gate come first. Gradients are returned as a
     FusedGatedMLP."""
 
     gate_up_proj: Annotated[Array, "j d"]
@@ -106,7 +105,7 @@ class FusedGatedMLP:
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
         hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
-        del hidden  # as large as gate and up
+        del hidden  # free it early: it is as large as gate and up
         # hidden = activation(gate) * up
         dgate_up = np.empty_like(gate_up)
         dgate, dup = _halves(dgate_up)

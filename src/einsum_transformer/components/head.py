@@ -1,4 +1,4 @@
-"""Output head: logits = scale * (x . weight^T + bias), with a matrix of its own or the embedding's (tied)."""
+"""Output head: logits = scale * (x . weight^T + bias), with a separate matrix or tied embeddings."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs."""
+    """Activations saved for `Head.backward`."""
 
     x: Array
     capped: Array | None
-    """A copy of capped logits."""
+    """A copy of the soft-capped logits; None without a soft cap."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Weights in checkpoint layout. A gradient is another Head."""
+    """Weights in checkpoint layout. Gradients are returned as a Head."""
 
     weight: Annotated[Array, "v d"]
     bias: Annotated[Array, "v"] | None = None
     scale: float = static(default=1.0)
     cap: float | None = static(default=None)
-    """Scaled logits are softly capped, cap * tanh(logits / cap)."""
+    """Soft cap of the scaled logits: cap * tanh(logits / cap); None: no soft cap."""
 
     def forward(self, x: Array, keep: bool = True) -> tuple[Array, Saved]:
-        """keep: whether `backward` follows, which needs a copy of capped logits: the loss overwrites them."""
+        """keep: whether to copy soft-capped logits for `backward`, since the loss overwrites them."""
         logits = einsum("btd,vd->btv", x, self.weight)
         if self.bias is not None:
             logits += self.bias

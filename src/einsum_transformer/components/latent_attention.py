@@ -1,13 +1,13 @@
-"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads come from one small latent.
+"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads come from one latent.
 
-    c, r   = split(kv_a(x)),  c = norm(c)            what the cache holds: c, and r rotated by RoPE
+    c, r   = split(kv_a(x)),  c = norm(c)            the cache stores c, and r rotated by RoPE
     k_n, v = split(kv_b(c)) for every head;  k = (k_n, r),  q = (q_n, q_r) with q_r rotated by RoPE
     y      = o(softmax(q k^T scale + mask) v)
 
-Two ways to the same numbers. *Expanded*: make k and v of every position, then attend. *Absorbed*: as
-q_n . kv_b(c) = (q_n kv_b) . c, let queries look at the latents themselves: attention with one key head of
-size c + r whose values are the latents, and kv_b applied to what was mixed. Expanding costs as much as there
-are positions in the cache, absorbing as much as there are queries.
+Two equivalent forms. *Expanded*: compute k and v of every position, then attend. *Absorbed*: as
+q_n . kv_b(c) = (q_n kv_b) . c, attend to the latents directly, with one key head of size c + r whose values
+are the latents, and apply kv_b to the attention output. The cost of expanding grows with the number of
+cached positions, that of absorbing with the number of queries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Form = Literal["auto", "expanded", "absorbed"]
 
 
 class QuerySaved(NamedTuple):
-    """What the backward pass of LatentQuery needs."""
+    """Activations saved for `LatentQuery.backward`."""
 
     x: Array
     normed: Array
@@ -39,7 +39,7 @@ class QuerySaved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LatentQuery:
-    """q = q_b(norm(q_a(x))): queries by way of a latent of their own. A gradient is another LatentQuery."""
+    """q = q_b(norm(q_a(x))): queries from a latent. Gradients are returned as a LatentQuery."""
 
     q_a_proj: Annotated[Array, "c d"]
     q_a_layernorm: RMSNorm
@@ -72,7 +72,7 @@ class LatentQuery:
 
 @dataclass(frozen=True, slots=True)
 class DirectQuery:
-    """q = q_proj(x). A gradient is another DirectQuery."""
+    """q = q_proj(x). Gradients are returned as a DirectQuery."""
 
     q_proj: Annotated[Array, "(k h) d"]
 
@@ -86,16 +86,16 @@ class DirectQuery:
 
 
 class ExpandedSaved(NamedTuple):
-    """What the backward pass of the expanded form needs."""
+    """Activations saved for the backward pass of the expanded form."""
 
     latent: Array
     nope: int
-    """Dimensions of each key without RoPE."""
+    """Key dimensions without RoPE."""
     mix: core.Saved
 
 
 class AbsorbedSaved(NamedTuple):
-    """What the backward pass of the absorbed form needs."""
+    """Activations saved for the backward pass of the absorbed form."""
 
     q_plain: Array
     mixed: Array
@@ -103,7 +103,7 @@ class AbsorbedSaved(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass of LatentAttention needs."""
+    """Activations saved for `LatentAttention.backward`."""
 
     x: Array
     query: Any
@@ -114,7 +114,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Weights in checkpoint layout, heads viewed apart. A gradient is another LatentAttention."""
+    """Weights in checkpoint layout with split head axes. Gradients are returned as a LatentAttention."""
 
     query: LatentQuery | DirectQuery
     kv_a_proj: Annotated[Array, "j d"]
@@ -124,9 +124,9 @@ class LatentAttention:
     kv_a_bias: Annotated[Array, "j"] | None = None
     o_bias: Annotated[Array, "d"] | None = None
     rope_size: int = static(default=64)
-    """Dimensions of each query, and of the one key they share, that RoPE rotates."""
+    """Dimensions of each query, and of the key shared by all heads, that RoPE rotates."""
     form: Form = static(default="auto")
-    """"expanded", "absorbed", or "auto": absorbed where the cache holds more positions than x has."""
+    """"expanded", "absorbed", or "auto": absorbed if there are more key positions than queries."""
     mixing: Mixing = static(default=Mixing())
     rope: int | None = static(default=0)
 
@@ -150,8 +150,8 @@ class LatentAttention:
         index = context.positions
         if context.cache is not None:
             with phase("cache"):
-                held, _, index = context.cache.append(keys[:, :, None], keys[:, :, None, :0])
-                keys = held[:, :, 0]
+                cached, _, index = context.cache.append(keys[:, :, None], keys[:, :, None, :0])
+                keys = cached[:, :, 0]
         mask = Mask(context.positions, index, self.mixing.window, context.pads)
         absorbed = self.form == "absorbed" or (self.form == "auto" and keys.shape[1] > x.shape[1])
         attend = self._absorbed if absorbed else self._expanded
@@ -205,7 +205,7 @@ class LatentAttention:
     def _expanded(
         self, q_plain: Array, q_rotated: Array, keys: Array, mask: Mask
     ) -> tuple[Array, ExpandedSaved]:
-        """Keys and values of every head, then attention over them."""
+        """Compute keys and values of every head, then attend to them."""
         size, nope = keys.shape[-1] - self.rope_size, q_plain.shape[-1]
         latent = keys[..., :size]
         with phase("qkv"):
@@ -232,12 +232,12 @@ class LatentAttention:
     def _absorbed(
         self, q_plain: Array, q_rotated: Array, keys: Array, mask: Mask
     ) -> tuple[Array, AbsorbedSaved]:
-        """Queries that look at the latents, all heads at one key."""
+        """Attend to the latents directly: all query heads share one key head."""
         size, nope = keys.shape[-1] - self.rope_size, q_plain.shape[-1]
         with phase("qkv"):
             q_latent = einsum("btkh,khc->btkc", q_plain, self.kv_b_proj[:, :nope])
             q = _side_by_side(q_latent, q_rotated)
-        # One key head, and the heads of the model as its group.
+        # One key head, with all query heads as its group.
         k = keys[:, :, None]
         mixed, saved = self.mixing.forward(q[:, :, None], k, k[..., :size], mask)
         with phase("output"):
@@ -258,8 +258,8 @@ class LatentAttention:
             dkeys[..., :size] += dv[:, :, 0]
             # q_latent = einsum("btkh,khc->btkc", q_plain, kv_b_proj[:, :nope])
             dq_plain = einsum("btkc,khc->btkh", dq[..., :size], self.kv_b_proj[:, :nope])
-            # Both uses of kv_b_proj in one product over twice the positions: its rows for keys take part in
-            # the first half alone, those for values in the second.
+            # Both uses of kv_b_proj in one product over twice the positions: its key rows contribute to the
+            # first half only, its value rows to the second.
             rows = np.concatenate([_padded(q_plain, 0, dmixed.shape[-1]), _padded(dmixed, nope, 0)], axis=1)
             columns = np.concatenate([dq[..., :size], mixed], axis=1)
             dkv_b_proj = weight_grad(self.kv_b_proj, "btkh,btkc->khc", rows, columns)
@@ -267,7 +267,7 @@ class LatentAttention:
 
 
 def _side_by_side(first: Array, second: Array) -> Array:
-    """Both along the last axis, laid out like the first."""
+    """Concatenate along the last axis, in the memory layout of `first`."""
     size = first.shape[-1]
     joined = np.empty_like(first, shape=(*first.shape[:-1], size + second.shape[-1]))
     joined[..., :size] = first
@@ -276,7 +276,7 @@ def _side_by_side(first: Array, second: Array) -> Array:
 
 
 def _padded(x: Array, before: int, after: int) -> Array:
-    """x with zeroes around it along the last axis."""
+    """Pad x with zeros along the last axis."""
     size = x.shape[-1]
     y = np.zeros_like(x, shape=(*x.shape[:-1], before + size + after))
     y[..., before : before + size] = x

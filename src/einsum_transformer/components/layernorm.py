@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs."""
+    """Activations saved for `LayerNorm.backward`."""
 
     x: Array
     mean: Array
@@ -23,7 +23,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """Weights in checkpoint layout. A gradient is another LayerNorm."""
+    """Weights in checkpoint layout. Gradients are returned as a LayerNorm."""
 
     weight: Annotated[Array, "d"]
     bias: Annotated[Array, "d"] | None = None

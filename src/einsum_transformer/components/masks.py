@@ -1,4 +1,4 @@
-"""Which keys a query sees: causal, inside a sliding window, and not padding; and ALiBi's bias on them."""
+"""Attention masks (causal, sliding window, padding) and the ALiBi bias."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 Array = np.ndarray
 Masked = list[tuple[slice, Array]]
-"""(keys of a tile, what is added to their scores)."""
+"""Pairs (keys of a tile, mask to add to their scores)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which keys a query may look at: those at or before it, inside the window, and not padding.
+    """The keys that a query may attend to: not after it, inside the window, and not padding.
 
-    queries: (t,) positions in the sequence, one after the other; index: (s,) the keys', likewise, except in a
-    ring, which holds just what its one query may see; pads: (b,) number of padding tokens at the left of each
-    row, or None.
+    queries: (t,) consecutive positions in the sequence; index: (s,) those of the keys, also consecutive
+    except in a `RingCache`, which contains exactly the keys that its one query may attend to; pads: (b,)
+    number of left-padding tokens of each row, or None.
     """
 
     queries: Array
@@ -26,7 +26,7 @@ class Mask:
     pads: Array | None = None
 
     def keys(self, block: slice) -> slice:
-        """The run of keys that some query of the block may see."""
+        """The range of keys that the queries of the block may attend to."""
         if self._is_ring():
             return slice(0, len(self.index))
         first, last = int(self.queries[block.start]), int(self.queries[block.stop - 1])
@@ -35,9 +35,9 @@ class Mask:
         return slice(low, last + 1 - start)
 
     def parts(self, block: slice, keys: slice, dtype: np.dtype) -> Masked:
-        """(where, what to add to the scores there): 0 where a key is visible, -inf where not.
+        """Pairs (where, mask to add to the scores there): 0 for visible keys, -inf for masked ones.
 
-        `where` are keys of the tile (counted from keys.start) that some query may not see: at most the
+        `where`: keys of the tile (relative to keys.start) that are masked for some query: at most the
         diagonal and the window's edge, or all keys if rows are padded.
         """
         count = keys.stop - keys.start
@@ -55,7 +55,7 @@ class Mask:
         ]
 
     def biases(self, block: slice, keys: slice, slopes: Array) -> Array:
-        """slopes (k, g) times the distance of each key from each query of the tile -> (k, g, t, s)."""
+        """ALiBi bias of a tile: slopes (k, g) times (key position - query position) -> (k, g, t, s)."""
         queries, index = self.queries[block], self.index[keys]
         # Keys outermost in memory, as in the scores.
         distances = (index[:, None] - queries).astype(slopes.dtype).T
@@ -76,17 +76,16 @@ class Mask:
 
 
 def add_mask(scores: Array, masked: Masked, rows: slice = slice(None)) -> Array:
-    """Add -inf, in place, to the scores (b, k, g, t, s) of keys that a query may not see; rows: which of the
-    batch these are."""
+    """Add the mask to scores (b, k, g, t, s) in place. rows: the batch rows of these scores."""
     for where, added in masked:
         scores[..., where] += added if len(added) == 1 else added[rows]
     return scores
 
 
 def alibi_slopes(heads: int, bias_max: float = 8.0) -> Array:
-    """2^(-bias_max i / n) for i = 1 ... n, n the power of two from `heads` on (Press et al., 2022).
+    """2^(-bias_max i / n) for i = 1 ... n, with n the smallest power of two >= `heads` (Press et al., 2022).
 
-    Where `heads` is none, every second slope comes first (i = 2, 4, ...), then the others, as many as needed.
+    If `heads` is not a power of two: the first `heads` of the slopes i = 2, 4, ..., n, 1, 3, ..., n - 1.
     """
     n = 1 << (heads - 1).bit_length()
     slopes = 2.0 ** (-bias_max / n * np.arange(1, n + 1))

@@ -1,8 +1,8 @@
 """The core of attention: softmax(scale q k^T + mask) v over k key/value heads with g query heads each.
 
-MHA, GQA and MQA are one set of equations; only the sizes of `k` and `g` differ, and K and V are never
-repeated. Both directions go tile by tile (see tiles.py); the backward pass recomputes each tile's scores from
-the saved log of its softmax sum.
+MHA, GQA and MQA share one set of equations; only the sizes of `k` and `g` differ, and K and V are never
+repeated. Both passes run tile by tile (see tiles.py); the backward pass recomputes each tile's attention
+weights from the saved log-sum-exp.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs."""
+    """Activations saved for `Mixing.backward`."""
 
     q: Array
     k: Array
     v: Array
     mixed: Array
     sums: Array
-    """(b, t, k, g): of exp(scores - shifts), and of exp(sinks - shifts)."""
+    """(b, t, k, g): sum of exp(scores - shifts), plus exp(sinks - shifts)."""
     shifts: Array
     mask: Mask
 
     @property
     def lse(self) -> Array:
-        """(b, t, k, g): the log of the sum of the exponentials of each query's scores."""
+        """(b, t, k, g): log-sum-exp of each query's scores."""
         return np.log(self.sums) + self.shifts
 
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
-    """How scores become weights of the values: settings, no weights of a model."""
+    """Scaled dot-product attention. Contains settings only, no weights."""
 
     scale: float = 1.0
     window: int | None = None
-    """A query sees so many keys, itself included."""
+    """Sliding window: number of keys a query attends to, its own included; None: no window."""
     softcap: float | None = None
-    """Scores become softcap * tanh(scores / softcap)."""
+    """Soft cap of the scores: softcap * tanh(scores / softcap)."""
     alibi_bias_max: float | None = None
-    """Scores get slope * (key position - query position), each query head with a slope of its own."""
+    """ALiBi: adds slope * (key position - query position) to the scores, with one slope per query head."""
     query_block: int = 128
-    """Queries per tile: 128 keep one head's scores for 2,048 keys in a core's second-level cache."""
+    """Queries per tile: with 128, one head's scores for 2,048 keys fit in a core's L2 cache."""
 
     def forward(
         self, q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None = None
     ) -> tuple[Array, Saved]:
-        """q (b, t, k, g, h); k, v (b, s, k, h) -> (b, t, k, g, h), the last axis that of v.
+        """q (b, t, k, g, h); k, v (b, s, k, h) -> (b, t, k, g, h), where the last axis has the size of v's.
 
-        sinks (k, g): the score of one more key of each query head, whose value is zero (Xiao et al., 2024).
+        sinks (k, g): for each query head, the score of an extra key whose value is zero (Xiao et al., 2024).
         """
         mixed = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
         sums, shifts = np.empty_like(q[..., 0]), np.zeros_like(q[..., 0])
@@ -67,26 +67,26 @@ class Mixing:
         scale = q.dtype.type(self.scale)
 
         def run(box: Box, tile: Tile) -> None:
-            here, there = box.of_queries(tile), box.of_keys(tile)
+            q_index, k_index = box.of_queries(tile), box.of_keys(tile)
             with phase("scores"):
-                qb, kb = q[here] * scale, k[there]
+                qb, kb = q[q_index] * scale, k[k_index]
                 p = self._masked(self._scores(qb, kb), slopes, box, tile, mask)
                 sink = None if sinks is None else sinks[box.kv_heads, box.groups, None]
                 total = exponentials(p, sink)
                 if total is None:
                     p = self._masked(self._scores(qb, kb), slopes, box, tile, mask)
                     total, shift = shifted_exponentials(p, sink)
-                    shifts[here] = shift.transpose(0, 3, 1, 2)
-                total = sums[here] = total.transpose(0, 3, 1, 2)
+                    shifts[q_index] = shift.transpose(0, 3, 1, 2)
+                total = sums[q_index] = total.transpose(0, 3, 1, 2)
             with phase("mix"):
-                part = einsum("bkgts,bskh->btkgh", p, v[there])
-                np.divide(part, total[..., None], out=mixed[here])
+                part = einsum("bkgts,bskh->btkgh", p, v[k_index])
+                np.divide(part, total[..., None], out=mixed[q_index])
             if pattern is not None:
                 pattern[box.of_scores(tile)] = p / total.transpose(0, 2, 3, 1)[..., None]
 
         tiles = list(query_tiles(mask, q.shape[1], self.query_block, q.dtype))
         parts = boxes(q, tiles, TILE_BYTES, q.shape[3])
-        # Tiles of a cache's size, one a thread, beat the threads of BLAS from about a millisecond on.
+        # Above about a millisecond of work, one cache-sized tile per thread is faster than threaded BLAS.
         coarse = q[..., 0].size * k.shape[1] >= 1 << 20
         for_each(run, [(box, tile) for tile in tiles for box in parts], coarse)
         if pattern is not None and (replaced := tap("pattern", pattern, asked=True)) is not pattern:
@@ -94,64 +94,64 @@ class Mixing:
         return mixed, Saved(q, k, v, mixed, sums, shifts, mask)
 
     def backward(self, dmixed: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        """The gradients by q, k and v."""
+        """The gradients with respect to q, k and v."""
         q, k, v, mixed, *_, mask = saved
         slopes, lse, scale = self._slopes(q), saved.lse, q.dtype.type(self.scale)
         # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         p_dp = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
-        # Every query head has a dk and dv of its own until the end, so that no two boxes write to one place.
+        # dk and dv are separate for each query head until the end, so that boxes write to disjoint memory.
         dq, dk = np.empty_like(q), np.zeros_like(q, shape=(*k.shape[:3], *q.shape[3:]))
         dv = np.zeros_like(q, shape=(*k.shape[:3], q.shape[3], v.shape[-1]))
 
         def run(box: Box) -> None:
             for tile in tiles:
-                here, there = box.of_queries(tile), box.of_keys(tile)
-                qb, kb, vb, db = q[here] * scale, k[there], v[there], dmixed[here]
+                q_index, k_index = box.of_queries(tile), box.of_keys(tile)
+                qb, kb, vb, db = q[q_index] * scale, k[k_index], v[k_index], dmixed[q_index]
                 # p = exp(softcap(einsum("btkgh,bskh->bkgts", scale * q, k)) + bias + mask - lse)
                 p = self._scores(qb, kb)
                 slope = None if self.softcap is None else softcap_derivative(p, self.softcap)
                 p = self._masked(p, slopes, box, tile, mask)
-                p -= lse[here].transpose(0, 2, 3, 1)[..., None]
+                p -= lse[q_index].transpose(0, 2, 3, 1)[..., None]
                 np.exp(p, out=p)
                 # mixed = einsum("bkgts,bskh->btkgh", p, v)
-                dv[*there, box.groups] += einsum("bkgts,btkgh->bskh", p, db)[..., None, :]
+                dv[*k_index, box.groups] += einsum("bkgts,btkgh->bskh", p, db)[..., None, :]
                 dscores = einsum("btkgh,bskh->bkgts", db, vb)
                 dscores -= p_dp[box.rows, box.kv_heads, box.groups, tile.queries, None]
                 dscores *= p
                 if slope is not None:
                     dscores *= slope
                 # scores = einsum("btkgh,bskh->bkgts", scale * q, k)
-                dq[here] = einsum("bkgts,bskh->btkgh", dscores, kb)
-                dk[*there, box.groups] += einsum("bkgts,btkgh->bskh", dscores, qb)[..., None, :]
+                dq[q_index] = einsum("bkgts,bskh->btkgh", dscores, kb)
+                dk[*k_index, box.groups] += einsum("bkgts,btkgh->bskh", dscores, qb)[..., None, :]
 
         tiles = list(query_tiles(mask, q.shape[1], self.query_block, q.dtype))
         coarse = q[..., 0].size * k.shape[1] >= 1 << 18
-        # A tile's scores and their gradient are held at once; one group in a box, as dk and dv are, and two
-        # boxes for each.
+        # Half of TILE_BYTES, as a tile has scores and their gradient; one query group per box, as in dk and
+        # dv, and at least two boxes per group.
         parts = boxes(q, tiles, TILE_BYTES // 2, 1, least=2 * q.shape[3])
         for_each(run, [(box,) for box in parts], coarse)
         dq *= scale
         return dq, dk.sum(axis=3), dv.sum(axis=3)
 
     def sinks_backward(self, dmixed: Array, saved: Saved, sinks: Array) -> Any:
-        """The gradient by the sinks (k, g): that of a score, for a key whose value is zero."""
+        """The gradient of the sinks (k, g): the gradient of the score of a key whose value is zero."""
         # p = exp(sink - lse), dp = 0, dsink = sum_bt p * (dp - sum_s p dp)
         p = np.exp(sinks - saved.lse)
         return weight_grad(sinks, "btkg,btkg->kg", p, -einsum("btkgh,btkgh->btkg", dmixed, saved.mixed))
 
     def _scores(self, q: Array, k: Array) -> Array:
-        """softcap(q . k) of one tile, whose queries are scaled already."""
+        """softcap(q . k) of one tile; q is already scaled."""
         scores = einsum("btkgh,bskh->bkgts", q, k)
         return scores if self.softcap is None else softcap(scores, self.softcap)
 
     def _masked(self, scores: Array, slopes: Array | None, box: Box, tile: Tile, mask: Mask) -> Array:
-        """The scores of one tile with ALiBi's bias and the mask, in place."""
+        """Add the ALiBi bias and the mask to the scores of one tile, in place."""
         if slopes is not None:
             scores += mask.biases(tile.queries, tile.keys, slopes[box.kv_heads, box.groups])
         return add_mask(scores, tile.masked, box.rows)
 
     def _slopes(self, q: Array) -> Array | None:
-        """ALiBi's slope of every query head (k, g)."""
+        """The ALiBi slope of every query head (k, g); None without ALiBi."""
         if self.alibi_bias_max is None:
             return None
         kv_heads, groups = q.shape[2:4]
@@ -159,12 +159,12 @@ class Mixing:
 
 
 def exponentials(scores: Array, sink: Array | None = None) -> Array | None:
-    """exp(scores) in place and its sums (b, k, g, t), with exp(sink) added, or None if a sum leaves the range
-    where that is exact.
+    """Compute exp(scores) in place and return its sums (b, k, g, t), plus exp(sink), or None if a sum is
+    outside of the accurate range.
 
-    The usual subtraction of each row's maximum keeps exp from overflowing; scores of trained models lie far
-    inside the range of float32, so it is left out and checked afterwards: with a sum in [1e-30, 1e30] no term
-    overflowed, and a term that underflowed is below 1e-8 of the sum.
+    A softmax usually subtracts each row's maximum so that exp cannot overflow. Scores of trained models are
+    far from that, so the sums are checked afterwards instead: with a sum in [1e-30, 1e30] no term overflowed,
+    and a term that underflowed is below 1e-8 of the sum.
     """
     with np.errstate(over="ignore"):
         np.exp(scores, out=scores)
@@ -177,10 +177,9 @@ def exponentials(scores: Array, sink: Array | None = None) -> Array | None:
 
 
 def shifted_exponentials(scores: Array, sink: Array | None = None) -> tuple[Array, Array]:
-    """exp(scores - max) in place; returns the sums, with exp(sink - max) added, and the shifts max, both (b,
-    k, g, t).
+    """Compute exp(scores - max) in place; return the sums, plus exp(sink - max), and max, both (b, k, g, t).
 
-    A row that sees no key (padding) becomes zeros: its maximum is -inf, and the lowest number is subtracted.
+    A fully masked row (padding) becomes zeros: its maximum is -inf, so the lowest finite value is subtracted.
     """
     top = scores.max(axis=-1)
     least = np.finfo(scores.dtype).min
@@ -195,6 +194,6 @@ def shifted_exponentials(scores: Array, sink: Array | None = None) -> tuple[Arra
 
 
 def _empty_pattern(q: Array, k: Array) -> Array:
-    """Zeros (b, k, g, t, s) for the weights of all values, held whole only if they are asked for."""
+    """Zeros (b, k, g, t, s) for the attention weights, allocated only if a recorder requests them."""
     b, t, kv_heads, groups, _ = q.shape
     return np.zeros_like(q, shape=(b, kv_heads, groups, t, k.shape[1]))

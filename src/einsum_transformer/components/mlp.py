@@ -15,7 +15,7 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs."""
+    """Activations saved for `MLP.backward`."""
 
     x: Array
     up: Array
@@ -23,7 +23,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MLP:
-    """Weights in checkpoint layout. A gradient is another MLP."""
+    """Weights in checkpoint layout. Gradients are returned as an MLP."""
 
     up_proj: Annotated[Array, "f d"]
     down_proj: Annotated[Array, "d f"]

@@ -1,9 +1,9 @@
-"""Mixture of experts: y = sum over the chosen experts e of w_e expert_e(x), plus the output of a shared
+"""Mixture of experts: y = sum over the selected experts e of w_e expert_e(x), plus the output of a shared
 expert (Shazeer et al., 2017; Dai et al., 2024).
 
-Tokens are gathered by expert: each expert sees the tokens that were routed to it as one matrix, so the cost
-follows the tokens and not the number of experts. The choice itself has no gradient; the weights of the chosen
-do, and through them the router.
+Tokens are grouped by expert: each expert processes the tokens routed to it as one matrix, so the cost depends
+on the number of tokens and not of experts. The top-k selection has no gradient; the router is trained by the
+gradient of the weights w_e.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ Array = np.ndarray
 Scoring = Literal["softmax", "sigmoid"]
 
 _COARSE = 1 << 24
-"""Multiplications from which experts run side by side, each on one thread."""
+"""Number of multiplications from which experts run in parallel, each on one thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How a router's scores become the weights of `top_k` experts."""
+    """How router logits become the weights of the `top_k` selected experts."""
 
     top_k: int = 2
     scoring: Scoring = "softmax"
     """"softmax" over all experts, or "sigmoid" of each."""
     normalize: bool = True
-    """Divide the weights of the chosen by their sum."""
+    """Divide the weights of the selected experts by their sum."""
     scaling: float = 1.0
-    """What the weights are multiplied by at the end."""
+    """Factor of the final weights."""
     groups: int = 1
-    """Experts stand in so many groups of neighbours..."""
+    """Number of equal groups of consecutive experts (`n_group`)."""
     top_groups: int = 1
-    """...and only those of the groups with the best experts are chosen from."""
+    """Number of groups, those with the best experts, that experts are selected from (`topk_group`)."""
 
-    def forward(self, scores: Array) -> tuple[Array, Array, Array]:
-        """scores (b, t, e) -> chosen experts (b, t, top_k), their weights (b, t, top_k), probabilities."""
-        p = softmax(scores) if self.scoring == "softmax" else sigmoid(scores)
+    def forward(self, logits: Array) -> tuple[Array, Array, Array]:
+        """Router logits (b, t, e) -> selected experts (b, t, top_k), their weights (b, t, top_k), and the
+        probabilities (b, t, e)."""
+        p = softmax(logits) if self.scoring == "softmax" else sigmoid(logits)
         limited = self.groups > 1 and self.top_groups < self.groups
         candidates = without_all_but_best_groups(p, self.groups, self.top_groups) if limited else p
         chosen = top_k(candidates, self.top_k)
@@ -57,7 +58,7 @@ class Routing:
         return chosen, w * np.asarray(self.scaling, w.dtype), p
 
     def backward(self, dw: Array, chosen: Array, p: Array) -> Array:
-        """The gradient by the scores."""
+        """The gradient of the router logits."""
         dw = dw * np.asarray(self.scaling, dw.dtype)
         if self.normalize:
             # w = u / sum(u)
@@ -73,13 +74,14 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Who goes where: pairs (token, expert), numbered through `chosen`, in the order of the experts."""
+    """Dispatch of tokens to experts: (token, expert) pairs, as indices into the flattened `chosen`."""
 
     chosen: Array
     """(b, t, top_k)"""
     order: Array
+    """The pairs, sorted by expert."""
     counts: Array
-    """Pairs of each expert."""
+    """Number of pairs of each expert."""
 
     @staticmethod
     def of(chosen: Array, experts: int) -> _Plan:
@@ -87,29 +89,28 @@ class _Plan:
         return _Plan(chosen, np.argsort(flat, kind="stable"), np.bincount(flat, minlength=experts))
 
     def token(self, pairs: Array) -> Array:
-        """The tokens of pairs, counted through the batch."""
+        """The tokens of pairs, as indices into the flattened batch."""
         return pairs // self.chosen.shape[-1]
 
     def tasks(self, idle: bool = False) -> list[tuple[int, Array]]:
-        """(expert, its pairs), the busiest first, so that threads end together; idle: also of experts that
-        have none."""
+        """(expert, its pairs), the largest first, for load balance. idle: include experts without tokens."""
         ends = np.cumsum(self.counts)
         pairs = [self.order[end - n : end] for end, n in zip(ends, self.counts)]
-        busiest = np.argsort(-self.counts, kind="stable").tolist()
-        return [(e, pairs[e]) for e in busiest if idle or len(pairs[e])]
+        largest_first = np.argsort(-self.counts, kind="stable").tolist()
+        return [(e, pairs[e]) for e in largest_first if idle or len(pairs[e])]
 
 
 class SharedSaved(NamedTuple):
-    """What the backward pass of the shared expert needs."""
+    """Activations saved for the backward pass of the shared expert."""
 
     expert: Any
     shared_out: Array
-    opened: Array | None
-    """sigmoid of the shared expert's gate, None where it has none."""
+    gate: Array | None
+    """Sigmoid of the shared expert's gate; None without a gate."""
 
 
 class Saved(NamedTuple):
-    """What the backward pass of MoE needs."""
+    """Activations saved for `MoE.backward`."""
 
     x: Array
     p: Array
@@ -117,19 +118,19 @@ class Saved(NamedTuple):
     plan: _Plan
     expert_out: Array
     experts: list[Any]
-    """Of each expert, None for one that no token reached."""
+    """Activations of each expert; None for an expert without tokens."""
     shared: SharedSaved | None
 
 
 @dataclass(frozen=True, slots=True)
 class MoE:
-    """Weights in checkpoint layout. A gradient is another MoE, zero for an expert that no token reached."""
+    """Weights in checkpoint layout. Gradients are returned as an MoE, zero for experts without tokens."""
 
     gate: Annotated[Array, "e d"]
     experts: tuple[GatedMLP | MLP, ...]
     shared_expert: GatedMLP | MLP | None = None
     shared_expert_gate: Annotated[Array, "e d"] | None = None
-    """One row: the shared expert is multiplied by sigmoid(x . row)."""
+    """One row: the output of the shared expert is multiplied by sigmoid(x . row)."""
     routing: Routing = static(default=Routing())
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
@@ -140,14 +141,14 @@ class MoE:
             plan = _Plan.of(chosen, len(self.experts))
         with phase("experts"):
             rows = _rows(x)
-            # The output of each chosen expert for each token, e counting the chosen.
+            # The output of each selected expert for each token; e indexes the selected experts.
             expert_out = np.empty_like(rows, shape=(*chosen.shape, x.shape[-1]))
-            lines = expert_out.reshape(-1, x.shape[-1])
+            out_rows = expert_out.reshape(-1, x.shape[-1])
             saved: list[Any] = [None] * len(self.experts)
 
             def run(e: int, pairs: Array) -> None:
                 y, saved[e] = self.experts[e].forward(rows[plan.token(pairs)][None])
-                lines[pairs] = _rows(y)
+                out_rows[pairs] = _rows(y)
 
             for_each(run, plan.tasks(), coarse=self._is_coarse(len(plan.order)))
             y = einsum("bte,bted->btd", w, expert_out)
@@ -162,25 +163,25 @@ class MoE:
             dw = einsum("btd,bted->bte", dy, expert_out)
             rows, dy_rows, weights = _rows(x), _rows(dy), saved.w.reshape(-1, 1)
             dx_parts = np.empty_like(expert_out)
-            lines = dx_parts.reshape(-1, x.shape[-1])
+            dx_rows = dx_parts.reshape(-1, x.shape[-1])
             dexperts: list[Any] = [None] * len(self.experts)
 
             def run(e: int, pairs: Array) -> None:
                 expert: Any = self.experts[e]
-                kept = saved.experts[e]
-                if kept is None:
-                    kept = expert.forward(rows[:0][None])[1]
+                saved_expert = saved.experts[e]
+                if saved_expert is None:
+                    saved_expert = expert.forward(rows[:0][None])[1]
                 dexpert_out = dy_rows[plan.token(pairs)] * weights[pairs]
-                dx_part, dexperts[e] = expert.backward(dexpert_out[None], kept)
-                lines[pairs] = _rows(dx_part)
+                dx_part, dexperts[e] = expert.backward(dexpert_out[None], saved_expert)
+                dx_rows[pairs] = _rows(dx_part)
 
             for_each(run, plan.tasks(idle=True), coarse=self._is_coarse(len(plan.order)))
             dx = np.moveaxis(np.moveaxis(dx_parts, -1, 0).sum(axis=-1), 0, -1)
         with phase("router"):
-            # scores = einsum("btd,ed->bte", x, gate)
-            dscores = self.routing.backward(dw, plan.chosen, saved.p)
-            dx += einsum("bte,ed->btd", dscores, self.gate)
-            dgate = weight_grad(self.gate, "bte,btd->ed", dscores, x)
+            # logits = einsum("btd,ed->bte", x, gate)
+            dlogits = self.routing.backward(dw, plan.chosen, saved.p)
+            dx += einsum("bte,ed->btd", dlogits, self.gate)
+            dgate = weight_grad(self.gate, "bte,btd->ed", dlogits, x)
         with phase("shared expert"):
             dshared, dshared_gate = self._shared_backward(dx, dy, x, saved.shared)
         return dx, MoE(
@@ -192,7 +193,7 @@ class MoE:
         )
 
     def _is_coarse(self, pairs: int) -> bool:
-        """Whether the experts have enough to do to run side by side, each on one thread."""
+        """Whether there is enough work to run the experts in parallel, each on one thread."""
         return pairs * self.experts[0].up_proj.shape[0] * self.gate.shape[1] >= _COARSE
 
     def _add_shared(self, x: Array, y: Array) -> SharedSaved | None:
@@ -204,28 +205,28 @@ class MoE:
         if self.shared_expert_gate is None:
             y += shared_out
             return SharedSaved(saved, shared_out, None)
-        opened = sigmoid(einsum("btd,ed->bte", x, self.shared_expert_gate))
-        y += shared_out * opened
-        return SharedSaved(saved, shared_out, opened)
+        gate = sigmoid(einsum("btd,ed->bte", x, self.shared_expert_gate))
+        y += shared_out * gate
+        return SharedSaved(saved, shared_out, gate)
 
     def _shared_backward(self, dx: Array, dy: Array, x: Array, saved: SharedSaved | None) -> tuple[Any, Any]:
-        """Adds to dx, and returns the gradients by the shared expert and by its gate."""
+        """Add to dx; return the gradients of the shared expert and of its gate."""
         shared: Any = self.shared_expert
         if shared is None or saved is None:
             return None, None
-        opened = saved.opened
-        if opened is None:
+        gate = saved.gate
+        if gate is None:
             dx_part, dshared = shared.backward(dy, saved.expert)
             dx += dx_part
             return dshared, None
-        dx_part, dshared = shared.backward(dy * opened, saved.expert)
+        dx_part, dshared = shared.backward(dy * gate, saved.expert)
         dx += dx_part
-        # opened = sigmoid(einsum("btd,ed->bte", x, shared_expert_gate))
-        dscore = einsum("btd,btd->bt", dy, saved.shared_out)[..., None] * opened * (1 - opened)
-        dx += einsum("bte,ed->btd", dscore, self.shared_expert_gate)
-        return dshared, weight_grad(self.shared_expert_gate, "bte,btd->ed", dscore, x)
+        # gate = sigmoid(logit), logit = einsum("btd,ed->bte", x, shared_expert_gate)
+        dlogit = einsum("btd,btd->bt", dy, saved.shared_out)[..., None] * gate * (1 - gate)
+        dx += einsum("bte,ed->btd", dlogit, self.shared_expert_gate)
+        return dshared, weight_grad(self.shared_expert_gate, "bte,btd->ed", dlogit, x)
 
 
 def _rows(x: Array) -> Array:
-    """x (b, t, d) as rows (b t, d) that lie in one piece each: tokens are picked and put back by rows."""
+    """x (b, t, d) as contiguous rows (b t, d), for gathering and scattering tokens."""
     return np.copy(x, order="C").reshape(-1, x.shape[-1])

@@ -1,6 +1,6 @@
-"""RMSNorm of queries or keys before their rotation: y = x / sqrt(mean(x^2) + eps) * (offset + weight).
+"""RMSNorm of queries or keys before RoPE: y = x / sqrt(mean(x^2) + eps) * (offset + weight).
 
-It bounds the scores. Keys come as queries do, (b, t, k, g, h) with g = 1.
+It bounds the attention scores. Keys have the axes of queries, (b, t, k, g, h), with g = 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs."""
+    """Activations saved for `backward`."""
 
     x: Array
     rstd: Array
@@ -25,7 +25,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """Every head by itself: the mean of x^2 is taken over `h`, and all heads share one weight."""
+    """Per-head norm: the mean of x^2 is taken over `h`, and all heads share one weight."""
 
     weight: Annotated[Array, "h"]
     eps: float = static(default=1e-6)
@@ -58,7 +58,7 @@ class HeadNorm:
 
 @dataclass(frozen=True, slots=True)
 class WholeNorm:
-    """All heads together: the mean of x^2 is taken over `k`, `g` and `h`, and each number has its weight."""
+    """Norm over all heads: the mean of x^2 is taken over `k`, `g` and `h`, with one weight per element."""
 
     weight: Annotated[Array, "(k g h)"]
     eps: float = static(default=1e-6)

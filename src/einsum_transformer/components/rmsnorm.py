@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs."""
+    """Activations saved for `RMSNorm.backward`."""
 
     x: Array
     rstd: Array
@@ -22,12 +22,12 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """Weights in checkpoint layout. A gradient is another RMSNorm."""
+    """Weights in checkpoint layout. Gradients are returned as an RMSNorm."""
 
     weight: Annotated[Array, "d"]
     eps: float = static(default=1e-5)
     offset: float = static(default=0.0)
-    """1 where a checkpoint holds what the scale differs from 1 by."""
+    """1 for checkpoints that store scale - 1 (Gemma)."""
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         rstd = 1 / np.sqrt(einsum("btd,btd->bt", x, x) / x.shape[-1] + self.eps)

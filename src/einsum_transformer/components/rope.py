@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021): the angle of pair i at position p is p * inv_freq[i].
 
-Angles are computed in float64 and only their cosines and sines are cast, so position 131,071 is as exact as
-position 1.
+Angles are computed in float64 and only their cosines and sines are cast, so position 131,071 is as accurate
+as position 1.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ROPE_TYPES: tuple[RopeType, ...] = get_args(RopeType)
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Settings of the rotation, with the names of Hugging Face's `rope_parameters`.
+    """Settings of RoPE, named as in Hugging Face's `rope_parameters`.
 
-    factor stretches the context that the model was trained on, `original_max_position_embeddings` tokens.
+    factor: ratio of the extended context to the trained context, `original_max_position_embeddings` tokens.
     """
 
     rope_theta: float = 10000.0
@@ -40,39 +40,41 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None
-    """What cosines and sines are multiplied by; None: what the rope_type makes of the other settings."""
+    """Factor of cosines and sines; None: computed from the other settings as defined by the rope_type."""
     mscale: float | None = None
     mscale_all_dim: float | None = None
     short_factor: tuple[float, ...] = ()
-    """longrope's divisors of each pair's frequency, up to the trained length."""
+    """longrope: divisor of each pair's frequency for sequences up to the trained length."""
     long_factor: tuple[float, ...] = ()
-    """And beyond it."""
+    """longrope: divisor of each pair's frequency for longer sequences."""
     interleaved: bool = False
-    """Pairs are (2i, 2i + 1), not (i, i + r/2)."""
+    """Whether pairs are dimensions (2i, 2i + 1) instead of (i, i + r/2)."""
     frequency_factors: tuple[float, ...] | None = None
-    """Divisors of each pair's frequency that a GGUF file stores itself (its tensor rope_freqs)."""
+    """Divisor of each pair's frequency, from the tensor rope_freqs of a GGUF file."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("frequency_factors", "short_factor", "long_factor"):
             if any(not (math.isfinite(factor) and factor > 0) for factor in getattr(self, name) or ()):
                 shown = "rope_freqs" if name == "frequency_factors" else f"rope {name}"
-                raise ConfigError(f"{shown} holds a factor that is not a positive number")
+                raise ConfigError(f"{shown} contains a factor that is not a positive number")
         for name in _POSITIVE:
             value = getattr(self, name)
-            # The bounds are far outside of any model's and keep every formula below inside of float64.
+            # No model comes near these bounds; they keep every formula below in the range of float64.
             if value is not None and not 1e-9 <= value <= 1e12:
-                raise ConfigError(f"rope {name} is {value}: it must be a positive number of reasonable size")
+                raise ConfigError(f"rope {name} is {value}: expected a number from 1e-9 to 1e12")
         if not 0 < self.partial_rotary_factor <= 1:
             raise ConfigError(
-                f"rope partial_rotary_factor is {self.partial_rotary_factor}: it must lie in (0, 1]"
+                f"rope partial_rotary_factor is {self.partial_rotary_factor}: expected a number in (0, 1]"
             )
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise ConfigError(f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
+            raise ConfigError(
+                f"rope low_freq_factor {self.low_freq_factor} must be less than high_freq_factor"
+            )
         if self.rope_type == "longrope" and self.original_max_position_embeddings < 2:
-            raise ConfigError("rope original_max_position_embeddings is 1: longrope needs more")
+            raise ConfigError("rope original_max_position_embeddings is 1: longrope needs at least 2")
         if self.rope_type == "yarn" and self.rope_theta <= 1:
-            raise ConfigError(f"rope rope_theta is {self.rope_theta}: yarn needs more than 1")
+            raise ConfigError(f"rope rope_theta is {self.rope_theta}: yarn needs a value above 1")
 
 
 _POSITIVE = (
@@ -91,7 +93,7 @@ _POSITIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The angles of a forward pass: cos (b, t, r/2) and signed_sin (b, t, 2, r/2) = (-sin, sin), see
+    """The RoPE angles of a forward pass: cos (b, t, r/2), signed_sin (b, t, 2, r/2) = (-sin, sin); see
     `rotate`."""
 
     cos: Array
@@ -103,12 +105,12 @@ class Rotation:
         return self.signed_sin[..., 1, :]
 
     def forward(self, x: Array) -> Array:
-        """x: (b, t, heads..., h) -> the same, each pair rotated by its position's angle."""
+        """x: (b, t, heads..., h) -> the same shape, with each pair rotated by the angle of its position."""
         cos, sin = self._over_heads(x.ndim - 3)
         return rotate(x, cos, sin, self.interleaved)
 
     def backward(self, dy: Array) -> Array:
-        # A rotation's transpose is the rotation back.
+        # The transpose of a rotation is the rotation by the negative angle.
         cos, sin = self._over_heads(dy.ndim - 3)
         return rotate(dy, cos, -sin, self.interleaved)
 
@@ -118,27 +120,26 @@ class Rotation:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tuple[Array, float]:
-    """(inv_freq: float64 (r/2,), the factor that cos and sin are multiplied by), r = head_dim *
-    partial_rotary_factor.
+    """Return inv_freq, float64 (r/2,), and the factor of cos and sin; r = head_dim * partial_rotary_factor.
 
-    default: theta^(-2i/r); the other types change it as their papers and Hugging Face's implementation say.
-    `length` is the longest position + 1 of the pass; `dynamic` and `longrope` look at it.
+    default: theta^(-2i/r); the other types modify it as in their papers and in Hugging Face's implementation.
+    length: the largest position of the pass + 1; used by `dynamic` and `longrope`.
     """
     r = int(head_dim * rope.partial_rotary_factor)
     if r < 2 or r % 2:
-        raise ConfigError(f"rope rotates {r} of {head_dim} head dimensions: an even number >= 2 is needed")
+        raise ConfigError(f"rope rotates {r} of {head_dim} head dimensions: expected an even number >= 2")
     exponent = np.arange(0, r, 2, dtype=np.float64) / r
     inv_freq = rope.rope_theta**-exponent
     if rope.frequency_factors is not None:
         if len(rope.frequency_factors) != r // 2:
             raise ConfigError(
-                f"rope_freqs holds {len(rope.frequency_factors)} factors, {r // 2} pairs are rotated"
+                f"rope_freqs contains {len(rope.frequency_factors)} factors, but {r // 2} pairs are rotated"
             )
         inv_freq /= np.asarray(rope.frequency_factors)
     if rope.rope_type == "longrope":
         factors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
         if len(factors) != r // 2:
-            raise ConfigError(f"longrope has {len(factors)} factors, {r // 2} pairs are rotated")
+            raise ConfigError(f"longrope has {len(factors)} factors, but {r // 2} pairs are rotated")
         return inv_freq / np.asarray(factors), _longrope_attention_factor(rope)
     attention = 1.0 if rope.attention_factor is None else rope.attention_factor
     if rope.rope_type == "linear":
@@ -157,21 +158,21 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tup
 
 
 def _llama3(rope: RopeConfig, inv_freq: Array) -> Array:
-    """Long wavelengths are divided by factor, short ones kept, a linear blend between (Llama 3.1)."""
+    """Divide low frequencies by factor, keep high ones unchanged, interpolate between (Llama 3.1)."""
     wavelength = 2 * math.pi / inv_freq
-    turns = rope.original_max_position_embeddings / wavelength
-    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
-    return (1 - keep) * inv_freq / rope.factor + keep * inv_freq
+    rotations = rope.original_max_position_embeddings / wavelength
+    unscaled = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    unscaled = np.clip(unscaled, 0, 1)
+    return (1 - unscaled) * inv_freq / rope.factor + unscaled * inv_freq
 
 
 def _yarn(rope: RopeConfig, inv_freq: Array, r: int) -> Array:
-    """Pairs that turn more than beta_fast times in the trained context are kept, fewer than beta_slow divided
-    by factor."""
+    """Keep frequencies with more than beta_fast rotations in the trained context unchanged, divide those with
+    fewer than beta_slow by factor, interpolate between."""
 
-    def pair_with(turns: float) -> float:
+    def pair_with(rotations: float) -> float:
         trained = rope.original_max_position_embeddings
-        return r * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        return r * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
@@ -205,13 +206,13 @@ def _longrope_attention_factor(rope: RopeConfig) -> float:
 def rotation(
     rope: RopeConfig, head_dim: int, positions: Array, dtype: np.dtype, least: int | Array = 0
 ) -> Rotation:
-    """The rotation of tokens at `positions` (b, t). least: the length that each row's text has at least."""
-    # Each row of a batch has its own length, so that it does not depend on the batch around it.
+    """The Rotation of tokens at `positions` (b, t). least: minimum sequence length of each row."""
+    # Lengths are per row, so that a row does not depend on the rest of the batch.
     by_length = rope.rope_type in ("dynamic", "longrope")
     lengths = np.maximum(positions.max(axis=1) + 1, least) if by_length else [0]
     tables = [inverse_frequencies(rope, head_dim, int(length)) for length in lengths]
     inv_freq, factor = np.stack([table for table, _ in tables], axis=1), tables[0][1]
-    # Built pair-major, so that positions are innermost in memory like those of every activation.
+    # Built pair-major, so that positions are innermost in memory, as in all activations.
     angles = inv_freq[:, :, None] * positions[None].astype(np.float64)
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
     pair_major = cos.astype(dtype), np.stack([-sin, sin]).astype(dtype)

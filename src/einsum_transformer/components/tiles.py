@@ -1,8 +1,8 @@
-"""How attention is divided: boxes of rows and heads, each a sequence of tiles of queries and their keys.
+"""Tiling of attention: boxes of batch rows and heads, each a sequence of tiles of queries and their keys.
 
-Scores of t x s positions are never held whole (Dao et al., 2022). Boxes share no query head of a row, so
-that they can run side by side in both directions; the backward pass adds up the gradients of keys and values
-over the tiles of a box.
+The t x s score matrix is never materialized (Dao et al., 2022). Boxes do not share a query head of a row, so
+they can run in parallel in both passes; the backward pass sums the gradients of keys and values over the
+tiles of a box.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from einsum_transformer.components.masks import Mask, Masked
 Array = np.ndarray
 
 TILE_BYTES = 1 << 20
-"""Scores of a tile, so that they stay in a core's second-level cache between the two products."""
+"""Size of a tile's scores, so that they stay in a core's L2 cache between the two products."""
 
 
 class Tile(NamedTuple):
-    """Queries of a block, the keys that they may see, and what masks some of those."""
+    """A block of queries, the keys that they may attend to, and the mask of those keys."""
 
     queries: slice
     keys: slice
@@ -29,12 +29,12 @@ class Tile(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Scores of one head of one row."""
+        """Number of scores of one head of one row."""
         return (self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start)
 
 
 class Box(NamedTuple):
-    """Rows and heads of q (b, t, k, g, h)."""
+    """Batch rows and heads of q (b, t, k, g, h)."""
 
     rows: slice
     kv_heads: slice
@@ -57,7 +57,7 @@ _ONE_BOX = [Box(slice(None), slice(None), slice(None))]
 
 
 def query_tiles(mask: Mask, t: int, query_block: int, dtype: np.dtype) -> Iterator[Tile]:
-    """The tiles of t queries; the longest first, so that threads end together."""
+    """The tiles of t queries, the largest first, for load balance."""
     for start in reversed(range(0, t, query_block)):
         block = slice(start, min(start + query_block, t))
         keys = mask.keys(block)
@@ -65,8 +65,8 @@ def query_tiles(mask: Mask, t: int, query_block: int, dtype: np.dtype) -> Iterat
 
 
 def boxes(q: Array, tiles: list[Tile], most_bytes: int, most_groups: int, least: int = 1) -> list[Box]:
-    """All rows and heads of q (b, t, k, g, h) in boxes whose largest tile has about most_bytes of scores, at
-    least so many boxes where there are as many heads; the groups of a key/value head stay together first."""
+    """Split the rows and heads of q (b, t, k, g, h) into boxes whose largest tile has about most_bytes of
+    scores, and into at least `least` boxes if there are enough heads; query groups are split last."""
     b, _, kv_heads, groups, _ = q.shape
     largest = tiles[0].size if len(tiles) == 1 else max(tile.size for tile in tiles)
     fit = min(most_bytes // (largest * q.dtype.itemsize), b * kv_heads * groups // least)

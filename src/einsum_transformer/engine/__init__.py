@@ -1,4 +1,4 @@
-"""The engine: equations and how they run."""
+"""The einsum engine: equations, how they run, and how runs are recorded."""
 
 from einsum_transformer.engine.contract import Gradients, Leaf, einsum, is_trained, weight_grad
 from einsum_transformer.engine.equation import Equation, EquationError

@@ -1,7 +1,7 @@
-"""The BLAS libraries behind the products, and their thread count.
+"""The BLAS library of all matrix products, and its thread count.
 
-NumPy's own BLAS is always there. Intel MKL is used through ctypes where the PyPI wheel `mkl` is installed
-(the extra `[mkl]`). `matmul` is the product of the provider in use; `use` switches it at run time.
+NumPy's own BLAS is always available. Intel MKL is called through ctypes if the PyPI wheel `mkl` is installed
+(the extra `[mkl]`). `matmul` is the product of the current provider; `use` switches it at run time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from einsum_transformer.errors import InputError
 Array = np.ndarray
 
 matmul: Callable[..., Array] = np.matmul
-"""The matrix product of the provider in use, with np.matmul's meaning: (..., m, k) . (..., k, n) -> (..., m,
-n)."""
+"""The matrix product of the current provider, with the semantics of np.matmul: (..., m, k) . (..., k, n) ->
+(..., m, n)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """A BLAS library: its name for tables, its product, its thread control."""
+    """A BLAS library: its name in tables, its matrix product and its thread control."""
 
     name: str
     version: str
@@ -44,10 +44,10 @@ class Provider:
 
 
 def use(name: str) -> Provider:
-    """Make `auto`, `numpy` or `mkl` the provider of every product from now on.
+    """Set the provider of all products to `auto`, `numpy` or `mkl`.
 
-    `auto` is MKL where it is installed and the processor is Intel's, else NumPy's: on other processors MKL
-    was the slower of the two (docs/performance.md).
+    `auto` selects MKL if it is installed and the processor is Intel's, else NumPy's BLAS, which was faster
+    than MKL on other processors (docs/performance.md).
     """
     global matmul, _current
     if name == "auto":
@@ -55,7 +55,7 @@ def use(name: str) -> Provider:
     if name not in ("numpy", "mkl"):
         raise InputError(f"--blas {name!r}: choose auto, numpy or mkl")
     with _lock:
-        threads = current().get_threads()  # 1 inside of `one_thread`, which restores the count at its end
+        threads = current().get_threads()  # 1 inside `one_thread`, which restores the count at its end
         _current = numpy_provider() if name == "numpy" else mkl_provider()
         matmul = _current.matmul
         _set_threads(threads)
@@ -63,43 +63,43 @@ def use(name: str) -> Provider:
 
 
 def current() -> Provider:
-    """The provider in use (NumPy's until `use` says otherwise)."""
+    """Return the current provider (NumPy's until `use` selects another)."""
     return _current if _current is not None else numpy_provider()
 
 
 def set_threads(count: int) -> None:
-    """Let the BLAS in use compute with `count` threads from now on."""
-    global _wanted
+    """Set the number of threads of the current BLAS."""
+    global _restored_count
     if count < 1:
-        raise InputError(f"--threads {count}: at least 1")
+        raise InputError(f"--threads {count}: must be at least 1")
     with _lock:
         if _regions:
-            _wanted = count
+            _restored_count = count
         else:
             _set_threads(count)
 
 
 def get_threads() -> int:
-    """Threads that the BLAS in use was set to compute with."""
-    return _wanted if _regions else current().get_threads()
+    """Return the number of threads that is set for the current BLAS."""
+    return _restored_count if _regions else current().get_threads()
 
 
 def free_threads() -> int:
-    """Threads that a task may use now: 1 while some thread is inside of `one_thread`."""
+    """Return the number of threads that a task may use now: 1 while any thread is inside `one_thread`."""
     return 1 if _regions else current().get_threads()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let BLAS compute with one thread; the count that was set before, or meanwhile, holds again afterwards.
+    """Limit BLAS to one thread; on exit, restore the count that was set before or inside.
 
-    The count is the library's and so of all threads of the process: the regions of several threads may
-    overlap, the first one saves the count and the last one restores it.
+    The count applies to all threads of the process. Regions of several threads may overlap: the first one to
+    enter saves the count and the last one to exit restores it.
     """
-    global _regions, _wanted
+    global _regions, _restored_count
     with _lock:
         if not _regions:
-            _wanted = current().get_threads()
+            _restored_count = current().get_threads()
             _set_threads(1)
         _regions += 1
     try:
@@ -108,28 +108,28 @@ def one_thread() -> Iterator[None]:
         with _lock:
             _regions -= 1
             if not _regions:
-                _set_threads(_wanted)
+                _set_threads(_restored_count)
 
 
 def _set_threads(count: int) -> None:
     provider = current()
     provider.set_threads(count)
     if provider.name == "mkl":
-        # What is not a float matrix product still goes through NumPy.
+        # Products of other types than float32 and float64 still use NumPy.
         numpy_provider().set_threads(count)
 
 
 _lock = threading.Lock()
 _regions = 0
-"""How many regions of `one_thread` are open."""
-_wanted = 1
-"""The count that holds when they are closed."""
+"""The number of active regions of `one_thread`."""
+_restored_count = 1
+"""The thread count to set when they have exited."""
 _current: Provider | None = None
 
 
 @cache
 def numpy_provider() -> Provider:
-    """NumPy's own BLAS (OpenBLAS in the PyPI wheels, Accelerate on a Mac)."""
+    """Return NumPy's own BLAS (OpenBLAS in the PyPI wheels, Accelerate on a Mac)."""
     from threadpoolctl import ThreadpoolController
 
     libraries = ThreadpoolController().select(user_api="blas").lib_controllers
@@ -148,10 +148,10 @@ def numpy_provider() -> Provider:
 
 
 def _setter(library: Any) -> Callable[[int], None]:
-    """What sets a library's threads, from whichever thread.
+    """Return the function that sets a library's thread count and works from any thread.
 
-    threadpoolctl lets only the first thread that asked set those of an OpenBLAS with a pool of its own, and
-    ignores all others without a word; the functions here take turns by a lock, so they call the library.
+    For an OpenBLAS with its own thread pool, threadpoolctl only obeys the first thread that calls it and
+    silently ignores all others; the functions here hold a lock, so they call the library directly.
     """
     if library.internal_api == "openblas" and library.info().get("threading_layer") != "openmp":
         symbols = ctypes.CDLL(library.filepath)
@@ -163,13 +163,13 @@ def _setter(library: Any) -> Callable[[int], None]:
 
 @cache
 def mkl_provider() -> Provider:
-    """Intel MKL from the wheel `mkl`, called by ctypes (which releases the GIL)."""
+    """Return Intel MKL from the wheel `mkl`, called through ctypes (which releases the GIL)."""
     library = _mkl_library()
     if library is None:
         raise InputError("--blas mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
 
     def set_threads(count: int) -> None:
-        # A limit of this thread alone (threadpoolctl leaves one behind) would go before the one set here.
+        # A thread-local limit (threadpoolctl leaves one behind) would take precedence over the global one.
         library.MKL_Set_Num_Threads_Local(0)
         library.MKL_Set_Num_Threads(count)
 
@@ -184,7 +184,7 @@ def mkl_provider() -> Provider:
 
 @cache
 def _mkl_library() -> Any:
-    """The loaded library, or None if the wheel is not installed."""
+    """Return the loaded library, or None if the wheel is not installed."""
     try:
         files = importlib.metadata.files("mkl") or []
     except importlib.metadata.PackageNotFoundError:
@@ -198,7 +198,7 @@ def _mkl_library() -> Any:
     try:
         return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise InputError(f"--blas mkl: {found[0].name} does not load: {error}") from None
+        raise InputError(f"--blas mkl: {found[0].name} cannot be loaded: {error}") from None
 
 
 def _is_intel() -> bool:
@@ -224,7 +224,7 @@ def _mkl_matmul(library: Any) -> Callable[..., Array]:
         products[np.dtype(kind).str] = gemm
 
     def product(a: Array, b: Array) -> Array:
-        """a . b by MKL for float matrices; stacks of matrices go one by one, all else to NumPy."""
+        """a . b by MKL for float matrices and stacks of them (one matrix at a time), else by NumPy."""
         gemm = products.get(a.dtype.str)
         if gemm is None or a.dtype != b.dtype or a.ndim < 2 or b.ndim < 2 or 0 in a.shape or 0 in b.shape:
             return np.matmul(a, b)
@@ -255,7 +255,7 @@ def _gemm_into(gemm: Any, a: Array, b: Array, out: Array) -> None:
 
 
 def _layout(a: Array) -> tuple[int, Array, int]:
-    """(transposed?, the matrix, leading dimension): copied only if neither axis has unit stride."""
+    """Return (transposed?, matrix, leading dimension); copy only if neither axis has unit stride."""
     rows, columns = a.shape
     down, across = a.strides
     item = a.itemsize

@@ -1,7 +1,7 @@
-"""What a call of np.einsum may hold beside an equation and its operands: sublists and keywords.
+"""Arguments of np.einsum other than an equation and its operands: sublists and keywords.
 
-The functions here check these arguments and turn them into an equation, arrays and a path; none of them
-contracts anything. docs/notation.md lists where `einsum` and `np.einsum` differ.
+The functions here check these arguments and convert them to an equation, arrays and a path; they do not
+contract anything. docs/notation.md lists the differences between `einsum` and `np.einsum`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ class Keywords(TypedDict, total=False):
 
 
 def checked(keywords: Keywords) -> tuple[str, Any, Any, str, list[tuple[int, ...]] | None]:
-    """(order, out, dtype, casting, path), with NumPy's defaults and checks; path None means any."""
+    """Return (order, out, dtype, casting, path) with NumPy's defaults and checks; path None: search one."""
     if unknown := keywords.keys() - Keywords.__annotations__.keys():
-        raise OperandTypeError(f"einsum: there is no keyword {min(unknown)!r}")
+        raise OperandTypeError(f"einsum: unknown keyword {min(unknown)!r}")
     order, out, dtype = keywords.get("order"), keywords.get("out"), keywords.get("dtype")
     casting, optimize = keywords.get("casting", "safe"), keywords.get("optimize", True)
     order = "K" if order is None else order
     if not isinstance(order, str) or order.upper() not in ("K", "A", "C", "F"):
         raise EquationError(f"einsum: order={order!r}: choose 'K', 'A', 'C' or 'F'")
     if out is not None and not isinstance(out, Array):
-        raise OperandTypeError(f"einsum: out= takes an array, not {type(out).__name__}")
+        raise OperandTypeError(f"einsum: out= must be an array, not {type(out).__name__}")
     if casting not in _CASTINGS:
         raise EquationError(f"einsum: casting={casting!r}: choose one of {', '.join(_CASTINGS)}")
     try:
         dtype = None if dtype is None else np.dtype(dtype)
     except TypeError:
-        raise OperandTypeError(f"einsum: dtype={dtype!r} is no NumPy type") from None
+        raise OperandTypeError(f"einsum: dtype={dtype!r} is not a NumPy type") from None
     return order.upper(), out, dtype, casting, _path(optimize)
 
 
 def _path(optimize: Any) -> list[tuple[int, ...]] | None:
-    """The steps of an explicit path ["einsum_path", (0, 1), ...]; None for what only says how to search."""
+    """Return the steps of an explicit path ["einsum_path", (0, 1), ...]; None for a search method."""
     if optimize is None or isinstance(optimize, (bool, np.bool_)) or optimize in ("greedy", "optimal"):
         return None
     if isinstance(optimize, (list, tuple)) and optimize:
@@ -71,7 +71,7 @@ def _path(optimize: Any) -> list[tuple[int, ...]] | None:
 
 
 def check_path(path: Sequence[tuple[int, ...]], operands: int) -> None:
-    """That the steps of an explicit path contract so many operands to one array."""
+    """Raise EquationError unless the steps of an explicit path contract `operands` operands to one array."""
     left = operands
     for step in path:
         if len(set(step)) < len(step) or not all(0 <= i < left for i in step):
@@ -82,11 +82,11 @@ def check_path(path: Sequence[tuple[int, ...]], operands: int) -> None:
 
 
 def from_sublists(arguments: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
-    """einsum(a, [0, 1], b, [1, 2], [0, 2]) as (equation, operands): number n is letter n of A-Z, a-z."""
+    """Convert einsum(a, [0, 1], b, [1, 2], [0, 2]) to (equation, operands): n is letter n of A-Z, a-z."""
     if isinstance(arguments[0], bytes):
         return arguments[0].decode("ascii"), tuple(arguments[1:])
     if len(arguments) < 2:
-        raise EquationError("einsum: an equation, or an operand and the list of its subscripts, is needed")
+        raise EquationError("einsum: pass an equation, or an operand and the list of its subscripts")
     paired = len(arguments) - len(arguments) % 2
     terms = ",".join(_term(sublist) for sublist in arguments[1:paired:2])
     if paired < len(arguments):
@@ -99,7 +99,7 @@ def _term(sublist: Any) -> str:
         sublist = sublist.tolist()
     if not isinstance(sublist, (list, tuple, range)):
         raise OperandTypeError(
-            f"einsum: the subscripts of an operand are a list or tuple, not {type(sublist).__name__}"
+            f"einsum: the subscripts of an operand must be a list or tuple, not {type(sublist).__name__}"
         )
     letters = []
     for subscript in sublist:
@@ -115,10 +115,10 @@ def _term(sublist: Any) -> str:
 
 
 def cast(operands: Sequence[Any], out: Array | None, dtype: np.dtype | None, casting: Any) -> list[Any]:
-    """The operands in the type that the call computes in: `dtype`, or else their common type with `out`."""
+    """Cast the operands to the type of the computation: `dtype`, or else their common type with `out`."""
     arrays = [operand if isinstance(operand, ShapeArray) else np.asarray(operand) for operand in operands]
     types = [a.dtype for a in arrays]
-    # NumPy's loop reads `out` as well as it writes it.
+    # NumPy's loop also reads `out`.
     outs = [] if out is None else [out.dtype]
     if dtype is None:
         dtype = common_type("", types + outs)
@@ -135,7 +135,7 @@ def cast(operands: Sequence[Any], out: Array | None, dtype: np.dtype | None, cas
 
 
 def common_type(equation: str, types: Sequence[np.dtype]) -> np.dtype:
-    """NumPy's result type of operands of these types."""
+    """Return NumPy's result type for operands of these types."""
     try:
         return np.result_type(*types)
     except TypeError:
@@ -145,7 +145,7 @@ def common_type(equation: str, types: Sequence[np.dtype]) -> np.dtype:
 
 
 def in_order(result: Any, order: str, operands: Sequence[Any]) -> Any:
-    """The result in C or F order; "A" is F if every operand is an array in F order, else C."""
+    """Return the result in C or F order; "A" means F if every operand is an array in F order, else C."""
     if order == "K" or not isinstance(result, Array):
         return result
     if order == "A":
@@ -155,9 +155,9 @@ def in_order(result: Any, order: str, operands: Sequence[Any]) -> Any:
 
 
 def write(out: Array, result: Array, casting: Any) -> Array:
-    """`out`, filled with the result."""
+    """Copy the result to `out` and return `out`."""
     if out.shape != result.shape:
-        raise EquationError(f"einsum: out= has shape {out.shape}, the result {result.shape}")
+        raise EquationError(f"einsum: out= has shape {out.shape}, but the result has shape {result.shape}")
     if not np.can_cast(result.dtype, out.dtype, casting):
         raise OperandTypeError(
             f"einsum: the result cannot be cast from {result.dtype} to out's {out.dtype} "

@@ -1,4 +1,4 @@
-"""einsum(): resolve the operands, run the cached plan, tell the recorder."""
+"""einsum(): resolve the operands, run the cached plan, notify the recorder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Array = np.ndarray
 
 
 class Leaf(NDArrayOperatorsMixin, ABC):
-    """Whatever stands where a weight array stands: a file's tensor, a quantized tensor, a LoRA pair.
+    """A replacement for a weight array: a tensor in a file, a quantized tensor, a weight with LoRA.
 
-    `einsum` asks the leaf for the contraction and `weight_grad` for the gradient, so components never know of
-    leaves. In elementwise arithmetic (`weight + 1`, `x *= weight`) a leaf is the array it stands for. A new
-    kind defines `array`, and overrides what it can do better.
+    `einsum` calls the leaf for the contraction and `weight_grad` for the gradient, so components are
+    independent of leaves. In elementwise arithmetic (`weight + 1`, `x *= weight`) a leaf acts as its array.
+    A subclass defines `array`, and overrides other methods to be more efficient.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     trained = True
-    """Whether a gradient of it is wanted."""
+    """Whether its gradient is computed."""
 
     @property
     def ndim(self) -> int:
@@ -37,15 +37,15 @@ class Leaf(NDArrayOperatorsMixin, ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it is made of, also where a part of that is still in its file."""
+        """Bytes of its parts, including parts that are still in their file."""
         return sum(part.nbytes for part in self.parts().values())
 
     @abstractmethod
     def array(self) -> Array:
-        """The weight as floating-point numbers, in the shape of this leaf."""
+        """Return the weight as a floating-point array of the shape of this leaf."""
 
     def __getitem__(self, index: Any) -> Any:
-        """A part of the weight, for an equation or as an array."""
+        """Return a part of the weight, for use in an equation or as an array."""
         return _Part(self, index)
 
     @property
@@ -54,56 +54,56 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         return self
 
     def rows(self, indices: Array) -> Array:
-        """The rows of the first axis at `indices`, as np.take gives them."""
+        """Return the rows of the first axis at `indices`, as np.take does."""
         return np.take(self.array(), indices, axis=0)
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
-        """einsum(equation, *operands) where operands[position] is this leaf; order: see `product`."""
+        """Return `einsum(equation, *operands)` with this leaf at `position`; order: see `product`."""
         return product(equation, (*operands[:position], self.array(), *operands[position + 1 :]), order)
 
     def weight_grad(self, equation: str, *operands: Array) -> Any:
-        """The gradient that belongs to this leaf: an array of its shape, or `Gradients` of its parts."""
+        """Return the gradient of this leaf: an array of its shape, or `Gradients` of its parts."""
         return product(equation, operands, "C")
 
     def add_rows(self, indices: Array, dy: Array) -> Any:
-        """The gradient of `rows` that belongs to this leaf, or None if it takes none."""
+        """Return the gradient of this leaf for the use of `rows`, or None if `rows` does not train it."""
         return add_rows(ShapeArray(self.shape, self.dtype), indices, dy)
 
     def parts(self) -> dict[str, Any]:
-        """Name -> array or leaf of all that it is made of; nothing for what is not held in memory."""
+        """Return name -> array or leaf of the parts; empty for a leaf that is not in memory."""
         return {}
 
     def with_parts(self, parts: Mapping[str, Any]) -> Leaf:
-        """The same kind of leaf, with the same settings, made of other parts."""
+        """Return a leaf of the same kind and settings with other parts."""
         raise NotImplementedError(f"{type(self).__name__} has no parts")
 
     def trained_parts(self, path: str) -> dict[str, str]:
-        """Part -> name of the parameter, for the parts that are trained where this leaf is at `path`."""
+        """Return part -> parameter name of the trained parts of this leaf at `path`."""
         return {}
 
     def drawn(self, key: tuple[int, ...], first_row: int) -> Leaf:
-        """The leaf for one pass over the rows of a batch from first_row on, with the random numbers of
-        `key`."""
+        """Return the leaf for one pass over the rows of a batch from first_row on, with random numbers
+        (dropout) determined by `key`."""
         return self
 
     def delta(self) -> Array | None:
-        """What an adapter adds to `bare`, None for what has no adapter."""
+        """Return the array that an adapter adds to `bare`, or None for a leaf without an adapter."""
         return None
 
     def bare(self) -> Any:
-        """The weight without an adapter and without what keeps it from being trained."""
+        """Return the weight without its adapter and without the wrapper that freezes it."""
         return self
 
     def writable(self) -> Any:
-        """What stands here in training: itself where only parts are trained, or nothing is; else an array."""
+        """Return the weight to train: itself if only parts or nothing of it is trained, else an array."""
         return np.array(self.array())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """For NumPy's functions."""
+        """Convert to an array for NumPy's functions."""
         return np.array(self.array(), dtype=dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        """For arithmetic by element, as of a norm's weight or a bias; nothing is written into a leaf."""
+        """Elementwise arithmetic, e.g. with a norm's weight or a bias; a leaf is never written to."""
         if any(isinstance(each, Leaf) for each in options.get("out", ())):
             return NotImplemented
         arrays = [each.array() if isinstance(each, Leaf) else each for each in inputs]
@@ -113,7 +113,7 @@ class Leaf(NDArrayOperatorsMixin, ABC):
 
 
 class _Part(Leaf):
-    """leaf[index] where an equation uses it; it takes no gradient."""
+    """leaf[index] as an operand of an equation; it is not trained."""
 
     trained = False
 
@@ -130,7 +130,7 @@ class _Part(Leaf):
 
 
 class Gradients:
-    """The gradient of a leaf of which parts are trained: part -> array."""
+    """The gradient of a leaf whose parts are trained: part -> array."""
 
     __slots__ = ("parts",)
 
@@ -138,27 +138,26 @@ class Gradients:
         self.parts = parts
 
 
-# Looked up once: einsum begins with them.
-_ndarray, _kept_plans = np.ndarray, plans.kept
+# Globals of the fast path of einsum, to save attribute lookups.
+_ndarray, _cached_plans = np.ndarray, plans.cached
 
 
 def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) -> Array:
-    """The contraction that `equation` spells, as `np.einsum` defines it, run as a BLAS product wherever it is
-    one.
+    """Evaluate the contraction `equation` with the semantics of `np.einsum`, as BLAS products if possible.
 
-    operands: arrays, numbers, lists or leaves (see `Leaf`). One letter has one size, and size 1 does not
-    broadcast; axes of `...` do. Equations with three or more operands run pairwise along the path that
-    opt_einsum finds. Sublists, einsum(a, [0, 1], b, [1, 2]), stand for an equation.
+    operands: arrays, numbers, lists or leaves (see `Leaf`). A letter has the same size in all operands, and
+    size 1 does not broadcast; axes of `...` do. Three or more operands are contracted pairwise along a path
+    found by opt_einsum. Sublists, einsum(a, [0, 1], b, [1, 2]), can replace the equation.
     order, out, dtype, casting, optimize: as in np.einsum; with the default order "K" the engine chooses the
     memory layout of the result.
-    What differs from np.einsum stands in docs/notation.md, section "Where einsum and np.einsum differ".
-    Errors: EquationError names the equation, the operand, the letter and both sizes.
+    The section "Where einsum and np.einsum differ" of docs/notation.md lists the differences.
+    Raises EquationError, which names the equation, the operand, the letter and both sizes.
     """
     if len(operands) == 2 and not keywords and not recorder.active_for_events:
         a, b = operands
         if type(a) is _ndarray and type(b) is _ndarray:
             try:
-                plan = _kept_plans.get(
+                plan = _cached_plans.get(
                     (equation, a.shape, b.shape, a.strides, b.strides, a.dtype.num, b.dtype.num)
                 )
             except TypeError:  # sublists: `equation` is an operand
@@ -169,22 +168,22 @@ def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) ->
 
 
 def product(equation: str, operands: tuple[Any, ...], order: str = "K") -> Array:
-    """einsum(equation, *operands); order: "K" lets the engine choose the memory layout of a matrix product,
-    "C" puts operand 1's letters innermost, "F" operand 0's."""
+    """Return `einsum(equation, *operands)`; order: "K" lets the engine choose the memory layout of a matrix
+    product, "C" puts operand 1's letters innermost, "F" operand 0's."""
     return einsum(equation, *operands) if order == "K" else _einsum(equation, operands, order)
 
 
 def is_trained(weight: Any) -> bool:
-    """Whether a gradient of a weight is wanted: not of one that is frozen, or None (not there)."""
+    """Return whether a weight has a gradient: False for a frozen leaf and for None (absent)."""
     return weight is not None and not (isinstance(weight, Leaf) and not weight.trained)
 
 
 def weight_grad(weight: Any, equation: str, *operands: Any) -> Any:
-    """The gradient of a weight, einsum(equation, *operands), in the memory layout of the weight.
+    """Return the gradient of a weight, `einsum(equation, *operands)`, in the memory layout of the weight.
 
-    Where `...` broadcasts the weight, its gradient is also the sum over those axes. A leaf answers with what
-    is its own gradient. A weight that is not trained (see `is_trained`) has None, and its operands are not
-    looked at.
+    Where `...` broadcasts the weight, its gradient is also summed over those axes. A leaf returns the
+    gradient of its own kind. For a weight that is not trained (see `is_trained`) the result is None and the
+    operands are not used.
     """
     if not is_trained(weight):
         return None
@@ -198,7 +197,7 @@ def weight_grad(weight: Any, equation: str, *operands: Any) -> Any:
 
 
 def _broadcast_grad(weight: Any, equation: str, operands: Sequence[Any]) -> Any:
-    """weight_grad of an equation with `...`, spelled in letters so that axes the weight lacks are summed."""
+    """weight_grad of an equation with `...`, rewritten with letters to sum over axes the weight lacks."""
     parsed = Equation.parse(equation)
     operands = [operand if isinstance(operand, ShapeArray) else np.asarray(operand) for operand in operands]
     terms = Equation((*parsed.inputs, parsed.output), "...", equation)
@@ -218,10 +217,9 @@ def _broadcast_grad(weight: Any, equation: str, operands: Sequence[Any]) -> Any:
 
 
 def take_rows(weight: Any, indices: Array) -> Array:
-    """Rows of a matrix (v, d) at `indices` (b, t) -> (b, t, d), laid out as a projection's result would be.
+    """Return the rows of a matrix (v, d) at `indices` (b, t) -> (b, t, d), in a projection's memory layout.
 
-    That is with positions innermost in memory, so that every elementwise pass runs over long contiguous
-    lines.
+    Positions are innermost in memory, so that elementwise operations run over long contiguous lines.
     """
     if isinstance(weight, Leaf):
         rows = weight.rows(indices)
@@ -231,13 +229,13 @@ def take_rows(weight: Any, indices: Array) -> Array:
         rows = np.take(weight, indices, axis=0)
     if not isinstance(rows, Array) or indices.size == 1:
         return rows
-    lines = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).T)
-    return lines.T.reshape(rows.shape)
+    transposed = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).T)
+    return transposed.T.reshape(rows.shape)
 
 
 def add_rows(weight: Any, indices: Array, dy: Array) -> Any:
-    """The transpose of `take_rows`, the gradient of a matrix (v, d): row i is the sum of dy (b, t, d) where
-    indices == i."""
+    """Return the gradient of a matrix (v, d), the transpose of `take_rows`: row i is the sum of dy (b, t, d)
+    where indices == i."""
     if isinstance(weight, Leaf):
         return weight.add_rows(indices, dy)
     total = np.zeros_like(dy, order="C", shape=weight.shape)
@@ -247,9 +245,9 @@ def add_rows(weight: Any, indices: Array, dy: Array) -> Any:
 
 
 def lowering(equation: str, *operands: Any) -> str:
-    """How `einsum` would run this call: the matrix product it becomes and what it copies."""
+    """Describe how `einsum` runs this call: its matrix product and the operands it copies."""
     if len(operands) > 2:
-        raise EquationError(f"einsum {equation}: three or more operands have a path, not one lowering")
+        raise EquationError(f"einsum {equation}: three or more operands run as several products, not one")
     arrays = [
         operand if isinstance(operand, Array) else np.empty(operand.shape, operand.dtype)
         for operand in operands
@@ -258,7 +256,7 @@ def lowering(equation: str, *operands: Any) -> str:
 
 
 def _with_keywords(equation: Any, operands: tuple[Any, ...], keywords: calls.Keywords) -> Any:
-    """einsum with np.einsum's keywords; none of them takes part in a plan but the order."""
+    """einsum with np.einsum's keywords; only the order affects the plan."""
     order, out, dtype, casting, path = calls.checked(keywords)
     if not isinstance(equation, str):
         equation, operands = calls.from_sublists((equation, *operands))
@@ -266,7 +264,7 @@ def _with_keywords(equation: Any, operands: tuple[Any, ...], keywords: calls.Key
         calls.check_path(path, len(operands))
     if out is not None or dtype is not None or casting in ("no", "equiv"):
         if any(isinstance(operand, Leaf) for operand in operands):
-            raise EquationError(f"einsum {equation}: out=, dtype= and casting= do not go with a leaf")
+            raise EquationError(f"einsum {equation}: out=, dtype= and casting= are not supported with a leaf")
         operands = tuple(calls.cast(operands, out, dtype, casting))
     layout = "K"
     if order in ("C", "F") and len(operands) == 2:
@@ -297,7 +295,7 @@ def _einsum(
 
 
 def _run(text: str, equation: Equation, arrays: list[Any], order: str) -> Any:
-    """The operands through their plan, with an event for a recorder that wants it."""
+    """Run the operands through their plan; report an event if a recorder reads events."""
     if any(isinstance(a, ShapeArray) for a in arrays):
         return _dry(text, equation, arrays)
     plan = plans.plan_of(text, equation, arrays, order)
@@ -310,7 +308,7 @@ def _run(text: str, equation: Equation, arrays: list[Any], order: str) -> Any:
 
 
 def _chain(equation: Equation, arrays: list[Any], order: str, path: Sequence[tuple[int, ...]] | None) -> Any:
-    """Three or more operands, two at a time, all in their common type."""
+    """Contract three or more operands pairwise in their common type."""
     spelled, indices = equation.spell([a.shape for a in arrays])
     dtype = calls.common_type(equation.shown, [a.dtype for a in arrays])
     wide = plans.computed_in(equation, dtype)
@@ -348,15 +346,15 @@ def _found_path(equation: str, shapes: tuple[tuple[int, ...], ...]) -> Any:
 def _pairwise(terms: list[str], arrays: list[Any], output: str, order: str) -> Any:
     if len(terms) > 2:
         needed = "".join(terms[2:]) + output
-        kept = "".join(c for c in dict.fromkeys("".join(terms[:2])) if c in needed)
-        first = _pairwise(terms[:2], arrays[:2], kept, order)
-        return _pairwise([kept, *terms[2:]], [first, *arrays[2:]], output, order)
+        term = "".join(c for c in dict.fromkeys("".join(terms[:2])) if c in needed)
+        first = _pairwise(terms[:2], arrays[:2], term, order)
+        return _pairwise([term, *terms[2:]], [first, *arrays[2:]], output, order)
     equation = Equation(tuple(terms), output)
     return _run(str(equation), equation, arrays, order)
 
 
 def _dry(text: str, equation: Equation, operands: Sequence[Any]) -> Any:
-    """The shape of the result; the event says what the call would cost."""
+    """Dry run: return the shape of the result and report the cost of the call as an event."""
     spelled, indices = equation.spell([operand.shape for operand in operands])
     if indices is not None:
         operands = [operand[index] for operand, index in zip(operands, indices)]

@@ -1,4 +1,4 @@
-"""An einsum equation as a value: its terms, its checks, its gradients and its cost."""
+"""Einsum equations: terms, checks, gradients and cost."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ LEGEND = {
     "c": "latent (MLA)",
     "j": "joined rows (q, k and v; gate and up)",
 }
-"""One letter, one meaning, in every equation of a component."""
+"""The meaning of each letter in the equations of all components."""
 
 _TERM = re.compile(r"[A-Za-z ]*(\.\.\.)?[A-Za-z ]*")
-# Axes that an ellipsis stands for get letters that the equation leaves free, so that lowering sees only
-# letters. Lower-case letters are left to leaves, which add letters of their own (LoRA's r).
+# The axes of an ellipsis get letters that the equation does not use, so that lowering only handles letters.
+# Lower-case letters are reserved for letters that leaves add (LoRA's r).
 _FREE_LETTERS = ascii_uppercase + "".join(chr(0xE000 + i) for i in range(64))
 
 
 class EquationError(InputError):
-    """An equation is malformed, or its operands do not fit it."""
+    """An equation is malformed, or its operands do not match it."""
 
 
 class OperandTypeError(EquationError, TypeError):
-    """An argument of einsum has a type that it cannot take."""
+    """An argument of einsum has an unsupported type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class Equation:
     inputs: tuple[str, ...]
     output: str
     text: str = field(default="", compare=False, repr=False)
-    """The equation as the caller spelled it, for messages; empty if it was not parsed from text."""
+    """The equation as the caller wrote it, for messages; empty if it was not parsed from text."""
 
     @staticmethod
     def parse(text: str) -> Equation:
-        """The equation that `text` spells, with NumPy's grammar (also `...` and the implicit output)."""
+        """Parse an equation in NumPy's grammar (including `...` and the implicit output)."""
         return _parse(text)
 
     def __str__(self) -> str:
@@ -69,15 +69,15 @@ class Equation:
 
     @property
     def shown(self) -> str:
-        """The equation as messages name it: in the caller's own spelling."""
+        """The equation in messages: as the caller wrote it, if known."""
         return self.text or str(self)
 
     def gradient(self, operand: int) -> Equation:
-        """The equation of the gradient by one of two operands: the same three terms, permuted.
+        """Return the equation of the gradient of one of two operands: the same three terms, permuted.
 
         With C = einsum("A,B->C") and a scalar loss, dA = einsum("C,B->A", dC, B) and dB = einsum("C,A->B",
-        dC, A). Where `...` broadcasts an operand, its gradient is also a sum over those axes: evaluate the
-        equation with `weight_grad(equation, dC, B, A)`, which reads from the shape of A what to sum.
+        dC, A). Where `...` broadcasts an operand, its gradient is also summed over those axes: evaluate it
+        with `weight_grad(A, str(equation), dC, B)`, which infers these axes from the shape of A.
         """
         if len(self.inputs) != 2:
             raise EquationError(
@@ -86,20 +86,20 @@ class Equation:
         target, other = self.inputs[operand], self.inputs[1 - operand]
         if double := [letter for letter in target if letter != "." and target.count(letter) > 1]:
             raise EquationError(
-                f"einsum {self.shown}: letter {double[0]!r} stands twice in operand {operand}, "
-                "its gradient is a diagonal"
+                f"einsum {self.shown}: letter {double[0]!r} occurs twice in operand {operand}, "
+                "so its gradient is a diagonal"
             )
         if lost := set(target.replace("...", "")) - set(other + self.output):
             raise EquationError(
-                f"einsum {self.shown}: letter {min(lost)!r} is in operand {operand} only, "
-                "its gradient broadcasts"
+                f"einsum {self.shown}: letter {min(lost)!r} occurs in operand {operand} only, "
+                "so its gradient broadcasts"
             )
         return Equation((self.output, other), target)
 
     def sizes(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
-        """Letter -> size, checked: a letter has one size everywhere (size 1 does not broadcast).
+        """Return letter -> size; a letter must have the same size everywhere (size 1 does not broadcast).
 
-        The axes of `...` have no letter and are left out (see `spell`).
+        The axes of `...` do not have letters and are not included (see `spell`).
         """
         if len(shapes) != len(self.inputs):
             raise EquationError(
@@ -129,8 +129,8 @@ class Equation:
         return tuple(sizes[letter] for letter in self.output)
 
     def flops(self, sizes: dict[str, int]) -> int:
-        """Floating-point operations: 2 x the product of all letters for a contraction, 1 x for a plain
-        product or sum."""
+        """Return the floating-point operations: 2 x the product of all sizes for a contraction, 1 x for an
+        elementwise product or a sum."""
         work = math.prod(sizes[letter] for letter in self.letters)
         if len(self.inputs) == 1:
             return work if len(self.output) < len(self.letters) else 0
@@ -138,16 +138,16 @@ class Equation:
         return (2 if contracted else 1) * (len(self.inputs) - 1) * work
 
     def elements(self, sizes: dict[str, int]) -> int:
-        """Numbers read plus numbers written, each operand once; times the item size this is the least traffic
-        in bytes."""
+        """Return the elements read plus the elements written, each operand once; times the item size, this is
+        the minimum memory traffic in bytes."""
         return sum(math.prod(sizes[letter] for letter in term) for term in (*self.inputs, self.output))
 
     def spell(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Equation, list[tuple[Any, ...]] | None]:
-        """The equation for operands of these shapes with letters for `...`, and an index for each operand.
+        """Return the equation with letters in place of `...`, and an index for each operand of these shapes.
 
-        `...` broadcasts as in NumPy: its axes are aligned at the right, and one of size 1 fits any size. The
-        index drops the axes of size 1 that meet a larger (or empty) one, and their letters are left out of
-        that operand's term. Without `...` it is the equation itself, checked, and None.
+        `...` broadcasts as in NumPy: its axes are aligned at the right, and size 1 matches any size. Axes of
+        size 1 that broadcast are removed by the operand's index, and their letters from its term. An
+        equation without `...` is checked and returned unchanged, with None.
         """
         self.sizes(shapes)
         if "..." not in "".join(self.inputs) + self.output:
@@ -159,32 +159,32 @@ class Equation:
         full = self._broadcast(spans)
         if full and "..." not in self.output:
             raise EquationError(
-                f"einsum {self.shown}: '...' stands for axes {full}, so it must also stand in the output, "
-                "or be named by letters and summed"
+                f"einsum {self.shown}: '...' has axes {full}, so it must also be in the output; "
+                "use letters for axes to sum"
             )
         free = [letter for letter in _FREE_LETTERS if letter not in self.letters][: len(full)]
         terms, indices = [], []
         for term, span in zip(self.inputs, spans):
             start = len(full) - len(span)
-            kept = [size == wide for size, wide in zip(span, full[start:])]
-            letters = "".join(letter for letter, keep in zip(free[start:], kept) if keep)
+            equal = [size == wide for size, wide in zip(span, full[start:])]
+            letters = "".join(letter for letter, keep in zip(free[start:], equal) if keep)
             head, _, tail = term.partition("...")
             terms.append(head + letters + tail)
-            drop = (slice(None) if keep else 0 for keep in kept)
+            drop = (slice(None) if keep else 0 for keep in equal)
             indices.append((*[slice(None)] * len(head), *drop, ...))
         spelled = Equation(tuple(terms), self.output.replace("...", "".join(free)), self.text)
         return spelled, None if all(0 not in index for index in indices) else indices
 
     def _broadcast(self, spans: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """The common shape of what `...` stands for in each operand (np.broadcast_shapes ends at 32 axes)."""
+        """Return the common shape of the axes of `...` (np.broadcast_shapes is limited to 32 axes)."""
         full: tuple[int, ...] = ()
         for position, (term, span) in enumerate(zip(self.inputs, spans)):
             rank = max(len(full), len(span))
             pairs = list(zip((1,) * (rank - len(full)) + full, (1,) * (rank - len(span)) + span))
             if any(size != wide and 1 not in (size, wide) for wide, size in pairs):
                 raise EquationError(
-                    f"einsum {self.shown}: '...' stands for axes {span} in operand {position} {term!r} "
-                    f"but for {full} in the operands before it, and these do not broadcast"
+                    f"einsum {self.shown}: '...' has axes {span} in operand {position} {term!r} "
+                    f"but {full} in the operands before it, and these do not broadcast"
                 )
             full = tuple(size if wide == 1 else wide for wide, size in pairs)
         return full
@@ -197,22 +197,22 @@ def _parse(text: str) -> Equation:
     left, arrow, output = text.partition("->")
     for term in (*left.split(","), output):
         if not _TERM.fullmatch(term):
-            raise EquationError(f"einsum {text!r}: term {term!r} may hold letters and one '...' only")
+            raise EquationError(f"einsum {text!r}: term {term!r} may contain only letters and one '...'")
     inputs, output = tuple(left.replace(" ", "").split(",")), output.replace(" ", "")
     if not arrow:
         output = _implicit_output(inputs)
     named = output.replace("...", "")
     for letter in named:
         if named.count(letter) > 1:
-            raise EquationError(f"einsum {text!r}: letter {letter!r} stands twice in the output")
+            raise EquationError(f"einsum {text!r}: letter {letter!r} occurs twice in the output")
         if not any(letter in term for term in inputs):
-            raise EquationError(f"einsum {text!r}: output letter {letter!r} is in no operand")
+            raise EquationError(f"einsum {text!r}: output letter {letter!r} is not in any operand")
     return Equation(inputs, output, text)
 
 
 def _implicit_output(inputs: tuple[str, ...]) -> str:
-    """NumPy's rule for an equation without an arrow: the ellipsis, then the letters that occur once, in
-    order."""
+    """Return the output of an equation without an arrow, as in NumPy: the ellipsis, then the letters that
+    occur once, in alphabetical order."""
     text = "".join(inputs)
     dots = "..." if "..." in text else ""
     letters = text.replace("...", "")

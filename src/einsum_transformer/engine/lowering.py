@@ -3,7 +3,7 @@
 A two-operand equation sorts its letters into four groups: *batch* (in both operands and the output), *rows*
 (operand 0 and output), *columns* (operand 1 and output) and *contracted* (both operands, not the output).
 Groups whose strides line up become one axis of a matrix product without moving a byte; row or column letters
-that do not line up become loops of the batched product. What is left over is copied, and the plan says so.
+that do not line up become loops of the batched product. Everything else is copied, and the plan reports it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Plan:
 
     run: Run
     how: str
-    """One line for people: the product's sizes, its loops, and any copy."""
+    """A one-line description: the product's sizes, its loops, and any copies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What lowering knows of an operand: no data, only its term and memory layout."""
+    """The term and memory layout of an operand, without its data."""
 
     term: str
     shape: tuple[int, ...]
@@ -50,11 +50,11 @@ class Operand:
         return self.shape[self.term.index(letter)]
 
     def by_stride(self, letters: Sequence[str]) -> list[str]:
-        """Letters from the outermost to the innermost; letters of size 1 lie anywhere, so they go first."""
+        """Sort letters from outermost to innermost; letters of size 1 have arbitrary strides and go first."""
         return sorted(letters, key=lambda letter: (self.size(letter) != 1, -abs(self.stride(letter))))
 
     def lines_up(self, outer: str, inner: str) -> bool:
-        """Whether the two axes, in this order, can be one axis of a view."""
+        """Return whether the two axes, in this order, can be one axis of a view."""
         if self.size(outer) == 1 or self.size(inner) == 1:
             return True
         return self.stride(outer) == self.stride(inner) * self.size(inner)
@@ -64,7 +64,7 @@ class Operand:
         return all(self.lines_up(outer, inner) for outer, inner in pairwise(live))
 
     def chunks(self, letters: Sequence[str]) -> list[list[str]]:
-        """`letters`, outermost first, cut wherever two neighbours do not line up."""
+        """Split `letters`, outermost first, wherever two neighbours do not line up."""
         chunks: list[list[str]] = []
         for letter in self.by_stride(letters):
             if chunks and self.merges([*chunks[-1], letter]):
@@ -75,12 +75,12 @@ class Operand:
 
 
 def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
-    """One operand: a diagonal view, then a sum, then a transposed view."""
+    """Plan one operand: a diagonal view, then a sum, then a transposed view."""
     diagonal = _diagonal(operand.term)
     term = "".join(dict.fromkeys(operand.term))
     summed = tuple(i for i, letter in enumerate(term) if letter not in equation.output)
-    kept = [letter for letter in term if letter in equation.output]
-    permutation = tuple(kept.index(letter) for letter in equation.output)
+    remaining = [letter for letter in term if letter in equation.output]
+    permutation = tuple(remaining.index(letter) for letter in equation.output)
     reduce = np.logical_or.reduce if dtype.kind == "b" else np.add.reduce
 
     def run(a: Array) -> Array:
@@ -88,7 +88,7 @@ def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
             a = diagonal(a)
         if summed:
             a = reduce(a, axis=summed, dtype=dtype)
-            # A sum over every axis is a scalar in NumPy; an einsum always answers with an array.
+            # A sum over every axis is a scalar in NumPy; einsum always returns an array.
             a = np.asarray(a)
         return a.transpose(permutation)
 
@@ -97,9 +97,9 @@ def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
 
 
 def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtype, order: str = "K") -> Plan:
-    """Two operands: clean each (diagonal, letters only it has), then a product."""
-    clean_left, left, note_left = _clean(left, equation.output + right.term, dtype)
-    clean_right, right, note_right = _clean(right, equation.output + left.term, dtype)
+    """Plan two operands: reduce each (diagonal, sum of letters only it has), then a product."""
+    reduce_left, left, note_left = _reduce(left, equation.output + right.term, dtype)
+    reduce_right, right, note_right = _reduce(right, equation.output + left.term, dtype)
     contracted = [letter for letter in left.term if letter in right.term and letter not in equation.output]
     if all(left.size(letter) == 1 for letter in contracted):
         plan = _elementwise(equation.output, left, right, order)
@@ -110,18 +110,18 @@ def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtyp
         plan = _gemm(equation.output, left, right, contracted, order)
     else:
         plan = _row_dots(equation.output, left, right)
-    if clean_left is None and clean_right is None:
+    if reduce_left is None and reduce_right is None:
         return plan
     inner = plan.run
 
     def run(a: Array, b: Array) -> Array:
-        return inner(clean_left(a) if clean_left else a, clean_right(b) if clean_right else b)
+        return inner(reduce_left(a) if reduce_left else a, reduce_right(b) if reduce_right else b)
 
     return Plan(run, " + ".join(filter(None, [note_left, note_right, plan.how])))
 
 
 def _diagonal(term: str) -> Run | None:
-    """The view that walks every repeated letter's axes together, or None if no letter repeats."""
+    """Return the view of the joint diagonal of every repeated letter, or None if no letter repeats."""
     letters, steps = list(term), []
     while len(letters) > len(set(letters)):
         letter = next(letter for letter in letters if letters.count(letter) > 1)
@@ -138,8 +138,8 @@ def _diagonal(term: str) -> Run | None:
         for first, second in steps:
             view = view.diagonal(axis1=first, axis2=second)
         view = view.transpose(permutation)
-        # np.diagonal's view is read-only, np.einsum's is as writable as the operand. An operand that is
-        # writable still although its owner was frozen since cannot hand that on.
+        # np.diagonal returns a read-only view; np.einsum's is writable if the operand is. The flag cannot be
+        # set if the array that owns the operand's memory has become read-only.
         with suppress(ValueError):
             view.flags.writeable = a.flags.writeable
         return view
@@ -147,15 +147,15 @@ def _diagonal(term: str) -> Run | None:
     return run
 
 
-def _clean(operand: Operand, wanted: str, dtype: np.dtype) -> tuple[Run | None, Operand, str]:
-    """Take the diagonal of repeated letters and sum the letters nobody else has."""
-    term = "".join(letter for letter in dict.fromkeys(operand.term) if letter in wanted)
+def _reduce(operand: Operand, needed: str, dtype: np.dtype) -> tuple[Run | None, Operand, str]:
+    """Take the diagonal of repeated letters and sum the letters that are not in `needed`."""
+    term = "".join(letter for letter in dict.fromkeys(operand.term) if letter in needed)
     if term == operand.term:
         return None, operand, ""
     plan = lower_single(Equation((operand.term,), term), operand, dtype)
     if "sum" in plan.how:
         shape = tuple(operand.size(letter) for letter in term)
-        # The sum's memory order is NumPy's choice; a fresh C-ordered array makes it ours.
+        # NumPy chooses the memory order of the sum; C order makes the strides known.
         run: Run = lambda a: np.asarray(plan.run(a), order="C")  # noqa: E731
         strides = _c_strides(shape, dtype.itemsize)
         return run, Operand(term, shape, strides, dtype.itemsize), plan.how
@@ -173,7 +173,7 @@ def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def _elementwise(output: str, left: Operand, right: Operand, order: str) -> Plan:
-    """Nothing is summed, or axes of size 1: one broadcast multiplication."""
+    """Plan one broadcast multiplication, for equations that sum nothing but axes of size 1."""
     if order == "F" and not set(output) <= set(left.term):
         natural = sorted(output, key=lambda letter: (letter in left.term, letter not in right.term))
         plan, permutation = _elementwise("".join(natural), left, right, "C"), list(map(natural.index, output))
@@ -182,7 +182,7 @@ def _elementwise(output: str, left: Operand, right: Operand, order: str) -> Plan
 
     if not output:
         first, second = view_left or _same, view_right or _same
-        # The product of two scalars is a scalar in NumPy; an einsum always answers with an array.
+        # The product of two scalars is a scalar in NumPy; einsum always returns an array.
         return Plan(lambda a, b: np.asarray(np.multiply(first(a), second(b))), "multiply")
     if view_left is None and view_right is not None:
         return Plan(lambda a, b: np.multiply(a, view_right(b)), "multiply")
@@ -197,21 +197,20 @@ def _broadcast_view(output: str, operand: Operand) -> Run | None:
     summed = tuple(axis for axis, letter in enumerate(operand.term) if letter not in output)
     if summed:
         drop = (*(0 if axis in summed else slice(None) for axis in range(len(operand.term))), ...)
-        kept = tuple(sum(other not in summed for other in range(axis)) for axis in permutation)
-        return lambda a: a[drop].transpose(kept)[index]
+        remaining = tuple(sum(other not in summed for other in range(axis)) for axis in permutation)
+        return lambda a: a[drop].transpose(remaining)[index]
     if permutation == tuple(range(len(operand.term))):
         return None if len(permutation) == len(output) else lambda a: a[index]
     return lambda a: a.transpose(permutation)[index]
 
 
 def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
-    """Every kept letter is a batch letter: many short dot products, which NumPy's own einsum loop does
-    best."""
+    """Plan many short dot products, where all output letters are batch letters, with NumPy's einsum loop."""
     shape = tuple(left.size(letter) for letter in output)
     inner = [[letter for letter in operand.term if letter not in output] for operand in (left, right)]
     if math.prod(shape) == 1 and inner[0] == inner[1]:
         return Plan(lambda a, b: np.asarray(np.dot(a.ravel(), b.ravel())).reshape(shape), "dot")
-    # The kept letters become np.einsum's `...`, so that its alphabet lasts for any number of them.
+    # The output letters become np.einsum's `...`, so that its alphabet suffices for any number of them.
     names = dict(zip(dict.fromkeys(inner[0]), ascii_letters))
     text = "{},{}->...".format(*("..." + "".join(names[letter] for letter in term) for term in inner))
     orders = [
@@ -224,7 +223,7 @@ def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
 
 
 def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], order: str) -> Plan:
-    """A (batched) matrix product [rows x contracted] . [contracted x columns] on views."""
+    """Plan a (batched) matrix product [rows x contracted] . [contracted x columns] on views."""
     batch = [letter for letter in output if letter in left.term and letter in right.term]
     inner = _contracted_order(left, right, contracted)
     row_loops, rows = _split([letter for letter in output if letter not in right.term], left)
@@ -255,8 +254,8 @@ def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], ord
 
 
 def _contracted_order(left: Operand, right: Operand, contracted: list[str]) -> list[str]:
-    """An order of the contracted letters that is one axis in both operands if there is one, else in the
-    larger."""
+    """Order the contracted letters so that they are one axis in both operands if possible, else in the larger
+    operand."""
     candidates = [left.by_stride(contracted), right.by_stride(contracted)]
     for candidate in candidates:
         if left.merges(candidate) and right.merges(candidate):
@@ -265,11 +264,10 @@ def _contracted_order(left: Operand, right: Operand, contracted: list[str]) -> l
 
 
 def _split(letters: list[str], operand: Operand) -> tuple[list[str], list[str]]:
-    """(letters to loop over, letters of the matrix axis): the longest chunk is the axis, if it is long
-    enough.
+    """Return (letters to loop over, letters of the matrix axis): the axis is the longest chunk.
 
-    Short axes under many loops are slower than one copy: below 16 rows with more than 32 loops everything is
-    merged.
+    Many loops over short axes are slower than a copy: below 16 rows with more than 32 loops, all letters are
+    merged into the axis.
     """
     chunks = operand.chunks(letters)
     if len(chunks) <= 1:
@@ -284,12 +282,12 @@ def _split(letters: list[str], operand: Operand) -> tuple[list[str], list[str]]:
 def _columns_first(
     left: Operand, right: Operand, rows: list[str], columns: list[str], inner: list[str]
 ) -> bool:
-    """Whether the product is laid out with operand 0's rows innermost: out[column, row] in memory.
+    """Return whether the product is stored with operand 0's rows innermost: out[column, row] in memory.
 
     Measured on OpenBLAS and MKL (docs/performance.md): weights . activations is up to 1.8 times faster than
-    activations . weights at 2 to 64 rows and never slower below 2,048. An operand 0 whose rows are already
-    innermost keeps them so: then every elementwise pass between two projections runs over long contiguous
-    lines.
+    activations . weights at 2 to 64 rows and never slower below 2,048. If the rows of operand 0 are already
+    innermost, they stay innermost: then elementwise operations between two projections run over long
+    contiguous lines.
     """
     m, n = (math.prod(map(operand.size, group)) for operand, group in ((left, rows), (right, columns)))
     if m == 1 or n == 1:
@@ -315,8 +313,8 @@ def _matrix_view(
     size: dict[str, int],
     flip: bool,
 ) -> tuple[Run | None, bool]:
-    """The view [lead..., loops..., outer, inner] (the last two swapped if `flip`), and whether making it
-    copies."""
+    """Return the view [lead..., loops..., outer, inner] (the last two swapped if `flip`), and whether it
+    requires a copy."""
     dropped = [letter for letter in operand.term if letter not in lead + loops + outer + inner]
     own = [letter for letter in loops if letter in operand.term]
     pair = [inner, outer] if flip else [outer, inner]
@@ -333,8 +331,8 @@ def _matrix_view(
 
 
 def _blas_ready(operand: Operand, pair: list[list[str]]) -> bool:
-    """Whether BLAS can read the matrix in place: one axis has unit stride, the other's rows do not
-    overlap."""
+    """Return whether BLAS can read the matrix in place: one axis has unit stride, and the rows along the
+    other do not overlap."""
     axes = []
     for group in pair:
         live = [letter for letter in group if operand.size(letter) != 1]
@@ -351,7 +349,7 @@ def _blas_ready(operand: Operand, pair: list[list[str]]) -> bool:
 def _viewer(
     permutation: tuple[int, ...], given: tuple[int, ...], shape: tuple[int, ...], contiguous: bool
 ) -> Run | None:
-    """The shortest chain of NumPy view calls from `given` to `shape`; None if there is nothing to do."""
+    """Return the shortest chain of NumPy view calls from shape `given` to `shape`; None if not needed."""
     straight = permutation == tuple(range(len(permutation)))
     if contiguous:
         return lambda a: np.ascontiguousarray(a.transpose(permutation)).reshape(shape)
@@ -363,8 +361,8 @@ def _viewer(
 
 
 def _unpack(natural: list[str], output: str, size: dict[str, int], given: tuple[int, ...]) -> Run | None:
-    """From the product's axes, of sizes `given`, to the output's letters; None if they are the same
-    already."""
+    """Return the conversion of the product's axes, of sizes `given`, to the output's letters; None if not
+    needed."""
     full = tuple(size[letter] for letter in natural)
     permutation = tuple(natural.index(letter) for letter in output)
     straight = permutation == tuple(range(len(natural)))
@@ -377,7 +375,7 @@ def _unpack(natural: list[str], output: str, size: dict[str, int], given: tuple[
 
 
 def _compose(view_left: Run | None, view_right: Run | None, unpack: Run | None) -> Run:
-    """left . right; the common cases spelled out, because each Python call costs as much as a small view."""
+    """left . right; common cases avoid Python calls, each of which takes as long as a small view."""
     if view_left is None and view_right is None and unpack is None:
         return lambda a, b: blas.matmul(a, b)
     if view_left is None and view_right is not None and unpack is None:
@@ -387,7 +385,7 @@ def _compose(view_left: Run | None, view_right: Run | None, unpack: Run | None) 
 
 
 def _compose_flipped(view_left: Run | None, view_right: Run | None, unpack: Run | None) -> Run:
-    """(right^T . left^T): the same numbers with operand 0's rows innermost in memory."""
+    """right^T . left^T: the same values with operand 0's rows innermost in memory."""
     if view_left is not None and view_right is None and unpack is not None:
         return lambda a, b: unpack(blas.matmul(b, view_left(a)))
     left, right, out = view_left or _same, view_right or _same, unpack or _same

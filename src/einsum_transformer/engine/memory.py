@@ -1,4 +1,4 @@
-"""What the process does with memory that arrays have given back."""
+"""Configure malloc to reuse freed memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed() -> bool:
-    """Let freed memory stay with the process for its next arrays; returns whether the system's malloc can.
+    """Keep freed memory in the process for later arrays; return whether the system's malloc supports it.
 
-    A program that needs the same arrays again and again, as training does, otherwise hands each of them back
-    and is given new pages, which the system clears first: for SmolLM2 and 4 x 128 tokens 100,000 pages a
-    step, a tenth of its time (docs/performance.md). The peak stays the same. It holds for the rest of the
-    process's life.
+    A program that allocates the same arrays repeatedly, as training does, otherwise returns each of them to
+    the system and gets new pages, which the system zeroes first: for SmolLM2 and 4 x 128 tokens 100,000 pages
+    a step, a tenth of its time (docs/performance.md). The peak memory does not change. The setting
+    applies until the process exits.
     """
     if sys.platform != "linux":
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # musl, the other C library of Linux, has none
+    except AttributeError:  # the C library is musl
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST) and mallopt(_M_TRIM_THRESHOLD, -1))

@@ -1,8 +1,8 @@
-"""Coarse tasks side by side on threads, with BLAS at one thread inside each.
+"""Run coarse tasks in parallel threads, with single-threaded BLAS in each.
 
-Waking a thread costs about 0.1 ms on a virtual machine, so this pays for tasks of a millisecond and more; the
-caller says whether its tasks are. The calling thread works too, and tasks are taken one by one, so uneven
-ones even out.
+Waking a thread takes about 0.1 ms on a virtual machine, so tasks should take a millisecond or more; the
+caller states whether they do. The calling thread also works, and each thread takes one task at a time, which
+balances tasks of different length.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _lock = threading.Lock()
 
 
 def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], coarse: bool = True) -> None:
-    """task(*arguments[i]) for every i, on as many threads as BLAS has if the tasks are coarse, else one by
-    one."""
+    """Call `task(*arguments[i])` for every i, on as many threads as BLAS has if the tasks are coarse, else
+    sequentially."""
     threads = min(blas.free_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
     if threads <= 1:
         for given in arguments:
@@ -31,12 +31,12 @@ def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], co
     remaining = iter(arguments)
     with blas.one_thread(), recorder.parallel():
         pool = _workers(threads - 1)
-        # In a context of the caller's: np.errstate and the recorder hold on the other threads too.
+        # In copies of the caller's context, so that np.errstate and the recorder apply to the other threads.
         others = [pool.submit(copy_context().run, _drain, task, remaining) for _ in range(threads - 1)]
         try:
             _drain(task, remaining)
         finally:
-            # Also after an error here: nobody may still be writing when the caller goes on.
+            # Also after an error here: no thread may still write when the caller continues.
             for other in others:
                 other.exception()
         for other in others:
@@ -44,13 +44,13 @@ def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], co
 
 
 def _drain(task: Callable[..., None], remaining: Iterator[tuple[Any, ...]]) -> None:
-    # A sequence's iterator hands each item out once, also to several threads: the GIL guards its step.
+    # Several threads can share a sequence's iterator: the GIL makes each step atomic.
     for given in remaining:
         task(*given)
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
-    """A pool that lives as long as the process: starting threads costs more than a task."""
+    """Return a pool that exists until the process ends, because starting threads takes longer than a task."""
     global _pool, _pool_size
     with _lock:
         if _pool is None or _pool_size < count:

@@ -1,6 +1,6 @@
-"""The phases of the program: their names, how they nest, and what tables call them.
+"""The phases of the program: their names, their nesting and their labels in tables.
 
-Every `phase(...)` of the package is named here, and every table of seconds takes its lines from here.
+Every `phase(...)` of the package is listed here, and every timing table takes its rows from here.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ PASS: dict[Path, str] = {
     (*FEED_FORWARD, "router"): "router",
     (*FEED_FORWARD, "experts"): "experts",
     (*FEED_FORWARD, "shared expert"): "shared expert",
-    (*LAYER, "recomputed"): "blocks run again",
+    (*LAYER, "recomputed"): "recomputed blocks",
     ("head",): "output head",
 }
-"""A pass through the model, in the order of a forward pass: phases -> the line of a table."""
+"""The phases of a pass through the model, in the order of a forward pass -> label of the table row."""
 COUNTED_AS: dict[Path, Path] = {(*ATTENTION, "mix"): (*ATTENTION, "output")}
-"""Phases whose seconds are on the line of another one."""
+"""Phases whose seconds are added to the row of another phase."""
 STAGES = ("prefill", "decode")
-"""What a generation spends its passes in."""
+"""The phases of a generation that run the model."""
 GENERATION = ("setup", *STAGES, "draft", "sampling", "text")
 TRAINING = ("batch", "forward", "loss", "backward", "share", "workers", "sum", "clipping", "update")
-"""A training step. Forward, loss and backward where this process computes; share, workers and sum where a
+"""A training step. Forward, loss and backward occur if this process computes; share, workers and sum if a
 cluster does."""
 OPTIMIZER = ("clipping", "update")
 NAMES = frozenset({*(path[-1] for path in (*PASS, *COUNTED_AS)), *GENERATION, *TRAINING})
-"""The name of every phase."""
+"""The names of all phases."""

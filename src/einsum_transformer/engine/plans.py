@@ -1,4 +1,4 @@
-"""The plan of an equation for operands of given shapes, strides and types, made once and kept."""
+"""The cache of plans: one per equation and shapes, strides and types of the operands."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from einsum_transformer.engine.lowering import Operand, Plan, lower_pair, lower_
 
 Array = np.ndarray
 
-kept: dict[tuple[Any, ...], Plan] = {}
+cached: dict[tuple[Any, ...], Plan] = {}
 """Equation, shapes, strides and types -> plan."""
-_MOST_KEPT = 4096
+_MAX_CACHED = 4096
 
 
 def plan_of(text: str, equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
-    """The cached plan for these shapes, strides and types, or a new one."""
+    """Return the cached plan for these shapes, strides and types, or create one."""
     if order == "K" and len(arrays) == 2:
         a, b = arrays
         key: tuple[Any, ...] = (text, a.shape, b.shape, a.strides, b.strides, a.dtype.num, b.dtype.num)
     else:
         key = (text, order, *((a.shape, a.strides, a.dtype.num) for a in arrays))
-    plan = kept.get(key)
+    plan = cached.get(key)
     if plan is None:
-        if len(kept) >= _MOST_KEPT:
-            kept.clear()
-        plan = kept[key] = _lower(equation, arrays, order)
+        if len(cached) >= _MAX_CACHED:
+            cached.clear()
+        plan = cached[key] = _lower(equation, arrays, order)
     return plan
 
 
@@ -38,7 +38,7 @@ def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
     shapes = [a.shape for a in arrays]
     spelled, indices = equation.spell(shapes)
     if indices is not None:
-        # Its axes of size 1 broadcast: they are dropped where another operand has more.
+        # Axes of size 1 that broadcast are dropped.
         inner = _lower(spelled, [a[index] for a, index in zip(arrays, indices)], order)
         run = lambda *given: inner.run(*(a[index] for a, index in zip(given, indices)))  # noqa: E731
         return Plan(run, readable(inner.how, spelled, equation))
@@ -51,7 +51,7 @@ def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
     wide = computed_in(equation, dtype)
     shape = spelled.output_shape(sizes)
     if any(sizes[letter] == 0 for letter in summed):
-        # A sum of nothing, even where the product of what is left would be 0 x inf.
+        # An empty sum, even if the product of the remaining elements would be 0 x inf.
         return Plan(lambda *given: np.zeros(shape, dtype), "zeros")
     if dtype.kind == "O":
         return Plan(lambda *given: _of_objects(str(equation), given, shape), "objects")
@@ -66,32 +66,32 @@ def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
 def _lower_cast(
     equation: Equation, converted: Sequence[Array], order: str, dtype: np.dtype, wide: np.dtype
 ) -> Plan:
-    """Compute in `wide`, answer in `dtype`."""
+    """Compute in `wide`, return the result in `dtype`."""
     plan = _lower(equation, converted, order)
 
     def run(*given: Array) -> Array:
-        # astype keeps the layout (order "K"), so the plan made for the converted operands fits every call.
+        # astype preserves the layout (order "K"), so the plan for the converted operands fits every call.
         return plan.run(*(a.astype(wide, copy=False) for a in given)).astype(dtype, copy=False)
 
     return Plan(run, f"{plan.how} in {wide}")
 
 
 def _of_objects(equation: str, arrays: Sequence[Array], shape: tuple[int, ...]) -> Array:
-    """Python objects have no BLAS: NumPy's own loop adds and multiplies them in its order, beginning at 0."""
+    """Contract Python objects, which BLAS does not support, in NumPy's einsum loop, starting from 0."""
     out = np.empty(shape, object)
     np.einsum(equation, *arrays, out=out)
     return out
 
 
 def readable(how: str, spelled: Equation, equation: Equation) -> str:
-    """A plan's line with `...` again for the letters that stand for it."""
+    """Return a plan's description with `...` in place of the letters that replaced it."""
     letters = set(spelled.letters) - set(equation.letters)
     return re.sub(f"[{''.join(letters)}]+", "...", how) if letters else how
 
 
 def computed_in(equation: Equation, dtype: np.dtype) -> np.dtype:
-    """The type to compute in: float32 for float16 and ml_dtypes' floats, which are types to store (a product
-    in them is 500 times slower)."""
+    """Return the type to compute in: float32 for float16 and ml_dtypes' floats, which are storage types
+    (a product in them is 500 times slower)."""
     custom = dtype.kind == "V" and dtype.num >= 256
     if dtype.kind == "f" and dtype.itemsize <= 2:
         return np.dtype(np.float32)
@@ -99,11 +99,11 @@ def computed_in(equation: Equation, dtype: np.dtype) -> np.dtype:
         return np.dtype(np.float32)
     if dtype.kind in "biufcO":
         return dtype
-    raise OperandTypeError(f"einsum {equation.shown}: numbers of type {dtype} cannot be multiplied and added")
+    raise OperandTypeError(f"einsum {equation.shown}: values of type {dtype} cannot be multiplied and added")
 
 
 def dry_lowering(equation: Equation, operands: Sequence[Any]) -> str:
-    """The plan for operands laid out in C order."""
+    """Return the description of the plan for operands in C order."""
     layouts = []
     for term, operand in zip(equation.inputs, operands):
         strides, step = [], operand.dtype.itemsize

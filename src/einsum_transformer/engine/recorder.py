@@ -1,8 +1,8 @@
-"""What a running program tells its readers: phases with their seconds, einsum events, values by name.
+"""Record a running program: phases with their seconds, einsum events, values by name.
 
 Nothing is recorded unless a `Recorder` is active. It is active in the context (see `contextvars`) that
-entered it, which is one thread's, and in the tasks that `parallel.for_each` runs for that thread. A recorder
-that is entered inside another one takes its place until it is left.
+entered it, which belongs to one thread, and in the tasks that `parallel.for_each` runs for that thread. A
+recorder that is entered inside another one replaces it until it is exited.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One einsum: the equation, its letters' sizes, how it was lowered, and what it cost."""
+    """One einsum call: the equation, the sizes of its letters, its lowering and its cost."""
 
     equation: str
     sizes: dict[str, int]
     dtype: str
-    """Of the result."""
+    """The type of the result."""
     how: str
     seconds: float
     flops: int
     bytes_read: int
-    """Every operand once, in its own type."""
+    """The size of all operands, each in its own type."""
     bytes_written: int
     path: Path
-    """The phases it ran in, from the outermost."""
+    """The enclosing phases, outermost first."""
     layer: int | None
     weight: str | None
-    """The path of the weight that is an operand, or whose gradient this is; None if there is none."""
+    """The path of the weight that is an operand, or whose gradient is computed; None without a weight."""
     gradient: bool
-    """Whether the result is a part of the gradient of `weight`."""
+    """Whether the result is part of the gradient of `weight`."""
 
     @property
     def bytes(self) -> int:
@@ -55,7 +55,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One phase that ended."""
+    """One completed phase."""
 
     path: Path
     layer: int | None
@@ -68,7 +68,7 @@ class Span:
 
 
 class _Readers:
-    """Callbacks and the patterns of the names that each of them reads."""
+    """Callbacks, each with the patterns of the names that it reads."""
 
     def __init__(self) -> None:
         self._added: list[tuple[Sequence[str], Callable[..., Any]]] = []
@@ -82,8 +82,8 @@ class _Readers:
         self._found.clear()
 
     def of(self, name: str | Path, ending: str = "") -> tuple[Callable[..., Any], ...]:
-        """The callbacks that read this name, by a pattern of this ending; the name of a path is
-        "outer/inner"."""
+        """Return the callbacks with a pattern that has this ending and matches the name; the name of a path
+        is "outer/inner"."""
         found = self._found.get((name, ending))
         if found is None:
             text = name if isinstance(name, str) else "/".join(name)
@@ -96,13 +96,13 @@ class _Readers:
 
 
 class Recorder:
-    """Calls its readers while it is active as a context manager.
+    """A context manager that calls its readers (callbacks) while it is active.
 
-    spans, events: keep all of them in the lists of that name. values: patterns of the names of values to keep
-    a copy of in the dictionary of that name; a later value of a name replaces an earlier one.
+    spans, events: collect all of them in the attributes of the same names. values: patterns of the names of
+    values to copy into the dictionary `values`; a later value replaces an earlier one of the same name.
 
-    Any number of readers can be added. A pattern is a shell's: `*` stands for any characters, dots included.
-    Readers of one recorder run one at a time, and what they compute is not recorded.
+    Any number of readers can be added. Patterns are shell patterns: `*` matches any characters, including
+    dots. Readers of one recorder run one at a time, and their own computations are not recorded.
     """
 
     def __init__(self, spans: bool = True, events: bool = False, values: str | Sequence[str] = ()) -> None:
@@ -113,43 +113,43 @@ class Recorder:
         self._lock = threading.RLock()
         self._outer: _Frame | None = None
         self._entered = False
-        self._keeps_spans = spans
+        self._stores_spans = spans
         self._weights: dict[int, _Weights] = {}
         if events:
             self.on_event(self.events.append)
         if values:
-            self.on_value(self._keep, *([values] if isinstance(values, str) else values))
+            self.on_value(self._store, *([values] if isinstance(values, str) else values))
 
     def on_span(self, reader: Callable[[Span], object], *phases: str) -> Recorder:
-        """reader(span) when a phase ends, of all phases or of those whose path ("forward/layer/attention")
-        matches."""
+        """Call reader(span) when a phase ends, for all phases or those whose path
+        ("forward/layer/attention") matches."""
         self._span_readers.add(phases or ("*",), reader)
         return self
 
     def on_event(self, reader: Callable[[Event], object], *phases: str) -> Recorder:
-        """reader(event) after every einsum, of all phases or of those whose path matches; added before the
-        recorder is entered."""
+        """Call reader(event) after every einsum, in all phases or those whose path matches. Readers must be
+        added before the recorder is entered."""
         if self._entered:
-            raise RuntimeError("a reader of events is added before the Recorder is entered")
+            raise RuntimeError("readers of events must be added before the Recorder is entered")
         self._event_readers.add(phases or ("*",), reader)
         return self
 
     def on_value(self, reader: Callable[[str, Array], Array | None], *names: str) -> Recorder:
-        """reader(name, value) for every value whose name matches, such as "layers.3.self_attn". It is added
-        before the recorder is entered.
+        """Call reader(name, value) for every value whose name matches, such as "layers.3.self_attn". Readers
+        must be added before the recorder is entered.
 
-        The array belongs to the program, which may overwrite it afterwards: copy what is to be kept. What the
-        reader returns, if not None, takes the value's place from there on; it must have the same shape.
-        Backward passes do not know of it.
+        The program may overwrite the array later: copy it to store it. An array that the reader returns
+        replaces the value in the rest of the forward pass; it must have the same shape. Backward passes
+        ignore the replacement.
         """
         if self._entered:
-            raise RuntimeError("a reader of values is added before the Recorder is entered")
+            raise RuntimeError("readers of values must be added before the Recorder is entered")
         self._value_readers.add(names or ("*",), reader)
         return self
 
     def __enter__(self) -> Recorder:
         if self._entered:
-            raise RuntimeError("this Recorder is active already: a run of its own needs one of its own")
+            raise RuntimeError("this Recorder is already active: use another Recorder for another run")
         global active, active_for_events
         with _lock:
             active += 1
@@ -169,28 +169,28 @@ class Recorder:
         self._outer = None
         self._weights.clear()
 
-    def _keep(self, name: str, value: Array) -> None:
+    def _store(self, name: str, value: Array) -> None:
         self.values[name] = np.array(value)
 
     def _span(self, span: Span) -> None:
-        if self._keeps_spans:
+        if self._stores_spans:
             self.spans.append(span)
         if self._span_readers and (readers := self._span_readers.of(span.path)):
-            self._tell(readers, span)
+            self._notify(readers, span)
 
-    def _tell(self, readers: tuple[Callable[..., Any], ...], told: Event | Span) -> None:
-        """Call readers one after the other, with recording paused in this context."""
+    def _notify(self, readers: tuple[Callable[..., Any], ...], record: Event | Span) -> None:
+        """Call the readers one after the other, with recording paused in this context."""
         frame = _frame.get()
         _frame.set(None)
         try:
             with self._lock:
                 for reader in readers:
-                    reader(told)
+                    reader(record)
         finally:
             _frame.set(frame)
 
     def _replaced(self, name: str, value: Array, ending: str = "") -> Array:
-        """The value, or what a reader returned in its place."""
+        """Return the value, or the replacement that a reader returned."""
         readers = self._value_readers.of(name, ending)
         if not readers:
             return value
@@ -199,30 +199,30 @@ class Recorder:
         try:
             with self._lock:
                 for reader in readers:
-                    instead = reader(name, value)
-                    if instead is not None and instead is not value:
-                        value = _like(name, value, instead)
+                    replacement = reader(name, value)
+                    if replacement is not None and replacement is not value:
+                        value = _like(name, value, replacement)
         finally:
             _frame.set(frame)
         return value
 
 
-def _like(name: str, value: Array, instead: Array) -> Array:
-    """A copy of `instead` in the type and memory layout of `value`: the program may write into it."""
-    if np.shape(instead) != np.shape(value):
-        raise ValueError(f"{name} has shape {np.shape(value)}, what a reader returned {np.shape(instead)}")
+def _like(name: str, value: Array, replacement: Array) -> Array:
+    """Copy `replacement` to the type and memory layout of `value`: the program may write to it."""
+    if (shape := np.shape(replacement)) != np.shape(value):
+        raise ValueError(f"{name} has shape {np.shape(value)}, but a reader returned shape {shape}")
     copy = np.empty_like(value)
     if isinstance(copy, ShapeArray):
         return copy
-    np.copyto(copy, instead, casting="same_kind")
+    np.copyto(copy, replacement, casting="same_kind")
     return copy
 
 
 class _Weights:
-    """Which weight an array is, by its address in memory, so that views are found too."""
+    """Finds the name of a weight by its address in memory, also from a view of the weight."""
 
     def __init__(self, owner: object, named: Iterable[tuple[str, Any]]) -> None:
-        # Both are held so that no other object can be given their ids.
+        # References to both, so that their ids are not reused.
         self.owner, self._leaves = owner, list(named)
         self._by_id = {id(weight): name for name, weight in self._leaves}
         ranges: dict[int, tuple[int, str]] = {}
@@ -234,7 +234,7 @@ class _Weights:
         self._starts = sorted(ranges)
 
     def name(self, weight: Any) -> str | None:
-        """The path of a weight, of a view of one, or None."""
+        """Return the path of a weight or of the weight that this is a view of, else None."""
         if (found := self._by_id.get(id(weight))) is not None:
             return found
         if not isinstance(weight, (Array, ShapeArray)):
@@ -257,14 +257,14 @@ def _bounds(a: Array | ShapeArray) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class _Frame:
-    """Where in the program a context stands, for the recorder that is active in it. Never changed (but not
-    frozen: one is made for every phase, and a frozen one takes three times as long)."""
+    """The current position of a context in the program, for its active recorder. Immutable (but not frozen:
+    one is created for every phase, and creating a frozen one takes three times as long)."""
 
     recorder: Recorder
     path: Path = ()
     layer: int | None = None
     scope: str = ""
-    """What the names of values begin with here."""
+    """The prefix of the names of values here."""
     tally: _Tally | None = None
     weights: _Weights | None = None
     weight: str | None = None
@@ -273,16 +273,16 @@ class _Frame:
 
 
 _frame: ContextVar[_Frame | None] = ContextVar("einsum_transformer_recorder", default=None)
-"""Where the program stands for a recorder, None where nobody records."""
+"""The position in the program for the active recorder, None without one."""
 active = 0
-"""How many recorders are active in all threads: a program that nobody watches asks for nothing else."""
+"""The number of active recorders in all threads; at 0, `phase` and `tap` return at once."""
 active_for_events = 0
-"""How many of them have readers of events."""
+"""The number of active recorders with readers of events."""
 _lock = threading.Lock()
 
 
 class _Nothing:
-    """The phase of a program nobody watches."""
+    """A phase that is not recorded."""
 
     __slots__ = ()
 
@@ -301,7 +301,7 @@ class _Phase:
 
     def __init__(self, outer: _Frame, name: str, layer: int | None, scope: str | None) -> None:
         inside = outer.scope
-        if outer.recorder._value_readers:  # nobody else needs the names of values
+        if outer.recorder._value_readers:  # only they need the names of values
             if layer is not None:
                 scope = f"layers.{layer}"
             if scope is not None:
@@ -327,7 +327,7 @@ class _Phase:
         seconds = time.perf_counter() - self.start
         outer, inner, recorder = self.outer, self.inner, self.inner.recorder
         frame = _frame.get()
-        # A generator may be closed in another context, or after the recording: then nothing is left here.
+        # A generator may be closed in another context, or after the recording: nothing to restore then.
         if frame is None or frame.path is not inner.path:
             return
         _frame.set(outer)
@@ -338,10 +338,10 @@ class _Phase:
 
 
 def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
-    """A context manager that times a named part of the program; phases nest.
+    """Return a context manager that times a named part of the program; phases can be nested.
 
-    layer: number of the layer, inherited by inner phases. scope: what the names of values inside begin with,
-    after the scope around; that of a layer is "layers.<number>".
+    layer: number of the layer, inherited by inner phases. scope: prefix of the names of values inside, added
+    to the enclosing scope; the scope of a layer is "layers.<number>".
     """
     if not active:
         return _NOTHING
@@ -352,10 +352,10 @@ def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
 
 
 def tap(name: str, value: Array, asked: bool = False) -> Array:
-    """What is used from here on: `value`, or what a reader returns in its place.
+    """Return the value to use from here on: `value`, or a reader's replacement.
 
-    name: relative to the scope of the phases around, "" for the scope itself. Names are those of weights and
-    the modules that hold them. asked: only for readers that `asked_for` it.
+    name: relative to the scope of the enclosing phases, "" for the scope itself. Names follow the names of
+    weights and their modules. asked: only call the readers that request the value (see `asked_for`).
     """
     if not active:
         return value
@@ -366,14 +366,14 @@ def tap(name: str, value: Array, asked: bool = False) -> Array:
 
 
 def tap_at(path: str, value: Array) -> Array:
-    """`tap` with the whole name."""
+    """`tap` with the full name."""
     frame = _frame.get()
     return value if frame is None else frame.recorder._replaced(path, value)
 
 
 def asked_for(name: str) -> bool:
-    """Whether a reader asks for a value by a pattern that ends in its name: for values that take work or
-    memory to make, and which "*" alone does not ask for."""
+    """Return whether a reader has a pattern that ends in this name: for values that are costly to compute or
+    store, which the pattern `*` alone does not request."""
     if not active:
         return False
     frame = _frame.get()
@@ -387,32 +387,32 @@ def _named(frame: _Frame, name: str) -> str:
 
 
 def reads_values() -> bool:
-    """Whether some reader wants values."""
+    """Return whether the active recorder has readers of values."""
     frame = _frame.get()
     return frame is not None and bool(frame.recorder._value_readers)
 
 
 def reads_events() -> bool:
-    """Whether some reader wants events."""
+    """Return whether the active recorder has readers of events."""
     frame = _frame.get()
     return frame is not None and bool(frame.recorder._event_readers)
 
 
 def know_weights(owner: object, named: Callable[[], Iterable[tuple[str, Any]]]) -> None:
-    """Until the phase around ends, events name the weights of `owner`; named: (path, array or leaf) of each.
+    """Let events name the weights of `owner` until the enclosing phase ends.
 
-    It is called only where events are read, and once for an owner.
+    named: returns (path, array or leaf) of each weight; called once per owner, and only if events are read.
     """
     frame = _frame.get()
     if frame is None or not frame.recorder._event_readers:
         return
-    kept = frame.recorder._weights
-    known = kept.get(id(owner))
-    if known is None or known.owner is not owner:
-        if len(kept) >= 16:
-            kept.clear()
-        known = kept[id(owner)] = _Weights(owner, named())
-    _frame.set(replace(frame, weights=known))
+    cached = frame.recorder._weights
+    weights = cached.get(id(owner))
+    if weights is None or weights.owner is not owner:
+        if len(cached) >= 16:
+            cached.clear()
+        weights = cached[id(owner)] = _Weights(owner, named())
+    _frame.set(replace(frame, weights=weights))
 
 
 @contextmanager
@@ -425,8 +425,8 @@ def _using(frame: _Frame, name: str, gradient: bool) -> Iterator[None]:
 
 
 def using(weight: Any, gradient: bool = False) -> Any:
-    """A context manager around the products of a weight (an array, a leaf or a part of one), or around those
-    of its gradient: events inside name it."""
+    """Return a context manager for the products of a weight (an array, a leaf or a part of one) or of its
+    gradient: events inside name the weight."""
     frame = _frame.get()
     if frame is None or frame.weights is None or (name := frame.weights.name(weight)) is None:
         return _NOTHING
@@ -442,7 +442,7 @@ def event(
     seconds: float,
     flops: int,
 ) -> None:
-    """Tell readers of one einsum; operands and result: arrays, of whichever only shape and type are read."""
+    """Report one einsum call to the readers of events; the elements of the arrays are not read."""
     frame = _frame.get()
     assert frame is not None
     readers = frame.recorder._event_readers.of(frame.path)
@@ -457,13 +457,13 @@ def event(
     read = sum(operand.size * operand.dtype.itemsize for operand in operands)
     written = result.size * result.dtype.itemsize
     dtype, where = str(result.dtype), (frame.path, frame.layer)
-    frame.recorder._tell(
+    frame.recorder._notify(
         readers, Event(equation, sizes, dtype, how, seconds, flops, read, written, *where, weight, gradient)
     )
 
 
 class _Tally:
-    """Phases inside of parallel tasks: their seconds on all threads together, by path and layer."""
+    """The seconds of phases inside parallel tasks, summed over all threads, per path and layer."""
 
     def __init__(self, outer: _Frame) -> None:
         self.outer = outer
@@ -475,8 +475,8 @@ class _Tally:
             self._seconds[path[len(self.outer.path) :], layer] += seconds
 
     def spans(self, start: float, wall: float) -> Iterator[Span]:
-        """The wall time split over the phases in proportion to their seconds, one after the other, those
-        inside of a phase before it."""
+        """Split the wall time over the phases in proportion to their seconds: consecutive spans, inner phases
+        before outer ones."""
         busy = sum(seconds for (inner, _), seconds in self._seconds.items() if len(inner) == 1)
         begins = defaultdict(lambda: start)
         placed = []
@@ -491,8 +491,8 @@ class _Tally:
 
 @contextmanager
 def parallel() -> Iterator[None]:
-    """Around tasks on several threads: the wall time is split over their phases in proportion to the threads'
-    seconds."""
+    """Context manager for tasks on several threads: the wall time is split over their phases in proportion to
+    the seconds summed over the threads."""
     frame = _frame.get()
     if frame is None:
         yield

@@ -1,4 +1,4 @@
-"""ShapeArray: an array that has a shape and a type but no numbers, for dry runs of the same program."""
+"""ShapeArray: an array with a shape and a type but no data, for dry runs of the same program."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 
 class ShapeArray(NDArrayOperatorsMixin):
-    """Stands where an ndarray stands: NumPy calls on it answer with the shape and type their result would
-    have.
+    """An ndarray without data: NumPy functions return a ShapeArray with the shape and type of their result.
 
-    Inside is a single number broadcast to the shape (strides of zero), so views cost nothing and no memory is
-    taken.
+    It wraps a single element broadcast to the shape (strides of zero), so views are free and no memory is
+    allocated.
     """
 
     __slots__ = ("dummy",)
@@ -24,13 +23,13 @@ class ShapeArray(NDArrayOperatorsMixin):
         self.dummy = np.broadcast_to(np.zeros((), dtype), shape)
 
     def _view(self, dummy: np.ndarray) -> ShapeArray:
-        """A view of this array, which has its address."""
+        """Return a view of this array, which has the same address."""
         view = ShapeArray.__new__(ShapeArray)
         view.dummy = dummy
         return view
 
     def __reduce__(self) -> Any:
-        # The numbers of the dummy are one, but would be written out one by one.
+        # Pickling the broadcast dummy would write all its elements.
         return ShapeArray, (self.shape, self.dtype)
 
     @property
@@ -64,18 +63,18 @@ class ShapeArray(NDArrayOperatorsMixin):
         return len(self.dummy)
 
     def __bool__(self) -> bool:
-        """True: a check of numbers passes, so that a dry run takes the way of numbers that are in order."""
+        """Return True, so that checks of values pass in a dry run."""
         if self.size != 1:
             raise ValueError(f"the truth value of an array of shape {self.shape} is ambiguous")
         return True
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        # Without this, np.asarray would walk the shape item by item, for hours.
-        raise TypeError(f"an array of shape {self.shape} in a dry run has no numbers")
+        # Without this, np.asarray would iterate over all elements, for hours.
+        raise TypeError(f"an array of shape {self.shape} in a dry run has no data")
 
     def __getitem__(self, index: Any) -> ShapeArray:
         part = self.dummy[index]
-        # A choice by lists or arrays is a copy.
+        # Advanced indexing returns a copy.
         shares = isinstance(part, np.ndarray) and np.may_share_memory(part, self.dummy)
         return self._view(part) if shares else ShapeArray(np.shape(part), self.dtype)
 
@@ -132,16 +131,16 @@ class ShapeArray(NDArrayOperatorsMixin):
 
 
 def _is_operand(value: Any) -> bool:
-    """Whether a value is an array or a number, and no leaf, which answers for itself."""
+    """Return whether a value is an array or a number, not a leaf, which has its own __array_ufunc__."""
     return isinstance(value, (ShapeArray, np.ndarray, np.generic, int, float, complex))
 
 
 def _reduced(shape: tuple[int, ...], axis: Any, keepdims: bool) -> tuple[int, ...]:
     axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
-    gone = {np.lib.array_utils.normalize_axis_index(a, len(shape)) for a in axes}
+    reduced = {np.lib.array_utils.normalize_axis_index(a, len(shape)) for a in axes}
     if keepdims:
-        return tuple(1 if i in gone else n for i, n in enumerate(shape))
-    return tuple(n for i, n in enumerate(shape) if i not in gone)
+        return tuple(1 if i in reduced else n for i, n in enumerate(shape))
+    return tuple(n for i, n in enumerate(shape) if i not in reduced)
 
 
 def _like(a: ShapeArray, dtype: Any = None, order: str = "K", shape: Any = None) -> ShapeArray:
@@ -159,7 +158,7 @@ def _concatenate(arrays: Any, axis: int = 0) -> ShapeArray:
 
 
 def _kind(value: Any) -> Any:
-    """What decides a result's type: an array's own type, a number as it is."""
+    """Return the argument for np.result_type: an array's dtype, or a number itself."""
     return value.dtype if isinstance(value, (ShapeArray, np.ndarray)) else value
 
 
@@ -168,9 +167,9 @@ def _take(a: ShapeArray, indices: Any, axis: int | None = None) -> ShapeArray:
     return ShapeArray((*a.shape[:axis], *np.shape(indices), *a.shape[axis + 1 :]), a.dtype)
 
 
-def _balanced_places(scores: ShapeArray, kth: int, axis: int = -1) -> np.ndarray:
-    """The places of numbers that nobody knows, chosen equally often: a dry run costs what a run does whose
-    router gives every expert as much."""
+def _balanced_indices(scores: ShapeArray, kth: int, axis: int = -1) -> np.ndarray:
+    """Return the indices of top scores without data, each chosen equally often: a dry run has the cost of a
+    run whose router balances the experts."""
     n = scores.shape[-1]
     rows = math.prod(scores.shape[:-1])
     return ((np.arange(rows)[:, None] * (kth + 1) + np.arange(n)) % n).reshape(scores.shape)
@@ -186,7 +185,7 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.where: lambda condition, x, y: ShapeArray(
         np.broadcast_shapes(np.shape(condition), np.shape(x), np.shape(y)), np.result_type(_kind(x), _kind(y))
     ),
-    np.argpartition: _balanced_places,
+    np.argpartition: _balanced_indices,
     np.take_along_axis: lambda a, indices, axis: ShapeArray(np.shape(indices), a.dtype),
     np.put_along_axis: lambda a, indices, values, axis: None,
     np.moveaxis: lambda a, source, to: ShapeArray(np.moveaxis(a.dummy, source, to).shape, a.dtype),

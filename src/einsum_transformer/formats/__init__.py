@@ -1,4 +1,4 @@
-"""Bytes to arrays and back: safetensors and GGUF, with no knowledge of models."""
+"""Read and write tensor files (safetensors, GGUF, npz), independent of any model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: shape in NumPy's order, type in the file ("BF16", "Q4_1"), place of its bytes."""
+    """A tensor in a file: shape in NumPy's order, type in the file ("BF16", "Q4_1"), location of its data."""
 
     name: str
     shape: tuple[int, ...]
@@ -22,18 +22,18 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantized tensor as its file stores it."""
+    """A quantized tensor in the encoding of its file."""
 
     dtype: str
-    """The type in the file, which says what the parts mean."""
+    """The type in the file, which defines the meaning of the parts."""
     shape: tuple[int, ...]
-    """Of the numbers that it stands for, as a matrix."""
+    """Shape of the dequantized values, as a matrix."""
     parts: Mapping[str, np.ndarray]
-    """Read-only views of the mapped file, such as codes and scales, each with a row for each row."""
+    """Read-only views of the mapped file, such as codes and scales, each with one row per matrix row."""
 
 
 class Names(list[str]):
-    """Names in their order; `in` takes no longer for many of them. Not to be changed."""
+    """An ordered list of names with a constant-time `in`. It must not be modified."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__(names)
@@ -44,40 +44,40 @@ class Names(list[str]):
 
 
 def as_rows(array: np.ndarray) -> np.ndarray:
-    """A tensor as a matrix, all its axes but the last joined; a vector as it is."""
+    """Return a tensor as a matrix by joining all axes but the last; a vector is returned unchanged."""
     return array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
 
 
 class TensorSource(Protocol):
-    """The named tensors of a checkpoint on disk; an unknown name raises FormatError with the nearest one."""
+    """The named tensors of a checkpoint on disk; an unknown name raises FormatError with the nearest name."""
 
     path: Path
 
     def names(self) -> list[str]:
-        """The names of all tensors, in the file's order."""
+        """Return the names of all tensors, in the file's order."""
         ...
 
     def info(self, name: str) -> TensorInfo:
-        """Shape, type and place of a tensor, without reading it."""
+        """Return the shape, type and location of a tensor without reading it."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor: a read-only view of the mapped file, or a new float32 array if it is quantized."""
+        """Return the tensor: a read-only view of the mapped file; if quantized, a new float32 array."""
         ...
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of the tensor as a matrix, all its axes but the last joined (of a vector: its
-        numbers), without the rest."""
+        """Return rows start to stop of the tensor, seen as a matrix (see `as_rows`; elements of a vector),
+        without reading the other rows."""
         ...
 
     def read_packed(self, name: str) -> Packed | None:
-        """The tensor as it is stored, None for a type that is read as numbers only."""
+        """Return the tensor in its stored encoding, or None if its type has no packed form."""
         ...
 
     def release(self, name: str) -> None:
-        """Give the tensor's whole pages back to the system, where it can; reading it again maps them anew."""
+        """Release the tensor's memory pages to the system if possible; a later read maps them again."""
         ...
 
     def close(self) -> None:
-        """Let go of the file; views that were read stay valid."""
+        """Close the file; views that were read stay valid."""
         ...

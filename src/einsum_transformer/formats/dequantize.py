@@ -1,14 +1,14 @@
-"""Quantized GGUF blocks to float32, in pieces that stay in the cache.
+"""Dequantize GGUF blocks to float32, in pieces that fit into the CPU cache.
 
-Q8_0, Q4_0 and Q4_1 are unpacked here, 16 bytes of nibbles being one NumPy element; the results equal those of
-`gguf.quants` bit for bit. All other types go through `gguf.quants`, which is imported only then.
+Q8_0, Q4_0 and Q4_1 are unpacked here, with 16 bytes of nibbles as one NumPy element; the results are
+bit-identical to `gguf.quants`. All other types use `gguf.quants`, which is imported on demand.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-_PIECE = 1 << 18  # elements of output at a time: 1 MB, a multiple of every block size
+_PIECE = 1 << 18  # output elements per piece: 1 MB, a multiple of every block size
 _NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
 _Q4_0 = np.dtype([("d", "<f2"), ("q", "V16")])
 _Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "V16")])
@@ -19,26 +19,26 @@ PACKED = {
     "Q4_0": np.dtype([("scales", "<f2"), ("nibbles", "u1", 16)]),
     "Q4_1": np.dtype([("scales", "<f2"), ("minimums", "<f2"), ("nibbles", "u1", 16)]),
 }
-"""Type -> one block of 32 numbers, for the types that can be handed on as they are stored. Nibbles hold the
-first 16 numbers in their low halves."""
+"""Type -> layout of a block of 32 values, for the types that can be used in their stored encoding. The low
+nibbles are the first 16 values."""
 
 
 def dequantize(stored: np.ndarray, dtype: str, block: tuple[int, int], out: np.ndarray) -> None:
-    """Write the values of `stored`, bytes of blocks of type `dtype`, to the flat float32 `out`.
+    """Dequantize `stored`, the bytes of blocks of type `dtype`, into the flat float32 array `out`.
 
-    `block` is the (elements, bytes) of one block. Raises NotImplementedError for an unknown type.
+    `block` is (elements, bytes) of one block. Raises NotImplementedError for an unknown type.
     """
     elements, nbytes = block
     blocks = _PIECE // elements
     unpack = _UNPACK.get(dtype) or _unpack_with_gguf(dtype)
-    with np.errstate(invalid="ignore", over="ignore"):  # scales of a hostile file may be inf or NaN
+    with np.errstate(invalid="ignore", over="ignore"):  # scales in a malformed file may be inf or NaN
         for start in range(0, len(stored) // nbytes, blocks):
             piece = stored[start * nbytes : (start + blocks) * nbytes]
             unpack(piece, out[start * elements : (start + blocks) * elements].reshape(-1, elements))
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """16-byte elements to rows of 32 bytes: first the low halves of the 16 bytes, then the high ones."""
+    """Unpack 16-byte elements to rows of 32 bytes: the low nibbles of the 16 bytes, then the high ones."""
     rows = np.empty((len(packed), 2), "V16")
     words = packed.copy().view(np.uint64)
     rows[:, 0] = (words & _NIBBLES).view("V16")
@@ -82,7 +82,7 @@ def _unpack_with_gguf(dtype: str) -> Callable[[np.ndarray, np.ndarray], None]:
         raise NotImplementedError(dtype)
 
     def unpack(stored: np.ndarray, out: np.ndarray) -> None:
-        # One long row: gguf works on sixteen rows at a time, which is slow when they are short.
+        # One long row: gguf processes sixteen rows at a time, which is slow for short rows.
         out[...] = gguf_dequantize(stored.reshape(1, -1), GGMLQuantizationType[dtype]).reshape(out.shape)
 
     return unpack

@@ -1,4 +1,4 @@
-"""JSON objects read from files up to a bound, and files that take their place when they are whole."""
+"""Read JSON files of limited size, and replace files atomically."""
 
 import json
 import os
@@ -16,9 +16,9 @@ _LARGEST = 16 << 20
 
 
 def read_json(path: Path, what: str = "config", most: int = _LARGEST) -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes; `what` it is, for the messages.
+    """Return the JSON object in a file of at most `most` bytes; `what`: the name of the content in messages.
 
-    Raises InputError if the file cannot be read, is larger, or holds no JSON object.
+    Raises InputError if the file cannot be read, is larger, or does not contain a JSON object.
     """
     try:
         if path.stat().st_size > most:
@@ -30,14 +30,14 @@ def read_json(path: Path, what: str = "config", most: int = _LARGEST) -> dict[st
 
 
 def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:
-    """A JSON object from outside: UTF-8, no key twice at any level, keys without lone surrogates."""
+    """Parse an untrusted JSON object: UTF-8, no duplicate keys at any level, no lone surrogates in keys."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         parsed: dict[str, Any] = {}
         for key, value in pairs:
             if key in parsed:
                 raise ValueError(f"the key {quoted(key)} occurs twice")
-            key.encode()  # refuses halves of surrogate pairs
+            key.encode()  # raises for lone surrogates
             parsed[key] = value
         return parsed
 
@@ -52,14 +52,14 @@ def parse_json(path: Path, what: str, raw: bytes) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object; an older file is replaced once the new one is on the disk."""
+    """Write a JSON object; an existing file is replaced once the new one is on disk."""
     with atomic_file(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once it is on the disk, and leaves no trace upon failure."""
+    """Yield a new file that replaces `path` once it is on disk, and is deleted upon failure."""
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -72,6 +72,6 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(file: BinaryIO) -> None:
-    """Have all that was written to `file` on the disk."""
+    """Flush everything written to `file` to disk."""
     file.flush()
     os.fsync(file.fileno())

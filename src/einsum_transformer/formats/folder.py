@@ -1,4 +1,4 @@
-"""Checkpoint folders: one safetensors file, or shards under an index; and `open_tensors` for any path."""
+"""Checkpoint folders: one safetensors file, or shards with an index; and `open_tensors` for any path."""
 
 import json
 import re
@@ -33,14 +33,14 @@ INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+\.safetensors")
 _MAX_INDEX = 100_000_000
-_MOST_SNIFFED = 64
+_MAX_SNIFFED = 64
 
 
 def open_tensors(path: str | Path, allow_links: bool = False) -> TensorSource:
-    """The tensors of a safetensors file, a GGUF file or a checkpoint folder, by what is in it.
+    """Open a safetensors file, a GGUF file or a checkpoint folder; the contents determine the format.
 
     allow_links: follow links that lead out of the folder. Raises FormatError for pickle files, which run code
-    when read, and for any other kind of file, by its name.
+    when read, and for any other kind of file; the message names the kind.
     """
     path = Path(path)
     if path.is_dir():
@@ -60,31 +60,31 @@ def open_tensors(path: str | Path, allow_links: bool = False) -> TensorSource:
 
 
 def single_gguf(folder: Path, allow_links: bool = False) -> Path | None:
-    """The GGUF model of a folder without safetensors weights, None if it has none; of a split one a part.
+    """Return the GGUF model of a folder without safetensors weights (a part of a split model), or None.
 
-    Where there are several files, those that are no models (adapters, projectors) are left out. Raises
-    FormatError if there are still several.
+    If there are several files, those that are not models (adapters, projectors) are ignored. Raises
+    FormatError if several models remain.
     """
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         return None
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     found = [path for path in files if path.suffix.lower() == ".gguf"]
-    found = found or [path for path in files[:_MOST_SNIFFED] if kind_of(path) == "GGUF"]
+    found = found or [path for path in files[:_MAX_SNIFFED] if kind_of(path) == "GGUF"]
     models = first_parts(found)
     if len(models) > 1:
-        models = [path for path in models[:_MOST_SNIFFED] if _is_model(path, allow_links)] or models
+        models = [path for path in models[:_MAX_SNIFFED] if _is_model(path, allow_links)] or models
     if len(models) > 1:
         names = some([path.name for path in models], 8)
-        raise FormatError(f"{folder}: holds several GGUF models: name one of {names}")
+        raise FormatError(f"{folder}: contains several GGUF models: choose one of {names}")
     return inside(folder, models[0].name, allow_links) if models else None
 
 
 def _is_model(path: Path, allow_links: bool) -> bool:
-    """Whether a GGUF file is a model, as far as it can be read."""
+    """Return whether a GGUF file is a model; True if it cannot be read."""
     try:
         file = GGUFFile(inside(path.parent, path.name, allow_links))
     except InputError:
-        return True  # opening it says what is wrong
+        return True  # opening it raises the error
     file.close()
     return not file.purpose
 
@@ -92,20 +92,20 @@ def _is_model(path: Path, allow_links: bool) -> bool:
 class SafetensorsFolder:
     """A folder with `model.safetensors`, or shards and `model.safetensors.index.json`, as one TensorSource.
 
-    A shard is opened when one of its tensors is first asked for, and must hold the names that the index gives
-    it; others in it are left aside with a note. Nothing outside the folder is opened, save the blobs of the
-    Hugging Face cache it lies in, unless allow_links.
+    A shard is opened when one of its tensors is first requested, and must contain the tensors that the index
+    assigns to it; other tensors in it are ignored with a note. Without allow_links, only files in the folder
+    and blobs of the Hugging Face cache around it are opened.
     """
 
     def __init__(self, folder: str | Path, allow_links: bool = False) -> None:
         self.path = Path(folder)
         self._allow_links = allow_links
         self._open: dict[str, SafetensorsFile] = {}
-        self._refused: dict[str, str] = {}  # a shard that cannot be used is read once
+        self._failed: dict[str, str] = {}  # shard -> error, so that an invalid shard is read only once
         self._index = self.path / INDEX
         if leads_nowhere(self.path / SINGLE):
             raise FormatError(f"{self.path / SINGLE}: {LEADS_NOWHERE}")
-        if (self.path / SINGLE).is_file():  # where both are, it is the whole one
+        if (self.path / SINGLE).is_file():  # takes precedence over an index
             single = SafetensorsFile(inside(self.path, SINGLE, allow_links))
             self._open[SINGLE] = single
             self._shard_of = dict.fromkeys(single.names(), SINGLE)
@@ -121,70 +121,70 @@ class SafetensorsFolder:
         elif not self.path.is_dir():
             raise InputError(f"{self.path}: there is no such folder")
         else:
-            raise folder_refused(self.path, f"the folder holds neither {SINGLE} nor {INDEX}")
+            raise folder_refused(self.path, f"the folder contains neither {SINGLE} nor {INDEX}")
         self._names = Names(self._shard_of)
-        self._promised: dict[str, set[str]] = {}
+        self._expected: dict[str, set[str]] = {}
         for name, shard in self._shard_of.items():
-            self._promised.setdefault(shard, set()).add(name)
+            self._expected.setdefault(shard, set()).add(name)
 
     def names(self) -> list[str]:
         return self._names
 
     def info(self, name: str) -> TensorInfo:
-        return self._holder(name).info(name)
+        return self._file_of(name).info(name)
 
     def read(self, name: str) -> np.ndarray:
-        return self._holder(name).read(name)
+        return self._file_of(name).read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._holder(name).read_rows(name, start, stop)
+        return self._file_of(name).read_rows(name, start, stop)
 
     def read_packed(self, name: str) -> Packed | None:
-        return self._holder(name).read_packed(name)
+        return self._file_of(name).read_packed(name)
 
     def release(self, name: str) -> None:
-        self._holder(name).release(name)
+        self._file_of(name).release(name)
 
     def close(self) -> None:
         for shard in self._open.values():
             shard.close()
 
-    def _holder(self, name: str) -> SafetensorsFile:
+    def _file_of(self, name: str) -> SafetensorsFile:
         shard = self._shard_of.get(name)
         if shard is None:
             refuse_unknown(self.path, name, self.names())
         return self._shard(shard)
 
     def _shard(self, shard: str) -> SafetensorsFile:
-        if shard in self._refused:
-            raise FormatError(self._refused[shard])
+        if shard in self._failed:
+            raise FormatError(self._failed[shard])
         if shard not in self._open:
             try:
                 self._open[shard] = self._opened(shard)
             except InputError as error:
-                self._refused[shard] = str(error)
+                self._failed[shard] = str(error)
                 raise
         return self._open[shard]
 
     def _opened(self, shard: str) -> SafetensorsFile:
         source = SafetensorsFile(inside(self.path, shard, self._allow_links))
-        held, promised = set(source.names()), self._promised[shard]
-        if lacking := promised - held:
+        present, expected = set(source.names()), self._expected[shard]
+        if missing := expected - present:
             source.close()
             raise FormatError(
-                f"{self._index} lists tensor {quoted(min(lacking))} for this shard, "
-                f"but {source.path} does not"
+                f"{self._index} lists tensor {quoted(min(missing))} for this shard, "
+                f"but {source.path} does not contain it"
             )
-        if spare := held - promised:
+        if extra := present - expected:
             note(
-                f"{source.path}: {len(spare)} tensors, such as {quoted(min(spare))}, are not in {INDEX} "
-                "for this shard, and not used"
+                f"{source.path}: {len(extra)} tensors, such as {quoted(min(extra))}, are ignored, because "
+                f"{INDEX} does not list them for this shard"
             )
         return source
 
 
 def read_index(folder: Path, allow_links: bool = False) -> dict[str, str]:
-    """Tensor -> shard, as the index of a folder says; every shard is the plain name of a file."""
+    """Return tensor -> shard from the index of a folder; every shard must be a plain file name."""
     path = inside(folder, INDEX, allow_links)
     shard_of = read_json(path, "the index", _MAX_INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
@@ -196,11 +196,11 @@ def read_index(folder: Path, allow_links: bool = False) -> dict[str, str]:
         if not isinstance(shard, str) or shard not in plain:
             pickle = isinstance(shard, str) and is_pickle(Path(shard))
             why = (
-                "a pickle, which is not read: convert it to safetensors"
+                "a pickle file, which is not supported: convert it to safetensors"
                 if pickle
                 else "which is not the plain name of a .safetensors file in this folder"
             )
-            raise FormatError(f"{path}: tensor {quoted(name)} is said to be in {quoted(str(shard))}, {why}")
+            raise FormatError(f"{path}: tensor {quoted(name)} is mapped to {quoted(str(shard))}, {why}")
     return shard_of
 
 
@@ -209,16 +209,16 @@ def write_safetensors_folder(
     tensors: Mapping[str, np.ndarray],
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write `model.safetensors`, or an index and shards of at most `max_shard_bytes` of tensors.
+    """Write `model.safetensors`, or an index and shards with at most `max_shard_bytes` of tensors each.
 
-    A larger tensor has a shard of its own. The new files take their places when all of them are on the disk,
-    the index last; after that, files of an earlier save that no longer belong are removed.
+    A larger tensor gets a shard of its own. The new files replace the old ones once all of them are on disk,
+    the index last; then files of an earlier save that are no longer used are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = describe(tensors)
     shards = _name_shards(_plan_shards(entries, max_shard_bytes))
-    with ExitStack() as stack:  # leaves in reverse order: the index takes its place last
+    with ExitStack() as stack:  # exits in reverse order: the index is replaced last
         if SINGLE not in shards:
             index = stack.enter_context(atomic_file(folder / INDEX))
             index.write(json.dumps(_index_of(shards), indent=2).encode())
@@ -235,13 +235,13 @@ def write_safetensors_folder(
 
 def _plan_shards(entries: Mapping[str, Entry], max_shard_bytes: int) -> list[dict[str, Entry]]:
     shards: list[dict[str, Entry]] = [{}]
-    room = max_shard_bytes
+    free_bytes = max_shard_bytes
     for name, entry in entries.items():
-        if shards[-1] and entry.nbytes > room:
+        if shards[-1] and entry.nbytes > free_bytes:
             shards.append({})
-            room = max_shard_bytes
+            free_bytes = max_shard_bytes
         shards[-1][name] = entry
-        room -= entry.nbytes
+        free_bytes -= entry.nbytes
     return shards
 
 

@@ -2,7 +2,7 @@
 
 A file is a header (magic, version, counts), typed key-value pairs, tensor infos, and the tensors' bytes at
 aligned offsets (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every length and count is checked
-against the bytes that are left before anything is made from it.
+against the remaining bytes before it is used.
 """
 
 import math
@@ -79,9 +79,9 @@ _NUMBERS = {
     11: "<i8",
     12: "<f8",
 }
-# general.architecture of files that are no models and may not say so in general.type
-_NO_MODELS = {"clip": "mmproj", "mmproj": "mmproj", "controlvector": "control vector", "imatrix": "imatrix"}
-# general.type of the same, as the gguf package and older converters write it
+# general.architecture -> kind, for files that are not models and may lack general.type
+_NOT_MODELS = {"clip": "mmproj", "mmproj": "mmproj", "controlvector": "control vector", "imatrix": "imatrix"}
+# general.type of files that are not models, as the gguf package and older converters write it
 _OTHER_KINDS = frozenset({"adapter", "lora", "mmproj", "imatrix", "control vector", "controlvector", "vocab"})
 _EMBEDDING = "token_embd.weight"
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -89,10 +89,10 @@ _MIN_VALUE = {code: np.dtype(dtype).itemsize for code, dtype in _NUMBERS.items()
 
 
 class GGUFFile(MappedFile):
-    """A GGUF file as a TensorSource: plain types are views of the map, quantized ones become float32.
+    """A GGUF file as a TensorSource: plain types are read as views of the map, quantized types as float32.
 
-    Shapes are in NumPy's order (the file has them reversed). `metadata` holds str, int, float, bool and lists
-    of them. Raises FormatError where the bytes contradict the format in any way.
+    Shapes are in NumPy's order (reversed in the file). The values of `metadata` are str, int, float, bool and
+    lists of them. Raises FormatError if the contents violate the format.
     """
 
     metadata: dict[str, Any]
@@ -108,13 +108,13 @@ class GGUFFile(MappedFile):
 
     @property
     def purpose(self) -> str:
-        """What a file is that holds no model ("adapter", "imatrix", "mmproj", ...), "" for a model."""
-        kind, architecture = _stated_kind(self.metadata), self.metadata.get("general.architecture")
+        """The kind of a file that is not a model ("adapter", "imatrix", "mmproj", ...), "" for a model."""
+        kind, architecture = _declared_kind(self.metadata), self.metadata.get("general.architecture")
         if kind in _OTHER_KINDS:
             return kind
-        if isinstance(architecture, str) and architecture in _NO_MODELS:
-            return _NO_MODELS[architecture]
-        # Like llama.cpp, take any other word for a model if the file has the tensors of one.
+        if isinstance(architecture, str) and architecture in _NOT_MODELS:
+            return _NOT_MODELS[architecture]
+        # Like llama.cpp, accept any other type as a model if the file contains token embeddings.
         return "" if kind == "model" or _EMBEDDING in self.names() else kind[:40]
 
     def read(self, name: str) -> np.ndarray:
@@ -129,7 +129,7 @@ class GGUFFile(MappedFile):
             return as_rows(self._view(info))[start:stop]
         if len(info.shape) < 2:
             return self.read(name)[start:stop]
-        row_bytes = info.nbytes // math.prod(info.shape[:-1])  # whole blocks, as the header was checked for
+        row_bytes = info.nbytes // math.prod(info.shape[:-1])  # whole blocks, checked in the header
         stored = self._stored(info)[start * row_bytes : stop * row_bytes]
         return self._dequantized(info, stored).reshape(-1, info.shape[-1])
 
@@ -156,15 +156,15 @@ class GGUFFile(MappedFile):
         return out
 
 
-def _stated_kind(metadata: dict[str, Any]) -> str:
-    """What the metadata says the file is, in lower case; LoRA files of older converters have adapter.type
-    alone."""
-    stated = metadata.get("general.type", "adapter" if "adapter.type" in metadata else "model")
-    return str(stated).strip().lower()
+def _declared_kind(metadata: dict[str, Any]) -> str:
+    """Return the file type in the metadata, in lower case; LoRA files of older converters only have
+    adapter.type."""
+    declared = metadata.get("general.type", "adapter" if "adapter.type" in metadata else "model")
+    return str(declared).strip().lower()
 
 
 class _Header:
-    """The parsed header of a GGUF file, and while it is being parsed, a cursor that never leaves the file."""
+    """The parsed header of a GGUF file; during parsing, also a cursor that stays within the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.size, self.pos = path, data, len(data), 0
@@ -186,7 +186,7 @@ class _Header:
         return int.from_bytes(self._take(nbytes), "little")
 
     def _count(self, what: str, min_bytes: int) -> int:
-        """A 64-bit count of things of at least `min_bytes` bytes each, all of which the file has room for."""
+        """Read a 64-bit count of items of at least `min_bytes` bytes each; raise if they exceed the file."""
         count = self._uint(8)
         if count * min_bytes > self.size - self.pos:
             self._refuse(f"{count} {what} cannot fit into the {self.size - self.pos} bytes that are left")
@@ -250,7 +250,7 @@ class _Header:
         return self._strings(1)[0]
 
     def _strings(self, count: int) -> list[str]:
-        # Vocabularies make this the one hot loop of the header, so it does without the helpers above.
+        # Vocabularies make this the hot loop of the header, so it does not use the methods above.
         data, size, pos = self.data, self.size, self.pos
         length_at = struct.Struct("<Q").unpack_from
         strings = []
@@ -269,8 +269,8 @@ class _Header:
         return strings
 
     def _alignment(self) -> int:
-        part, kind = self.metadata.get("split.no"), _stated_kind(self.metadata)
-        # Later parts of a split model need not say it, and importance matrices do not.
+        part, kind = self.metadata.get("split.no"), _declared_kind(self.metadata)
+        # Later parts of a split model may omit it, and importance matrices do.
         needed = kind not in _OTHER_KINDS and (type(part) is not int or part < 1)
         if not isinstance(self.metadata.get("general.architecture", None if needed else ""), str):
             raise FormatError(f"{self.path}: general.architecture must be present and a string")
@@ -280,20 +280,20 @@ class _Header:
         return alignment
 
     def _tensors(self, count: int) -> dict[str, TensorInfo]:
-        stated: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name = self._string()
             if _BAD_NAME.search(name):
-                self._refuse(f"{quoted(name)} is not accepted as the name of a tensor")
-            if name in stated:
+                self._refuse(f"{quoted(name)} is not a valid tensor name")
+            if name in entries:
                 self._refuse(f"the tensor {quoted(name)} occurs twice")
             dims = self._uint(4)
             if dims > _MAX_DIMS:
                 self._refuse(f"tensor {quoted(name)} has {dims} dimensions, more than {_MAX_DIMS}")
             shape = tuple(self._uint(8) for _ in range(dims))[::-1]
-            stated[name] = shape, self._uint(4), self._uint(8)
+            entries[name] = shape, self._uint(4), self._uint(8)
         start = -(-self.pos // self.alignment) * self.alignment
-        tensors = {name: self._tensor(name, *entry, start) for name, entry in stated.items()}
+        tensors = {name: self._tensor(name, *entry, start) for name, entry in entries.items()}
         end = start
         for info in sorted(tensors.values(), key=lambda info: info.offset):
             if info.offset < end:
@@ -311,10 +311,10 @@ class _Header:
         if 0 in shape:
             refuse(f"shape {shape} has a dimension of 0")
         if elements > 1 and (not shape or shape[-1] % elements):
-            refuse(f"rows of shape {shape} are not made of whole {dtype} blocks of {elements}")
+            refuse(f"shape {shape} does not consist of whole {dtype} blocks of {elements} elements")
         if offset % self.alignment:
             refuse(f"its offset {offset} is not a multiple of the alignment {self.alignment}")
         nbytes = math.prod(shape) // elements * block_bytes
         if start + offset + nbytes > self.size:
-            refuse(f"its {nbytes} bytes at offset {offset} of the data go beyond the end of the file")
+            refuse(f"its {nbytes} bytes at offset {offset} of the data extend beyond the end of the file")
         return TensorInfo(name, shape, dtype, nbytes, self.path, start + offset)

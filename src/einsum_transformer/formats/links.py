@@ -1,38 +1,38 @@
-"""Links in a checkpoint folder: followed inside of it and inside a hub cache, elsewhere only if allowed."""
+"""Symbolic links in a checkpoint folder: allowed within it and its hub cache, elsewhere only on request."""
 
 from pathlib import Path
 
 from einsum_transformer.errors import FormatError
 
-LEADS_NOWHERE = "a link that leads nowhere: the file that it names is gone; fetch it again"
+LEADS_NOWHERE = "a broken link: its target does not exist; download the file again"
 
 
 def leads_nowhere(path: Path) -> bool:
-    """Whether a path is a link to a file that does not exist."""
+    """Return whether a path is a link to a file that does not exist."""
     try:
         return path.is_symlink() and not path.exists()
-    except (OSError, RuntimeError):  # links in a circle
+    except (OSError, RuntimeError):  # a cycle of links
         return True
 
 
 def inside(folder: Path, name: str, allow_links: bool = False) -> Path:
-    """The path of a member of `folder`, unless it is a link that leads out of it and links are not allowed.
+    """Return the path of a file in `folder`; raise FormatError for a link out of it that is not allowed.
 
     In a Hugging Face cache `<repo>/snapshots/<revision>/<name>` is a link to `<repo>/blobs/<hash>`, which may
-    be one to `<cache>/blobs/<prefix>/<hash>`, where repositories share files.
+    itself link to `<cache>/blobs/<prefix>/<hash>`, where repositories share files.
     """
     path = folder / name
     try:
-        home, real = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # links in a circle
+        root, real = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a cycle of links
         raise FormatError(f"{path}: {LEADS_NOWHERE}") from None
-    allowed = allow_links or real.is_relative_to(home)
-    if home.parent.name == "snapshots":
-        repo = home.parent.parent
+    allowed = allow_links or real.is_relative_to(root)
+    if root.parent.name == "snapshots":
+        repo = root.parent.parent
         allowed |= real.parent == repo / "blobs" or real.parent.parent == repo.parent / "blobs"
     if not allowed:
         raise FormatError(
-            f"{path}: a link out of the folder, to {real}; put the file itself there, or allow such links "
+            f"{path}: a link out of the folder, to {real}; copy the file into the folder, or follow the link "
             "with --allow-links (in Python allow_links=True)"
         )
     return path

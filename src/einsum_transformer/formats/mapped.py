@@ -1,4 +1,4 @@
-"""A file of tensors as a read-only memory map."""
+"""Read-only memory maps of tensor files."""
 
 import mmap
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import Names, Packed, TensorInfo
 
-# Type as files name it -> name of the type in NumPy or ml_dtypes, bytes per element
+# Type name in files -> type name in NumPy or ml_dtypes, bytes per element
 DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -32,29 +32,29 @@ DTYPES = {
 }
 
 FILE_DTYPES = {name: dtype for dtype, (name, _) in DTYPES.items()}
-"""Name of a type in NumPy or ml_dtypes -> as files name it."""
+"""Type name in NumPy or ml_dtypes -> type name in files."""
 
 
 def quoted(name: str) -> str:
-    """A name from a file, fit for a one-line message however long or odd it is."""
+    """Quote a name from a file for a one-line message, truncated to 80 characters."""
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
 def refuse_unknown(path: Path, name: str, known: list[str]) -> NoReturn:
-    """Raise FormatError for a tensor that `path` does not hold, with the nearest name that it does."""
+    """Raise FormatError for a tensor that `path` does not contain; the message suggests the nearest name."""
 
     def shared(pairs: Iterable[tuple[str, str]]) -> int:
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def likeness(other: str) -> int:
+    def similarity(other: str) -> int:
         return shared(zip(name, other)) + shared(zip(reversed(name), reversed(other)))
 
-    hint = f"the nearest name is {quoted(max(known, key=likeness))}" if known else "it holds no tensors"
+    hint = f"the nearest name is {quoted(max(known, key=similarity))}" if known else "it contains no tensors"
     raise FormatError(f"{path}: there is no tensor {quoted(name)}; {hint}")
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
-    """The NumPy type of a type in a file: "F32" -> float32, "BF16" -> ml_dtypes.bfloat16."""
+    """Return the NumPy dtype of a type in a file: "F32" -> float32, "BF16" -> ml_dtypes.bfloat16."""
     name, _ = DTYPES[dtype]
     if name.startswith(("bfloat", "float8")):
         import ml_dtypes
@@ -64,7 +64,7 @@ def numpy_dtype(dtype: str) -> np.dtype:
 
 
 class MappedFile:
-    """The part of a TensorSource that all formats of one file share: the map and the table of its tensors."""
+    """Base class of the single-file TensorSources: the memory map and the table of tensors."""
 
     path: Path
     _tensors: dict[str, TensorInfo]
@@ -113,15 +113,15 @@ class MappedFile:
         self._bytes = None
         try:
             self._map.close()
-        except BufferError:  # a view is still alive; the map goes away with the last one
+        except BufferError:  # views are still alive; the map is closed with the last one
             del self._map
 
     def _stored(self, info: TensorInfo) -> np.ndarray:
-        """The tensor's bytes: a flat read-only view of the map."""
+        """Return the tensor's bytes: a flat read-only view of the map."""
         if self._bytes is None:
             raise ValueError(f"{self.path} is closed")
         return self._bytes[info.offset : info.offset + info.nbytes]
 
     def _view(self, info: TensorInfo) -> np.ndarray:
-        """The tensor of a type that NumPy or ml_dtypes has: a read-only view of the map."""
+        """Return a tensor whose type NumPy or ml_dtypes supports: a read-only view of the map."""
         return self._stored(info).view(numpy_dtype(info.dtype)).reshape(info.shape)

@@ -25,9 +25,9 @@ _MAX_DIMS = 64  # NumPy's own limit
 
 
 class SafetensorsFile(MappedFile):
-    """A safetensors file as a TensorSource; its arrays are views of the mapped file, in the file's own types.
+    """A safetensors file as a TensorSource; its arrays are views of the mapped file, in the file's types.
 
-    Raises FormatError where the bytes contradict the format in any way.
+    Raises FormatError if the contents violate the format.
     """
 
     metadata: dict[str, str]
@@ -43,7 +43,7 @@ class SafetensorsFile(MappedFile):
     def read(self, name: str) -> np.ndarray:
         info = self.info(name)
         if info.dtype == "BOOL" and self._stored(info).max(initial=0) > 1:
-            raise FormatError(f"{self.path}: tensor {quoted(name)} is BOOL and has a byte other than 0 and 1")
+            raise FormatError(f"{self.path}: tensor {quoted(name)} is BOOL but has a byte other than 0 and 1")
         return self._view(info)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -62,7 +62,7 @@ def _read_header(path: Path, data: mmap.mmap) -> tuple[dict[str, TensorInfo], di
             raise FormatError(f"{path}: not a safetensors file: {is_it}")
         raise FormatError(
             f"{path}: a header of {length} bytes does not fit into this file of {len(data)} bytes "
-            f"(or exceeds {_MAX_HEADER}); the file is cut short or is not safetensors"
+            f"(or exceeds {_MAX_HEADER}); the file is truncated or is not safetensors"
         )
     raw = data[8 : 8 + length].rstrip(b" ")
     if not (raw.startswith(b"{") and raw.endswith(b"}")):
@@ -85,14 +85,14 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
         raise refuse("its header entry must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(f"dtype {quoted(str(dtype))} is none of {', '.join(DTYPES)}")
+        raise refuse(f"dtype {quoted(str(dtype))} is not one of {', '.join(DTYPES)}")
     if not _are_counts(shape) or len(shape) > _MAX_DIMS:
         raise refuse(f"shape must be a list of at most {_MAX_DIMS} integers in 0 ... 2^63-1")
     if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
         raise refuse(f"data_offsets must be [begin, end] inside the {size - start} bytes of data")
     itemsize = DTYPES[dtype][1]
     if math.prod(max(size, 1) for size in shape) * itemsize >= 1 << 63:
-        raise refuse(f"shape {shape} is too large for any array")
+        raise refuse(f"shape {shape} is too large for an array")
     nbytes = math.prod(shape) * itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise refuse(
@@ -109,18 +109,18 @@ def _check_no_gaps(path: Path, tensors: Mapping[str, TensorInfo], start: int, si
     end = start
     for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
         if info.offset != end:
-            problem = "overlaps another tensor" if info.offset < end else "leaves bytes unused before it"
+            problem = "overlaps another tensor" if info.offset < end else "has unused bytes before it"
             raise FormatError(
                 f"{path}: tensor {quoted(info.name)} {problem} (byte {info.offset - start} of the data)"
             )
         end += info.nbytes
     if end != size:
-        raise FormatError(f"{path}: the last {size - end} bytes belong to no tensor")
+        raise FormatError(f"{path}: the last {size - end} bytes do not belong to any tensor")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the header says about a tensor to be written."""
+    """The header entry of a tensor to be written."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -128,24 +128,24 @@ class Entry:
 
 
 def describe(tensors: Mapping[str, np.ndarray]) -> dict[str, Entry]:
-    """The header entries of `tensors`; raises InputError for a name or type that the format does not have."""
+    """Return the header entries of `tensors`; raise InputError for an unsupported name or type."""
     entries = {}
     for name in tensors:
         tensor = tensors[name]
         if not isinstance(name, str) or name == "__metadata__":
-            raise InputError(f"{name!r} cannot be the name of a tensor in a safetensors file")
+            raise InputError(f"{name!r} is not a valid tensor name in a safetensors file")
         if not isinstance(tensor, np.ndarray) or tensor.dtype.name not in FILE_DTYPES:
             kind = tensor.dtype.name if isinstance(tensor, np.ndarray) else type(tensor).__name__
-            raise InputError(f"tensor {quoted(name)}: safetensors has no type for {kind}; convert it first")
+            raise InputError(f"tensor {quoted(name)}: safetensors does not support {kind}; convert it first")
         entries[name] = Entry(FILE_DTYPES[tensor.dtype.name], tensor.shape, tensor.nbytes)
     return entries
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write `tensors` to `path` one by one; an older file is replaced once the new one is on the disk.
+    """Write `tensors` to `path` one by one; an existing file is replaced once the new one is on disk.
 
-    Each tensor is asked for twice (for its shape, then for its bytes), so that a mapping which makes its
-    arrays on access holds one at a time. Raises InputError for a name or type that the format does not have.
+    Each tensor is accessed twice (for its shape, then for its data), so that a mapping that creates arrays on
+    access holds one at a time. Raises InputError for a name or type that the format does not support.
     """
     entries = describe(tensors)
     with atomic_file(Path(path)) as file:
@@ -153,8 +153,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> None:
-    """Write the header and the bytes of those `tensors` that `entries` describes."""
-    # Wide types first keeps every tensor aligned to its own type.
+    """Write the header and the data of the `tensors` that `entries` describes."""
+    # Writing wide types first aligns every tensor to its type.
     order = sorted(entries, key=lambda name: (-DTYPES[entries[name].dtype][1], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -166,7 +166,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], entries: Ma
     raw += b" " * (-len(raw) % 8)
     if len(raw) > _MAX_HEADER:
         raise InputError(
-            f"the safetensors header would have {len(raw)} bytes; {_MAX_HEADER} are the most allowed"
+            f"the safetensors header would take {len(raw)} bytes; at most {_MAX_HEADER} are allowed"
         )
     file.write(len(raw).to_bytes(8, "little") + raw)
     for name in order:
@@ -176,9 +176,9 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], entries: Ma
 
 
 def float32_to_bf16(x: np.ndarray) -> np.ndarray:
-    """A float32 array as ml_dtypes.bfloat16: round to nearest even, with the upper bits of NaN payloads kept.
+    """Convert float32 to ml_dtypes.bfloat16: round to nearest even, preserve the upper bits of NaN payloads.
 
-    ml_dtypes alone replaces every NaN by one quiet NaN. A payload with no upper bits becomes the quiet one.
+    ml_dtypes alone replaces every NaN by one quiet NaN; here only a payload without upper bits becomes it.
     """
     import ml_dtypes
 

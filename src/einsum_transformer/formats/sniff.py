@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says."""
+"""Detect the kind of a file from its first bytes, independent of its name."""
 
 import codecs
 from pathlib import Path
@@ -33,13 +33,13 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     *((b"\x80" + bytes([protocol]), "pickle") for protocol in range(2, 6)),
 )
 COMPRESSED = frozenset({"gzip", "bzip2", "xz", "zstd", "7-Zip", "zip"})
-"""Kinds that have to be unpacked first. Checkpoints of torch.save are zip files too."""
+"""Kinds that must be decompressed first. Checkpoints of torch.save are zip files too."""
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a file: a name of the table above, "safetensors", "JSON", "text", "binary" or "empty".
+    """Return the kind of a file: a name in `_MAGIC`, "safetensors", "JSON", "text", "binary" or "empty".
 
-    "JSON" is UTF-8 text that begins with { or [, "text" any other UTF-8 text, "binary" what is none of these.
+    "JSON" is UTF-8 text that begins with { or [, "text" any other UTF-8 text, "binary" anything else.
     Raises InputError if the file cannot be read.
     """
     try:
@@ -52,18 +52,18 @@ def kind_of(path: Path) -> str:
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file is meant as JSON: by its contents, or by its suffix unless it holds tensors."""
+    """Return whether a file is JSON: by its contents, or by its suffix unless it contains tensors."""
     try:
         if not path.is_file():
             return False
         kind = kind_of(path)
         return kind == "JSON" or (path.suffix.lower() == ".json" and kind not in ("GGUF", "safetensors"))
-    except (OSError, ValueError):  # no name of a file, or one that cannot be read
+    except (OSError, ValueError):  # not a valid path, or not readable
         return False
 
 
 def kind_of_bytes(head: bytes, size: int) -> str:
-    """The kind of a file of `size` bytes that begins with `head`."""
+    """Return the kind of a file of `size` bytes that begins with `head`."""
     if not head:
         return "empty"
     for magic, kind in _MAGIC:
@@ -78,13 +78,13 @@ def kind_of_bytes(head: bytes, size: int) -> str:
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
-    """Whether an 8-byte header length is followed by the JSON object of a safetensors header."""
+    """Return whether an 8-byte header length is followed by the JSON object of a safetensors header."""
     length = int.from_bytes(head[:8], "little")
     return len(head) > 9 and 2 <= length <= size - 8 and head[8:9] == b"{" and b"\x00" in head[:8]
 
 
 def _text(head: bytes, size: int) -> str | None:
-    """The head as UTF-8 text, None if it is not; a character that the end cuts is left out."""
+    """Return the head as UTF-8 text, or None; a character truncated at the end is dropped."""
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=len(head) == size)
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
-"""GGUF models in several files, as llama.cpp's gguf-split writes them: `NAME-00001-of-00003.gguf` and so on.
+"""GGUF models split into several files by llama.cpp's gguf-split: `NAME-00001-of-00003.gguf` and so on.
 
-`split.no` (from 0), `split.count` and `split.tensors.count` (of all parts) say how they belong together. The
-metadata is that of the first part, which may hold no tensors; later parts may have no other keys.
+`split.no` (from 0), `split.count` and `split.tensors.count` (of all parts) relate the parts. The model's
+metadata is in the first part, which may contain no tensors; later parts may lack other keys.
 """
 
 import re
@@ -21,42 +21,42 @@ _NO, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
 class SplitGGUF(GGUFFile):
-    """All parts of a split GGUF as one TensorSource; each tensor's `info` names the part that holds it."""
+    """All parts of a split GGUF as one TensorSource; each tensor's `info` names the file that contains it."""
 
     def __init__(self, parts: list[GGUFFile]) -> None:
         self.path, self.metadata = parts[0].path, parts[0].metadata
         self._parts = parts
-        self._holders: dict[str, GGUFFile] = {}
+        self._part_of: dict[str, GGUFFile] = {}
         for part in parts:
             for name in part.names():
-                if name in self._holders:
-                    other = self._holders[name].path.name
-                    raise FormatError(f"{part.path}: tensor {quoted(name)} is in {other} as well")
-                self._holders[name] = part
-        self._tensors = {name: part.info(name) for name, part in self._holders.items()}
+                if name in self._part_of:
+                    other = self._part_of[name].path.name
+                    raise FormatError(f"{part.path}: tensor {quoted(name)} is also in {other}")
+                self._part_of[name] = part
+        self._tensors = {name: part.info(name) for name, part in self._part_of.items()}
         for part in parts:
-            if (stated := part.metadata.get(_TENSORS, len(self._tensors))) != len(self._tensors):
+            if (total := part.metadata.get(_TENSORS, len(self._tensors))) != len(self._tensors):
                 raise FormatError(
-                    f"{part.path}: {_TENSORS} is {stated!r:.40}, but the {len(parts)} parts hold "
+                    f"{part.path}: {_TENSORS} is {total!r:.40}, but the {len(parts)} parts contain "
                     f"{len(self._tensors)} tensors"
                 )
 
     def release(self, name: str) -> None:
-        self._holders[self.info(name).name].release(name)
+        self._part_of[self.info(name).name].release(name)
 
     def close(self) -> None:
         for part in self._parts:
             part.close()
 
     def _stored(self, info: TensorInfo) -> np.ndarray:
-        return self._holders[info.name]._stored(info)
+        return self._part_of[info.name]._stored(info)
 
 
 def open_gguf(path: Path, allow_links: bool = False) -> GGUFFile:
-    """A GGUF file, with all other parts if it is one of a split model.
+    """Open a GGUF file; for a part of a split model, open all parts.
 
-    The other parts lie in the same folder. allow_links: also where they are links out of it.
-    Raises FormatError for a part that is missing, of another model or out of place.
+    The parts must be in one folder; with allow_links, they may be links out of it.
+    Raises FormatError for a part that is missing, belongs to another model or has a wrong name.
     """
     file = GGUFFile(path)
     count = file.metadata.get(_COUNT, 0)
@@ -65,13 +65,13 @@ def open_gguf(path: Path, allow_links: bool = False) -> GGUFFile:
     parts = [file]
     try:
         if type(count) is not int or not 1 < count < 1 << 16:
-            raise FormatError(f"{path}: {_COUNT} is {count!r:.40}, a number of files is expected")
+            raise FormatError(f"{path}: {_COUNT} is {count!r:.40}; it must be a number of files")
         prefix = _prefix(file, count)
         parts.clear()
         for number in range(count):
             part = path.with_name(_name(prefix, number, count, path.suffix))
             parts.append(file if part == path else _part(part, path, number, count, allow_links))
-            _check_kin(parts[0], parts[-1])
+            _check_architecture(parts[0], parts[-1])
         return SplitGGUF(parts)
     except BaseException:
         for part in {file, *parts}:
@@ -80,7 +80,7 @@ def open_gguf(path: Path, allow_links: bool = False) -> GGUFFile:
 
 
 def first_parts(paths: Iterable[Path]) -> list[Path]:
-    """Of GGUF files those to name as models: of a split one the first part that is there."""
+    """Return the path of each model among GGUF files: for a split model, its first part in `paths`."""
     found: dict[tuple[str, str], Path] = {}
     for path in sorted(paths):
         split = _PART.fullmatch(path.name)
@@ -89,7 +89,7 @@ def first_parts(paths: Iterable[Path]) -> list[Path]:
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all parts of the model that a file of this name belongs to."""
+    """Return the names of all parts of the model that a file of this name belongs to."""
     split = _PART.fullmatch(name)
     if split is None:
         return [name]
@@ -102,10 +102,10 @@ def _name(prefix: str, number: int, count: int, suffix: str) -> str:
 
 
 def _prefix(file: GGUFFile, count: int) -> str:
-    """The beginning of all parts' names, from the name of one, which must agree with its metadata."""
+    """Return the common prefix of the parts' names from the name of one, which must match its metadata."""
     number = file.metadata.get(_NO)
     if type(number) is not int or not 0 <= number < count:
-        raise FormatError(f"{file.path}: {_NO} is {number!r:.40}, {_COUNT} {count}: there is no such part")
+        raise FormatError(f"{file.path}: {_NO} is {number!r:.40}, but {_COUNT} is {count}: no such part")
     split = _PART.fullmatch(file.path.name)
     if split is None or (int(split["part"]), int(split["count"])) != (number + 1, count):
         expected = _name("NAME", number, count, ".gguf")
@@ -127,13 +127,13 @@ def _part(path: Path, given: Path, number: int, count: int, allow_links: bool) -
         if found != expected:
             part.close()
             raise FormatError(
-                f"{path}: {key} is {found!r:.40}, {expected} is expected for a file of this name"
+                f"{path}: {key} is {found!r:.40}, but {expected} is expected for a file of this name"
             )
     return part
 
 
-def _check_kin(first: GGUFFile, part: GGUFFile) -> None:
-    """Whether a part says that it is of the same architecture, if it says anything."""
+def _check_architecture(first: GGUFFile, part: GGUFFile) -> None:
+    """Raise FormatError if a part declares another architecture than the first part."""
     key = "general.architecture"
     found = part.metadata.get(key)
     if found is not None and found != first.metadata.get(key):

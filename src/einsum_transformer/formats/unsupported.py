@@ -1,4 +1,4 @@
-"""Files and folders that hold a model in another form: what each is called, and what to do about it."""
+"""Recognize files and folders in unsupported formats, and explain how to convert them."""
 
 import re
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from einsum_transformer.tables import some
 
 PICKLES = frozenset({".pt", ".pth", ".ckpt", ".pkl"})
 _HEAD = 4096
-_MOST_LISTED = 8
-_MOST_POINTER = 1024  # bytes; the Git LFS specification
+_MAX_LISTED = 8
+_MAX_POINTER = 1024  # bytes; the Git LFS specification
 _PICKLE = (
-    "pickle checkpoints are refused, because unpickling runs code from the file; convert it to safetensors "
-    "first (transformers: save_pretrained(..., safe_serialization=True))"
+    "pickle checkpoints are not supported, because unpickling runs code from the file; convert it to "
+    "safetensors first (transformers: save_pretrained(..., safe_serialization=True))"
 )
 _UNPACK = "a file compressed with {0}: unpack it first"
 _KINDS = {
-    "empty": "the file is empty: fetch it again",
+    "empty": "the file is empty: download it again",
     "Git LFS pointer": "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
-    "GGML": "a GGML file from before GGUF: convert it with llama.cpp's convert_llama_ggml_to_gguf.py",
+    "GGML": "a GGML file (older than GGUF): convert it with llama.cpp's convert_llama_ggml_to_gguf.py",
     "pickle": _PICKLE,
     "HDF5": "an HDF5 file of TensorFlow or Keras: convert it with transformers (from_tf=True) to safetensors",
     "npy": "a NumPy array, not a model",
-    "HTML": "a web page, not the file itself: the download needs a login, or the address was that of a page",
-    "GGUF": "a GGUF file: name it itself as the model",
+    "HTML": "a web page, not the file itself: the download needs a login, or the URL points to a web page",
+    "GGUF": "a GGUF file: pass it as the model",
     "safetensors": "a safetensors file",
     "JSON": "a JSON file, not weights",
     "text": "a text file",
@@ -36,7 +36,7 @@ _KINDS = {
 
 
 def named(kind: str, head: bytes = b"") -> str:
-    """What a kind of `sniff` is, in words, with the way out; "" for "binary", which may be anything."""
+    """Describe a kind of `sniff` and what to do about it; "" for "binary", which may be anything."""
     if kind == "text" and re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         kind = "HTML"
     if kind == "zip" and b"data.pkl" in head:
@@ -47,14 +47,14 @@ def named(kind: str, head: bytes = b"") -> str:
 
 
 def not_text(data: bytes) -> str:
-    """What bytes are that were given as text, in words with the way out; "" if they may be text.
+    """Describe bytes that were given as text but are not text, and what to do; "" if they may be text.
 
-    A Git LFS pointer is text itself; every other kind shows by bytes that no text has, so that a text may
-    begin with the letters of any format.
+    A Git LFS pointer is itself text; any other kind must contain bytes that are invalid in text, so that text
+    may begin with the magic letters of a format.
     """
     kind, head = kind_of_bytes(data[:_HEAD], len(data)), data[:_HEAD]
     if kind == "Git LFS pointer":
-        return named(kind) if len(data) < _MOST_POINTER else ""
+        return named(kind) if len(data) < _MAX_POINTER else ""
     if kind in ("text", "JSON", "empty") or not (b"\x00" in data or _undecodable(data)):
         return ""
     return named(kind, head).replace(", not a model", ", not text")
@@ -69,21 +69,21 @@ def _undecodable(data: bytes) -> bool:
 
 
 def instead(data: bytes, size: int, expected: str) -> str:
-    """`it is ...` for the beginning of a file that is not of the `expected` kind, "" if it is unknown."""
+    """Return `it is ...` for the first bytes of a file that is not of the `expected` kind, "" if unknown."""
     kind = kind_of_bytes(data[:_HEAD], size)
     words = "" if kind == expected else named(kind, data[:_HEAD])
     return f"it is {words}" if words and kind != "empty" else words
 
 
 def check_kind(path: Path, *expected: str) -> None:
-    """Refuse a file that is none of the `expected` kinds by its first bytes, and say what it is."""
+    """Raise FormatError that describes a file if it is recognized as a kind other than `expected`."""
     kind = kind_of(path)
     if kind not in expected and (words := named(kind)):
         raise FormatError(f"{path}: {words}")
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle by its name, so that it need not be opened."""
+    """Return whether a file is a pickle according to its name, without opening it."""
     return path.suffix.lower() in PICKLES or path.name.lower().startswith("pytorch_model")
 
 
@@ -92,40 +92,40 @@ def pickle_refused(path: Path) -> FormatError:
 
 
 def is_piece(path: Path) -> bool:
-    """Whether a name is that of a GGUF file cut into pieces without regard to its contents."""
+    """Return whether a name denotes a piece of a GGUF file that was split by bytes, not by tensors."""
     return re.search(r"\.gguf([.-]split-[a-z]+|\.part\d+of\d+)$", path.name) is not None
 
 
 def file_refused(path: Path) -> FormatError:
-    """The error for a file that is neither safetensors nor GGUF."""
+    """Return the error for a file that is neither safetensors nor GGUF."""
     if is_piece(path):
         return FormatError(f"{path}: a piece of a GGUF file: join all pieces into one file with `cat`")
     with path.open("rb") as file:
         words = named(kind_of(path), file.read(_HEAD))
-    wanted = "not a .safetensors file, a .gguf file or a checkpoint folder"
-    return FormatError(f"{path}: {wanted}{words and f': {words}'}")
+    expected = "not a .safetensors file, a .gguf file or a checkpoint folder"
+    return FormatError(f"{path}: {expected}{words and f': {words}'}")
 
 
-def folder_refused(folder: Path, wanted: str) -> FormatError:
-    """The error for a folder without weights or without a config: what it holds instead.
+def folder_refused(folder: Path, missing: str) -> FormatError:
+    """Return the error for a folder without weights or without a config; it describes the folder's contents.
 
-    wanted: what is missing, as a sentence; it is the whole message where the folder's kind is not known.
+    missing: the description of the missing files, used if the folder's kind is unknown.
     """
     words = kind_of_folder(folder)
     if not any(folder.iterdir()):
-        wanted += " (the folder is empty)"
-    return FormatError(f"{folder}: {words}" if words else f"{folder}: {wanted}")
+        missing += " (the folder is empty)"
+    return FormatError(f"{folder}: {words}" if words else f"{folder}: {missing}")
 
 
 def kind_of_folder(folder: Path) -> str:
-    """What a folder is by the names of its files, in words, with the way out; "" if it is nothing known."""
+    """Describe a folder by the names of its files, and what to do; "" if its kind is unknown."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if not names:
         return ""
     if links := [name for name in names if re.fullmatch(_WANTED, name) and leads_nowhere(folder / name)]:
         return f"{links[0]}: {LEADS_NOWHERE}"
     if pickles := [name for name in names if re.fullmatch(r"pytorch_model[.-].*", name)]:
-        return f"{pickles[0]}: {_PICKLE}"  # before the others: repositories hold several formats
+        return f"{pickles[0]}: {_PICKLE}"  # first, since repositories contain several formats
     for is_it, words in _FOLDERS.items():
         if any(re.fullmatch(is_it, name) for name in names):
             return words
@@ -147,7 +147,7 @@ _FOLDERS: Mapping[str, str] = {
     r"consolidated.*\.safetensors": f"{_MISTRAL}: use the same model's Hugging Face format",
     r"consolidated.*\.pth": "Meta's original format (consolidated.*.pth, params.json): use the same model's "
     "Hugging Face repository, or transformers' convert_llama_weights_to_hf.py",
-    r"weights(\.\d+)?\.npz": "an old MLX model (weights.npz): convert the original model again, or use it",
+    r"weights(\.\d+)?\.npz": "an old MLX model (weights.npz): use the original model, or convert it again",
     r"tf_model.*\.h5|saved_model\.pb|.*\.ckpt\.(index|meta|data-.*)": "a TensorFlow model: convert it with "
     "transformers (from_tf=True) to safetensors",
     r"flax_model.*\.msgpack(\.index\.json)?": "a Flax model: convert it with transformers (from_flax=True) "
@@ -165,36 +165,36 @@ _FOLDERS: Mapping[str, str] = {
     r".*\.onnx(\.data|_data)?": "an ONNX model: use the original model",
     r".*\.(mlmodelc|mlpackage)": "a Core ML model: use the original model",
     r"(source_|shared_)?vocabulary\.(json|txt)": "a CTranslate2 model: use the original model",
-    r"adapter_model\.(safetensors|bin)|adapters\.safetensors": "an adapter, not a model: name the base model "
+    r"adapter_model\.(safetensors|bin)|adapters\.safetensors": "an adapter, not a model: pass the base model "
     "and give the adapter as --adapter-path",
-    r"modules\.json|config_sentence_transformers\.json": "a sentence-transformers model, which gives "
-    "embeddings and no text",
+    r"modules\.json|config_sentence_transformers\.json": "a sentence-transformers model, which computes "
+    "embeddings, not text",
 }
-"""Pattern of a file's name -> what a folder that holds such a file is."""
+"""Pattern of a file name -> description of a folder that contains such a file."""
 
 
 def _stray_weights(folder: Path, names: list[str]) -> str:
-    """Weights under names that no config and no index lead to."""
+    """Describe weight files whose names are neither standard nor listed in an index."""
     stray = [name for name in names if name.endswith(".safetensors")]
     if any(re.search(r"-\d+-of-\d+\.safetensors$", name) for name in stray):
         return (
-            f"holds shards such as {stray[0]}, but no model.safetensors.index.json, which lists their tensors"
+            f"contains shards such as {stray[0]}, but no model.safetensors.index.json to list their tensors"
         )
     if len(stray) == 1 and "model.safetensors" not in stray:
-        return f"holds {stray[0]}, not model.safetensors: rename it if these are the model's weights"
+        return f"contains {stray[0]}, not model.safetensors: rename it if these are the model's weights"
     return ""
 
 
 def _models_inside(folder: Path, names: list[str]) -> str:
-    """Folders below that hold models: checkpoints of a training run, a collection, a hub cache."""
-    places = [*(folder / name for name in names)]
+    """Describe subfolders that contain models: checkpoints of a training run, a collection, a hub cache."""
+    paths = [*(folder / name for name in names)]
     if (snapshots := folder / "snapshots").is_dir():
-        places = sorted(snapshots.iterdir())
-    found = [str(place.relative_to(folder)) for place in places if place.is_dir() and _holds_model(place)]
+        paths = sorted(snapshots.iterdir())
+    found = [str(path.relative_to(folder)) for path in paths if path.is_dir() and _contains_model(path)]
     if not found:
         return ""
-    return f"holds no model itself, but models in folders below: name one of {some(found, _MOST_LISTED)}"
+    return f"contains no model, but its subfolders do: choose one of {some(found, _MAX_LISTED)}"
 
 
-def _holds_model(folder: Path) -> bool:
+def _contains_model(folder: Path) -> bool:
     return (folder / "config.json").exists() or any(folder.glob("*.gguf"))

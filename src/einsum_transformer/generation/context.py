@@ -1,4 +1,4 @@
-"""How long a text may be: learned positions are a bound, all other kinds of positions go on with a note."""
+"""Maximum length of a text: learned positions are a limit; for other models a note reports a longer text."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ UNBOUNDED = 1 << 62
 
 
 def context_limit(config: ModelConfig, ctx_size: int | None = None) -> int:
-    """The most tokens that the model can take: its learned positions, ctx_size, or no bound."""
+    """Return the maximum context in tokens: the number of learned positions, ctx_size, or UNBOUNDED."""
     if not config.learned_positions:
         return UNBOUNDED if ctx_size is None else ctx_size
     learned = config.max_position_embeddings
     if ctx_size is not None and ctx_size > learned:
-        raise InputError(f"ctx_size is {ctx_size}: the context is {learned} learned positions")
+        raise InputError(f"ctx_size is {ctx_size}: the model has {learned} learned positions")
     return learned if ctx_size is None else ctx_size
 
 
 def check_length(config: ModelConfig, length: int, what: str, strict: bool = False) -> None:
-    """Raise InputError if `what`, which has that many tokens, is too long for learned positions; note it if
-    it is longer than another model was made for. strict: max_position_embeddings is a bound in any case."""
+    """Raise InputError if `length`, called `what` in the message, exceeds the learned positions; note if it
+    exceeds the trained length of another model. strict: max_position_embeddings is a limit for any model."""
     learned = " learned positions" if config.learned_positions else " tokens"
     if length > (config.max_position_embeddings if strict else context_limit(config)):
-        raise InputError(f"{what} {length}: the context is {config.max_position_embeddings}{learned}")
+        raise InputError(f"{what} {length}: the maximum is {config.max_position_embeddings}{learned}")
     LengthNote(config).grown(length)
 
 
 def made_for(config: ModelConfig) -> int:
-    """The length that the config states, stretched by the factor of its RoPE."""
+    """Return the trained length in the config, multiplied by the scaling factor of its RoPE."""
     stretched = [
         int(rope.factor * rope.original_max_position_embeddings)
         for rope in config.ropes
@@ -39,14 +39,14 @@ def made_for(config: ModelConfig) -> int:
 
 
 class LengthNote:
-    """One note where a text that grows from `length` tokens passes what the model was made for."""
+    """Notes once if a text that starts with `length` tokens exceeds the trained length of the model."""
 
     def __init__(self, config: ModelConfig, length: int = 0) -> None:
-        made = made_for(config)
-        self.bound = UNBOUNDED if config.learned_positions or length > made else made
+        trained = made_for(config)
+        self.bound = UNBOUNDED if config.learned_positions or length > trained else trained
 
     def grown(self, length: int) -> None:
-        """The text has this length now."""
+        """Update the length of the text."""
         if length > self.bound:
-            note(f"the text passes the {self.bound} tokens that the model was made for; quality may fall")
+            note(f"the text exceeds the model's trained length of {self.bound} tokens; quality may degrade")
             self.bound = UNBOUNDED

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any, Unpack, overload
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import LengthNote, context_limit
-from einsum_transformer.generation.keys import FILE, OtherOptions, merged
+from einsum_transformer.generation.keys import FILE, merged
+from einsum_transformer.generation.options import GenerationOptions
 from einsum_transformer.generation.rows import Generation, Row, Settings, lengthen, prefill, scores
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
@@ -21,65 +24,116 @@ from einsum_transformer.notes import note_once
 Array = np.ndarray
 
 
-def generate(
-    model: Model,
-    prompt: str | Sequence[Any] | Array,
-    *,
-    max_new_tokens: int | None = None,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] | None = None,
-    ctx_size: int | None = None,
-    prefill_step_size: int | None = None,
-    ignore_eos: bool | None = None,
-    draft_model: Model | None = None,
-    draft_layers: int | None = None,
-    prompt_lookup: int | bool = False,
-    num_draft_tokens: int | None = None,
-    **others: Unpack[OtherOptions],
-) -> Any:
-    """Continue a prompt: text, token ids, a list of messages, or a list of these.
+@overload
+def generate(model: Model, prompt: str, **options: Unpack[GenerationOptions]) -> Generation: ...
+@overload
+def generate(model: Model, prompt: Any, **options: Unpack[GenerationOptions]) -> Any: ...
+@checked
+def generate(model: Model, prompt: Any, **options: Unpack[GenerationOptions]) -> Any:
+    """Continue a prompt: a text, token ids, a list of messages, or a list of these (a batch).
 
-    Returns a Generation (its str() is the text), or a list of them for a batch. What is None comes from the
-    model's generation_config.json, or is greedy; a temperature above 0 samples, as do_sample does.
+    Returns a Generation, whose str() is the text, or a list of them for a batch. Options that are not given
+    come from the model's generation_config.json. Without any, decoding is greedy; a temperature above 0 or
+    `do_sample` samples.
 
-    stop: texts that end the answer and are not part of it; special tokens count. ctx_size: most tokens of
-    prompt and answer together. prefill_step_size: prompt tokens per pass. ignore_eos: go on after end tokens.
-    others: transformers' other names, such as min_new_tokens, bad_words_ids or max_length (see `keys`);
-    InputError for one that is not known or not supported.
+    Options: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and
+    `seed`, as in transformers. `stop`: one or several texts that end the answer and are not part of it
+    (special tokens count). `ctx_size`: maximum number of tokens of prompt and answer together.
+    `prefill_step_size`: prompt tokens per forward pass. `ignore_eos`: continue after end tokens.
+    Transformers' other names, such as `min_new_tokens`, `bad_words_ids` or `max_length`, are listed in
+    `GenerationOptions`.
 
-    draft_model, draft_layers or prompt_lookup: speculative decoding of one prompt, whose text is distributed
-    as without (see `speculation`); what it did is in the Generation.
+    Speculative decoding of one prompt, with the same distribution of texts: `draft_model` (a smaller model of
+    the same vocabulary), `draft_layers` (the model's own first layers) or `prompt_lookup` (what followed the
+    same tokens earlier in the text; True, or the number of tokens to look up), with `num_draft_tokens` drafts
+    a round.
+
+    Raises InputError for an option that is unknown, not supported, or has a wrong value.
     """
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop,
-        "ctx_size": ctx_size,
-        "prefill_step_size": prefill_step_size,
-        "ignore_eos": ignore_eos,
-        **others,
-    }
-    sampling, settings = options(model, given)
-    prompts, single = _prompts(model, prompt)
-    results = [Generation(tokens) for tokens in prompts]
-    stated = {**(model.generation_config or {}), **others}
-    lookup = prompt_lookup or others.get("prompt_lookup_num_tokens") is not None
-    drafting = speculation(model, draft_model, draft_layers, lookup, num_draft_tokens, stated)
-    for _ in stream(model, results, sampling, settings, speculation=drafting):
+    job = request(model, prompt, options)
+    for _ in job.run(model):
         pass
-    return results[0] if single else results
+    return job.results[0] if job.single else job.results
+
+
+@checked
+def stream(model: Model, prompt: Any, **options: Unpack[GenerationOptions]) -> Iterator[str]:
+    """Continue one prompt and yield its text in pieces as they are generated.
+
+    Prompt and options are those of `generate`. Raises InputError for a batch, and for a model without
+    tokenizer.
+    """
+    if model.tokenizer is None:
+        raise InputError(f"{model.source}: has no tokenizer, so there is no text to stream; use generate")
+    job = request(model, prompt, options)
+    if not job.single:
+        raise InputError("stream takes one prompt, not a batch; use generate")
+    return (text for _, text in job.run(model) if text)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The prompts of a call of `generate` and its settings."""
+
+    results: list[Generation]
+    single: bool
+    """Whether one prompt was given rather than a batch."""
+    sampling: Sampling
+    settings: Settings
+    speculation: Speculation | None
+
+    def run(self, model: Model) -> Iterator[tuple[int, str]]:
+        """Fill the results, yielding (row, new text)."""
+        return decode_batch(model, self.results, self.sampling, self.settings, speculation=self.speculation)
+
+
+def request(
+    model: Model, prompt: Any, given: GenerationOptions, stated: Mapping[str, Any] | None = None
+) -> Request:
+    """The prompts and settings of a call; stated as in `settings_of`."""
+    settings = settings_of(model, given, stated)
+    prompts, single = _prompts(model, prompt)
+    return Request([Generation(tokens) for tokens in prompts], single, *settings)
+
+
+def settings_of(
+    model: Model, given: GenerationOptions, stated: Mapping[str, Any] | None = None
+) -> tuple[Sampling, Settings, Speculation | None]:
+    """The settings for these options. stated: replaces the contents of generation_config.json."""
+    own: dict[str, Any] = {**given}
+    drafting = {name: own.pop(name, None) for name in _DRAFTING}
+    sampling, settings = options(model, own, stated)
+    others = {name: value for name, value in own.items() if value is not None}
+    lookup = drafting["prompt_lookup"] or "prompt_lookup_num_tokens" in others
+    config = model.run_config
+    if (
+        stated is not None
+        and config is not None
+        and config.speculative
+        and not (lookup or drafting["draft_model"])
+    ):
+        drafting["draft_layers"] = drafting["draft_layers"] or config.draft_layers
+        if drafting["draft_layers"] is None:
+            raise InputError(
+                f"{config.source}: speculative needs draft_layers, the number of layers that draft"
+            )
+    names = {**(model.generation_config or {}), **others}
+    found = speculation(
+        model, drafting["draft_model"], drafting["draft_layers"], lookup, drafting["num_draft_tokens"], names
+    )
+    return sampling, settings, found
+
+
+_DRAFTING = ("draft_model", "draft_layers", "prompt_lookup", "num_draft_tokens")
+
+
+def stated_options(model: Model) -> dict[str, Any]:
+    """What generation_config.json and the run config that the model was loaded from set, the latter first."""
+    config, stated = model.run_config, dict(model.generation_config or {})
+    if config is not None:
+        stated |= {"do_sample": config.temperature > 0, "temperature": config.temperature}
+        stated |= {"top_k": config.top_k_sample, "max_new_tokens": config.max_new_tokens}
+    return stated
 
 
 def options(
@@ -98,7 +152,7 @@ def options(
     return Sampling.of(values), Settings.of(values)
 
 
-def stream(
+def decode_batch(
     model: Model,
     results: list[Generation],
     sampling: Sampling,
@@ -225,8 +279,10 @@ def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
         raise InputError(f"{model.source}: has no tokenizer; give token ids instead of messages")
     last = messages[-1]
     if isinstance(last, Mapping) and last.get("role") == "assistant":
-        return model.tokenizer.encode_chat(messages, add_generation_prompt=False, continue_final_message=True)
-    return model.tokenizer.encode_chat(messages)
+        return model.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=False, continue_final_message=True
+        )
+    return model.tokenizer.apply_chat_template(messages)
 
 
 def _token_row(items: Any) -> list[int]:

@@ -1,13 +1,13 @@
-"""The keys of generation_config.json (transformers' GenerationConfig): obeyed, neutral or not supported.
+"""The keys of generation_config.json (transformers' GenerationConfig): used, ignored or not supported.
 
-`generate` takes the same names as keywords, and what the caller gives wins over the file.
+`generate` takes the same names as keywords, which override the file.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -17,22 +17,22 @@ from einsum_transformer.notes import note, note_once
 
 FILE = "generation_config.json"
 Parser = Callable[[Any], Any]
-"""Turns a value into its internal form; raises ValueError with a description of what it must be."""
+"""Converts a value to its internal form; raises ValueError with a description of valid values."""
 
 
 def whole(least: int) -> Parser:
-    """An integer, at least `least`."""
+    """Return a parser of integers of at least `least`."""
 
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"a whole number from {least} on")
+            raise ValueError(f"an integer, {least} or more")
         return int(value)
 
     return parse
 
 
 def number(fits: Callable[[float], bool], expected: str) -> Parser:
-    """A finite number that `fits`."""
+    """Return a parser of finite numbers for which `fits` is true."""
 
     def parse(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -49,7 +49,7 @@ def number(fits: Callable[[float], bool], expected: str) -> Parser:
 
 
 def flag(value: Any) -> bool:
-    """true or false."""
+    """Parse true or false."""
     if not isinstance(value, bool):
         raise ValueError("true or false")
     return value
@@ -63,8 +63,8 @@ def _items(value: Any, expected: str) -> list[Any]:
 
 
 def token_list(value: Any) -> tuple[int, ...]:
-    """A token id or a list of them."""
-    expected = "a token id or a list of them"
+    """Parse a token id or a list of token ids."""
+    expected = "a token id or a list of token ids"
     items = [value] if isinstance(value, (int, np.integer)) else _items(value, expected)
     if any(isinstance(each, bool) or not isinstance(each, (int, np.integer)) for each in items):
         raise ValueError(expected)
@@ -82,13 +82,13 @@ def _sequence(value: Any, expected: str) -> tuple[int, ...]:
 
 
 def token_lists(value: Any) -> tuple[tuple[int, ...], ...]:
-    """A list of lists of token ids, none of them empty."""
-    expected = "a list of lists of token ids, none of them empty"
+    """Parse a list of non-empty lists of token ids."""
+    expected = "a list of non-empty lists of token ids"
     return tuple(_sequence(each, expected) for each in _items(value, expected))
 
 
 def biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """[[token ids, bias], ...], or a mapping from tuples of ids; of equal sequences the last one counts."""
+    """Parse [[token ids, bias], ...] or a mapping from tuples of ids; the last of equal sequences is used."""
     expected = "a list of [[token ids], bias]"
     pairs = list(value.items()) if isinstance(value, Mapping) else _items(value, expected)
     found: dict[tuple[int, ...], float] = {}
@@ -96,8 +96,8 @@ def biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
         both = _items(pair, expected)
         if len(both) != 2:
             raise ValueError(expected)
-        never = isinstance(both[1], float) and both[1] == -math.inf
-        found[_sequence(both[0], expected)] = both[1] if never else _any_number(both[1])
+        excluded = isinstance(both[1], float) and both[1] == -math.inf
+        found[_sequence(both[0], expected)] = both[1] if excluded else _any_number(both[1])
     return tuple(found.items())
 
 
@@ -108,8 +108,8 @@ _positive_share = number(lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 
 def decay(value: Any) -> tuple[int, float]:
-    """[the number of new tokens after which it starts, the factor of each further token]."""
-    expected = "[start, factor]: a whole number and a number above 0"
+    """Parse [number of new tokens before the decay starts, factor of each further token]."""
+    expected = "[start, factor]: an integer, 0 or more, and a number above 0"
     both = _items(value, expected)
     if len(both) != 2:
         raise ValueError(expected)
@@ -120,12 +120,12 @@ def decay(value: Any) -> tuple[int, float]:
 
 
 def strings(value: Any) -> tuple[str, ...]:
-    """A text or a list of texts, none of them empty."""
-    items = [value] if isinstance(value, str) else _items(value, "a text or a list of texts")
+    """Parse a string or a list of strings, all of them non-empty."""
+    items = [value] if isinstance(value, str) else _items(value, "a string or a list of strings")
     if any(not isinstance(each, str) for each in items):
-        raise ValueError("a text or a list of texts")
+        raise ValueError("a string or a list of strings")
     if "" in items:
-        raise ValueError("free of empty texts: an empty stop string would stop everything")
+        raise ValueError("without empty strings: an empty stop string would stop every text")
     return tuple(items)
 
 
@@ -159,7 +159,7 @@ SETTINGS: dict[str, Parser] = {
     "max_new_tokens": whole(0),
     "max_length": whole(1),
     "stop_strings": strings,
-    "max_time": number(lambda x: x >= 0, "seconds, 0 or more"),
+    "max_time": number(lambda x: x >= 0, "a number of seconds, 0 or more"),
     "eos_token_id": token_list,
 }
 OBEYED: dict[str, Parser] = SAMPLING | SETTINGS | {"do_sample": flag}
@@ -171,13 +171,13 @@ OWN: dict[str, Parser] = {
     "prefill_step_size": whole(1),
     "ignore_eos": flag,
 }
-"""What `generate` takes beside transformers' names."""
+"""Keywords of `generate` that transformers does not have."""
 
 _BEAMS = "only used by beam search"
-_MEMORY = "speed and memory alone"
-_OUTPUT = "what transformers returns besides the text"
-_DRAFTS = "how drafts are made: the text is the same"
-_ABOUT = "about the file"
+_MEMORY = "affects speed and memory only"
+_OUTPUT = "affects what transformers returns besides the text"
+_DRAFTS = "affects the drafts only, not the text"
+_ABOUT = "metadata of the file"
 NEUTRAL: dict[str, str] = {
     "renormalize_logits": "a log-softmax at the end changes neither the order nor the distribution",
     "early_stopping": _BEAMS,
@@ -197,8 +197,8 @@ NEUTRAL: dict[str, str] = {
     "output_scores": _OUTPUT,
     "output_logits": _OUTPUT,
     "return_dict_in_generate": _OUTPUT,
-    "pad_token_id": "rows are padded at the left, where no token is seen",
-    "bos_token_id": "the tokenizer begins a prompt",
+    "pad_token_id": "rows are padded on the left, and padding is masked",
+    "bos_token_id": "the tokenizer adds BOS to a prompt",
     "decoder_start_token_id": "only used by encoder-decoder models",
     "use_mtp": _DRAFTS,
     "num_assistant_tokens": _DRAFTS,
@@ -216,7 +216,7 @@ NEUTRAL: dict[str, str] = {
     "_original_object_hash": _ABOUT,
     "return_legacy_cache": _OUTPUT,
 }
-"""Keys that do not change the text, and why. The last is of transformers 4."""
+"""Keys that do not change the text, and why. The last key is from transformers 4."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -235,56 +235,20 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "force_bos_token_to_be_generated": (False,),
 }
 """Keys that change the text and are not supported, with the values (besides null) that have no effect. The
-last two are of transformers 4."""
+last two keys are from transformers 4."""
 
 TOP_K = 50
-"""transformers' top_k where `do_sample` is true and nothing else is said."""
+"""transformers' default of top_k if `do_sample` is true."""
 _FILTERS = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TOGETHER = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"), ("stop", "stop_strings"))
 
 
-class OtherOptions(TypedDict, total=False):
-    """transformers' less common names, as keywords of `generate`."""
-
-    top_h: float | None
-    typical_p: float | None
-    epsilon_cutoff: float | None
-    eta_cutoff: float | None
-    sequence_bias: Any
-    encoder_repetition_penalty: float | None
-    no_repeat_ngram_size: int | None
-    encoder_no_repeat_ngram_size: int | None
-    bad_words_ids: Sequence[Sequence[int]] | None
-    min_length: int | None
-    min_new_tokens: int | None
-    forced_bos_token_id: int | None
-    forced_eos_token_id: int | Sequence[int] | None
-    remove_invalid_values: bool | None
-    exponential_decay_length_penalty: tuple[int, float] | None
-    suppress_tokens: Sequence[int] | None
-    begin_suppress_tokens: Sequence[int] | None
-    max_length: int | None
-    stop_strings: str | Sequence[str] | None
-    max_time: float | None
-    eos_token_id: int | Sequence[int] | None
-    renormalize_logits: bool | None
-    use_cache: bool | None
-    cache_implementation: str | None
-    pad_token_id: int | None
-    bos_token_id: int | None
-    num_assistant_tokens: int | None
-    prompt_lookup_num_tokens: int | None
-    max_matching_ngram_size: int | None
-    num_beams: int | None
-    num_return_sequences: int | None
-
-
 def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
-    """The parsed values of all obeyed keys that are not null: of `given`, else of the file's, `stated`, which
-    lies in `source`.
+    """Return the parsed values of all supported keys that are not null: from `given`, or else from `stated`,
+    the generation_config.json of `source`.
 
-    `temperature` is 0 where the text is greedy. Raises InputError for values that are wrong, and for what is
-    given but not supported or not known; what the file says and is not used is noted once.
+    `temperature` is 0 for greedy text. Raises InputError for invalid values and for given options that are
+    unknown or not supported; keys of the file that are not used are noted once.
     """
     stated = {name: value for name, value in (stated or {}).items() if value is not None}
     given = {name: value for name, value in given.items() if value is not None}
@@ -293,7 +257,7 @@ def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any], source: s
             raise InputError("stop and stop_strings are the same: give one of them")
         if any(name in given for name in group):
             stated = {name: value for name, value in stated.items() if name not in group}
-    _refuse(given)
+    _check_given(given)
     _note_unused({name: value for name, value in stated.items() if name not in given}, source)
     values = {
         name: parsed(name, value, OBEYED[name], FILE)
@@ -310,7 +274,7 @@ def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any], source: s
 
 
 def parsed(name: str, value: Any, parser: Parser, source: str = "") -> Any:
-    """The value in its internal form, or an InputError that names the key."""
+    """Return the value in its internal form, or raise an InputError that names the key."""
     try:
         return parser(value)
     except ValueError as error:
@@ -319,18 +283,18 @@ def parsed(name: str, value: Any, parser: Parser, source: str = "") -> Any:
 
 
 def _strategy(values: Mapping[str, Any], given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """temperature and top_k as `do_sample` makes them: a temperature that is given says it too."""
+    """Return temperature and top_k after applying `do_sample`; a given temperature implies sampling."""
     sampled = values.get("do_sample", False)
     temperature = values.get("temperature", 1.0)
     if not ("do_sample" in given or "temperature" in given):
         temperature = temperature if sampled else 0.0
     elif given.get("do_sample") is False and temperature and "temperature" in given:
-        note("do_sample is false: the text is greedy, temperature has no effect")
+        note("do_sample is false: the text is greedy, and temperature has no effect")
         temperature = 0.0
     elif "do_sample" in given:
         temperature = temperature if sampled else 0.0
     if sampled and temperature == 0 and "temperature" not in given:
-        note_once(f"{FILE}: temperature is 0: the text is greedy, though do_sample is true", source)
+        note_once(f"{FILE}: temperature is 0: the text is greedy, although do_sample is true", source)
     if temperature == 0 and "temperature" not in given and "do_sample" not in given:
         off = {"top_p": 1, "typical_p": 1}
         unused = [name for name in _FILTERS if name in given and values[name] != off.get(name, 0)]
@@ -341,27 +305,27 @@ def _strategy(values: Mapping[str, Any], given: Mapping[str, Any], source: str) 
     return {"temperature": temperature}
 
 
-def _refuse(given: Mapping[str, Any]) -> None:
-    """Options that are not known, or that cannot be obeyed."""
+def _check_given(given: Mapping[str, Any]) -> None:
+    """Raise InputError for options that are unknown or not supported."""
     known = [*OBEYED, *OWN, *NEUTRAL, *UNSUPPORTED]
     for name, value in given.items():
         if name not in known:
             raise InputError(f"generate has no option {name!r}{nearest(name, known)}")
         if _changes_text(name, value):
-            raise InputError(f"{name} is {shown(value)}: that is not supported; leave it out")
+            raise InputError(f"{name} is {shown(value)}: not supported; omit it")
 
 
 def _changes_text(name: str, value: Any) -> bool:
-    """Whether the value of a key that is not supported has an effect."""
+    """Whether the value of an unsupported key has an effect."""
     plain = isinstance(value, (bool, int, float, np.number, list, dict))
     return name in UNSUPPORTED and not (plain and any(value == off for off in UNSUPPORTED[name]))
 
 
 def _note_unused(stated: Mapping[str, Any], source: str) -> None:
-    """One note about all that a file says and that is not used."""
+    """Note all keys of a file that have an effect but are not used, in one line."""
     active = [f"{name} = {shown(value)}" for name, value in stated.items() if _changes_text(name, value)]
     unknown = [name for name in stated if name not in {**OBEYED, **NEUTRAL, **UNSUPPORTED}]
-    words = [f"not supported: {', '.join(active)}"] * bool(active)
-    words += [f"not known: {', '.join(map(shown, unknown))}"] * bool(unknown)
-    if words:
-        note_once(f"{FILE}: the text is made without what is {'; '.join(words)}", source)
+    reasons = [f"not supported: {', '.join(active)}"] * bool(active)
+    reasons += [f"not known: {', '.join(map(shown, unknown))}"] * bool(unknown)
+    if reasons:
+        note_once(f"{FILE}: not used: {'; '.join(reasons)}", source)

@@ -1,7 +1,7 @@
-"""Logits processors: what changes the scores of the next token before one is chosen, as in transformers.
+"""Logits processors: functions that change the logits before the next token is chosen, as in transformers.
 
-Each function here makes a processor; a processor changes the scores (v,), float64, in place, and knows the
-tokens so far.
+Most functions here return a processor. It gets the logits (v,), float64, and the tokens so far, and changes
+the logits in place.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ _FLOAT32 = np.finfo(np.float32)
 
 
 def biased(name: str, biases: Sequence[tuple[tuple[int, ...], float]]) -> Processor:
-    """Add each bias to the last token of its sequence where the text ends with the tokens before it.
+    """Add each bias to the logit of its sequence's last token if the text ends with the tokens before it.
 
-    Biases of one token add up before they are added to its score.
+    The biases of one token are summed before they are added to its logit.
     """
-
     following: dict[int, dict[tuple[int, ...], list[tuple[int, float]]]] = {}
     for (*before, last), bias in biases:
         following.setdefault(len(before), {}).setdefault(tuple(before), []).append((last, bias))
@@ -31,7 +30,7 @@ def biased(name: str, biases: Sequence[tuple[tuple[int, ...], float]]) -> Proces
 
     def process(scores: Array, history: Sequence[int]) -> None:
         if largest >= len(scores):
-            raise InputError(f"{name}: token {largest} is outside the vocabulary of {len(scores)}")
+            raise InputError(f"{name}: token {largest} is outside the vocabulary of {len(scores)} tokens")
         total: dict[int, float] = {}
         for length, found in following.items():
             ending = tuple(history[len(history) - length :]) if length <= len(history) else None
@@ -44,8 +43,8 @@ def biased(name: str, biases: Sequence[tuple[tuple[int, ...], float]]) -> Proces
 
 
 def penalized(penalty: float) -> Processor:
-    """Scores of tokens that occurred: divided by the penalty if positive, multiplied if negative (CTRL,
-    2019)."""
+    """Divide positive and multiply negative logits of the tokens in the text by the penalty (Keskar et al.,
+    2019, CTRL)."""
 
     def process(scores: Array, history: Sequence[int]) -> None:
         _penalize(scores, np.unique(np.asarray(history, np.int64)), penalty)
@@ -54,7 +53,7 @@ def penalized(penalty: float) -> Processor:
 
 
 def prompt_favoured(penalty: float, prompt: Sequence[int]) -> Processor:
-    """The contrary for the tokens of the prompt: a penalty above 1 makes them more likely."""
+    """Apply the inverse penalty to the tokens of the prompt: a penalty above 1 makes them more likely."""
     seen = np.unique(np.asarray(prompt, np.int64))
 
     def process(scores: Array, history: Sequence[int]) -> None:
@@ -71,7 +70,7 @@ def _penalize(scores: Array, seen: Array, penalty: float) -> None:
 
 
 def no_repeated_ngram(size: int) -> Processor:
-    """No token that would end a sequence of `size` tokens which the text has already."""
+    """Exclude each token that would complete a sequence of `size` tokens that already occurs in the text."""
 
     def process(scores: Array, history: Sequence[int]) -> None:
         if len(history) < size:
@@ -85,7 +84,7 @@ def no_repeated_ngram(size: int) -> Processor:
 
 
 def no_ngram_of_prompt(size: int, prompt: Sequence[int]) -> Processor:
-    """No token that would end a sequence of `size` tokens which the prompt has."""
+    """Exclude each token that would complete a sequence of `size` tokens that occurs in the prompt."""
     following: dict[tuple[int, ...], list[int]] = {}
     for start in range(len(prompt) - size + 1):
         following.setdefault(tuple(prompt[start : start + size - 1]), []).append(prompt[start + size - 1])
@@ -99,7 +98,7 @@ def no_ngram_of_prompt(size: int, prompt: Sequence[int]) -> Processor:
 
 
 def suppressed(tokens: Sequence[int], when: Callable[[int], bool] = lambda length: True) -> Processor:
-    """Never these tokens, while `when` holds of the text's length."""
+    """Exclude these tokens while `when` is true for the length of the text."""
     ids = np.array([token for token in tokens if 0 <= token < 1 << 62], np.int64)
 
     def process(scores: Array, history: Sequence[int]) -> None:
@@ -110,7 +109,7 @@ def suppressed(tokens: Sequence[int], when: Callable[[int], bool] = lambda lengt
 
 
 def forced(name: str, tokens: Sequence[int], length: int) -> Processor:
-    """One of these tokens after exactly `length` tokens."""
+    """Allow only these tokens after exactly `length` tokens."""
 
     def process(scores: Array, history: Sequence[int]) -> None:
         if len(history) == length:
@@ -123,12 +122,12 @@ def forced(name: str, tokens: Sequence[int], length: int) -> Processor:
 
 
 def finite(scores: Array, history: Sequence[int]) -> None:
-    """Not-a-number becomes 0, infinite the largest or smallest float32."""
+    """Replace NaN by 0, and infinite logits by the largest or smallest float32."""
     np.nan_to_num(scores, copy=False, nan=0.0, posinf=float(_FLOAT32.max), neginf=float(_FLOAT32.min))
 
 
 def decaying(start: int, factor: float, ends: Sequence[int]) -> Processor:
-    """After `start` tokens, |score| (factor^n - 1) is added to the end tokens' scores, n tokens later."""
+    """Add `abs(logit) * (factor**n - 1)` to the end tokens' logits if the text has `start + n` tokens."""
     ids = np.array(ends, np.int64)
 
     def process(scores: Array, history: Sequence[int]) -> None:
@@ -136,7 +135,7 @@ def decaying(start: int, factor: float, ends: Sequence[int]) -> Processor:
             old = scores[ids]
             with np.errstate(over="ignore", invalid="ignore"):
                 grown = np.abs(old) * (np.float64(factor) ** (len(history) - start) - 1)
-            # Finite, so that a later softmax is.
+            # Bounded, so that a later softmax is finite.
             scores[ids] = np.where(np.isfinite(old), np.minimum(old + np.nan_to_num(grown), 1e300), old)
 
     return process

@@ -1,10 +1,10 @@
-"""One row of a batch while it grows, and how a prompt gets into the cache."""
+"""The state of one row of a batch during generation, and the prefill of the cache."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,9 @@ from einsum_transformer.models.model import Model
 Array = np.ndarray
 
 PREFILL_CHUNK = 512
-"""Tokens per forward of the prefill: more use more memory and gain no speed."""
+"""Tokens per forward pass of the prefill: more tokens use more memory and are not faster."""
 DEFAULT_BUDGET = 128
-"""New tokens where nothing is said."""
+"""Default maximum of new tokens."""
 
 
 @dataclass(slots=True)
@@ -39,29 +39,33 @@ class Generation:
     finish_reason: str | None = None
     kv_cache_bytes: int = 0
     speculation: dict[str, Any] | None = None
-    """What speculative decoding did, if there was any (see `speculative.Statistics`)."""
+    """Statistics of speculative decoding (see `speculative.Statistics`); None without it."""
 
     def __str__(self) -> str:
         return self.text
 
+    def to_dict(self) -> dict[str, Any]:
+        """The result in JSON types."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a generation obeys besides the sampling; lengths in tokens."""
+    """The settings of a generation other than sampling; lengths in tokens."""
 
     max_new_tokens: int | None = None
-    """Default: what max_length leaves, else DEFAULT_BUDGET."""
+    """Default: max_length minus the prompt, or DEFAULT_BUDGET without max_length."""
     stop: Sequence[str] = ()
     seed: int | None = None
     ctx_size: int | None = None
     prefill_step_size: int = PREFILL_CHUNK
     ignore_eos: bool = False
     max_length: int | None = None
-    """Most tokens of prompt and answer together; of no effect beside max_new_tokens."""
+    """Maximum tokens of prompt and answer together; ignored if max_new_tokens is given."""
     max_time: float | None = None
-    """Seconds after which the text ends with its next token."""
+    """Seconds after which the next token ends the text."""
     eos_token_id: Sequence[int] | None = None
-    """The ids that end the text, instead of the model's."""
+    """Ids that end the text; replace those of the model."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -71,7 +75,7 @@ class Settings:
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Settings:
-        """What the values of `keys.merged` say."""
+        """Return the settings in the values of `keys.merged`."""
         found = dict(values)
         if "stop_strings" in found:
             found["stop"] = found.pop("stop_strings")
@@ -79,7 +83,7 @@ class Settings:
         return Settings(**{name: value for name, value in found.items() if name in names})
 
     def budget(self, prompt_length: int) -> int:
-        """The most new tokens after a prompt; raises InputError where max_length leaves none."""
+        """Return the maximum number of new tokens; raises InputError if max_length does not allow any."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:
@@ -95,8 +99,8 @@ class Settings:
 def prefill(
     model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CHUNK, repaired: bool = False
 ) -> Array:
-    """Put the prompt (b, t) into the cache, `chunk` tokens at a time; returns the scores (b, v) after its
-    last token. repaired: scores that are not finite are no error (see `scores`)."""
+    """Extend the cache by the prompt (b, t), `chunk` tokens at a time; returns the logits (b, v) of its last
+    token. repaired: allow logits that are not finite (see `scores`)."""
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, tokens.shape[1] - chunk, chunk):
             model.decoder.forward(tokens[:, start : start + chunk], cache, "none")
@@ -107,10 +111,10 @@ def prefill(
 def scores(
     model: Model, tokens: Array, cache: KVCache, positions: Positions, repaired: bool = False
 ) -> Array:
-    """The scores after new tokens (b, t), which the cache is extended by; positions as in `Decoder.forward`.
+    """Return the logits of new tokens (b, t) and extend the cache; positions as in `Decoder.forward`.
 
-    Raises InputError where they are not finite, with the step that this begins in; unless the caller repairs
-    them (`remove_invalid_values`).
+    Raises InputError if logits are not finite, naming the operation or weight that causes it, unless the
+    caller repairs them (`remove_invalid_values`).
     """
     with np.errstate(over="ignore", invalid="ignore"):
         logits = model.decoder.forward(tokens, cache, positions)[0]
@@ -120,8 +124,8 @@ def scores(
 
 
 def lengthen(model: Model, cache: KVCache, new: int) -> None:
-    """Fill the cache again if with so many new tokens some row passes the length that longrope changes at:
-    the keys that it holds were turned by the factors of shorter texts."""
+    """Rebuild the cache if `new` tokens take a row across longrope's switch length: the cached keys are
+    rotated with the factors of shorter texts."""
     limits = _longrope_lengths(model)
     if not limits or cache.length == 0:
         return
@@ -136,13 +140,13 @@ def lengthen(model: Model, cache: KVCache, new: int) -> None:
 
 
 def until_rope_changes(model: Model, cache: KVCache) -> int:
-    """How many more tokens the cache can take before the RoPE of some row changes with its length.
+    """Return the number of tokens that can be added before the RoPE frequencies of a row change.
 
     longrope changes once; dynamic changes with every token beyond the trained length, where this is 0.
     """
     before = cache.before
     left = [limit - length for limit in _longrope_lengths(model) for length in before.tolist()]
-    left = [more for more in left if more >= 0]
+    left = [count for count in left if count >= 0]
     for rope in model.config.ropes:
         if rope.rope_type == "dynamic":
             left.append(max(0, rope.original_max_position_embeddings - int(before.max())))
@@ -155,8 +159,8 @@ def _longrope_lengths(model: Model) -> list[int]:
 
 
 def end_tokens(model: Model, instead: Sequence[int] | None = None) -> frozenset[int]:
-    """Every id that ends a text: of the config, of generation_config.json and of the tokenizer; or those
-    given instead."""
+    """Return all ids that end a text, from the config, generation_config.json and the tokenizer, or `instead`
+    if given."""
     if instead is not None:
         return frozenset(instead)
     stated = token_ids((model.generation_config or {}).get("eos_token_id"))
@@ -167,9 +171,9 @@ def end_tokens(model: Model, instead: Sequence[int] | None = None) -> frozenset[
 
 
 class Row:
-    """One row of a batch while it grows.
+    """The state of one row of a batch.
 
-    before: what a continued cache holds, which belongs to the text. limit: the context in tokens.
+    before: tokens in a continued cache, which are part of the text. limit: maximum context in tokens.
     """
 
     def __init__(
@@ -189,28 +193,27 @@ class Row:
         self.ends = frozenset() if settings.ignore_eos else end_tokens(model, settings.eos_token_id)
         ends = sorted(end for end in self.ends if 0 <= end < model.config.vocab_size)
         self.repairs = sampling.remove_invalid_values
-        # The last token needs no room in the context.
+        # The last token is not stored in the cache and does not count towards the context.
         self.sampling = sampling.sampler(self.history, ends, min(start + self.budget, limit + 1))
         self.deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         seed = settings.seed
         self.rng = np.random.default_rng(None if seed is None else [seed, index])
         tokenizer = model.tokenizer
         if tokenizer is None and settings.stop:
-            raise InputError(f"stop: {model.source} has no tokenizer to find texts with; leave it out")
+            raise InputError(f"stop: {model.source} has no tokenizer, so text cannot be matched; omit stop")
         self.decoder = None if tokenizer is None else tokenizer.stream()
         self.raw = None if tokenizer is None or not settings.stop else tokenizer.stream(False)
         self.matcher = StopMatcher(settings.stop)
 
     def step(self, logits: Array, room: int) -> tuple[int, str]:
-        """Choose the next token; returns it and the text that is ready. room: tokens the context can still
-        take."""
+        """Choose the next token; returns it and the text that is ready. room: tokens left in the context."""
         if len(self.result.tokens) >= self.budget:
             return -1, self._finish("length")
         token = self.sampling.choose(logits, self.history, self.rng)
         return token, self.take(token, room)
 
     def take(self, token: int, room: int) -> str:
-        """Continue with this token; returns the text that is ready."""
+        """Append this token; returns the text that is ready."""
         result = self.result
         if token in self.ends:
             return self._finish("stop", token)
@@ -228,7 +231,7 @@ class Row:
         return text
 
     def _finish(self, reason: str, end: int | None = None) -> str:
-        """The rest of the text; an end token is not part of it, but can complete a stop string."""
+        """Return the rest of the text; an end token is not part of it, but can complete a stop string."""
         shown = self.decoder.end() if self.decoder else ""
         raw = shown
         if self.raw:

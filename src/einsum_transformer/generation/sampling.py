@@ -1,4 +1,4 @@
-"""From scores to the next token: processors, temperature and filters, in the order of transformers."""
+"""Choose the next token from logits: processors, temperature and filters, in the order of transformers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen, with transformers' names and meanings.
+    """How the next token is chosen, with the names and meanings of transformers.
 
-    temperature 0 takes the best one (greedy) and uses no filter. The defaults switch everything off.
+    With temperature 0 the most probable token is chosen (greedy), without filters. The defaults disable
+    everything else.
     """
 
     temperature: float = 0.0
@@ -55,15 +56,15 @@ class Sampling:
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Sampling:
-        """What the values of `keys.merged` say."""
+        """Return the settings in the values of `keys.merged`."""
         return Sampling(**{name: value for name, value in values.items() if name in SAMPLING})
 
     def sampler(
         self, prompt: Sequence[int] = (), ends: Sequence[int] = (), max_length: int | None = None
     ) -> Sampler:
-        """What chooses the tokens of one text.
+        """Return the sampler for one text.
 
-        prompt: the tokens that it begins with; ends: the ids that end it; max_length: tokens of both.
+        prompt: its first tokens; ends: the ids that end it; max_length: tokens of prompt and answer together.
         """
         return Sampler(self, _processors(self, list(prompt), ends, max_length))
 
@@ -71,39 +72,39 @@ class Sampling:
 def _processors(
     sampling: Sampling, prompt: list[int], ends: Sequence[int], max_length: int | None
 ) -> tuple[Processor, ...]:
-    """Those that are on, in the order of transformers' `_get_logits_processor`."""
+    """Return the enabled processors, in the order of transformers' `_get_logits_processor`."""
     s, start = sampling, len(prompt)
-    made: list[Processor] = []
+    enabled: list[Processor] = []
     if s.sequence_bias:
-        made.append(processors.biased("sequence_bias", s.sequence_bias))
+        enabled.append(processors.biased("sequence_bias", s.sequence_bias))
     if s.encoder_repetition_penalty != 1:
-        made.append(processors.prompt_favoured(s.encoder_repetition_penalty, prompt))
+        enabled.append(processors.prompt_favoured(s.encoder_repetition_penalty, prompt))
     if s.repetition_penalty != 1:
-        made.append(processors.penalized(s.repetition_penalty))
+        enabled.append(processors.penalized(s.repetition_penalty))
     if s.no_repeat_ngram_size:
-        made.append(processors.no_repeated_ngram(s.no_repeat_ngram_size))
+        enabled.append(processors.no_repeated_ngram(s.no_repeat_ngram_size))
     if s.encoder_no_repeat_ngram_size:
-        made.append(processors.no_ngram_of_prompt(s.encoder_no_repeat_ngram_size, prompt))
+        enabled.append(processors.no_ngram_of_prompt(s.encoder_no_repeat_ngram_size, prompt))
     if bad := [(tuple(each), -np.inf) for each in s.bad_words_ids if [*each] not in [[end] for end in ends]]:
-        made.append(processors.biased("bad_words_ids", bad))
+        enabled.append(processors.biased("bad_words_ids", bad))
     least = max(s.min_length, s.min_new_tokens and start + s.min_new_tokens)
     if ends and least > start:
-        made.append(processors.suppressed(ends, lambda length: length < least))
+        enabled.append(processors.suppressed(ends, lambda length: length < least))
     if s.forced_bos_token_id is not None:
-        made.append(processors.forced("forced_bos_token_id", [s.forced_bos_token_id], 1))
+        enabled.append(processors.forced("forced_bos_token_id", [s.forced_bos_token_id], 1))
     if s.forced_eos_token_id and max_length is not None:
-        made.append(processors.forced("forced_eos_token_id", s.forced_eos_token_id, max_length - 1))
+        enabled.append(processors.forced("forced_eos_token_id", s.forced_eos_token_id, max_length - 1))
     if s.remove_invalid_values:
-        made.append(processors.finite)
+        enabled.append(processors.finite)
     if s.exponential_decay_length_penalty is not None and ends:
         after, factor = s.exponential_decay_length_penalty
-        made.append(processors.decaying(start + after, factor, ends))
+        enabled.append(processors.decaying(start + after, factor, ends))
     if s.suppress_tokens:
-        made.append(processors.suppressed(s.suppress_tokens))
+        enabled.append(processors.suppressed(s.suppress_tokens))
     if s.begin_suppress_tokens:
         begin = start + (s.forced_bos_token_id is not None and start <= 1)
-        made.append(processors.suppressed(s.begin_suppress_tokens, lambda length: length == begin))
-    return tuple(made)
+        enabled.append(processors.suppressed(s.begin_suppress_tokens, lambda length: length == begin))
+    return tuple(enabled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,32 +116,32 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken."""
+        """Whether the most probable token is chosen."""
         return self.sampling.temperature == 0
 
     def scores(self, logits: Array, history: Sequence[int]) -> Array:
-        """The scores (v,) after the processors; raises InputError where no token is left."""
+        """Return the logits (v,) after the processors; raises InputError if every token is excluded."""
         if not self.processors:
             return logits
         scores = np.array(logits, np.float64)
         for process in self.processors:
             process(scores, history)
         if scores.max() == -np.inf:
-            raise InputError("the settings leave no token to choose: they suppress every token")
+            raise InputError("the settings suppress every token: no token is left to choose")
         return scores
 
     def choose(self, logits: Array, history: Sequence[int], rng: np.random.Generator) -> int:
-        """The next token's id, from its scores (v,) and the tokens so far."""
+        """Choose the id of the next token from the logits (v,) and the tokens so far."""
         if self.greedy:
             return int(np.argmax(self.scores(logits, history)))
         return draw(self.probabilities(logits, history), rng)
 
     def probabilities(self, logits: Array, history: Sequence[int]) -> Array:
-        """The distribution (v,) that `choose` draws from."""
+        """Return the distribution (v,) from which `choose` samples."""
         s, scores = self.sampling, self.scores(logits, history)
         if self.greedy:
             return (np.arange(len(scores)) == np.argmax(scores)).astype(scores.dtype)
-        # In float64, from the top down: a tiny temperature ends in exp(-inf) = 0 for all others, its limit.
+        # In float64, relative to the maximum: with a tiny temperature all others become exp(-inf) = 0.
         scores = scores.astype(np.float64)
         with np.errstate(over="ignore"):
             scores = (scores - scores.max()) / s.temperature
@@ -163,8 +164,8 @@ class Sampler:
 
 
 def draw(p: Array, rng: np.random.Generator) -> int:
-    """A token, with probabilities proportional to p (v,)."""
-    # Inverting the cumulative sum in float64 draws exactly these probabilities and never a token of
+    """Sample a token with probabilities proportional to p (v,)."""
+    # Inverting the cumulative sum in float64 samples from exactly these probabilities, and never a token with
     # probability 0.
     cumulative = np.cumsum(p, dtype=np.float64)
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))

@@ -1,1 +1,1 @@
-"""What can stand where a weight array stands."""
+"""Leaves: objects that take the place of a weight array."""

@@ -1,4 +1,4 @@
-"""A weight that is not trained: it takes part in every product and no gradient of it is computed."""
+"""Frozen weights, which are used in products but get no gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 class Frozen(Leaf):
-    """`weight`, an array or another leaf, without its gradient."""
+    """`weight`, an array or another leaf, without a gradient."""
 
     trained = False
 

@@ -1,4 +1,4 @@
-"""A weight that stays in its file until an equation needs it, under a budget of bytes."""
+"""Weights that are read from their file when an equation uses them, within a memory budget."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Array = np.ndarray
 
 
 class Budget:
-    """Loaded weights, the least recently used dropped first, so that at most `limit` bytes are held.
+    """An LRU cache of loaded weights, of at most `limit` bytes.
 
-    One weight larger than the limit is still loaded, alone: without it there is no product.
+    A single weight larger than the limit is still loaded: the product requires it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -31,14 +31,14 @@ class Budget:
         self._lock = threading.Lock()
 
     def get(self, name: str, read: Callable[[], Array], nbytes: int) -> Array:
-        """The weight `name` of `nbytes` bytes, from memory or read again, after room was made for it."""
-        with self._lock:  # experts run side by side
+        """Return the weight `name`; if it is not cached, evict others until `nbytes` fit and read it."""
+        with self._lock:  # experts run in parallel
             if name in self._loaded:
                 self._loaded.move_to_end(name)
                 return self._loaded[name]
             while self._loaded and self.held + nbytes > self.limit:
-                _, dropped = self._loaded.popitem(last=False)
-                self.held -= dropped.nbytes
+                _, evicted = self._loaded.popitem(last=False)
+                self.held -= evicted.nbytes
             with phase("load"):
                 array = read()
             self._loaded[name] = array
@@ -51,7 +51,7 @@ class Budget:
 
 
 class LazyTensor(Leaf):
-    """A tensor of a file, viewed as `shape`, that is read when an equation needs it."""
+    """A tensor of a file, viewed as `shape`, that is read when an equation uses it."""
 
     def __init__(
         self, tensors: TensorSource, stored: Stored, shape: tuple[int, ...], dtype: Any, budget: Budget
@@ -72,8 +72,8 @@ class LazyTensor(Leaf):
         if not plain or self._budget.holds(self._key):
             return super().rows(indices)
         with phase("load"):
-            places = [self._stored.first_row + i for i in indices.ravel().tolist()]
-            found = [self._tensors.read_rows(self.name, i, i + 1) for i in places]
+            file_rows = [self._stored.first_row + i for i in indices.ravel().tolist()]
+            found = [self._tensors.read_rows(self.name, i, i + 1) for i in file_rows]
             return converted(np.concatenate(found), self.dtype).reshape(*indices.shape, self.shape[1])
 
     def _read(self) -> Array:

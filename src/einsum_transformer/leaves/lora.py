@@ -1,7 +1,7 @@
-"""LoRA: a frozen weight W plus a trained product of two thin matrices, W + scaling * B A (Hu et al., 2021).
+"""LoRA: a frozen weight W plus a trained low-rank product, W + scaling * B A (Hu et al., 2021).
 
-In the place of W in an equation, the term of W, say `fd`, becomes `fr,rd`: a product with a LoRA weight is
-W's product plus two thin ones, and W + scaling * B A is never held.
+In an equation, the term of W, such as `fd`, becomes `fr,rd`: a product with a LoRA weight is the product with
+W plus two low-rank products, and W + scaling * B A is never materialized.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """Zeroes of LoRA inputs, drawn anew for every `key` and row, and the same again for the same ones.
+    """Dropout of LoRA inputs, with reproducible masks.
 
-    A mask depends on nothing but the key, the row's number in the whole batch and the weight's name: the
-    backward pass draws the mask of the forward pass again rather than keeping it, a resumed run draws those
-    of the run that was cut, and a batch computed in parts, on threads or by several processes has the masks
-    of the whole.
+    A mask depends only on the key, the row's index in the whole batch and the weight's name: the backward
+    pass regenerates the mask of the forward pass instead of storing it, a resumed run has the masks of an
+    uninterrupted one, and a batch computed in parts, on threads or by several processes has the masks of the
+    whole batch.
     """
 
     probability: float = 0.0
     key: tuple[int, ...] | None = None
-    """What the masks depend on, such as (seed, step); None outside of training: no zeroes."""
+    """RNG key of the masks, such as (seed, step); None outside of training: no dropout."""
     first_row: int = 0
-    """The number in the whole batch of the first row at hand."""
+    """Index in the whole batch of the first row of the current part."""
 
     def applied(self, x: Array, name: str) -> Array:
-        """x (b, t, ...) with zeroes of this probability, the rest scaled so that the mean stays."""
+        """Return x (b, t, ...) after dropout, with the other elements scaled by 1 / (1 - probability)."""
         if self.key is None or self.probability == 0:
             return x
-        kept = np.empty(x.shape, bool)
-        for i, row in enumerate(kept):
+        keep = np.empty(x.shape, bool)
+        for i, row in enumerate(keep):
             rng = np.random.default_rng([*self.key, self.first_row + i, zlib.crc32(name.encode())])
-            # Drawn in the order of the axes, so that neither the memory layout of x nor padding at the end of
-            # the row changes anything.
+            # Drawn in axis order, so that the mask depends neither on the memory layout of x nor on right
+            # padding.
             np.greater_equal(rng.random(x.shape[1:], np.float32), self.probability, out=row)
-        return x * (kept * x.dtype.type(1 / (1 - self.probability)))
+        return x * (keep * x.dtype.type(1 / (1 - self.probability)))
 
 
 class LoRA(Leaf):
-    """W + scaling * b a, viewed like W: its first `out_axes` axes are outputs, the others inputs.
+    """W + scaling * b a in the shape of W, whose first `out_axes` axes are outputs and the others inputs.
 
-    a: (r, *inputs), b: (*outputs, r). stack: the path of the stacked parameter whose adapter this is a part
-    of, where a file holds one adapter for all experts of a layer. owner: the path of the weight whose `a`
-    this one uses too (gate and up of an expert in one stack); its gradient is added to that of the owner.
+    a: `(r, *inputs)`, b: `(*outputs, r)`. stack: the path of the stacked parameter whose adapter contains
+    this one, if there is one adapter for all experts of a layer. owner: the path of the weight whose `a` this
+    one shares (gate and up of an expert in one stack); the gradients of a shared `a` are summed.
     """
 
     def __init__(
@@ -102,16 +102,18 @@ class LoRA(Leaf):
 
     def array(self) -> Array:
         """W + scaling * b a"""
-        return _numbers(self.base) + self.delta()
+        return _as_array(self.base) + self.delta()
 
     def delta(self) -> Array:
         """scaling * b a, in the shape of W."""
-        a, b = _numbers(self.a).reshape(self.rank, -1), _numbers(self.b).reshape(-1, self.rank)
+        a, b = _as_array(self.a).reshape(self.rank, -1), _as_array(self.b).reshape(-1, self.rank)
         return (self.scaling * einsum("fr,rd->fd", b, a)).reshape(self.shape)
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
         if len(operands) != 2:
-            raise EquationError(f"einsum {equation}: a LoRA weight takes part in products of two operands")
+            raise EquationError(
+                f"einsum {equation}: a LoRA weight is supported only in products of two operands"
+            )
         x = operands[1 - position]
         y = product(equation, (self.base, x) if position == 0 else (x, self.base), order)
         parsed = _parsed(equation)
@@ -119,16 +121,16 @@ class LoRA(Leaf):
         outputs, inputs = weight[: self.out_axes], weight[self.out_axes :]
         if not set(inputs) & set(output):
             # "btd,fd->btf" is "btd,rd->btr", then "btr,fr->btf"
-            thin = "".join(letter for letter in term if letter not in inputs) + "r"
-            h = einsum(f"{term},r{inputs}->{thin}", self.dropout.applied(x, self.name), self.a)
+            h_term = "".join(letter for letter in term if letter not in inputs) + "r"
+            h = einsum(f"{term},r{inputs}->{h_term}", self.dropout.applied(x, self.name), self.a)
             h *= self.dtype.type(self.scaling)
-            y += einsum(f"{thin},{outputs}r->{output}", h, self.b)
+            y += einsum(f"{h_term},{outputs}r->{output}", h, self.b)
             return y
         # "btf,fd->btd" is "btf,fr->btr", then "btr,rd->btd"
-        thin = "".join(letter for letter in term if letter not in outputs) + "r"
-        h = einsum(f"{term},{outputs}r->{thin}", x, self.b)
+        h_term = "".join(letter for letter in term if letter not in outputs) + "r"
+        h = einsum(f"{term},{outputs}r->{h_term}", x, self.b)
         h *= self.dtype.type(self.scaling)
-        y += self.dropout.applied(einsum(f"{thin},r{inputs}->{output}", h, self.a), self.name)
+        y += self.dropout.applied(einsum(f"{h_term},r{inputs}->{output}", h, self.a), self.name)
         return y
 
     def weight_grad(self, equation: str, *operands: Array) -> Gradients:
@@ -148,7 +150,7 @@ class LoRA(Leaf):
         return Gradients(lora_A=da, lora_B=db)
 
     def rows(self, indices: Array) -> Array:
-        """Rows of W, an embedding (v, d), plus those of scaling * b a."""
+        """Rows of an embedding W (v, d), plus the same rows of scaling * b a."""
         h = take_rows(self.b, indices) * self.dtype.type(self.scaling)
         return take_rows(self.base, indices) + einsum("btr,rd->btd", h, self.a)
 
@@ -162,16 +164,16 @@ class LoRA(Leaf):
 
 
 def adapters_of(decoder: Any) -> dict[str, LoRA]:
-    """Path -> adapter of every weight in a decoder that has one."""
+    """Path -> LoRA adapter of every weight of a decoder that has one."""
     return {path: leaf for path, leaf in named_leaves(decoder) if isinstance(leaf, LoRA)}
 
 
 def _parsed(equation: str) -> Equation:
     parsed = Equation.parse(equation)
     if "r" in parsed.letters:
-        raise EquationError(f"einsum {equation}: the letter r stands for the rank of the LoRA weight")
+        raise EquationError(f"einsum {equation}: the letter r is reserved for the rank of the LoRA weight")
     return parsed
 
 
-def _numbers(weight: Any) -> Array:
+def _as_array(weight: Any) -> Array:
     return weight.array() if isinstance(weight, Leaf) else weight

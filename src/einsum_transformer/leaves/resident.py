@@ -1,4 +1,4 @@
-"""Weights held in memory: one allocation for all, each matrix laid out as the products read it fastest."""
+"""Weights in memory: one allocation for all, with each matrix in the layout that products read fastest."""
 
 from __future__ import annotations
 
@@ -14,48 +14,47 @@ from einsum_transformer.formats import TensorSource, as_rows
 Array = np.ndarray
 
 _SHORT_ROW = 1024
-_LINE = 64  # bytes of a cache line, where every weight begins
-_PIECE = 1 << 18  # elements that are read, converted and transposed while they are in the cache
+_LINE = 64  # bytes of a cache line, to which every weight is aligned
+_PIECE = 1 << 18  # elements that are read, converted and transposed at once, so that they stay in the cache
 _TASK = 1 << 22  # elements of one thread's task
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of a file that is to be read: its name, the weight's shape, and the order of its rows."""
+    """A tensor to read from a file: its name, the weight's shape, and the order of its rows."""
 
     name: str
     shape: tuple[int, ...]
     in_file_order: Callable[[Array], Array] | None = None
-    """From the weight to the view of it that the tensor fills, in the order of the file; None if that is the
-    weight itself."""
+    """Maps the weight to the view that the tensor fills in file order; None: the weight itself."""
     first_row: int = 0
-    """Where the weight begins, in rows of the tensor (all axes but the last joined)."""
+    """First row of the weight in the tensor (all axes but the last flattened)."""
     minus: float = 0.0
-    """What the file's numbers are too large by."""
+    """Constant that the file adds to each value."""
     others: tuple[Stored, ...] = ()
     """Further tensors that fill other parts of the same weight."""
 
     @property
     def plain(self) -> bool:
-        """Whether the tensor's rows are the weight's."""
+        """Whether the rows of the tensor are those of the weight."""
         return self.in_file_order is None and not self.minus and not self.others
 
 
 def input_major(shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this shape in a file, [out, in], is kept as [in, out] in memory.
+    """Whether a weight of this shape in a file, [out, in], is stored as [in, out] in memory.
 
-    A decode step is one vector times every matrix, bound by reading it. BLAS reads a matrix with rows of 576
-    floats at two thirds of the memory's speed, and the same matrix transposed at nearly all of it
-    (docs/performance.md); from about a thousand floats a row on, both are alike.
+    A decode step multiplies one vector by every matrix, which is bound by memory bandwidth. BLAS reads a
+    matrix with rows of 576 floats at two thirds of the bandwidth, and its transpose at nearly all of it
+    (docs/performance.md); from about a thousand floats per row on, there is no difference.
     """
     return len(shape) == 2 and shape[1] < _SHORT_ROW <= shape[0] * 2
 
 
-def rooms(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[Array]:
-    """Uninitialized arrays of these shapes, input-major ones as transposed views, in one allocation.
+def allocate(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[Array]:
+    """Allocate uninitialized arrays of these shapes as one block; input-major ones are transposed views.
 
-    The system hands one large allocation out in pages of 2 MB, many small ones in pages of 4 kB: touching 538
-    MB for the first time takes 0.08 s or 0.3 to 1 s (docs/performance.md).
+    The system maps one large allocation in pages of 2 MB, many small ones in pages of 4 kB: the first access
+    to 538 MB takes 0.08 s or 0.3 to 1 s (docs/performance.md).
     """
     step = _LINE // dtype.itemsize
     sizes = [math.prod(shape) for shape in shapes]
@@ -70,19 +69,18 @@ def rooms(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[Array]:
 
 
 def read_all(tensors: TensorSource, wanted: Sequence[Stored], dtype: np.dtype) -> list[Array]:
-    """The wanted tensors in `dtype`; one that lies in the file as it is wanted stays there, mapped and
-    read-only."""
+    """Read the tensors as `dtype`; one that needs no conversion is a read-only memory map of the file."""
     arrays = [None if input_major(stored.shape) else mapped(tensors, stored, dtype) for stored in wanted]
     missing = [i for i, array in enumerate(arrays) if array is None]
-    fresh = rooms([wanted[i].shape for i in missing], dtype)
-    fill(tensors, [(wanted[i], room) for i, room in zip(missing, fresh)])
-    for i, room in zip(missing, fresh):
-        arrays[i] = room
+    allocated = allocate([wanted[i].shape for i in missing], dtype)
+    fill(tensors, [(wanted[i], array) for i, array in zip(missing, allocated)])
+    for i, array in zip(missing, allocated):
+        arrays[i] = array
     return [array for array in arrays if array is not None]
 
 
 def mapped(tensors: TensorSource, stored: Stored, dtype: np.dtype) -> Array | None:
-    """The tensor as a view of its file, or None if its type or the order of its rows has to change."""
+    """The tensor as a view of the mapped file, or None if its dtype or the order of its rows must change."""
     if not stored.plain or tensors.info(stored.name).dtype != {4: "F32", 8: "F64"}[dtype.itemsize]:
         return None
     whole = tensors.read(stored.name)
@@ -94,8 +92,8 @@ def mapped(tensors: TensorSource, stored: Stored, dtype: np.dtype) -> Array | No
 
 
 def fill(tensors: TensorSource, pairs: Sequence[tuple[Stored, Array]]) -> None:
-    """Read each tensor into its array, of any layout, on as many threads as BLAS has; the file's pages are
-    given back."""
+    """Read each tensor into its array, of any layout, with as many threads as BLAS has, and release the pages
+    of the file."""
     tasks = []
     for whole, array in pairs:
         for stored in (whole, *whole.others):
@@ -108,12 +106,11 @@ def fill(tensors: TensorSource, pairs: Sequence[tuple[Stored, Array]]) -> None:
 
 
 def _fill_rows(tensors: TensorSource, stored: Stored, target: Array, start: int, stop: int) -> None:
-    """target[start:stop] from the file, by pieces: a piece that is in the cache is transposed three times as
-    fast."""
+    """Read target[start:stop] in pieces: a piece in the CPU cache is transposed three times as fast."""
     per_row = math.prod(target.shape[1:])
     step = stop - start if target.ndim == 1 else max(1, _PIECE // per_row)
     shape = tensors.info(stored.name).shape
-    file_rows = per_row // (shape[-1] if len(shape) > 1 else 1)  # in one step along the target
+    file_rows = per_row // (shape[-1] if len(shape) > 1 else 1)  # rows of the file per row of the target
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
         first = stored.first_row
@@ -124,7 +121,7 @@ def _fill_rows(tensors: TensorSource, stored: Stored, target: Array, start: int,
 
 
 def converted(rows: Array, dtype: np.dtype) -> Array:
-    """Numbers of a file in the type that is computed in; bfloat16 by way of float32, exactly."""
+    """Values of a file in the computation dtype; bfloat16 is converted via float32, exactly."""
     if rows.dtype.itemsize <= 2:
         rows = rows.astype(np.float32)
     return rows.astype(dtype, copy=False)

@@ -1,4 +1,4 @@
-"""A weight whose every product is a value that a recorder sees."""
+"""Weights whose products are passed to a recorder as values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ Array = np.ndarray
 
 
 class Watched(Leaf):
-    """A matrix whose product with what comes in, its bias added, is a value that readers see.
-
-    path: the name of the value.
-    """
+    """A matrix whose product with its input, plus the bias, is passed to readers as the value `path`."""
 
     def __init__(self, path: str, weight: Any, bias: Any = None) -> None:
         self.path, self.weight, self.bias = path, weight, bias
@@ -30,7 +27,7 @@ class Watched(Leaf):
     def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
         y = product(equation, (*operands[:position], self.weight, *operands[position + 1 :]), order)
         parsed = Equation.parse(equation)
-        # The first letter of a weight is one of its outputs: in a backward pass it is summed.
+        # The first letter of a weight is an output axis; in a backward pass it is summed.
         if not reads_values() or parsed.inputs[position][0] not in parsed.output:
             return y
         whole = y if self.bias is None else y + self.bias
@@ -39,8 +36,8 @@ class Watched(Leaf):
 
 
 def watched(decoder: Any, kind: type[Watched] = Watched) -> Any:
-    """The decoder with its matrices watched, but for experts', which see some of the tokens only, and those
-    whose result is a value already."""
+    """The decoder with its matrices watched, except those of experts, which process only some of the tokens,
+    and those whose output is a value already."""
     biases = {path: leaf for path, leaf in named_leaves(decoder) if path.endswith("_bias")}
 
     def leaf(path: str, weight: Any) -> Any:

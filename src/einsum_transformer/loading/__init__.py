@@ -1,1 +1,1 @@
-"""From what a user names to a model: source, config, places, checks, weights."""
+"""Load a model from a source: find the source, read its config, check its tensors, read the weights."""

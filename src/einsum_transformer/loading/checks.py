@@ -1,4 +1,4 @@
-"""Whether a checkpoint has the tensors that its config asks for, and text beside them."""
+"""Check that a checkpoint has the tensors that its config requires, and that its text files are text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from einsum_transformer.models.families.family import Family
 from einsum_transformer.tables import some
 
 _FEW_EXPERTS = 256
-_BESIDE = (
+_TEXT_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
 )
@@ -37,23 +37,23 @@ _WRAPPERS = {
     "_orig_mod.": "saved from a model of torch.compile: save model._orig_mod instead",
     "_fsdp_wrapped_module.": "saved from FSDP without gathering: save a full state dict",
     "base_model.model.": "saved from a PEFT model: merge the adapter (merge_and_unload) before saving",
-    "tok_embeddings.": "names of Meta's or Mistral's own format: use the model in Hugging Face format",
-    "language_model.encoder.": "names of Megatron-LM: convert it to the Hugging Face format first",
-    "score.": "a head for classification or rewards: such models have no next-token scores",
-    "classifier.": "a head for classification: such models have no next-token scores",
-    "qa_outputs.": "a head for question answering: such models have no next-token scores",
+    "tok_embeddings.": "a name of Meta's or Mistral's format: use the model in Hugging Face format",
+    "language_model.encoder.": "a name of Megatron-LM: convert the model to the Hugging Face format first",
+    "score.": "a head for classification or rewards: such models have no next-token logits",
+    "classifier.": "a head for classification: such models have no next-token logits",
+    "qa_outputs.": "a head for question answering: such models have no next-token logits",
     "v_head.": "a value head of reinforcement learning: save the model without it",
 }
-"""How names begin that no weight has -> what they mean."""
+"""Prefix of an unexpected tensor name -> its meaning."""
 
 
 def places_of(config: ModelConfig, tensors: TensorSource) -> tuple[Family, dict[str, Place]]:
-    """The family with the names that these tensors have, and where each weight stands, by its path.
+    """Return the family with the names of these tensors, and the location of each weight by its path.
 
-    Raises FormatError if the config has more layers or experts than the tensors could hold, which is known
-    before a name is made for each of them.
+    Raises FormatError if the config has more layers or experts than the tensors can contain, before any
+    names are generated.
     """
-    _check_room(config, tensors)
+    _check_counts(config, tensors)
     family = FAMILIES[config.model_type]
     if isinstance(tensors, GGUFFile):
         place = gguf_place
@@ -62,10 +62,10 @@ def places_of(config: ModelConfig, tensors: TensorSource) -> tuple[Family, dict[
     return family, {weight.path: place(weight, family, config, tensors) for weight in weights_of(config)}
 
 
-def _check_room(config: ModelConfig, tensors: TensorSource) -> None:
+def _check_counts(config: ModelConfig, tensors: TensorSource) -> None:
     count, layers = len(tensors.names()), config.num_hidden_layers
     if layers > count:
-        raise FormatError(f"{tensors.path}: {layers} layers by the config, only {count} tensors in the file")
+        raise FormatError(f"{tensors.path}: {layers} layers in the config, only {count} tensors in the file")
     if config.moe is None:
         return
     experts = config.moe.num_experts
@@ -76,8 +76,8 @@ def _check_room(config: ModelConfig, tensors: TensorSource) -> None:
     stacks = sum(len(shape) == 3 and shape[0] == experts for shape in shapes)
     if stacks < layers:
         raise FormatError(
-            f"{tensors.path}: {experts} experts in each of {layers} layers by the config, but only {count} "
-            f"tensors in the file, {stacks} of them stacks of so many experts"
+            f"{tensors.path}: {experts} experts in each of {layers} layers in the config, but only {count} "
+            f"tensors in the file, {stacks} of them stacks of {experts} experts"
         )
 
 
@@ -88,9 +88,9 @@ def tensor_problems(
     tensors: TensorSource,
     infos: Mapping[str, TensorInfo],
 ) -> list[str]:
-    """Why these tensors are not the weights that the config asks for, a sentence each; nothing if they are.
+    """List the differences between the tensors and the weights that the config requires, a sentence each.
 
-    infos: of all tensors that can be looked at.
+    infos: information on all tensors that can be read.
     """
     stored = {name: shape for place in places.values() for name, shape in place.shapes.items()}
     is_gguf = isinstance(tensors, GGUFFile)
@@ -111,8 +111,8 @@ def tensor_problems(
 
 
 def check_beside(folder: Path) -> None:
-    """Refuse files of the tokenizer or of generation that are links to nothing or no text at all."""
-    for name in _BESIDE:
+    """Raise FormatError for tokenizer and generation files that are broken links or not text."""
+    for name in _TEXT_FILES:
         path = folder / name
         if leads_nowhere(path):
             raise FormatError(f"{path}: {LEADS_NOWHERE}")
@@ -127,11 +127,11 @@ def _meaning(
     unexpected: Sequence[str],
     held: Mapping[str, TensorInfo],
 ) -> list[str]:
-    """What it probably means that tensors are missing, unexpected or empty: one sentence, or none."""
+    """Return the probable cause of missing, unexpected or empty tensors in one sentence, or []."""
     if empty := [name for name, info in held.items() if 0 in info.shape]:
         return [
             f"{len(empty)} tensors, such as {_name(empty[0])}, are empty: saved by DeepSpeed ZeRO-3 without "
-            "gathering the weights; make them with zero_to_fp32.py"
+            "gathering the weights; create them with zero_to_fp32.py"
         ]
     if packed := [name for name in unexpected if _QUANTIZED.fullmatch(name)]:
         return [
@@ -155,29 +155,28 @@ def _named(what: str, names: Sequence[str]) -> list[str]:
 
 
 def _name(name: str) -> str:
-    """A tensor's name as it is, or quoted if it is long or odd."""
+    """Return a tensor's name, quoted if it is long or has unusual characters."""
     return name if name.isprintable() and " " not in name and 0 < len(name) <= 80 else quoted(name)
 
 
 def _wrong_types(held: Mapping[str, TensorInfo]) -> list[str]:
     packed = [name for name, info in held.items() if info.dtype in _INTEGERS]
     return [
-        f"tensor {_name(name)} is {held[name].dtype}: a weight is a floating-point tensor"
-        for name in packed[:1]
+        f"tensor {_name(name)} is {held[name].dtype}: expected a floating-point tensor" for name in packed[:1]
     ]
 
 
 def _wrong_shapes(held: Mapping[str, TensorInfo], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     wrong = [
-        f"{_name(name)} is {list(info.shape)} in the file, {list(stored[name])} by the config"
+        f"{_name(name)} is {list(info.shape)} in the file, the config requires {list(stored[name])}"
         for name, info in held.items()
-        if info.shape != stored[name] and 0 not in info.shape  # empty ones are named already
+        if info.shape != stored[name] and 0 not in info.shape  # `_meaning` reports empty tensors
     ]
     return [some(wrong, 8, "; ")] if wrong else []
 
 
 def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]:
-    """Whether the unused head of a tied model differs from the embedding, which would take its place."""
+    """Report if the unused head of a tied model differs from the embedding, which would replace it."""
     own = embedding.stored.name
     if own not in tensors.names():
         return []

@@ -1,4 +1,4 @@
-"""The config of a source: config.json, the metadata of a GGUF file, or the JSON of a run."""
+"""The config of a source: config.json, the metadata of a GGUF file, or a run config."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +29,7 @@ from einsum_transformer.models.unsupported import (
 def read_config(
     source: str | Path | RunConfig, offline: bool = False, allow_links: bool = False
 ) -> ModelConfig:
-    """The config alone of anything `load` takes, without reading a weight."""
+    """Return the config of any source that `load` accepts, without reading weights."""
     found = find(source, Options(offline=offline, allow_links=allow_links))
     if isinstance(found, TensorFile):
         tensors = open_tensors(found.path, allow_links)
@@ -43,14 +43,14 @@ def read_config(
 
 
 def stated_config(source: ConfigFile | RunConfig) -> ModelConfig:
-    """The config of a source that has no tensors beside it."""
+    """Return the config of a source without tensors."""
     if isinstance(source, RunConfig):
         return bounded(source.model_config(), source.source)
     return bounded(_hf_config(source.keys, str(source.path)), str(source.path))
 
 
 def bounded(config: ModelConfig, source: str) -> ModelConfig:
-    """The config, unless it has more experts in all than any program over them could go through."""
+    """Return the config after checking that the total number of experts is not too large to process."""
     if config.moe is not None:
         layers = sum(config.has_experts(i) for i in range(config.num_hidden_layers))
         check_experts(layers, config.moe.num_experts, source)
@@ -58,19 +58,19 @@ def bounded(config: ModelConfig, source: str) -> ModelConfig:
 
 
 def folder_keys(folder: Path) -> dict[str, Any]:
-    """What the config.json of a folder says; nothing if there is none."""
+    """Return the contents of a folder's config.json; {} if the file does not exist."""
     path = folder / "config.json"
     return read_json(path) if path.exists() else {}
 
 
 def folder_config(folder: Path, keys: Mapping[str, Any]) -> ModelConfig:
-    """The config of a Hugging Face folder, from its keys; InputError that says what else the folder is."""
+    """Return the config of a Hugging Face folder from its keys; InputError for another kind of folder."""
     path = folder / "config.json"
     if not path.exists():
         if found := adapter_in(folder):
             raise InputError(f"{folder}: {found}")
         raise folder_refused(
-            folder, "holds no config.json; a Hugging Face model folder or a .gguf file is expected"
+            folder, "contains no config.json; expected a Hugging Face model folder or a .gguf file"
         )
     if "model_type" not in keys and (found := other_json(keys) or kind_of_folder(folder)):
         raise InputError(f"{folder}: {found}")

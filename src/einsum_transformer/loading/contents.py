@@ -1,4 +1,4 @@
-"""What a source holds, and why it would not load: `load` raises the first problem, `inspect` lists all."""
+"""Read everything of a source but its weights: `load` raises the first problem, `inspect` lists all."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,50 +22,50 @@ from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.text.tokenizer import Tokenizer
 
-_MOST_TOLD = 3
+_MOST_SHOWN = 3
 
 
 @dataclass(slots=True)
 class Contents:
-    """All of a source but the numbers of its weights, as far as it can be read."""
+    """The contents of a source except the values of its weights, as far as they can be read."""
 
     options: Options
     problems: list[str] | None = None
-    """Where the reasons go why it would not load, a sentence each; None: the first one is raised."""
+    """List of the problems that prevent loading, one sentence each; None: raise the first one."""
     keys: Mapping[str, Any] = field(default_factory=dict)
-    """What the config says where it lies."""
+    """The config as written in the source."""
     config: ModelConfig | None = None
-    """Of the whole model, whatever `max_layers` is."""
+    """Config of the whole model, regardless of `max_layers`."""
     tensors: TensorSource | None = None
     infos: dict[str, TensorInfo] = field(default_factory=dict)
-    """Of every tensor that can be looked at."""
+    """Information on every tensor that can be read."""
     places: Mapping[str, Place] | None = None
-    """Where each weight stands, by its path."""
+    """Location of each weight, by its path."""
     tokenizer: Tokenizer | None = None
     generation_config: Mapping[str, Any] | None = None
 
-    def tell(self, error: InputError) -> None:
-        """Put an error on the list of problems, or raise it if there is no list."""
+    def add(self, error: InputError) -> None:
+        """Append an error to the list of problems, or raise it if there is no list."""
         if self.problems is None:
             raise error
-        if str(error) not in self.problems:  # a shard that cannot be read is one problem
+        if str(error) not in self.problems:  # an unreadable shard is one problem
             self.problems.append(str(error))
 
     @contextmanager
     def problem(self) -> Iterator[None]:
-        """Tell an InputError, if there is one."""
+        """Add an InputError of the `with` block to the problems."""
         try:
             yield
         except InputError as error:
-            self.tell(error)
+            self.add(error)
 
 
 def look(source: Source, options: Options, problems: list[str] | None = None) -> Contents:
-    """Look into a source. Raises InputError for its first problem, unless they are listed in `problems`, and
-    always where there are no keys of a config to be read.
+    """Read and check a source. Raises InputError for the first problem, unless problems are appended to
+    `problems`; always raises if there are no config keys to read.
 
-    No tensor is read, save a head that a tied model does not use: it must be the embedding. A repository of
-    the hub that a run names is fetched only if problems are raised.
+    No tensor is read, except an unused head of a tied model, which must equal the embedding. The hub
+    repository of a run config is downloaded only if `problems` is None.
     """
     found = Contents(options, problems)
     if isinstance(source, Folder):
@@ -86,7 +86,7 @@ def _look_into_folder(found: Contents, folder: Path) -> None:
     with found.problem():
         found.config = folder_config(folder, found.keys)
     if not (folder / "config.json").exists() and adapter_in(folder):
-        return  # of an adapter alone the config's problem says it all
+        return  # for an adapter alone, the problem of the config is sufficient
     with found.problem():
         found.tensors = open_tensors(folder, found.options.allow_links)
         _look_at_tensors(found, found.tensors)
@@ -112,7 +112,7 @@ def _look_into_file(found: Contents, path: Path) -> None:
 
 
 def _look_at_tensors(found: Contents, tensors: TensorSource) -> None:
-    family, told = None, []
+    family, problems = None, []
     with found.problem():
         if found.config is not None:
             family, found.places = places_of(found.config, tensors)
@@ -120,18 +120,18 @@ def _look_at_tensors(found: Contents, tensors: TensorSource) -> None:
         try:
             found.infos[name] = tensors.info(name)
         except InputError as error:
-            found.tell(error)
+            found.add(error)
     with found.problem():
         if found.config is not None and family is not None and found.places is not None:
-            told = tensor_problems(found.config, family, found.places, tensors, found.infos)
+            problems = tensor_problems(found.config, family, found.places, tensors, found.infos)
     if found.problems is not None:
-        found.problems += told
-    elif told:
-        raise FormatError(f"{tensors.path}: {'; '.join(told[:_MOST_TOLD])}")
+        found.problems += problems
+    elif problems:
+        raise FormatError(f"{tensors.path}: {'; '.join(problems[:_MOST_SHOWN])}")
 
 
 def _look_into_run(found: Contents, run: RunConfig) -> None:
-    """Look into a run's config and what it takes its weights from, if anything; the two must agree."""
+    """Read a run config and the source of its weights, if any; the two must agree."""
     with found.problem():
         _check_run(run)
     with found.problem():
@@ -144,41 +144,40 @@ def _look_into_run(found: Contents, run: RunConfig) -> None:
         look_into = _look_into_folder if isinstance(source, Folder) else _look_into_file
         look_into(found, source.path)
         if found.config is not None:
-            cut = found.options.cut
-            if differing := _contradictions(cut(stated), cut(found.config)):
+            truncated = found.options.cut
+            if differing := _contradictions(truncated(stated), truncated(found.config)):
                 raise ConfigError(f"{run.source}: contradicts {source.path}: {'; '.join(differing)}")
             found.config = replace(found.config, attention_block=run.block_size)
 
 
 def _weights_of(run: RunConfig, options: Options) -> Folder | TensorFile:
-    """What a run's config names as the place of its weights."""
+    """Return the source of the weights of a run config."""
     local = None if run.weight_file is None else Path(run.source).parent / run.weight_file
     source = find(local or str(run.hf_repo_id), options) if local is None or local.suffix != ".json" else run
     if isinstance(source, Folder | TensorFile):
         return source
     named = f"weight_file {run.weight_file!r}" if local else f"hf_repo_id {run.hf_repo_id!r}"
-    raise ConfigError(f"{run.source}: {named}: a model folder or a .gguf file is expected")
+    raise ConfigError(f"{run.source}: {named}: expected a model folder or a .gguf file")
 
 
 def _check_run(run: RunConfig) -> None:
-    """Refuse what a run's config asks for and no loading does."""
+    """Raise InputError for settings of a run config that are not supported."""
     if run.quantization is not None:
         raise InputError(
-            f"{run.source}: quantization {run.quantization!r} is not available; use --set quantization=null"
+            f"{run.source}: quantization {run.quantization!r} is not supported; use --set quantization=null"
         )
     if run.use_lora and run.lora_rank < 1:
         raise ConfigError(f"{run.source}: lora_rank is {run.lora_rank}, expected 1 or more")
 
 
-_OF_A_RUN = {
+_RUN_FIELDS = {
     *("defaulted", "ignored", "training", "attention_block", "initializer_range", "model_type"),
     *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
 
 
 def _contradictions(stated: ModelConfig, found: ModelConfig) -> list[str]:
-    """What a run's config says about the model and its checkpoint denies; what belongs to a run is left
-    out."""
-    names = [each.name for each in fields(ModelConfig) if each.name not in _OF_A_RUN]
+    """Describe the model settings in which a run config and its checkpoint differ, except `_RUN_FIELDS`."""
+    names = [each.name for each in fields(ModelConfig) if each.name not in _RUN_FIELDS]
     pairs = [(name, getattr(stated, name), getattr(found, name)) for name in names]
-    return [f"{name} is {here} here and {there} there" for name, here, there in pairs if here != there]
+    return [f"{name} is {here} here, {there} in the model" for name, here, there in pairs if here != there]

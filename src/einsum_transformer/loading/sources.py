@@ -1,4 +1,4 @@
-"""What a user names as a model: found on disk, or fetched from the hub, and told apart by what is in it."""
+"""Find a model source on disk or on the hub, and determine its type from its contents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
 from einsum_transformer.formats.sniff import is_json
 from einsum_transformer.loading import hub
 from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.ready import available_configs, ready_config
 from einsum_transformer.models.run_config import RunConfig, parse_run_config
 
 DTYPES = ("float32", "float64")
@@ -19,7 +20,7 @@ DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a model is found and loaded: the arguments of `load`. Raises InputError for impossible ones."""
+    """How a model is found and loaded: the arguments of `load`. Raises InputError for invalid values."""
 
     dtype: str = "float32"
     max_layers: int | None = None
@@ -31,14 +32,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype!r}: choose {' or '.join(DTYPES)}")
+            raise InputError(f"dtype is {self.dtype!r}: expected {' or '.join(DTYPES)}")
         if self.weight_budget is not None and self.weight_budget < 0:
-            raise InputError(f"weight_budget is {self.weight_budget}: a number of bytes is expected")
+            raise InputError(f"weight_budget is {self.weight_budget}: expected a number of bytes, 0 or more")
         if self.max_layers is not None and self.max_layers < 1:
-            raise InputError(f"max_layers is {self.max_layers}: at least 1")
+            raise InputError(f"max_layers is {self.max_layers}: expected 1 or more")
 
     def cut(self, config: ModelConfig) -> ModelConfig:
-        """The config with only the first `max_layers` layers."""
+        """Return the config truncated to its first `max_layers` layers."""
         if self.max_layers is None or self.max_layers >= config.num_hidden_layers:
             return config
         return config.cut(self.max_layers)
@@ -46,21 +47,21 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder in Hugging Face's format: config.json, safetensors weights, tokenizer."""
+    """A folder in Hugging Face format: config.json, safetensors weights, tokenizer."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """A GGUF model, or any other file that is no JSON: opening it says what is wrong."""
+    """A GGUF model, or another file that is not JSON: opening it raises the error."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A config.json of Hugging Face's alone, and its keys; the weights are random."""
+    """A Hugging Face config.json without weights, and its keys; the weights are random."""
 
     path: Path
     keys: Mapping[str, Any]
@@ -70,14 +71,16 @@ Source = Folder | TensorFile | ConfigFile | RunConfig
 
 
 def name_of(source: Source) -> str:
-    """The path of a source, for messages."""
+    """Return the path of a source for messages."""
     return source.source if isinstance(source, RunConfig) else str(source.path)
 
 
 def find(source: str | Path | RunConfig, options: Options) -> Source:
-    """What `source` names. Raises InputError if it is not there, or a JSON file that is no config."""
+    """Find `source` and determine its type. Raises InputError if it is missing or an invalid JSON config."""
     if isinstance(source, RunConfig):
         return source
+    if (ready := ready_config(source)) is not None:
+        return ready
     path = resolve(source, options)
     if path.is_dir():
         return Folder(path)
@@ -88,9 +91,9 @@ def find(source: str | Path | RunConfig, options: Options) -> Source:
 
 
 def resolve(source: str | Path, options: Options) -> Path:
-    """The file or folder that `source` names, fetched from the hub if it is a repository that is not here.
+    """Return the path of the file or folder `source`; a hub repository that is not cached is downloaded.
 
-    A folder that holds one GGUF model and no safetensors weights stands for that file.
+    For a folder with one GGUF model and no safetensors weights, return that file.
     """
     named = str(source)
     if named.lower() == hub.DEFAULT_MODEL:
@@ -111,5 +114,10 @@ def resolve(source: str | Path, options: Options) -> Path:
     local = path.suffix in (".json", ".gguf", ".safetensors") or named.startswith((".", "/", "~"))
     if local and not one_of_several:
         raise InputError(f"{source}: no such file or folder")
+    if "/" not in named:
+        raise InputError(
+            f"{named!r}: no such file or folder, and a hub repository is written owner/name; "
+            f"ready configs: {', '.join(available_configs())}"
+        )
     path = hub.download(named, options.revision, options.offline)
     return (path.is_dir() and single_gguf(path, options.allow_links)) or path

@@ -1,4 +1,4 @@
-"""The weights of a model: read from where they stand, all of them or under a budget, or random."""
+"""The weights of a model: read from a checkpoint, completely or under a memory budget, or random."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import Packed, TensorSource
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
-from einsum_transformer.leaves.resident import read_all, rooms
+from einsum_transformer.leaves.resident import allocate, read_all
 from einsum_transformer.loading.places import Place
 from einsum_transformer.loading.sources import Options
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
@@ -21,50 +21,50 @@ from einsum_transformer.models.decoder import Decoder
 Array = np.ndarray
 
 PACKED: dict[str, Callable[[Packed, tuple[int, ...], np.dtype], Leaf]] = {}
-"""Type of a tensor in its file -> what makes the leaf that keeps it so: (the tensor, the weight's shape, the
-type to compute in). Tensors of other types are read as numbers."""
+"""Type of a tensor in its file -> constructor of the leaf that stores it packed: (the tensor, the weight's
+shape, the type of the computation). Tensors of other types are converted to floating-point arrays."""
 
 
 def read_weights(
     tensors: TensorSource, config: ModelConfig, places: Mapping[str, Place], options: Options
 ) -> Decoder:
-    """The decoder, each of whose weights is one of these, by the first rule that fits:
+    """Return the decoder. Each weight is the first of these that applies:
 
-    1. a leaf of `PACKED`, which keeps the tensor as its file stores it;
+    1. a leaf of `PACKED`, which stores the tensor as in its file;
     2. under a budget, a matrix that stays in the file until an equation needs it;
-    3. an array in memory, or a view of the mapped file.
+    3. an array in memory, or a view of the memory-mapped file.
     """
     budget, dtype = options.weight_budget, np.dtype(options.dtype)
-    leaves, held = {}, []
-    room = Budget(budget or 0)
+    leaves, resident = {}, []
+    shared = Budget(budget or 0)
     for weight in weights_of(config):
         stored = places[weight.path].stored
         kind = PACKED.get(tensors.info(stored.name).dtype) if stored.plain else None
         packed = None if kind is None else tensors.read_packed(stored.name)
         if kind is not None and packed is not None and packed.shape == weight.stored:
             leaves[weight.path] = kind(packed, weight.shape, dtype)
-        # Norms and biases are small, and take part in sums rather than products: they are never lazy.
+        # Norms and biases are small and not used in matrix products: they are never lazy.
         elif budget is not None and len(weight.stored) > 1:
-            leaves[weight.path] = LazyTensor(tensors, stored, weight.shape, dtype, room)
+            leaves[weight.path] = LazyTensor(tensors, stored, weight.shape, dtype, shared)
         else:
-            held.append(weight)
-    arrays = read_all(tensors, [places[weight.path].stored for weight in held], dtype)
-    leaves |= {weight.path: array.reshape(weight.shape) for weight, array in zip(held, arrays)}
+            resident.append(weight)
+    arrays = read_all(tensors, [places[weight.path].stored for weight in resident], dtype)
+    leaves |= {weight.path: array.reshape(weight.shape) for weight, array in zip(resident, arrays)}
     return build(config, lambda weight: leaves[weight.path])
 
 
 def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str) -> Decoder:
-    """Normal weights with the config's initializer_range, norms that scale by 1, biases 0; each tensor has a
-    stream of its own."""
+    """Return normally distributed weights (std: initializer_range), norms that scale by 1 and zero biases;
+    each tensor has a separate random stream."""
     if seed < 0:
-        raise InputError(f"seed is {seed}: it must be at least 0")
+        raise InputError(f"seed is {seed}: expected 0 or more")
     weights = weights_of(config)
     needed = sum(math.prod(weight.stored) for weight in weights) * dtype.itemsize
     if needed > (present := memory()):
-        sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f}"
+        sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f} GiB"
         raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
 
-    arrays = rooms([weight.stored for weight in weights], dtype)
+    arrays = allocate([weight.stored for weight in weights], dtype)
     places = {weight.path: array for weight, array in zip(weights, arrays)}
 
     def leaf(weight: WeightSpec) -> Array:
@@ -82,8 +82,8 @@ def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str)
 
 
 def memory() -> int:
-    """Bytes of memory of this machine."""
+    """Return the bytes of memory of this machine."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not told on this system
+    except (AttributeError, ValueError, OSError):  # not available on this system
         return 1 << 62

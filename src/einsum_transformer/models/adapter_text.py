@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template that an adapter's folder may hold beside the adapter."""
+"""The tokenizer and the chat template that an adapter folder may contain."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,10 +13,9 @@ from einsum_transformer.text.tokenizer import Tokenizer
 
 
 def with_own_text(model: Model, folder: str | Path) -> Model:
-    """The model with the tokenizer and chat template of an adapter's folder: those it was trained with.
+    """The model with the tokenizer and chat template of an adapter folder: those used for its training.
 
-    Where the base has others, one note says what was taken. A tokenizer of more tokens than the model has is
-    not used.
+    A note names what differs from the base model's. One with more tokens than the model is ignored.
     """
     folder, base = Path(folder), model.tokenizer
     own, templates = Tokenizer.in_folder(folder), _own_templates(folder)
@@ -24,8 +23,8 @@ def with_own_text(model: Model, folder: str | Path) -> Model:
         return _with_templates(model, folder, templates)
     if own.vocab_size > model.config.vocab_size:
         note(
-            f"{folder}: its tokenizer has {own.vocab_size:,} tokens, the model {model.config.vocab_size:,}: "
-            "it is not used"
+            f"{folder}: its tokenizer is ignored: it has {own.vocab_size:,} tokens, the model "
+            f"{model.config.vocab_size:,}"
         )
         return model
     own = replace(own, chat_templates=templates)
@@ -37,7 +36,10 @@ def with_own_text(model: Model, folder: str | Path) -> Model:
             own.chat_templates != base.chat_templates
         )
         if differing:
-            note(f"{folder}: its tokenizer is used, whose {' and '.join(differing)} is not the base model's")
+            note(
+                f"{folder}: using its tokenizer, whose {' and '.join(differing)} differs from the base "
+                "model's"
+            )
     return replace(model, tokenizer=own)
 
 
@@ -47,12 +49,12 @@ def _with_templates(model: Model, folder: Path, own: Mapping[str, str]) -> Model
         return model
     templates = {**base.chat_templates, **own}
     if base.chat_templates and templates != base.chat_templates:
-        note(f"{folder}: its chat template is used, which is not the base model's")
+        note(f"{folder}: using its chat template, which differs from the base model's")
     return replace(model, tokenizer=replace(base, chat_templates=templates))
 
 
 def _own_templates(folder: Path) -> dict[str, str]:
-    """The chat templates of the folder. Errors: InputError names the file of one that is wrong."""
+    """The chat templates of the folder. Errors: InputError that names the file of an invalid one."""
     found = templates_in(folder)
     for template, path in found.values():
         try:

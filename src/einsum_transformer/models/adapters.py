@@ -1,4 +1,4 @@
-"""LoRA on a model: adapters put on, and merged into the weights."""
+"""LoRA on a model: adding adapters, and merging them into the weights."""
 
 import math
 import zlib
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats.files import read_json, write_json
@@ -25,13 +26,13 @@ from einsum_transformer.tree import map_named
 Array = np.ndarray
 
 Draw = Callable[[str, "Planned", WeightSpec], tuple[Any, Any]]
-"""(path, what is planned, the weight's place) -> A and B."""
+"""(path, planned adapter, spec of the weight) -> A and B."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The adapter of one matrix. stack: the path of the stacked parameter it is a part of; owner: the path of
-    the matrix whose A it uses."""
+    """The planned adapter of one matrix. stack: the path of the stacked parameter that contains the matrix;
+    owner: the path of the matrix whose A it shares."""
 
     rank: int
     scaling: float
@@ -39,42 +40,44 @@ class Planned:
     owner: str = ""
 
 
+@checked
 def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
-    """The model with an adapter on each target and every other weight frozen.
+    """Return the model with a LoRA adapter on each target and every other weight frozen.
 
-    A has PEFT's start: uniform in +-1 / sqrt(inputs), for an embedding standard normal, each tensor from a
-    stream of its own; B is zero, so that the model's output is the base's bit for bit.
+    A is initialized as in PEFT: uniform in +-1 / sqrt(inputs), standard normal for an embedding, with a
+    separate random stream per tensor. B is zero, so the model's output equals the base model's bit for bit.
 
-    Where one matrix serves as embedding and as head, an adapter is put on the role that is named and the
-    other keeps the matrix as it is (as in PEFT). Where transformers holds the experts of a layer stacked,
-    their adapters are those of the stack if all experts are targets: gate and up have one A, of both ranks
-    together (as in PEFT).
+    With tied embeddings, an adapter applies to the targeted role only, embedding or head; the other role uses
+    the unchanged matrix (as in PEFT). If transformers stores the experts of a layer as stacked parameters and
+    all of them are targets, the stack gets the adapter: gate and up share one A, whose rank is the sum of
+    both ranks (as in PEFT).
     """
 
-    def draw(path: str, planned: Planned, place: WeightSpec) -> Pair:
-        return _start(path, planned.rank, place.stored[1], seed), np.zeros((place.stored[0], planned.rank))
+    def draw(path: str, planned: Planned, spec: WeightSpec) -> Pair:
+        a = _initial_a(path, planned.rank, spec.stored[1], seed)
+        return a, np.zeros((spec.stored[0], planned.rank))
 
     return put_on(model, config, plan(model, config.for_training()), draw)
 
 
 def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:
-    """Path -> adapter of every matrix that a config targets."""
+    """Path -> planned adapter of every matrix that the config targets."""
     matrices = matrices_of(model)
     found: dict[str, Planned] = {}
-    numbers: dict[str, tuple[int, float]] = {}
+    ranks: dict[str, tuple[int, float]] = {}
     for path in matrices:
         names = tuple(dict.fromkeys((model.module(path), model.family.module_name(path))))
         parameters = tuple(f"{name}.weight" for name in names)
         if any(config.targets(name, path not in (EMBEDDING, HEAD)) for name in names):
-            numbers[path] = config.rank_and_alpha(*names)
+            ranks[path] = config.rank_and_alpha(*names)
         elif any(map(config.targets_parameter, parameters)) and path != EMBEDDING:
-            numbers[path] = config.rank_and_alpha(*parameters)
+            ranks[path] = config.rank_and_alpha(*parameters)
         else:
             continue
-        found[path] = Planned(numbers[path][0], config.scaling(*numbers[path]))
+        found[path] = Planned(ranks[path][0], config.scaling(*ranks[path]))
     if model.family.stacked_experts:
         for stack in stacks_of(matrices).values():
-            found |= _plan_of_stack(model, config, stack, numbers)
+            found |= _plan_of_stack(model, config, stack, ranks)
     if not found:
         targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
         raise no_matrix(model, [*targets, *config.target_parameters])
@@ -82,21 +85,21 @@ def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:
 
 
 def _plan_of_stack(
-    model: Model, config: LoRAConfig, stack: Stack, numbers: Mapping[str, tuple[int, float]]
+    model: Model, config: LoRAConfig, stack: Stack, ranks: Mapping[str, tuple[int, float]]
 ) -> dict[str, Planned]:
-    """The adapters of a stacked parameter: if it is named, or if all its matrices are targets alike."""
+    """The adapters of a stacked parameter: a target, or with all matrices targets of equal rank and alpha."""
     name = stack_name(model.family, stack.path)
     if config.targets_parameter(name):
         return planned_stack(stack, config, *config.rank_and_alpha(name))
-    kinds = {numbers.get(path) for path in stack.paths}
-    if len(kinds) > 1 or (kind := kinds.pop()) is None:
+    different = {ranks.get(path) for path in stack.paths}
+    if len(different) > 1 or (common := different.pop()) is None:
         return {}
     parts = len(stack.experts[0])
-    return planned_stack(stack, config, parts * kind[0], parts * kind[1])
+    return planned_stack(stack, config, parts * common[0], parts * common[1])
 
 
 def planned_stack(stack: Stack, config: LoRAConfig, rank: int, alpha: float) -> dict[str, Planned]:
-    """The adapters of all matrices of a stacked parameter, of which the first of each expert owns A."""
+    """The adapters of all matrices of a stacked parameter; the first matrix of each expert owns A."""
     scaling = config.scaling(rank, alpha)
     return {
         path: Planned(rank, scaling, stack.path, "" if path == expert[0] else expert[0])
@@ -106,35 +109,35 @@ def planned_stack(stack: Stack, config: LoRAConfig, rank: int, alpha: float) -> 
 
 
 def matrices_of(model: Model) -> dict[str, WeightSpec]:
-    """Path -> place of every matrix that may have an adapter, a tied one in both its roles."""
+    """Path -> spec of every matrix that may have an adapter; tied embeddings occur in both roles."""
     weights = weights_of(replace(model.config, tie_word_embeddings=False))
     return {w.path: w for w in weights if len(w.stored) > 1 and w.path != POSITIONS}
 
 
 def no_matrix(model: Model, names: list[str]) -> InputError:
-    """What to raise where targets are not in a model."""
-    held = sorted({model.family.module_name(path).split(".")[-1] for path in matrices_of(model)})
+    """The error for targets that a model does not contain."""
+    available = sorted({model.family.module_name(path).split(".")[-1] for path in matrices_of(model)})
     return InputError(
-        f"{model.source}: LoRA target_modules {', '.join(map(repr, names[:3]))} name no matrix of this "
-        f"model; it has {', '.join(held)}"
+        f"{model.source}: LoRA target_modules {', '.join(map(repr, names[:3]))} match no matrix of this "
+        f"model; it has {', '.join(available)}"
     )
 
 
 def put_on(model: Model, config: LoRAConfig, planned: Mapping[str, Planned], draw: Draw) -> Model:
-    """The model with the planned adapters, whose matrices `draw` gives, and every other weight frozen."""
+    """The model with the planned adapters, with A and B from `draw`, and every other weight frozen."""
     if model.lora is not None:
-        raise InputError(f"{model.source}: the model has an adapter already; merge it first")
+        raise InputError(f"{model.source}: the model already has an adapter; merge it first")
     if model.decoder.lm_head is None and planned.keys() & {EMBEDDING, HEAD}:
         model = replace(model, decoder=replace(model.decoder, lm_head=model.decoder.head))
-    places = model.weights
+    specs = model.weights
     owned: dict[str, Any] = {}
 
     def leaf(path: str, weight: Any) -> Any:
         if path not in planned:
             return Frozen(weight)
-        own, place = planned[path], places[path]
-        outputs, inputs = place.shape[: place.out_axes], place.shape[place.out_axes :]
-        a, b = draw(path, own, place)
+        own, spec = planned[path], specs[path]
+        outputs, inputs = spec.shape[: spec.out_axes], spec.shape[spec.out_axes :]
+        a, b = draw(path, own, spec)
         if isinstance(a, Array):
             a = np.array(a, weight.dtype).reshape(own.rank, *inputs)
             b = np.array(b, weight.dtype).reshape(*outputs, own.rank)
@@ -145,7 +148,7 @@ def put_on(model: Model, config: LoRAConfig, planned: Mapping[str, Planned], dra
     return replace(model, decoder=map_named(leaf, model.decoder), lora=config)
 
 
-def _start(path: str, rank: int, width: int, seed: int) -> Array:
+def _initial_a(path: str, rank: int, width: int, seed: int) -> Array:
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     if path == EMBEDDING:
         return rng.standard_normal((rank, width))
@@ -155,8 +158,8 @@ def _start(path: str, rank: int, width: int, seed: int) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What merging did to one weight. change: root mean square of scaling * B A; error: of what the stored
-    number misses of the exact sum; relative: error / change."""
+    """The effect of merging on one weight. change: root mean square of scaling * B A; error: root mean square
+    of the stored values minus the exact sum; relative: error / change."""
 
     name: str
     change: float
@@ -168,22 +171,22 @@ class Merged:
 
 
 def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, list[Merged]]:
-    """The model with W + scaling * B A in the place of each adapter, and how exact each weight became.
+    """The model with W + scaling * B A in place of each adapter, and the rounding error of each weight.
 
-    dtype: what the weights will be stored in ("float32", "float64", "bfloat16"); the arrays stay what they
-    are computed in, with numbers that this type has. sign: -1 takes a merged adapter out again. A matrix
-    that serves as embedding and head and has an adapter on one of the roles becomes two matrices.
+    dtype: storage dtype ("float32", "float64", "bfloat16") that values are rounded to; the arrays keep the
+    computation dtype. sign: -1 removes a merged adapter. Tied embeddings with an adapter on one of the roles
+    become two matrices.
     """
     report: list[Merged] = []
 
     def whole(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Leaf):
             return leaf
-        added = leaf.delta()
-        if added is None:
+        delta = leaf.delta()
+        if delta is None:
             return leaf.bare()
         exact = np.asarray(leaf.bare()).astype(np.float64)
-        delta = added.astype(np.float64)
+        delta = delta.astype(np.float64)
         exact += sign * delta
         stored = rounded(exact.astype(leaf.dtype), dtype)
         change, error = (float(np.sqrt(np.mean(np.square(x)))) for x in (delta, stored - exact))
@@ -192,14 +195,14 @@ def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, 
 
     decoder = map_named(whole, model.decoder)
     if not report:
-        raise InputError(f"{model.source}: there is no adapter to merge")
+        raise InputError(f"{model.source}: the model has no adapter to merge")
     tied = model.config.tie_word_embeddings and decoder.lm_head is None
     config = replace(model.config, tie_word_embeddings=tied)
     return replace(model, config=config, decoder=decoder, lora=None), report
 
 
 def rounded(array: Array, dtype: str) -> Array:
-    """The array with its numbers rounded to those of a storage type."""
+    """The array with its values rounded to a storage dtype."""
     if dtype != "bfloat16":
         return array.astype(dtype).astype(array.dtype, copy=False)
     return float32_to_bf16(array.astype(np.float32)).astype(array.dtype)
@@ -209,18 +212,18 @@ _MERGED = "merged_adapters.json"
 
 
 def read_merged(folder: Path) -> list[str]:
-    """The digests of the adapters that were merged into the model in a folder; none for anything else."""
+    """The digests of the adapters that were merged into the model in a folder; [] if there is no list."""
     path = folder / _MERGED
     if not path.is_file():
         return []
-    held = read_json(path, "the list of adapters", 1 << 20).get("sha256")
-    if not isinstance(held, list) or not all(isinstance(digest, str) for digest in held):
+    digests = read_json(path, "the list of adapters", 1 << 20).get("sha256")
+    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
         raise FormatError(f"{path}: sha256 must be a list of digests")
-    return held
+    return digests
 
 
 def write_merged(folder: Path, digests: list[str]) -> None:
-    """Say beside a model's weights which adapters they hold."""
+    """Write the list of merged adapters to a model's folder; delete it if `digests` is empty."""
     if not digests:
         (folder / _MERGED).unlink(missing_ok=True)
         return

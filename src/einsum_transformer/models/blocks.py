@@ -1,6 +1,6 @@
-"""The blocks of a decoder: where norms and residuals stand around attention and feed-forward.
+"""Decoder blocks, which differ in the placement of norms and residuals around attention and feed-forward.
 
-In every one the residual's gradient goes around the norms, not through them.
+In all of them the gradient of the residual connection bypasses the norms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FeedForward = GatedMLP | FusedGatedMLP | MLP | MoE
 
 
 class Saved(NamedTuple):
-    """What the backward pass of a block needs of each of its parts; None for a part that it lacks."""
+    """Activations saved for the backward pass of a block, by part; None for parts that it does not have."""
 
     input_layernorm: Any
     self_attn: Any
@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """x + m attention(norm(x)), then x + m feed_forward(norm(x)), m the residual multiplier."""
+    """x + m attention(norm(x)), then x + m feed_forward(norm(x)), with the residual multiplier m."""
 
     input_layernorm: Norm
     self_attn: AnyAttention
@@ -78,8 +78,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class PostNormBlock:
-    """x + m norm(attention(norm(x))), then x + m norm(feed_forward(norm(x))); the norms before may be
-    absent."""
+    """x + m norm(attention(norm(x))), then x + m norm(feed_forward(norm(x))); inner norms are optional."""
 
     input_layernorm: Norm | None
     self_attn: AnyAttention
@@ -128,8 +127,7 @@ class PostNormBlock:
 
 @dataclass(frozen=True, slots=True)
 class ParallelBlock:
-    """x + m (attention(norm(x)) + feed_forward(norm(x))), with one norm for both or a second for the
-    latter."""
+    """x + m (attention(norm(x)) + feed_forward(norm(x))), with one shared norm or one norm for each."""
 
     input_layernorm: Norm
     self_attn: AnyAttention
@@ -175,7 +173,7 @@ AnyBlock = Block | PostNormBlock | ParallelBlock
 
 
 def _norm(name: str, norm: Norm | None, x: Array) -> tuple[Array, Any]:
-    """The normed x, or x itself where there is no norm."""
+    """norm(x), or x if there is no norm."""
     if norm is None:
         return x, None
     with phase("norm"):

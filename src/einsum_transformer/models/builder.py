@@ -1,4 +1,4 @@
-"""build(): the decoder that a config describes, of whatever stands for its weights."""
+"""build(): the decoder of a config, with arrays, leaves or only shapes as weights."""
 
 from __future__ import annotations
 
@@ -45,24 +45,23 @@ _MLP_BIASES = frozenset({"gate_bias", "up_bias", "down_bias"})
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """Where a weight is in the decoder and what shape it has: `stored` in a checkpoint, `shape` as the
-    equations view it."""
+    """The path of a weight in the decoder and its shape: `stored` in a checkpoint, `shape` in equations."""
 
     path: str
     letters: str
     stored: tuple[int, ...]
     shape: tuple[int, ...]
     out_axes: int
-    """How many axes of `shape` make up the first axis of `stored`, a matrix's outputs."""
+    """Number of axes of `shape` that form the first axis of `stored`, the outputs of a matrix."""
 
 
 def build(config: ModelConfig, leaf: Callable[[WeightSpec], Any]) -> Decoder:
-    """A Decoder for `config` whose every weight is leaf(WeightSpec): read, random, or only a shape."""
+    """Return a Decoder for `config` whose weights are leaf(WeightSpec): loaded, random, or only shapes."""
     return _Builder(config, leaf).decoder()
 
 
 def weights_of(config: ModelConfig) -> list[WeightSpec]:
-    """Every weight of a model of this config, in order."""
+    """The specs of all weights of a model of this config, in order."""
     found: list[WeightSpec] = []
     build(config, found.append)
     return found
@@ -70,7 +69,7 @@ def weights_of(config: ModelConfig) -> list[WeightSpec]:
 
 @dataclass(frozen=True, slots=True)
 class _Builder:
-    """Chooses the components that a config asks for."""
+    """Builds the components that a config selects."""
 
     config: ModelConfig
     leaf: Callable[[WeightSpec], Any]
@@ -78,7 +77,7 @@ class _Builder:
     def decoder(self) -> Decoder:
         config = self.config
         learned = config.learned_positions
-        # In the order of the fields, which is that of `weights_of`.
+        # In the order of the fields, which is also the order of `weights_of`.
         return Decoder(
             embed_tokens=self.component(Embedding, "embed_tokens", scale=config.embedding_scale),
             layers=tuple(self.block(i) for i in range(config.num_hidden_layers)),
@@ -263,8 +262,8 @@ class _Builder:
         letters: dict[str, str] | None = None,
         **settings: Any,
     ) -> C:
-        """A component with its weights, None for those that it is `without`. sizes, letters: where its
-        weights have other ones than the config's and the class's."""
+        """A component with its weights; those in `without` are None. sizes, letters: override the sizes of
+        the config and the axis letters of the class."""
         weights = {
             name: None
             if name in without

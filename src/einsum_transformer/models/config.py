@@ -1,5 +1,4 @@
-"""ModelConfig: everything that decides a model's shapes and arithmetic, with the names of Hugging Face's
-configs."""
+"""ModelConfig: all settings of a model's shapes and arithmetic, named as in Hugging Face configs."""
 
 from __future__ import annotations
 
@@ -19,32 +18,32 @@ from einsum_transformer.numerics.activations import HiddenAct
 LayerType = Literal["full_attention", "sliding_attention"]
 FULL, SLIDING = LAYER_TYPES = get_args(LayerType)
 BlockKind = Literal["pre_norm", "sandwich_norm", "post_norm", "parallel", "parallel_two_norms"]
-"""Norms before attention and feed-forward; before and after; after; attention beside feed-forward, with one
-norm before both, or one before each."""
+"""Norms before attention and feed-forward; before and after; after; attention and feed-forward in parallel,
+with one norm before both, or one before each."""
 NormKind = Literal["rms", "layer"]
 MLPKind = Literal["gated", "fused", "plain"]
-"""SwiGLU and its kin; the same with one matrix for gate and up; two matrices with the activation between."""
+"""Gated, such as SwiGLU; gated with one matrix for gate and up; two matrices with an activation between."""
 QKVOrder = Literal["role", "head"]
-"""Rows of all queries, then all keys, then all values; or head by head."""
+"""Row order of a fused matrix: all queries, then all keys, then all values; or head by head."""
 QKNormKind = Literal["head", "whole"]
 MOST_LAYERS = 1 << 12
 FARTHEST = 1 << 62
 _MOST = {"num_hidden_layers": MOST_LAYERS, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16}
 _LARGEST = 1 << 24
-"""No size of a real model comes near this; a config beyond it is a mistake or an attack."""
+"""No size of a real model comes near this; a larger one is a mistake or an attack."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoEConfig:
-    """A mixture of experts in the place of the feed-forward; sizes are counts."""
+    """A mixture of experts in place of the feed-forward."""
 
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
     shared_intermediate_size: int = 0
-    """The hidden size of an expert that every token goes to; 0: none."""
+    """Hidden size of the shared expert, which processes every token; 0: no shared expert."""
     shared_gate: bool = False
-    """Whether that expert's output is multiplied by a gate."""
+    """Whether the shared expert's output is multiplied by a gate."""
     scoring: Scoring = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
@@ -65,17 +64,22 @@ class MoEConfig:
         _check_count("topk_group", self.topk_group, self.n_group)
         if self.num_experts % self.n_group:
             raise ConfigError(
-                f"config keys disagree: {self.num_experts} experts are no multiple of n_group {self.n_group}"
+                f"config keys disagree: num_experts {self.num_experts} is not a multiple of n_group "
+                f"{self.n_group}"
             )
         if self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group:
             raise ConfigError(
-                f"config keys disagree: {self.topk_group} groups of {self.num_experts // self.n_group} "
-                f"experts have no {self.num_experts_per_tok} to choose from"
+                f"config keys disagree: num_experts_per_tok is {self.num_experts_per_tok}, but "
+                f"{self.topk_group} groups of {self.num_experts // self.n_group} experts have fewer"
             )
         if not 0 <= self.shared_intermediate_size <= _LARGEST:
-            raise ConfigError(f"the shared expert's size is {self.shared_intermediate_size}: no such size")
+            raise ConfigError(
+                f"the shared expert's size is {self.shared_intermediate_size}: expected 0 to {_LARGEST}"
+            )
         if not 0 < self.routed_scaling_factor <= 1e6:
-            raise ConfigError(f"routed_scaling_factor is {self.routed_scaling_factor}: it must be positive")
+            raise ConfigError(
+                f"routed_scaling_factor is {self.routed_scaling_factor}: expected a positive number up to 1e6"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +91,11 @@ class LatentConfig:
     qk_rope_head_dim: int
     v_head_dim: int
     q_lora_rank: int | None = None
-    """None: queries are projected at once."""
+    """None: queries are projected directly, without a latent."""
     norm_eps: float = 1e-6
-    """Of the norms of the latents. DeepSeek-V2 leaves them at 1e-6, whatever its rms_norm_eps says."""
+    """Epsilon of the norms of the latents: 1e-6 in DeepSeek-V2, independent of its rms_norm_eps."""
     form: Form = "auto"
-    """Which equations run: "expanded", "absorbed", or "auto"."""
+    """The equations that run: "expanded", "absorbed", or "auto"."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -104,7 +108,7 @@ class LatentConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder's dimensions and switches. Sizes are counts; windows and lengths are in tokens."""
+    """The settings of a decoder. Windows and lengths are in tokens."""
 
     model_type: str
     vocab_size: int
@@ -116,52 +120,52 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int = 2048
     block: BlockKind = "pre_norm"
-    """Where the norms and residuals stand."""
+    """Placement of norms and residual connections."""
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
-    """1 where norms multiply by 1 + weight."""
+    """1 for norms that multiply by 1 + weight (Gemma)."""
     norm_bias: bool = True
     """Whether LayerNorms have biases."""
     mlp: MLPKind = "gated"
     moe: MoEConfig | None = None
     hidden_act: HiddenAct = "silu"
     latent: LatentConfig | None = None
-    """Sizes of latent attention; head_dim is then the part of a head that RoPE turns."""
+    """Sizes of latent attention; head_dim is then the number of dimensions per head that RoPE rotates."""
     fused_qkv: QKVOrder | None = None
-    """The order of the rows of one matrix for q, k and v; None where each has its own."""
+    """Row order of one fused matrix for q, k and v; None: separate matrices."""
     qk_norm: QKNormKind | None = None
-    """RMSNorm of queries and keys: of each "head", or of the "whole" vector."""
+    """RMSNorm of queries and keys: per "head", or over the "whole" vector; None: no norm."""
     attention_scale: float | None = None
-    """What scores are multiplied by; None: 1 / sqrt(head_dim)."""
+    """Factor of the attention scores; None: 1 / sqrt(head_dim)."""
     scale_by_layer: bool = False
-    """The scores of layer i are divided by i + 1 as well."""
+    """Whether the scores of layer i are also divided by i + 1."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     clip_qkv: float | None = None
     sinks: bool = False
-    """Whether the softmax of each query head has a learned sink; not with fused or latent attention."""
+    """Whether each query head has a learned attention sink; not with fused or latent attention."""
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     local_rope: RopeConfig | None = None
-    """The rotation of the layers with a window, where they have one of their own."""
+    """RoPE of the sliding-window layers; None: the same as `rope`."""
     rope_layers: tuple[bool, ...] = ()
-    """Which layers are told positions; () where all are."""
+    """Whether each layer uses RoPE (True) or NoPE (False); (): all layers use RoPE."""
     learned_positions: bool = False
     alibi_bias_max: float | None = None
     sliding_window: int | None = None
     layer_types: tuple[LayerType, ...] = ()
-    """Of each layer; () where the window holds for all of them."""
+    """The attention type of each layer; (): `sliding_window` applies to all layers."""
     attention_bias: bool = False
     """Biases of q, k, v and o."""
     qkv_bias: bool = False
-    """Biases of q, k and v alone."""
+    """Biases of q, k and v only."""
     mlp_bias: bool = False
     lm_head_bias: bool = False
     embedding_scale: float = 1.0
     residual_multiplier: float = 1.0
-    """What the outputs of attention and feed-forward are multiplied by before they are added to x."""
+    """Factor of the outputs of attention and feed-forward before they are added to x."""
     logit_scale: float = 1.0
-    """What logits are multiplied by, before their soft cap."""
+    """Factor of the logits, applied before the soft cap."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     attention_block: int = 128
@@ -170,11 +174,11 @@ class ModelConfig:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     defaulted: tuple[str, ...] = field(default=(), compare=False)
-    """Keys the source did not have."""
+    """Keys that are missing in the source."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of the source that change nothing here."""
+    """Keys of the source that have no effect."""
     training: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
-    """Keys of the source that concern training alone, such as dropout, with their values; not applied."""
+    """Keys of the source that affect only training, such as dropout, with their values; not applied."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -182,7 +186,7 @@ class ModelConfig:
             _check_count(name, getattr(self, name), _MOST.get(name, _LARGEST))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"config keys disagree: num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"config keys disagree: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.sliding_window is not None:
@@ -190,8 +194,8 @@ class ModelConfig:
         self._check_layers()
         if self.latent is not None and self.num_key_value_heads != self.num_attention_heads:
             raise ConfigError(
-                f"config keys disagree: latent attention has a key for each of {self.num_attention_heads} "
-                f"heads, num_key_value_heads is {self.num_key_value_heads}"
+                f"config keys disagree: num_key_value_heads is {self.num_key_value_heads}, but latent "
+                f"attention needs num_attention_heads {self.num_attention_heads}"
             )
         self._check_attention()
         for name, most in (("norm_eps", 1), ("initializer_range", 100)):
@@ -199,20 +203,17 @@ class ModelConfig:
         for name in _FACTORS:
             value = getattr(self, name)
             if value is not None and not 1e-9 <= value <= 1e9:
-                raise ConfigError(
-                    f"config key {name!r} is {value}: a positive number of reasonable size is due"
-                )
+                raise ConfigError(f"config key {name!r} is {value}: expected a number from 1e-9 to 1e9")
         for rope in self.ropes:
             rotated = int(self.head_dim * rope.partial_rotary_factor)
             if rotated < 2 or rotated % 2:
                 raise ConfigError(
-                    f"head_dim {self.head_dim}: RoPE rotates {rotated} dimensions, an even number >= 2 is "
-                    "needed"
+                    f"head_dim {self.head_dim}: RoPE rotates {rotated} dimensions: not an even number >= 2"
                 )
             factors = (len(rope.short_factor), len(rope.long_factor))
             if rope.rope_type == "longrope" and factors != (rotated // 2,) * 2:
                 raise ConfigError(
-                    f"rope short_factor and long_factor have {factors[0]} and {factors[1]} entries, RoPE "
+                    f"rope short_factor and long_factor have {factors[0]} and {factors[1]} entries, but RoPE "
                     f"rotates {rotated // 2} pairs"
                 )
 
@@ -224,10 +225,10 @@ class ModelConfig:
             "qk_norm": ("split", self.qk_norm is not None),
             "clip_qkv": ("fused", self.clip_qkv is not None),
         }
-        for name, (needed, wanted) in only.items():
-            if wanted and kind != needed:
+        for name, (needed, is_set) in only.items():
+            if is_set and kind != needed:
                 raise ConfigError(
-                    f"config keys disagree: {name} is for {needed} matrices of q, k and v, these are {kind}"
+                    f"config keys disagree: {name} needs {needed} matrices of q, k and v, but they are {kind}"
                 )
 
     def _check_layers(self) -> None:
@@ -236,16 +237,16 @@ class ModelConfig:
         for name, found in lists.items():
             if found and len(found) != self.num_hidden_layers:
                 raise ConfigError(
-                    f"config keys disagree: {name} has {len(found)} entries, num_hidden_layers is "
+                    f"config keys disagree: {name} has {len(found)} entries, but num_hidden_layers is "
                     f"{self.num_hidden_layers}"
                 )
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ConfigError(
-                "config keys disagree: layer_types has sliding_attention, sliding_window is null"
+                "config keys disagree: layer_types contains sliding_attention, but sliding_window is null"
             )
 
     def cut(self, layers: int) -> ModelConfig:
-        """The config of the first so many layers."""
+        """The config truncated to its first `layers` layers."""
         return replace(
             self,
             num_hidden_layers=layers,
@@ -256,7 +257,7 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each letter of the legend that a weight's shape can have."""
+        """The size of each axis letter (docs/notation.md) that occurs in the shapes of weights."""
         return {
             "v": self.vocab_size,
             "d": self.hidden_size,
@@ -269,13 +270,13 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer, None where a layer sees all."""
+        """The sliding window of each layer; None for full attention."""
         kinds = self.layer_types or (SLIDING,) * self.num_hidden_layers
         return tuple(self.sliding_window if kind == SLIDING else None for kind in kinds)
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """The rotations that the layers choose from."""
+        """The RoPE settings that `rope_of` indexes."""
         return tuple(rope for rope in (self.rope, self.local_rope) if rope is not None)
 
     def has_experts(self, layer: int) -> bool:
@@ -283,27 +284,25 @@ class ModelConfig:
         return self.moe is not None and (not self.moe.layers or self.moe.layers[layer])
 
     def rope_of(self, layer: int) -> int | None:
-        """Which of `ropes` turns a layer's queries and keys, None where none does."""
+        """Index in `ropes` of a layer's RoPE; None for NoPE (no position encoding)."""
         if self.rope is None or (self.rope_layers and not self.rope_layers[layer]):
             return None
         return 1 if self.local_rope is not None and self.windows[layer] is not None else 0
 
     def scale_of(self, layer: int) -> float:
-        """What a layer's scores are multiplied by."""
+        """The factor of a layer's attention scores."""
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1) if self.scale_by_layer else scale
 
 
 def _check_count(name: str, value: Any, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ConfigError(
-            f"config key {name!r} is {shown(value)}: it must be a whole number from 1 to {most}"
-        )
+        raise ConfigError(f"config key {name!r} is {shown(value)}: expected an integer from 1 to {most}")
 
 
 def _check_range(name: str, value: float, most: float) -> None:
     if not 0 <= value <= most:
-        raise ConfigError(f"config key {name!r} is {value}: it must lie from 0 to {most}")
+        raise ConfigError(f"config key {name!r} is {value}: expected a number from 0 to {most}")
 
 
 _FACTORS = (
@@ -324,29 +323,29 @@ _SIZES = (
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its repr, cut short."""
+    """The repr of a value for a message, truncated to 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
-        text = "a number of thousands of digits"
+        text = "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Keys:
-    """Typed reads from a JSON object that remember what was read, what was missing and what is left over."""
+    """Typed reads from a JSON object, which record the keys that were read, missing and left over."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
         self.seen: set[str] = set()
         self.defaulted: list[str] = []
         self.unused: list[str] = []
-        """Keys of objects inside this one that nobody read, as `rope_scaling.x`."""
-        self._theirs: Mapping[str, str] = {}
-        """Names that are asked for -> the file's, which stay those of messages and lists."""
+        """Unread keys of nested objects, such as `rope_scaling.x`."""
+        self._file_names: Mapping[str, str] = {}
+        """Requested name -> name in the file, which messages and lists use."""
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """The value of `name`; `default` where it is absent or null, an error where there is no default."""
-        name = self._theirs.get(name, name)
+        """The value of `name`, or `default` if it is absent or null; without a default, ConfigError."""
+        name = self._file_names.get(name, name)
         self.seen.add(name)
         value = self.raw.get(name)
         if value is None:
@@ -360,19 +359,17 @@ class Keys:
             names = " or ".join(each.__name__ for each in kinds)
             raise ConfigError(f"{self.source}: key {name!r} is {shown(value)}, expected {names}")
         if isinstance(value, (int, float)) and not -FARTHEST < value < FARTHEST:
-            raise ConfigError(
-                f"{self.source}: key {name!r} is {shown(value)}: no such number makes sense here"
-            )
+            raise ConfigError(f"{self.source}: key {name!r} is {shown(value)}: the number is out of range")
         return float(value) if as_float else value
 
     def nullable(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        """The value of `name` where null has a meaning: None for null, `default` where it is absent."""
+        """The value of a key for which null has a meaning: None for null, `default` if it is absent."""
         return self.get(name, kind, default if name not in self.raw else None)
 
     def renamed(self, names: Mapping[str, str]) -> Keys:
-        """The same keys, those of `names` under other names; what is read there counts as read here."""
+        """The same keys under other names (file name -> new name); reads are recorded in both objects."""
         keys = copy(self)
-        keys._theirs = {here: there for there, here in names.items() if there in self.raw}
+        keys._file_names = {new: old for old, new in names.items() if old in self.raw}
         return keys
 
     def left_over(self) -> tuple[str, ...]:

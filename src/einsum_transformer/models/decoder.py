@@ -22,40 +22,39 @@ from einsum_transformer.tree import named_leaves, static
 
 Array = np.ndarray
 Positions = Literal["all", "last", "none"]
-_KEPT: dict[Positions, slice] = {"all": slice(None), "last": slice(-1, None), "none": slice(0)}
+_SLICES: dict[Positions, slice] = {"all": slice(None), "last": slice(-1, None), "none": slice(0)}
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of each part."""
+    """Activations saved for `Decoder.backward`."""
 
     embed_tokens: Any
-    places: Array
-    """(b, t): the position of each token in its own text."""
+    token_positions: Array
+    """(b, t): the position of each token in its row, without padding."""
     layers: list[Any]
-    """Of each block, or what entered it if it is to be run again."""
+    """Saved activations of each block, or its input if it is recomputed."""
     norm: Any
     lm_head: Any
     contexts: list[Context]
-    """Of each layer."""
+    """The context of each layer."""
     recompute: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """All weights of a model. A gradient is another Decoder; `lm_head` is None where the embedding serves as
-    the head."""
+    """All weights of a model. Gradients are returned as a Decoder; `lm_head` is None for tied embeddings."""
 
     embed_tokens: Embedding
     layers: tuple[AnyBlock, ...]
     norm: Norm
     lm_head: Head | None
     embed_positions: Embedding | None = None
-    """A learned row for each position, added to the tokens' rows."""
+    """Learned position embeddings, which are added to the token embeddings."""
     ropes: tuple[RopeConfig, ...] = static(default=())
-    """The rotations that the layers choose from."""
+    """The RoPE settings that `Attention.rope` indexes."""
     head_dim: int = static(default=64)
     logit_scale: float = static(default=1.0)
-    """What the logits of a head that is the embedding are multiplied by, and their soft cap."""
+    """Factor of the logits with tied embeddings; `logit_cap` is their soft cap."""
     logit_cap: float | None = static(default=None)
 
     def forward(
@@ -66,20 +65,19 @@ class Decoder:
         keep: bool = False,
         recompute: bool = False,
     ) -> tuple[Array, Any]:
-        """tokens (b, t) -> logits of "all" positions (b, t, v), of the "last" (b, 1, v), or of "none" (b, 0,
-        v).
+        """Token ids (b, t) -> logits of "all" positions (b, t, v), the "last" (b, 1, v), or "none" (b, 0, v).
 
-        cache: keys and values of earlier tokens, extended by these. keep: also return what `backward` needs.
-        recompute: keep only what enters each block; `backward` runs the block again for the rest.
+        cache: KV cache of earlier tokens, to which these are appended. keep: also return the activations that
+        `backward` needs. recompute: save only the input of each block; `backward` recomputes the rest.
         """
         know_weights(self, self._weights)
         with phase("embedding"):
-            places, contexts = self._contexts(tokens, cache)
+            token_positions, contexts = self._contexts(tokens, cache)
             x, saved_embedding = self.embed_tokens.forward(tokens)
             x = tap("embed_tokens", x)
             if self.embed_positions is not None:
-                self._check_places(places)
-                x = x + tap("embed_positions", self.embed_positions.forward(places)[0])
+                self._check_token_positions(token_positions)
+                x = x + tap("embed_positions", self.embed_positions.forward(token_positions)[0])
         saved_layers = []
         for i, block in enumerate(self.layers):
             with phase("layer", layer=i):
@@ -91,7 +89,7 @@ class Decoder:
             del saved, y
         with phase("head"):
             if positions != "all":
-                x = x[:, _KEPT[positions]]
+                x = x[:, _SLICES[positions]]
             x, saved_norm = self.norm.forward(x)
             x = tap("norm", x)
             logits, saved_head = self.head.forward(x, keep)
@@ -99,14 +97,14 @@ class Decoder:
         if not keep:
             return logits, None
         return logits, Saved(
-            saved_embedding, places, saved_layers, saved_norm, saved_head, contexts, recompute
+            saved_embedding, token_positions, saved_layers, saved_norm, saved_head, contexts, recompute
         )
 
     def loss_and_gradient(
         self, tokens: Array, targets: Array, count: int | None = None, recompute: bool = False
     ) -> tuple[float, Decoder]:
         """The cross-entropy of targets (b, t) after tokens (b, t), divided by `count` (see `cross_entropy`),
-        and its gradient by every weight."""
+        and its gradient with respect to every weight."""
         with phase("forward"):
             logits, saved = self.forward(tokens, keep=True, recompute=recompute)
         with phase("loss"):
@@ -116,7 +114,7 @@ class Decoder:
             return loss, self.backward(dlogits, saved)
 
     def backward(self, dlogits: Array, saved: Saved) -> Decoder:
-        """The gradient of a loss by every weight, from its gradient by the logits (b, t, v)."""
+        """The gradient of a loss with respect to every weight, given that of the logits (b, t, v)."""
         know_weights(self, self._weights)
         with phase("head"):
             dx, dhead = self.head.backward(dlogits, saved.lm_head)
@@ -124,7 +122,7 @@ class Decoder:
         dlayers: list[AnyBlock] = []
         for i in reversed(range(len(self.layers))):
             with phase("layer", layer=i):
-                # Popped, so that a layer's activations are free as soon as its gradient is there.
+                # Popped, so that a layer's activations are freed as soon as its gradient is computed.
                 saved_block = saved.layers.pop()
                 if saved.recompute:
                     with phase("recomputed"):
@@ -135,9 +133,9 @@ class Decoder:
             dembed = self.embed_tokens.backward(dx, saved.embed_tokens)
             dpositions = None
             if self.embed_positions is not None:
-                dpositions = self.embed_positions.backward(dx, saved.places)
+                dpositions = self.embed_positions.backward(dx, saved.token_positions)
             if self.lm_head is None and dembed.weight is not None:
-                # One matrix in two roles: its gradient is the sum of both.
+                # Tied embeddings: the gradient is the sum of both uses.
                 np.add(dembed.weight, dhead.weight, out=dembed.weight)
         return Decoder(
             embed_tokens=dembed,
@@ -153,39 +151,39 @@ class Decoder:
 
     @property
     def head(self) -> Head:
-        """The output head; where the embedding serves as one, a Head on the same matrix."""
+        """The output head; with tied embeddings, a Head on the embedding's matrix."""
         if self.lm_head is not None:
             return self.lm_head
         return Head(self.embed_tokens.weight, scale=self.logit_scale, cap=self.logit_cap)
 
     def _contexts(self, tokens: Array, cache: KVCache | None) -> tuple[Array, list[Context]]:
-        """The position of each token in its own text (b, t), and the context of each layer."""
-        start, pads, ahead = 0, None, 0
+        """The position of each token in its row without padding (b, t), and the context of each layer."""
+        start, pads, min_length = 0, None, 0
         if cache is not None:
             start, pads = cache.length, cache.pads
-            ahead = cache.horizon - (0 if pads is None else pads)
+            min_length = cache.horizon - (0 if pads is None else pads)
             cache.add_tokens(tokens)
         positions = np.arange(start, start + tokens.shape[1])
-        places = np.broadcast_to(positions, tokens.shape)
+        token_positions = np.broadcast_to(positions, tokens.shape)
         if pads is not None:
-            # Padding is before the text: each row counts its own tokens from 0.
-            places = np.maximum(positions - pads[:, None], 0)
+            # Left padding: the first token of each row that is not padding has position 0.
+            token_positions = np.maximum(positions - pads[:, None], 0)
         dtype = self.embed_tokens.weight.dtype
-        rotations = [rotation(rope, self.head_dim, places, dtype, ahead) for rope in self.ropes]
+        rotations = [rotation(rope, self.head_dim, token_positions, dtype, min_length) for rope in self.ropes]
 
         def context(i: int) -> Context:
             rope = self.layers[i].self_attn.rope
-            own: Rotation | None = None if rope is None else rotations[rope]
-            return Context(positions, own, pads, None if cache is None else cache.layers[i])
+            layer_rotation: Rotation | None = None if rope is None else rotations[rope]
+            return Context(positions, layer_rotation, pads, None if cache is None else cache.layers[i])
 
-        return places, [context(i) for i in range(len(self.layers))]
+        return token_positions, [context(i) for i in range(len(self.layers))]
 
-    def _check_places(self, places: Array) -> None:
+    def _check_token_positions(self, token_positions: Array) -> None:
         assert self.embed_positions is not None
-        known, last = self.embed_positions.weight.shape[0], int(places.max())
+        known, last = self.embed_positions.weight.shape[0], int(token_positions.max())
         if last >= known:
             raise InputError(
-                f"{last + 1} tokens are more than the {known} positions that this model has learned"
+                f"{last + 1} tokens exceed the {known} learned position embeddings of this model"
             )
 
     def _weights(self) -> Iterator[tuple[str, Any]]:

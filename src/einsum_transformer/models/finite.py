@@ -1,4 +1,4 @@
-"""Where scores that are not finite come from."""
+"""Find the step of a forward pass that first produces nan or inf."""
 
 import re
 from dataclasses import dataclass
@@ -21,27 +21,26 @@ _INPUT = " (its input)"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The first step of a forward pass that makes nan or inf."""
+    """The first step of a forward pass that produces nan or inf."""
 
     place: str
-    """Its path in the decoder: "layers.1.mlp.up_proj"; LOGITS for the output head; "" if all is finite."""
+    """Path of the step ("layers.1.mlp.up_proj"); LOGITS: the output head; "": all values are finite."""
     of_input: bool
-    """Whether the step is what comes into the product of this weight: attention, or an activation."""
+    """Whether the step is the input of the weight at this path, the output of attention or an activation."""
     nan: bool
     weight: str
-    """The path of a weight of this step that is not finite, "" if all are."""
+    """The path of a weight of this step that contains nan or inf, "" if all are finite."""
 
 
 def is_finite(array: Array) -> bool:
-    """Whether no number is nan or inf, without a temporary array of the same size."""
+    """Whether no element is nan or inf, without a temporary array of the same size."""
     return array.size == 0 or bool(np.isfinite(array.min()) and np.isfinite(array.max()))
 
 
 def origin(
     decoder: Decoder, windows: tuple[int | None, ...], tokens: Array, pads: Array | None = None
 ) -> Origin:
-    """Run the text tokens (b, t) again, left-padded by pads (b,), and find the first step that is not
-    finite."""
+    """Repeat the pass over tokens (b, t), left-padded by pads (b,); return the first step with nan or inf."""
     found = FirstBad()
     cache = None if pads is None else KVCache(windows, tokens.shape[1], pads)
     with Recorder(spans=False).on_value(found), np.errstate(all="ignore"):
@@ -51,7 +50,7 @@ def origin(
 
 
 class FirstBad:
-    """Reads values and keeps the name of the first that is not finite."""
+    """A reader of values that stores the name of the first with nan or inf."""
 
     name = ""
     nan = True
@@ -62,7 +61,7 @@ class FirstBad:
 
 
 class _WithInput(Watched):
-    """Its input is a step too: what attention or an activation made of finite products."""
+    """Also passes the input to readers: attention or an activation can overflow on finite values."""
 
     def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
         if len(operands) == 2:
@@ -71,9 +70,9 @@ class _WithInput(Watched):
 
 
 def _bad_weight(decoder: Decoder, place: str, of_input: bool) -> str:
-    """The path of the first weight of a step that is not finite, or ""."""
+    """The path of the first weight of a step that contains nan or inf, or ""."""
     places = ["lm_head", "embed_tokens"] if place == LOGITS else [place, re.sub(r"_proj$", "_bias", place)]
-    if of_input:  # what is between two products of a module may have weights of its own
+    if of_input:  # the computation of the input may have weights too
         places.append(re.sub(r"[^.]+$", "sinks", place))
     for path, leaf in named_leaves(decoder):
         inside = any(path == each or path.startswith(f"{each}.") for each in places)

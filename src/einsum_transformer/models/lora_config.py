@@ -1,39 +1,41 @@
-"""What an adapter is: LoRA's settings under PEFT's names."""
+"""The settings of LoRA adapters, named as in PEFT."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import re2
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 
 ALL_LINEAR = "all-linear"
 """Every matrix of the blocks; not the embedding and not the output head (as in PEFT)."""
 _MOST_PATTERNS = 4096
 _PATTERN_BYTES = 1 << 20
-"""What one compiled regular expression may take."""
+"""Memory limit of one compiled regular expression."""
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
-    """Which matrices get an adapter, of what rank, scaled how.
+    """The target matrices, ranks and scaling of LoRA adapters.
 
-    scaling = lora_alpha / r, with use_rslora lora_alpha / sqrt(r). target_modules: the last parts of weights'
+    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. target_modules: suffixes of module
     names ("q_proj"), or one regular expression for whole module names, or "all-linear". rank_pattern and
-    alpha_pattern: regular expressions for the ends of module names -> the rank or alpha of those; the first
-    that fits counts. target_parameters: the last parts of parameters' names, for what is no module of its
-    own: stacked experts ("experts.gate_up_proj") or any matrix ("gate.weight"). Regular expressions are
-    RE2's, which has no lookaround and no back references.
+    alpha_pattern: regular expressions for suffixes of module names -> rank or alpha; the first match applies.
+    target_parameters: suffixes of parameter names, for parameters that are not modules: stacked experts
+    ("experts.gate_up_proj") or any matrix ("gate.weight"). Regular expressions use RE2 syntax, without
+    lookaround and backreferences.
     """
 
     r: int = 8
     lora_alpha: float = 16.0
-    target_modules: str | tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: str | Sequence[str] = ("q_proj", "v_proj")
     lora_dropout: float = 0.0
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -43,38 +45,50 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
             if type(rank) is not int or not 1 <= rank <= 1 << 16:
-                raise InputError(f"LoRA rank r is {rank!r}: a whole number from 1 on is expected")
+                raise InputError(f"LoRA rank r is {rank!r}: expected an integer from 1 to {1 << 16}")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not math.isfinite(alpha):
-                raise InputError(f"lora_alpha is {alpha!r}: a finite number is expected")
+                raise InputError(f"lora_alpha is {alpha!r}: expected a finite number")
         for patterns in (self.rank_pattern, self.alpha_pattern):
             if len(patterns) > _MOST_PATTERNS:
-                raise InputError(f"LoRA: {len(patterns):,} patterns, at most {_MOST_PATTERNS:,} are expected")
+                raise InputError(
+                    f"LoRA: {len(patterns):,} patterns, at most {_MOST_PATTERNS:,} are supported"
+                )
             for pattern in patterns:
                 _compiled(_end_of_name(pattern))
         if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"lora_dropout is {self.lora_dropout}: at least 0 and less than 1 is expected")
+            raise InputError(f"lora_dropout is {self.lora_dropout}: expected at least 0 and less than 1")
+
+    @staticmethod
+    def parse_targets(text: str) -> str | tuple[str, ...]:
+        """The `target_modules` of a text: names with commas between them, "all-linear", or a regular
+        expression."""
+        names = tuple(part.strip() for part in text.split(","))
+        if not all(names):
+            raise InputError(f"LoRA targets {text!r}: names with commas between them are expected")
+        plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+        return names if plain and text != ALL_LINEAR else text
 
     def for_training(self) -> LoRAConfig:
-        """These settings, if a new adapter can begin with them. An adapter that is read may have any scaling,
-        as in PEFT and in mlx-lm; with one of 0 nothing would be learnt."""
+        """Return these settings if they are valid for a new adapter, else raise InputError: a loaded adapter
+        may have any scaling, as in PEFT and in mlx-lm, but with a scaling of 0 nothing would be learned."""
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if alpha <= 0:
-                raise InputError(f"lora_alpha is {alpha!r}: a number above 0 is expected")
+                raise InputError(f"lora_alpha is {alpha!r}: expected a number above 0")
         return self
 
     def rank_and_alpha(self, *names: str) -> tuple[int, float]:
-        """The rank and alpha of the adapter on what has these names."""
+        """The rank and alpha of the adapter on the matrix with these names."""
         rank = _by_pattern(self.rank_pattern, names, self.r)
         return rank, _by_pattern(self.alpha_pattern, names, self.lora_alpha)
 
     def rank_and_scaling(self, *names: str) -> tuple[int, float]:
-        """The rank and scaling of the adapter on what has these names."""
+        """The rank and scaling of the adapter on the matrix with these names."""
         rank, alpha = self.rank_and_alpha(*names)
         return rank, self.scaling(rank, alpha)
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """alpha / rank, with use_rslora alpha / sqrt(rank)."""
+        """alpha / rank, or alpha / sqrt(rank) with use_rslora."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets_parameter(self, name: str) -> bool:
@@ -82,13 +96,13 @@ class LoRAConfig:
         return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
     def targets(self, module: str, linear: bool = True) -> bool:
-        """Whether a matrix of this module's name gets an adapter; linear: it is no embedding and no head."""
-        wanted = self.target_modules
-        if wanted == ALL_LINEAR:
+        """Whether the matrix of this module gets an adapter; linear: it is neither embedding nor head."""
+        modules = self.target_modules
+        if modules == ALL_LINEAR:
             return linear
-        if isinstance(wanted, str):
-            return _compiled(wanted).fullmatch(module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in wanted)
+        if isinstance(modules, str):
+            return _compiled(modules).fullmatch(module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in modules)
 
 
 def _by_pattern(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
@@ -104,7 +118,7 @@ def _end_of_name(pattern: str) -> str:
 
 @lru_cache(maxsize=2 * _MOST_PATTERNS)
 def _compiled(pattern: str) -> Any:
-    """A regular expression that is matched in linear time: the ones here may come from a file."""
+    """A regular expression that is matched in linear time, because it may come from an untrusted file."""
     options = re2.Options()
     options.max_mem, options.log_errors = _PATTERN_BYTES, False
     try:
@@ -112,4 +126,4 @@ def _compiled(pattern: str) -> Any:
     except (re2.error, UnicodeEncodeError) as error:
         reason = error.args[0] if isinstance(error, re2.error) else error
         reason = reason.decode(errors="replace") if isinstance(reason, bytes) else reason
-        raise InputError(f"LoRA: {pattern!r} is no regular expression of RE2: {reason}") from None
+        raise InputError(f"LoRA: {pattern!r} is not a valid RE2 regular expression: {reason}") from None

@@ -1,4 +1,4 @@
-"""Model: a decoder with its config, its tokenizer and the names its weights have in a checkpoint."""
+"""Model: a decoder with its config, its tokenizer and the checkpoint names of its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,10 +19,11 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.config_keys import unapplied_settings, with_training_keys
-from einsum_transformer.models.families.family import Family, unsaid
+from einsum_transformer.models.families.family import Family, unwritten_field
 from einsum_transformer.models.finite import LOGITS, is_finite, origin
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft_names import EMBEDDING, HEAD, POSITIONS, named_pairs, wrapper_names
+from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.stacked import stacks_of
 from einsum_transformer.notes import note_once
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
@@ -36,16 +37,18 @@ __all__ = ["EMBEDDING", "HEAD", "POSITIONS", "Model"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A decoder with its config, its tokenizer and the names its weights have in a checkpoint."""
+    """A decoder with its config, its tokenizer and the checkpoint names of its weights."""
 
     config: ModelConfig
     decoder: Decoder
     tokenizer: Tokenizer | None = None
     generation_config: Mapping[str, Any] | None = None
-    """What generation_config.json says, or None."""
+    """The contents of generation_config.json, or None."""
     source: str = "random weights"
     lora: LoRAConfig | None = None
-    """What the adapters on the weights are, or None if there are none."""
+    """The settings of the LoRA adapters on the weights; None: no adapters."""
+    run_config: RunConfig | None = None
+    """The run config that it was loaded from: its keys are the defaults of `profile`, `Chat` and `train`."""
 
     @property
     def family(self) -> Family:
@@ -53,18 +56,18 @@ class Model:
 
     @property
     def weights(self) -> dict[str, WeightSpec]:
-        """Path -> place of everything the decoder holds. A tied matrix has two places if an adapter is on
-        one."""
-        held = replace(self.config, tie_word_embeddings=self.decoder.lm_head is None)
-        return {weight.path: weight for weight in weights_of(held)}
+        """Path -> spec of every weight of the decoder. Tied embeddings have two entries if one of the roles
+        has an adapter."""
+        config = replace(self.config, tie_word_embeddings=self.decoder.lm_head is None)
+        return {weight.path: weight for weight in weights_of(config)}
 
     def module(self, path: str) -> str:
-        """The name in a checkpoint of the module whose weight is at `path`: "model.layers.0.mlp.up_proj"."""
+        """Checkpoint name of the module whose weight is at `path`, such as "model.layers.0.mlp.up_proj"."""
         return self.family.checkpoint_name(path).removesuffix(".weight")
 
     def logits(self, tokens: Any) -> Array:
-        """tokens (b, t) ints -> next-token scores (b, t, v), all finite: else an InputError names the step
-        in which the first that is not appears."""
+        """Token ids (b, t) -> next-token logits (b, t, v). Errors: InputError for logits with nan or inf; it
+        names the step that first produces them."""
         tokens = self.checked(tokens)
         with np.errstate(over="ignore", invalid="ignore"):
             logits = self.decoder.forward(tokens)[0]
@@ -73,52 +76,52 @@ class Model:
         return logits
 
     def not_finite(self, tokens: Array, pads: Array | None = None) -> InputError:
-        """The error for scores of the text tokens (b, t) that are nan or inf: the first step that makes one,
-        and the weight that holds one, if any does. pads (b,): the text's left padding."""
+        """The error for logits of tokens (b, t) with nan or inf: it names the first step that produces one,
+        and the weight that contains one, if any. pads (b,): left padding."""
         found = origin(self.decoder, self.config.windows, tokens, pads)
         if not found.place:
             return InputError(
-                f"{self.source}: the scores are nan or inf, but finite when they are computed again: what "
-                "reads values has replaced one"
+                f"{self.source}: the logits are nan or inf, but finite when they are recomputed: a reader of "
+                "the recorder has replaced a value"
             )
         step = "the output head" if found.place == LOGITS else self.module(found.place)
         step = f"the input of {step}" if found.of_input else step
         if found.weight:
-            reason = f"the weight {self.family.checkpoint_name(found.weight)} holds nan or inf"
+            reason = f"the weight {self.family.checkpoint_name(found.weight)} contains nan or inf"
         else:
-            reason = "its weights are finite, so numbers grew too large (--dtype float64 has more room)"
+            reason = "its weights are finite, so values overflowed (--dtype float64 has a larger range)"
         return InputError(f"{self.source}: {'nan' if found.nan else 'inf'} appears first in {step}: {reason}")
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
-        """Mean cross-entropy over the targets != -100, and its gradient by every parameter, in checkpoint
-        layout; of a model with adapters by their matrices alone, which have PEFT's names and layout. A
-        router's load-balancing loss (`output_router_logits`) is not part of it, which a note says.
+        """Mean cross-entropy over the targets != -100, and parameter name -> gradient, in checkpoint layout.
+        For a model with adapters: of the adapters' matrices only, with PEFT's names and layout. A router's
+        load-balancing loss (`output_router_logits`) is not included; a note names it.
 
-        tokens, targets: (b, t) ints; targets[b, t] is the token that should follow tokens[b, t].
+        tokens, targets: (b, t) token ids; `targets[b, t]` is the token that follows `tokens[b, t]`.
         """
         tokens, targets = self.checked(tokens), _integers(targets, "targets")
         if targets.shape != tokens.shape:
             raise InputError(
-                f"targets have shape {targets.shape}, tokens {tokens.shape}: they must be the same"
+                f"targets have shape {targets.shape}, tokens {tokens.shape}: expected equal shapes"
             )
         self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
         if added := unapplied_settings(self.config, losses_alone=True):
-            note_once(f"{self.source}: the loss is without the load-balancing loss of {', '.join(added)}")
+            note_once(f"{self.source}: the loss excludes the load-balancing loss of {', '.join(added)}")
         loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
         return loss, self._named(gradient)
 
     def named_parameters(self) -> dict[str, Array]:
-        """Checkpoint name -> array in checkpoint layout (a view of the weight in use, where it is in
-        memory); adapters' matrices under PEFT's names, beside the weights they are on."""
+        """Checkpoint name -> array in checkpoint layout (a view of the weight in use, if it is in memory),
+        and the adapters' matrices under PEFT's names."""
         return self._named(self.decoder)
 
     def adapter_parameters(self) -> dict[str, Array]:
-        """PEFT's name -> array of the adapters' matrices alone: views of those in use, but for those of
-        stacked experts, which are copies (see `set_adapter_parameters`)."""
+        """PEFT's name -> array of the adapters' matrices only: views of the arrays in use, except for stacked
+        experts, which are copies (see `set_adapter_parameters`)."""
         return self._pairs({path: _own_pair(leaf) for path, leaf in self.adapters.items()})
 
     def set_adapter_parameters(self, arrays: Mapping[str, Array]) -> None:
-        """Write arrays into the adapters in use; names and shapes are those of `adapter_parameters`."""
+        """Copy arrays into the adapters in use; names and shapes are those of `adapter_parameters`."""
         for name, array in self.adapter_parameters().items():
             np.copyto(array, arrays[name])
         leaves = self.adapters
@@ -132,31 +135,31 @@ class Model:
 
     @property
     def adapters(self) -> dict[str, LoRA]:
-        """Path -> adapter of every weight that has one."""
+        """Path -> LoRA adapter of every weight that has one."""
         return adapters_of(self.decoder)
 
     def cache(
         self, capacity: int = 0, pads: Array | None = None, horizon: int = 0, slack: int = 0
     ) -> KVCache:
-        """An empty KV cache for this model; capacity in tokens avoids growth, pads (b,) counts left padding,
-        horizon is the length that the text will have at least, slack how many tokens can be taken back."""
+        """An empty KV cache for this model. capacity: initial size in tokens; pads (b,): left padding;
+        horizon: minimum final length of the sequence; slack: number of tokens that can be removed at any
+        time."""
         return KVCache(self.config.windows, capacity, pads, horizon, slack)
 
     def save(
         self, folder: str | Path, max_shard_bytes: int = 5_000_000_000, dtype: str | None = None
     ) -> None:
-        """Write a Hugging Face folder that transformers loads: config, weights, tokenizer, generation
-        settings.
+        """Write a folder that transformers loads: config, weights, tokenizer, generation settings.
 
-        dtype: what the weights are stored in ("float32", "bfloat16"); default what is computed in. A model
-        with adapters is refused: merge them, or write them alone (`write_adapter`).
+        dtype: storage dtype of the weights ("float32", "bfloat16"), by default the computation dtype. Errors:
+        InputError for a model with adapters: merge them, or write only them (`write_adapter`).
         """
         folder = Path(folder)
         if self.lora is not None:
-            raise InputError(f"{folder}: the model has an adapter: merge it first, or save the adapter alone")
-        if lost := unsaid(self.family, self.config):
-            value = getattr(self.config, lost)
-            raise InputError(f"{folder}: a {self.family.model_type} config.json cannot say {lost} = {value}")
+            raise InputError(f"{folder}: the model has an adapter: merge it first, or save only the adapter")
+        if field := unwritten_field(self.family, self.config):
+            value, kind = getattr(self.config, field), self.family.model_type
+            raise InputError(f"{folder}: a {kind} config.json cannot represent {field} = {value}")
         config = with_training_keys(self.family.write_config(self.config), self.config.training)
         head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
         parameters = self.named_parameters()
@@ -171,14 +174,14 @@ class Model:
         if self.generation_config is not None:
             write_json(folder / "generation_config.json", dict(self.generation_config))
         write_safetensors_folder(folder, parameters, max_shard_bytes)
-        # Last: if the weights cannot be written, the folder still says what an earlier save's weights are.
+        # Last: if the weights cannot be written, config.json still describes the weights of an earlier save.
         write_json(folder / "config.json", head | config | {"dtype": dtype})
 
     def checked(self, tokens: Any, what: str = "tokens") -> Array:
-        """`tokens` as a (b, t) array of ids that the vocabulary has."""
+        """`tokens` as a (b, t) array of ids that are in the vocabulary."""
         tokens = _integers(tokens, what)
         if tokens.ndim != 2 or tokens.size == 0:
-            raise InputError(f"{what} have shape {tokens.shape}: a non-empty (batch, time) array is expected")
+            raise InputError(f"{what} have shape {tokens.shape}: expected a non-empty (batch, time) array")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
@@ -186,8 +189,8 @@ class Model:
         return tokens
 
     def _named(self, decoder: Decoder) -> dict[str, Array]:
-        """The leaves of a decoder, or of a gradient, by the names they have in files."""
-        places, adapters, found = self.weights, self.adapters, {}
+        """The leaves of a decoder, or of a gradient, by checkpoint name."""
+        specs, adapters, found = self.weights, self.adapters, {}
         pairs: dict[str, tuple[Array | None, Array]] = {}
         for path, leaf in named_leaves(decoder):
             if isinstance(leaf, Gradients):
@@ -196,16 +199,16 @@ class Model:
             if path in adapters and leaf is adapters[path]:
                 pairs[path] = _own_pair(adapters[path])
             base = leaf.bare() if isinstance(leaf, Leaf) else leaf
-            # A tied matrix in its second role is there to have an adapter or none, and is no other parameter.
+            # With tied embeddings the head exists only for adapters; it is not a separate parameter.
             if path != HEAD or not self.config.tie_word_embeddings:
                 array = base.array() if isinstance(base, Leaf) else base
-                stored = array.reshape(places[path].stored)
-                turned = self.family.is_transposed(path)
-                found[self.family.checkpoint_name(path)] = stored.T if turned else stored
+                stored = array.reshape(specs[path].stored)
+                transposed = self.family.is_transposed(path)
+                found[self.family.checkpoint_name(path)] = stored.T if transposed else stored
         return found | self._pairs(pairs)
 
     def _pairs(self, pairs: Mapping[str, tuple[Array | None, Array]]) -> dict[str, Array]:
-        """Path -> A and B, or their gradients, under PEFT's names and in its layout."""
+        """A and B by path, or their gradients, under PEFT's names and in PEFT's layout."""
         flat = {
             path: (None if a is None else a.reshape(len(a), -1), b.reshape(-1, b.shape[-1]))
             for path, (a, b) in pairs.items()
@@ -214,16 +217,16 @@ class Model:
 
 
 def _own_pair(leaf: LoRA) -> tuple[Array | None, Array]:
-    """A and B, None for an A that another weight owns."""
+    """A and B of an adapter; A is None if another weight owns it."""
     return None if leaf.owner else leaf.a, leaf.b
 
 
 def _integers(values: Any, what: str) -> Array:
-    """`values` as an array of whole numbers, or an error (also for rows of different lengths)."""
+    """`values` as an integer array. Errors: InputError for other types and for rows of different lengths."""
     try:
         array = np.asarray(values)
     except ValueError:
-        raise InputError(f"{what}: rows of different lengths; generate() takes such batches") from None
+        raise InputError(f"{what}: rows of different lengths; generate() accepts such batches") from None
     if array.size and array.dtype.kind not in "iu":
-        raise InputError(f"{what} are {array.dtype}: token ids are integers")
+        raise InputError(f"{what} are {array.dtype}: expected integer token ids")
     return array

@@ -1,4 +1,4 @@
-"""The parameters of a decoder: what is trained, its gradients by name, and decoders of other arrays."""
+"""The parameters of a decoder: trained arrays, gradients by name, and decoders with other arrays."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ Array = np.ndarray
 
 
 def trainable(decoder: Any) -> dict[str, Array]:
-    """Name -> array of everything in a decoder that is trained: its arrays, and the trained parts of its
-    leaves."""
+    """Name -> trained array of a decoder: its plain arrays, and the trained parts of its leaves."""
     found: dict[str, Array] = {}
     for path, weight in named_leaves(decoder):
         if not isinstance(weight, Leaf):
@@ -28,7 +27,7 @@ def trainable(decoder: Any) -> dict[str, Array]:
 
 
 def frozen(decoder: Any) -> dict[str, Any]:
-    """Name -> array or leaf of everything in a decoder that is not trained, by the names of `with_arrays`."""
+    """Name -> frozen array or leaf of a decoder, with the names of `with_arrays`."""
     trained, found = trainable(decoder), {}
 
     def leaf(name: str, weight: Any) -> Any:
@@ -41,8 +40,7 @@ def frozen(decoder: Any) -> dict[str, Any]:
 
 
 def gradients_by_name(decoder: Any, gradient: Any) -> dict[str, Array]:
-    """The gradient of a decoder by the names of `trainable`; those of a part that several weights share are
-    added."""
+    """The gradients of a decoder by the names of `trainable`; gradients of shared parts are summed."""
     weights = dict(named_leaves(decoder))
     found: dict[str, Array] = {}
     for path, own in named_leaves(gradient):
@@ -57,13 +55,13 @@ def gradients_by_name(decoder: Any, gradient: Any) -> dict[str, Array]:
 
 
 def drawn(decoder: Any, key: tuple[int, ...], first_row: int) -> Any:
-    """The decoder on the same weights, for a pass over the rows of a batch from first_row on with the random
-    numbers of `key`."""
+    """The decoder with the same weights and the dropout masks of `key`, for the rows of a batch from
+    first_row on."""
     return map_named(lambda _, w: w.drawn(key, first_row) if isinstance(w, Leaf) else w, decoder)
 
 
 def writable(decoder: Any) -> Any:
-    """The decoder with every array that is trained in memory of its own, if it is in a read-only file."""
+    """The decoder with writable trained arrays: those in a read-only file are copied to memory."""
 
     def own(_: str, weight: Any) -> Any:
         if isinstance(weight, Leaf):
@@ -74,8 +72,8 @@ def writable(decoder: Any) -> Any:
 
 
 def with_arrays(decoder: Any, array: Callable[[str, Any], Any]) -> Any:
-    """The decoder with array(name, old) in the place of each array; names are those of `trainable`, or
-    "path/part" for a part of a leaf that is not trained."""
+    """The decoder with array(name, old) in place of each array; names are those of `trainable`, or
+    "path/part" for a frozen part of a leaf."""
 
     def replaced(path: str, weight: Any) -> Any:
         if not isinstance(weight, Leaf):
@@ -91,5 +89,5 @@ def with_arrays(decoder: Any, array: Callable[[str, Any], Any]) -> Any:
 
 
 def shapes_of(decoder: Any) -> Any:
-    """The decoder with only shapes in the place of its numbers."""
+    """The decoder with a ShapeArray in place of each array."""
     return with_arrays(decoder, lambda _, weight: ShapeArray(tuple(weight.shape), weight.dtype))

@@ -1,8 +1,8 @@
-"""Adapter folders as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors.
+"""Adapter folders of PEFT: adapter_config.json and adapter_model.safetensors.
 
 Tensors are named `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], those of an
-embedding `.lora_embedding_A` [r, in] and `.lora_embedding_B` [out, r] (https://github.com/huggingface/peft);
-those of stacked experts are in stacked.py. The folders of mlx-lm are in mlx_adapter.py.
+embedding `.lora_embedding_A` [r, in] and `.lora_embedding_B` [out, r] (https://github.com/huggingface/peft).
+stacked.py describes those of stacked experts, mlx_adapter.py reads the folders of mlx-lm.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def adapter_digest(folder: str | Path) -> str:
-    """The sha256 of an adapter: of its tensors and of what scales them."""
+    """The sha256 of an adapter: of its tensors and its config."""
     folder = _checked_folder(folder)
     names = (TENSORS, CONFIG)
     if mlx_adapter.is_mlx(folder):
@@ -47,15 +47,15 @@ def adapter_digest(folder: str | Path) -> str:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise InputError(f"{folder}: holds no {name}")
+            raise InputError(f"{folder}: does not contain {name}")
         found.update(path.read_bytes())
     return found.hexdigest()
 
 
 def with_adapter(model: Model, folder: str | Path) -> Model:
-    """The model with the adapter of a PEFT or an mlx-lm folder on it, its matrices in the model's type.
+    """The model with the adapter of a PEFT or mlx-lm folder, converted to the model's dtype.
 
-    Errors: InputError for a config of another method, an adapter of another base model, damaged files.
+    Errors: InputError for a method other than LoRA, an adapter of another base model, or damaged files.
     """
     folder = _checked_folder(folder)
     try:
@@ -79,24 +79,24 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
 
 
 def _checked_folder(folder: str | Path) -> Path:
-    """The folder of an adapter. Errors: InputError says what is there instead."""
+    """The path of an adapter folder. Errors: InputError that describes what the path is instead."""
     if not str(folder):
-        raise InputError("the path of the adapter (--adapter-path) is empty: name its folder")
+        raise InputError("the path of the adapter (--adapter-path) is empty: give its folder")
     folder = Path(folder)
     if not folder.exists():
         hint = ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not str(folder).startswith("."):
-            hint = "; an adapter of the hub is not fetched here: `hf download` it, and name its folder"
+            hint = "; adapters are not downloaded from the hub: use `hf download` and give the local folder"
         raise InputError(f"{folder}: no such folder{hint}")
     if not folder.is_dir():
         raise InputError(
             f"{folder}: is a file; an adapter is a folder with {CONFIG} and {TENSORS}"
-            + (" (one in GGUF is not read)" if folder.suffix.lower() == ".gguf" else "")
+            + (" (GGUF adapters are not supported)" if folder.suffix.lower() == ".gguf" else "")
         )
     if not (folder / CONFIG).is_file():
-        whole = " but a whole model, which --model takes" if (folder / "config.json").is_file() else ""
+        whole = ", it is a whole model: give it as --model" if (folder / "config.json").is_file() else ""
         raise InputError(
-            f"{folder}: holds no {CONFIG}{whole}; a folder written by PEFT or by `etx train` is expected"
+            f"{folder}: does not contain {CONFIG}{whole}; expected a folder written by PEFT or `etx train`"
         )
     return folder
 
@@ -104,7 +104,7 @@ def _checked_folder(folder: str | Path) -> Path:
 def places_of(model: Model) -> dict[str, str]:
     """Every name that a module may have in an adapter -> the path of its matrix, or of a layer's experts.
 
-    Names begin as in any file of the family, or without a prefix, where a model without a head was adapted.
+    Names have any prefix of the family's files, or none if the adapted model had no head (AutoModel).
     """
     family, found = model.family, {}
     matrices = matrices_of(model)
@@ -122,32 +122,32 @@ def places_of(model: Model) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """One of the two matrices of an adapter, where it stands in the file."""
+    """One of the two matrices of an adapter, as stored in the file."""
 
     module: str
-    """The module's name there."""
+    """The module's name in the file."""
     path: str
     """The path of the weight, or of the experts."""
     depth: int
-    """How many wrappers of the experts are around this one."""
+    """Nesting depth of this PEFT wrapper of the experts; 0: the outermost."""
     part: str
     array: Array
 
 
 def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[str, Planned], dict[str, Pair]]:
-    """Path -> adapter, and path -> its matrices as W + scaling * B A uses them: A (r, in), B (out, r)."""
+    """Path -> planned adapter, and path -> its matrices in W + scaling * B A: A (r, in), B (out, r)."""
     path = folder / TENSORS
     if not path.is_file():
         hint = (
-            " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").exists() else ""
+            " (adapter_model.bin, a pickle, is not read)" if (folder / "adapter_model.bin").exists() else ""
         )
-        raise InputError(f"{folder}: holds no {TENSORS}{hint}")
+        raise InputError(f"{folder}: does not contain {TENSORS}{hint}")
     whole: dict[tuple[str, int], dict[str, _Half]] = {}
     for half in _halves(path, model):
         parts = whole.setdefault((half.path, half.depth), {})
         if half.part in parts:
             raise FormatError(
-                f"{path}: lora_{half.part} of {quoted(half.module)} is there twice, under two names"
+                f"{path}: contains lora_{half.part} of {quoted(half.module)} twice, under two names"
             )
         parts[half.part] = half
     for parts in whole.values():
@@ -155,19 +155,19 @@ def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[st
             module = next(iter(parts.values())).module
             raise FormatError(f"{path}: {quoted(module)} has only one of lora_A and lora_B")
     if not whole:
-        raise FormatError(f"{path}: holds no LoRA matrices")
+        raise FormatError(f"{path}: does not contain LoRA matrices")
     planned: dict[str, Planned] = {}
     pairs: dict[str, Pair] = {}
     matrices = matrices_of(model)
     stacks = stacks_of(matrices)
-    for (place, depth), parts in whole.items():
+    for (target, depth), parts in whole.items():
         pair, module = (parts["A"].array, parts["B"].array), parts["A"].module
-        if place in matrices:
+        if target in matrices:
             name = f"{module}.weight" if config.targets_parameter(f"{module}.weight") else module
-            planned[place], pairs[place] = Planned(*config.rank_and_scaling(name)), pair
+            planned[target], pairs[target] = Planned(*config.rank_and_scaling(name)), pair
             continue
-        wrappers = [d for other, d in whole if other == place]
-        stack, name = _stack_at(path, place, module, depth, wrappers, stacks, config)
+        wrappers = [d for other, d in whole if other == target]
+        stack, name = _stack_at(path, target, module, depth, wrappers, stacks, config)
         rank, alpha = config.rank_and_alpha(name)
         outputs, inputs = matrices[stack.paths[0]].stored
         experts, all_ranks = len(stack.experts), rank * len(stack.experts)
@@ -179,74 +179,72 @@ def _read_pairs(folder: Path, model: Model, config: LoRAConfig) -> tuple[dict[st
 
 
 def _halves(path: Path, model: Model) -> Iterable[_Half]:
-    """Every matrix of an adapter's file."""
-    places, file = places_of(model), SafetensorsFile(path)
+    """All matrices of an adapter file."""
+    paths, file = places_of(model), SafetensorsFile(path)
     matrices = matrices_of(model)
     try:
         for name in names_in(file, model.family.ignored_tensors):
             plain = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(plain)
-            place = places.get(match["module"]) if match else None
-            # Only an embedding's have names of their own; peft knows no other.
-            if match is None or bool(match["embedding"]) != (place == EMBEDDING):
-                _check_copy(file, name, places, model)
+            target = paths.get(match["module"]) if match else None
+            # PEFT uses the names lora_embedding_A and lora_embedding_B for embeddings only.
+            if match is None or bool(match["embedding"]) != (target == EMBEDDING):
+                _check_copy(file, name, paths, model)
                 continue
             depth = match["inner"].count(".base_layer")
-            if place is None or (depth and place in matrices):
+            if target is None or (depth and target in matrices):
                 raise no_matrix(model, [match["module"] + match["inner"]])
             if file.info(name).dtype not in _FLOATS:
-                raise FormatError(f"{path}: tensor {quoted(name)} is {file.info(name).dtype}, not a float")
+                raise FormatError(
+                    f"{path}: tensor {quoted(name)} has dtype {file.info(name).dtype}, expected a float"
+                )
             array = file.read(name).astype(np.float64 if file.info(name).dtype == "F64" else np.float32)
             if array.ndim != 2:
-                raise FormatError(
-                    f"{path}: tensor {quoted(name)} has {array.ndim} axes, a matrix is expected"
-                )
-            # An embedding's A is the one with a column for each token, which here is B's row.
+                raise FormatError(f"{path}: tensor {quoted(name)} has {array.ndim} axes, expected a matrix")
+            # PEFT's A of an embedding has a column per token; transposed, it is B here.
             part = match["part"] if not match["embedding"] else "BA"["AB".index(match["part"])]
-            yield _Half(match["module"], place, depth, part, array.T if match["embedding"] else array)
+            yield _Half(match["module"], target, depth, part, array.T if match["embedding"] else array)
     finally:
         file.close()
 
 
 def _stack_at(
     path: Path,
-    place: str,
+    target: str,
     module: str,
     depth: int,
     wrappers: list[int],
     stacks: dict[str, Stack],
     config: LoRAConfig,
 ) -> tuple[Stack, str]:
-    """The stacked parameter whose adapter is so deep in the wrappers of a layer's experts, and its name: PEFT
-    wraps gate_up_proj first, if it is a target, and down_proj around it."""
+    """The stacked parameter whose adapter is the wrapper of a layer's experts at this depth, and its name:
+    PEFT wraps gate_up_proj first, if it is a target, and down_proj around it."""
     parameters = ("gate_up_proj", "down_proj")
     targets = [name for name in parameters if config.targets_parameter(f"{module}.{name}")]
     if sorted(wrappers) != list(range(len(targets))):
         raise FormatError(
             f"{path}: {quoted(module)} has adapters on {len(wrappers)} stacked parameters, "
-            f"target_parameters names {len(targets)} of {' and '.join(parameters)}"
+            f"but target_parameters names {len(targets)} of {' and '.join(parameters)}"
         )
     name = targets[-1 - depth]
-    return stacks[f"{place}.{name}"], f"{module}.{name}"
+    return stacks[f"{target}.{name}"], f"{module}.{name}"
 
 
 def _check_shapes(what: str, pair: Pair, a: tuple[int, int], b: tuple[int, int]) -> None:
     if (pair[0].shape, pair[1].shape) != (a, b):
         raise InputError(
-            f"the adapter of {what} is {list(pair[0].shape)} and {list(pair[1].shape)}, its config and the "
-            f"model ask for {list(a)} and {list(b)}: is it for another base model?"
+            f"the adapter of {what} has shapes {list(pair[0].shape)} and {list(pair[1].shape)}, its config "
+            f"and the model require {list(a)} and {list(b)}: is it for another base model?"
         )
 
 
-def _check_copy(file: SafetensorsFile, name: str, places: dict[str, str], model: Model) -> None:
-    """PEFT writes the whole embedding, or head with its bias, beside an adapter on it; they must be the ones
-    the model has."""
+def _check_copy(file: SafetensorsFile, name: str, paths: dict[str, str], model: Model) -> None:
+    """Check a base weight in an adapter file: PEFT stores the whole embedding or head (with bias) with an
+    adapter on it, and it must be equal to the model's."""
     match = _COPY.fullmatch(name.removeprefix(PREFIX))
-    path = places.get(match["module"], "") if match else ""
+    path = paths.get(match["module"], "") if match else ""
     if match is None or path not in (EMBEDDING, HEAD):
-        raise FormatError(
-            f"{file.path}: tensor {quoted(name)} is no part of a LoRA adapter that is supported"
-        )
+        raise FormatError(f"{file.path}: tensor {quoted(name)} is not part of a supported LoRA adapter")
     parameters, own = model.named_parameters(), model.family.checkpoint_name(path)
     if match["kind"] == "bias":
         weight = parameters.get(f"{own.removesuffix('weight')}bias")
@@ -257,17 +255,19 @@ def _check_copy(file: SafetensorsFile, name: str, places: dict[str, str], model:
     shape = file.info(name).shape
     if shape != weight.shape:
         raise FormatError(
-            f"{file.path}: tensor {quoted(name)} is {list(shape)}, the base model's is {list(weight.shape)}: "
-            "the vocabulary was resized; resize the base there, or merge the adapter into it"
+            f"{file.path}: tensor {quoted(name)} has shape {list(shape)}, the base model's "
+            f"{list(weight.shape)}: the vocabulary was resized; resize the base with transformers, or merge "
+            "the adapter with PEFT"
         )
-    # In a dry run there are no numbers to compare with.
+    # A dry run has only shapes, no values to compare with.
     if isinstance(weight, Array) and not np.array_equal(file.read(name).astype(weight.dtype), weight):
-        raise FormatError(f"{file.path}: tensor {quoted(name)} differs from the base model's; merge it there")
+        raise FormatError(
+            f"{file.path}: tensor {quoted(name)} differs from the base model's; merge the adapter with PEFT"
+        )
 
 
 def write_adapter(model: Model, folder: str | Path) -> None:
-    """Write the adapters of a model as a folder that `peft` loads; each file takes its place when it is
-    whole."""
+    """Write the adapters of a model as a folder that PEFT loads; each file is replaced atomically."""
     folder = Path(folder)
     if model.lora is None:
         raise InputError(f"{folder}: the model has no adapter to write")

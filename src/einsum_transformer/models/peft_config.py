@@ -1,5 +1,5 @@
-"""adapter_config.json, as PEFT writes it: every key is obeyed, known to change nothing, refused, or noted;
-and that of a model, such that `peft` puts the same adapters on the same weights."""
+"""PEFT's adapter_config.json. Reading: every key is applied, known to have no effect, rejected, or noted.
+Writing: a config with which PEFT puts the same adapters on the same weights."""
 
 import re
 from collections.abc import Mapping
@@ -21,25 +21,25 @@ OBEYED = frozenset(
     | {"rank_pattern", "alpha_pattern"}
 )
 NEUTRAL = {
-    "task_type": "says which class of transformers was adapted",
-    "auto_mapping": "says how to find that class",
-    "base_model_name_or_path": "is compared with the model (`note_base`)",
-    "revision": "is the base's",
-    "inference_mode": "says whether PEFT trains what it loads",
-    "peft_version": "is the writer's",
-    "fan_in_fan_out": "says how the base stores its matrices; PEFT itself corrects it by the base's class",
-    "exclude_modules": "the tensors of the file say what has an adapter",
-    "layers_to_transform": "the tensors of the file say what has an adapter",
-    "layers_pattern": "the tensors of the file say what has an adapter",
-    "megatron_core": "names the package that megatron_config is for",
-    "loftq_config": "is for init_lora_weights = loftq, which is refused",
-    "eva_config": "is for a start of A alone",
-    "corda_config": "is for init_lora_weights = corda, which is refused",
-    "lora_ga_config": "is for init_lora_weights = lora_ga, which is refused",
-    "qalora_group_size": "is for use_qalora, which is refused",
-    "runtime_config": "says where PEFT computes",
+    "task_type": "the class of transformers that was adapted",
+    "auto_mapping": "how to import that class",
+    "base_model_name_or_path": "compared with the model (`note_base`)",
+    "revision": "the revision of the base model",
+    "inference_mode": "whether PEFT trains the adapter that it loads",
+    "peft_version": "the version of PEFT that wrote the file",
+    "fan_in_fan_out": "the layout of the base's matrices, which PEFT itself corrects by the base's class",
+    "exclude_modules": "the tensors of the file determine which modules have an adapter",
+    "layers_to_transform": "the tensors of the file determine which modules have an adapter",
+    "layers_pattern": "the tensors of the file determine which modules have an adapter",
+    "megatron_core": "the package that megatron_config is for",
+    "loftq_config": "used by init_lora_weights = loftq, which is rejected",
+    "eva_config": "used by the initialization of A only",
+    "corda_config": "used by init_lora_weights = corda, which is rejected",
+    "lora_ga_config": "used by init_lora_weights = lora_ga, which is rejected",
+    "qalora_group_size": "used by use_qalora, which is rejected",
+    "runtime_config": "the device that PEFT computes on",
 }
-"""Keys that do not change what an adapter computes, whatever they hold, and why."""
+"""Keys that do not change what an adapter computes, whatever their value, and why."""
 REFUSED = {
     "bias": ("none",),
     "use_dora": (),
@@ -55,16 +55,16 @@ REFUSED = {
     "kasa_config": (),
     "monteclora_config": (),
     "ensure_weight_tying": (),
-    # The other ways to begin (pissa, olora, corda, lora_ga, loftq) change the base's weights as well.
+    # The other initializations (pissa, olora, corda, lora_ga, loftq) also change the base's weights.
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
-"""Keys that describe another function, unless they are null, false, empty or one of these values."""
-NOTED = {"velora_config": "it compresses what PEFT keeps for the backward pass; gradients here are exact"}
-"""Keys that change the training there and not what the adapter computes."""
+"""Keys that change what an adapter computes, unless they are null, false, empty or one of these values."""
+NOTED = {"velora_config": "it compresses the activations that PEFT saves; gradients here are exact"}
+"""Keys that change PEFT's training, but not what the adapter computes."""
 
 
 def read_config(folder: Path) -> LoRAConfig:
-    """The settings in adapter_config.json. Errors: ConfigError names the file and the key."""
+    """The settings in adapter_config.json. Errors: ConfigError that names the file and the key."""
     path = folder / CONFIG
     raw = read_raw(path)
     if (kind := raw.get("peft_type")) != "LORA":
@@ -76,9 +76,9 @@ def read_config(folder: Path) -> LoRAConfig:
         targets = []
     if not isinstance(targets, str) and (targets := _names(targets)) is None:
         found = shown(raw.get("target_modules"))
-        raise ConfigError(f"{path}: target_modules is {found}: names, or one regular expression, expected")
+        raise ConfigError(f"{path}: target_modules is {found}: expected names or one regular expression")
     if parameters is None:
-        raise ConfigError(f"{path}: target_parameters is {shown(raw['target_parameters'])}: names expected")
+        raise ConfigError(f"{path}: target_parameters is {shown(raw['target_parameters'])}: expected names")
     keys = Keys(raw, str(path))
     try:
         return LoRAConfig(
@@ -111,10 +111,10 @@ def _check_key(path: Path, key: str, value: Any) -> None:
     elif key in NOTED:
         note(f"{path}: {key} is ignored: {NOTED[key]}")
     elif value is True or isinstance(value, (dict, list)):
-        # What newer versions of PEFT add switches a variant on in one of these ways.
-        raise ConfigError(f"{path}: {key} = {shown(value)} is not known here, and may change the adapter")
+        # A key of a newer version of PEFT enables a variant of LoRA with one of these values.
+        raise ConfigError(f"{path}: {key} = {shown(value)}: unknown key, which may change the adapter")
     else:
-        note(f"{path}: {key} = {shown(value)} is not known here and ignored")
+        note(f"{path}: {key} = {shown(value)}: unknown key, ignored")
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
@@ -131,13 +131,13 @@ def _patterns(raw: dict[str, Any], name: str, path: Path, kind: type) -> dict[st
     try:
         return {pattern: kind(value) for pattern, value in found.items()}
     except OverflowError:
-        raise ConfigError(f"{path}: {name} holds a number that is too large") from None
+        raise ConfigError(f"{path}: {name} contains a number that is too large") from None
 
 
 def note_base(folder: Path, source: str) -> None:
-    """A note if an adapter names another base than the model at hand, by the last part of its name."""
+    """Write a note if an adapter names another base model than `source`, by the last part of its name."""
     base = read_raw(folder / CONFIG).get("base_model_name_or_path")
-    # A config's source ends in "(random weights, seed 0)".
+    # The source of a model built from a config ends in "(random weights, seed 0)".
     plain = base.partition(" (random weights")[0] if isinstance(base, str) else ""
     name = plain.rstrip("/").rpartition("/")[2].lower()
     if name and name not in source.lower():
@@ -145,10 +145,10 @@ def note_base(folder: Path, source: str) -> None:
 
 
 def config_dict(model: Model) -> dict[str, Any]:
-    """adapter_config.json of a model: the targets are the names that the adapters really are on.
+    """The adapter_config.json of a model, whose targets are the modules that have adapters.
 
-    In a model with stacked experts whatever is in a feed-forward is named as a parameter: PEFT takes
-    `gate_proj` and the like in target_modules for those of the experts, also where they are a shared one's.
+    In a model with stacked experts, matrices of a feed-forward are written as parameters: PEFT takes names
+    such as `gate_proj` in target_modules for those of the experts, even if they belong to a shared expert.
     """
     config = model.lora
     assert config is not None
@@ -175,7 +175,9 @@ def config_dict(model: Model) -> dict[str, Any]:
     if parameters:
         written["target_parameters"] = list(parameters)
         if config.lora_dropout:
-            note("lora_dropout is written as 0 into the adapter's config: PEFT has none on parameters")
+            note(
+                "lora_dropout is written as 0 to the adapter's config: PEFT does not support it on parameters"
+            )
             written["lora_dropout"] = 0.0
     return written
 
@@ -199,8 +201,8 @@ def _targets(model: Model) -> tuple[dict[str, tuple[int, float]], dict[str, tupl
 def _patterns_written(
     config: LoRAConfig, named: Mapping[str, tuple[int, float]]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """The patterns without which the config would say another rank or scaling: for all names of one end
-    together where they are alike."""
+    """The patterns for adapters whose rank or scaling differs from the config's: one for all names with the
+    same suffix if they have the same rank and scaling, else one per name."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, numbers in named.items():
@@ -214,21 +216,21 @@ def _patterns_written(
 
 
 def _alpha(config: LoRAConfig, rank: int, scaling: float) -> float:
-    """The alpha that gives this scaling, bit for bit where there is one."""
+    """The alpha that gives this scaling, bit for bit if there is one."""
     alpha = scaling / config.scaling(rank, 1.0)
     near = (round(alpha, 6), alpha, scaling * (rank**0.5 if config.use_rslora else rank))
     return next((each for each in near if config.scaling(rank, each) == scaling), alpha)
 
 
 def _short(model: Model, config: LoRAConfig, modules: list[str]) -> list[str]:
-    """What says the same to PEFT: short names, or else the modules' whole ones.
+    """target_modules for PEFT: the config's short names if they match just these modules, else full names.
 
-    A regular expression and "all-linear" mean the same there, but depend on what else a model has; and an
-    adapter that was read may be on fewer modules than its short names say (layers_to_transform).
+    Regular expressions and "all-linear" depend on the other modules of a model, and a loaded adapter may be
+    on fewer modules than its short names match (layers_to_transform).
     """
     family, leaves = model.family, model.adapters
     matrices = [
-        adapter_module(family, leaves, path) for path, place in model.weights.items() if len(place.stored) > 1
+        adapter_module(family, leaves, path) for path, spec in model.weights.items() if len(spec.stored) > 1
     ]
     short = not isinstance(config.target_modules, str)
     if short and [module for module in matrices if config.targets(module)] == modules:

@@ -1,4 +1,4 @@
-"""The names that PEFT gives the matrices of adapters, and the layout they have there."""
+"""PEFT's names and layout of the matrices of adapters."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from einsum_transformer.models.stacked import EXPERT, Array, stacks_of
 from einsum_transformer.notes import note
 
 PREFIX = "base_model.model."
-"""What every name in a file of PEFT begins with."""
+"""The prefix of all tensor names in PEFT's files."""
 EMBEDDING, POSITIONS, HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
 
 
@@ -21,7 +21,7 @@ def named_pairs(
     family: Family, leaves: Mapping[str, LoRA], pairs: Mapping[str, tuple[Any, Array]]
 ) -> dict[str, Array]:
     """PEFT's name -> array. pairs: path -> A (r, in) and B (out, r) of each of the leaves, or their
-    gradients; A is None where another weight owns it."""
+    gradients; A is None if another weight owns it."""
     stacks, wrappers = stacks_of(leaves), wrapper_names(family, {leaf.stack for leaf in leaves.values()})
     found: dict[str, Array] = {}
     for path, (a, b) in pairs.items():
@@ -39,48 +39,48 @@ def _pair(path: str, module: str, a: Array, b: Array) -> dict[str, Array]:
 
 
 def adapter_module(family: Family, leaves: Mapping[str, LoRA], path: str) -> str:
-    """The module of a weight in an adapter: as today's transformers calls it, or, where experts have adapters
-    of their own, as transformers 4 did, which had a module for each of them."""
+    """The module name of a weight in an adapter: that of transformers 5, or of transformers 4, which has a
+    module for each expert, if single experts have adapters."""
     if any(EXPERT.fullmatch(other) and not leaf.stack for other, leaf in leaves.items()):
         return family.checkpoint_name(path).removesuffix(".weight")
     return family.module_name(path)
 
 
 def stack_name(family: Family, stack: str) -> str:
-    """The name that today's transformers gives a stacked parameter, by its path."""
-    place, _, name = stack.rpartition(".")
-    return f"{family.module_name(place)}.{name}"
+    """The name of a stacked parameter in transformers 5, by its path."""
+    experts, _, name = stack.rpartition(".")
+    return f"{family.module_name(experts)}.{name}"
 
 
 def wrapper_names(family: Family, stacks: set[str]) -> dict[str, str]:
     """Path of a stacked parameter -> the module of its adapter. PEFT wraps the experts once for each
-    parameter, `down_proj` outermost, so that what is within has `.base_layer` in its name."""
+    parameter, `down_proj` outermost, so the inner module has `.base_layer` in its name."""
     found = {}
     for stack in stacks - {""}:
-        place, _, name = stack.rpartition(".")
-        inner = name != "down_proj" and f"{place}.down_proj" in stacks
-        found[stack] = family.module_name(place) + ".base_layer" * inner
+        experts, _, name = stack.rpartition(".")
+        inner = name != "down_proj" and f"{experts}.down_proj" in stacks
+        found[stack] = family.module_name(experts) + ".base_layer" * inner
     return found
 
 
 def names_in(file: SafetensorsFile, ignored: str) -> list[str]:
-    """The tensors of an adapter's file that concern the text model; one note counts those of other parts.
+    """The tensors of an adapter file that belong to the text model; a note counts those of other parts.
 
-    ignored: the pattern of the tensors that a checkpoint may have beside the text model. Errors: FormatError
-    for tensors without a number in them.
+    ignored: the pattern of the tensors of a checkpoint that do not belong to the text model. Errors:
+    FormatError for empty tensors.
     """
     names = list(file.names())
-    aside = [name for name in names if re.fullmatch(ignored, name.removeprefix(PREFIX))]
-    if aside:
+    others = [name for name in names if re.fullmatch(ignored, name.removeprefix(PREFIX))]
+    if others:
         note(
-            f"{file.path}: {len(aside)} tensors, such as {quoted(aside[0])}, are on parts of the model that "
-            "are not run here, and ignored"
+            f"{file.path}: ignored {len(others)} tensors, such as {quoted(others[0])}, of parts of the model "
+            "that are not supported"
         )
-    kept = [name for name in names if name not in set(aside)] if aside else names
-    if empty := [name for name in kept if 0 in file.info(name).shape]:
+    used = [name for name in names if name not in set(others)] if others else names
+    if empty := [name for name in used if 0 in file.info(name).shape]:
         raise FormatError(
             f"{file.path}: {len(empty)} tensors, such as {quoted(empty[0])}, are empty: saved by DeepSpeed "
             "ZeRO-3 without gathering the weights; save the adapter with "
-            "stage3_gather_16bit_weights_on_model_save, or make it from the output of zero_to_fp32.py"
+            "stage3_gather_16bit_weights_on_model_save, or create it from the output of zero_to_fp32.py"
         )
-    return kept
+    return used

@@ -1,4 +1,4 @@
-"""The project's own JSON configs: a model and a run in one flat file, with `"// note"` keys as comments."""
+"""JSON configs of this package: model and run settings in one flat file; `"// note"` keys are comments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from einsum_transformer.models.unsupported import check_layers, other_json
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """Every key a config file may have, with its default. Lengths are in tokens; README.md explains each."""
+    """All keys of a config file, with their defaults. Lengths are in tokens; README.md explains each key."""
 
     arch: str
     d_model: int = 512
@@ -42,7 +42,7 @@ class RunConfig:
     moe_d_ff: int | None = None
     shared_d_ff: int | None = None
     arch_keys: dict[str, Any] | None = None
-    """Keys of the architecture's config.json that have no name here."""
+    """Keys of the architecture's config.json for which this class has no field."""
     batch_size: int = 1
     seq_len: int = 128
     block_size: int = 128
@@ -69,7 +69,8 @@ class RunConfig:
         family_of(self.arch, self.source)
         if self.weight_dtype not in ("float32", "float64", "bfloat16", "float16"):
             raise ConfigError(
-                f"{self.source}: weight_dtype {self.weight_dtype!r}: float32, float64, bfloat16 or float16"
+                f"{self.source}: weight_dtype {self.weight_dtype!r}: expected float32, float64, bfloat16 or "
+                "float16"
             )
         for name in _COUNTS:
             value = getattr(self, name)
@@ -80,30 +81,30 @@ class RunConfig:
                 raise ConfigError(f"{self.source}: {name} is {getattr(self, name)}, expected 0 or more")
         if self.use_mqa and self.n_kv_heads not in (None, 1):
             raise ConfigError(
-                f"{self.source}: use_mqa means one key/value head, n_kv_heads says {self.n_kv_heads}"
+                f"{self.source}: use_mqa means one key/value head, but n_kv_heads is {self.n_kv_heads}"
             )
         if not self.strict_load:
             raise ConfigError(
-                f"{self.source}: strict_load cannot be false: a tensor that is missing is always an error"
+                f"{self.source}: strict_load cannot be false: a missing tensor is always an error"
             )
 
     @property
     def lora(self) -> LoRAConfig | None:
-        """The adapters that a training puts on the model, None without use_lora."""
+        """The LoRA settings of a training run; None without use_lora."""
         if not self.use_lora:
             return None
         return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_target_modules).for_training()
 
     @property
     def kv_heads(self) -> int:
-        """1 with use_mqa, n_kv_heads with use_gqa, else one for each query head."""
+        """Number of key/value heads: 1 with use_mqa, n_kv_heads with use_gqa, else n_heads."""
         if self.use_mqa:
             return 1
         return self.n_kv_heads if self.use_gqa and self.n_kv_heads is not None else self.n_heads
 
     def model_config(self) -> ModelConfig:
-        """The model part: what the family reads from these keys under Hugging Face's names, and then the
-        switches that turn it into a variant."""
+        """The ModelConfig that the family reads from these keys under Hugging Face's names, with the switches
+        of variants applied."""
         family = family_of(self.arch, self.source)
         keys = Keys(
             {
@@ -122,7 +123,7 @@ class RunConfig:
                 "tie_word_embeddings": self.tie_embeddings,
                 "attention_bias": self.attention_bias or None,
                 "sliding_window": self.sliding_window,
-                # How a family says that the window holds for every layer, where it has a choice.
+                # For families whose window may apply to some layers only: it applies to every layer.
                 "use_sliding_window": self.sliding_window is not None,
                 "max_window_layers": 0,
                 "num_local_experts": self.num_experts,
@@ -151,17 +152,17 @@ class RunConfig:
             raise ConfigError(f"{self.source}: unknown key {inner[0]!r}")
         for name in ("attention_bias", "sliding_window", *(self.arch_keys or {})):
             if name in keys.left_over() and (value := keys.raw[name]) is not None:
-                raise ConfigError(f"{self.source}: arch {self.arch!r} has no {name} = {value}")
+                raise ConfigError(f"{self.source}: arch {self.arch!r} does not support {name} = {value}")
         return config
 
     def _experts(self, config: ModelConfig) -> MoEConfig | None:
-        """The architecture's experts, or with use_moe those that take the place of its feed-forward."""
+        """The architecture's experts, or with use_moe those that replace its feed-forward."""
         if config.moe is not None:
             return config.moe
         stated = [name for name in _EXPERTS if getattr(self, name) is not None]
         if not self.use_moe:
             if stated:
-                raise ConfigError(f"arch {self.arch!r} has no {stated[0]}; use_moe gives it experts")
+                raise ConfigError(f"arch {self.arch!r} has no {stated[0]}; set use_moe to add experts")
             return None
         shared = self.shared_d_ff or 0
         size = self.moe_d_ff or self.d_ff
@@ -177,8 +178,8 @@ _COUNTS = (
 
 
 def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
-    """RunConfig from a JSON object: unknown keys and values of a wrong type are errors, `//` keys are
-    comments."""
+    """Read a RunConfig from a JSON object. Errors: ConfigError for unknown keys and values of a wrong type;
+    `//` keys are comments."""
     if "arch" not in raw and (found := other_json(raw)):
         raise ConfigError(f"{source}: {found}")
     fields = {field.name: field for field in dataclasses.fields(RunConfig) if field.name != "source"}
@@ -195,13 +196,13 @@ def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """`key=value` pairs from the command line, the value in JSON or, where it is none, as text."""
+    """Apply `key=value` pairs of the command line; a value that is not valid JSON is a string."""
     raw: dict[str, Any] = dataclasses.asdict(config)
     raw["lora_target_modules"], source = list(config.lora_target_modules), raw.pop("source")
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise InputError(f"--set {assignment!r}: write key=value")
+            raise InputError(f"--set {assignment!r}: expected key=value")
         try:
             raw[key] = json.loads(text)
         except ValueError:
@@ -210,13 +211,13 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
 
 
 def _checked(key: str, value: Any, declared: str, source: str) -> Any:
-    """`value` if it fits the declared type of the field."""
+    """Return `value` if it has the declared type of the field, else raise ConfigError."""
     optional = declared.endswith("| None")
     kind = declared.removesuffix(" | None")
     if value is None and optional:
         return None
     if isinstance(value, (int, float)) and not -FARTHEST < value < FARTHEST:
-        raise ConfigError(f"{source}: key {key!r} is {shown(value)}: no such number makes sense here")
+        raise ConfigError(f"{source}: key {key!r} is {shown(value)}: the number is out of range")
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -225,6 +226,6 @@ def _checked(key: str, value: Any, declared: str, source: str) -> Any:
     if kind in kinds and isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool)):
         return value
     names = {"tuple[str, ...]": "a list of names", "dict[str, Any]": "an object"}
-    names |= {"str": "text", "int": "a whole number"}
-    wanted = names.get(kind, kind) + (" or null" if optional else "")
-    raise ConfigError(f"{source}: key {key!r} is {shown(value)}, expected {wanted}")
+    names |= {"str": "a string", "int": "an integer"}
+    expected = names.get(kind, kind) + (" or null" if optional else "")
+    raise ConfigError(f"{source}: key {key!r} is {shown(value)}, expected {expected}")

@@ -1,12 +1,12 @@
-"""Adapters on stacked experts: one for all experts of a layer in PEFT, matrices of each expert here.
+"""Adapters on stacked experts: one for all experts of a layer in PEFT, one for each expert's matrix here.
 
-transformers 5 holds the experts of a layer as two parameters, `experts.gate_up_proj` [E, 2 f, d] and
+transformers 5 stores the experts of a layer as two parameters, `experts.gate_up_proj` [E, 2 f, d] and
 `experts.down_proj` [E, d, f]. An adapter of rank r on one of them (PEFT's ParamWrapper) is
 
     lora_A [E r, in]: row e r + i is row i of expert e,
     lora_B [out, r E]: column i E + e is column i of expert e,
 
-so that the gate (the first f rows) and the up matrix of an expert have their own rows of B and one A.
+so the gate matrix (the first f rows) and the up matrix of an expert have separate rows of B and share one A.
 """
 
 import re
@@ -36,7 +36,7 @@ class Stack:
         return tuple(path for expert in self.experts for path in expert)
 
     def split(self, a: Array, b: Array) -> dict[str, Pair]:
-        """Path -> matrices, from PEFT's lora_A and lora_B; gate and up get the same array as A."""
+        """Split PEFT's lora_A and lora_B into path -> A and B; gate and up share one array A."""
         experts, outputs = len(self.experts), b.shape[0] // len(self.experts[0])
         each_a = a.reshape(experts, -1, a.shape[1])
         each_b = b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
@@ -47,8 +47,8 @@ class Stack:
         }
 
     def joined(self, pairs: Mapping[str, tuple[Array | None, Array]]) -> Pair:
-        """PEFT's lora_A and lora_B of matrices, or of their gradients, by path. A None is left out; the A's
-        of one expert are added."""
+        """Join matrices, or their gradients, by path, into PEFT's lora_A and lora_B. The A matrices of one
+        expert are summed, without those that are None."""
         first, last = pairs[self.experts[0][0]]
         assert first is not None
         rank, outputs, experts = first.shape[0], last.shape[0], len(self.experts)
@@ -64,16 +64,18 @@ class Stack:
 
 
 def stacks_of(paths: Iterable[str]) -> dict[str, Stack]:
-    """The stacked parameters whose matrices are all here, by path."""
-    held: dict[str, dict[int, dict[str, str]]] = {}
+    """The stacked parameters whose matrices are all in `paths`, by path."""
+    by_prefix: dict[str, dict[int, dict[str, str]]] = {}
     for path in paths:
         if match := EXPERT.fullmatch(path):
-            held.setdefault(match["experts"], {}).setdefault(int(match["index"]), {})[match["part"]] = path
+            by_prefix.setdefault(match["experts"], {}).setdefault(int(match["index"]), {})[match["part"]] = (
+                path
+            )
     found = {}
-    for place, experts in held.items():
+    for prefix, experts in by_prefix.items():
         for name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
             rows = [experts[e] for e in sorted(experts)]
             if all(set(parts) <= row.keys() for row in rows):
-                path = f"{place}.{name}"
+                path = f"{prefix}.{name}"
                 found[path] = Stack(path, tuple(tuple(row[part] for part in parts) for row in rows))
     return found

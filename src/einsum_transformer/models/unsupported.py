@@ -1,4 +1,4 @@
-"""What JSON files describe that is no decoder this package runs, in words that say what to use instead."""
+"""Messages for JSON files that do not describe a supported decoder, with what to use instead."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ _MOST_EXPERTS = 1 << 16
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 _KINDS: dict[str, tuple[str, ...]] = {
-    "an encoder, which generates no text": (
+    "an encoder, which does not generate text": (
         *("albert", "bert", "bert-generation", "bertweet", "big_bird", "camembert", "canine", "convbert"),
         *("data2vec-text", "deberta", "deberta-v2", "distilbert", "dpr", "electra", "ernie", "ernie_m"),
         *("esm", "eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv2", "layoutlmv3"),
@@ -26,14 +26,14 @@ _KINDS: dict[str, tuple[str, ...]] = {
         *("pix2struct", "prophetnet", "switch_transformers", "t5", "t5gemma", "udop", "umt5"),
         *("vision-encoder-decoder", "speech-encoder-decoder", "trocr", "xlm-prophetnet"),
     ),
-    "a model of images": (
+    "a vision model": (
         *("beit", "clip", "clip_text_model", "clip_vision_model", "chinese_clip", "convnext", "convnextv2"),
         *("data2vec-vision", "deit", "depth_anything", "detr", "dinov2", "dinov3_vit", "dpt", "efficientnet"),
         *("grounding-dino", "mask2former", "maskformer", "mobilenet_v2", "mobilevit", "owlvit", "owlv2"),
         *("resnet", "rt_detr", "sam", "sam2", "segformer", "siglip", "siglip2", "swin", "swinv2", "vit"),
         *("vit_mae", "videomae", "yolos", "zoedepth"),
     ),
-    "a model of sound": (
+    "an audio model": (
         *("audio-spectrogram-transformer", "bark", "clap", "data2vec-audio", "encodec", "hubert", "mimi"),
         *("moonshine", "musicgen", "seamless_m4t", "seamless_m4t_v2", "sew", "speech_to_text", "speecht5"),
         *("unispeech", "vits", "wav2vec2", "wav2vec2-bert", "wavlm", "whisper"),
@@ -46,7 +46,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 
 def other_model(raw: Mapping[str, Any]) -> str:
-    """What kind of model a config.json describes whose model_type no family has, "" if that is not known."""
+    """The kind of model that a config.json with an unsupported model_type describes, "" if it is unknown."""
     found = next((kind for kind, names in _KINDS.items() if raw.get("model_type") in names), "")
     if not found and raw.get("is_encoder_decoder") is True:
         found = "an encoder-decoder"
@@ -56,7 +56,7 @@ def other_model(raw: Mapping[str, Any]) -> str:
 
 
 def quantized(raw: Mapping[str, Any]) -> str:
-    """What quantized the weights that a config.json describes, with the way out; "" if they are not."""
+    """The quantization that a config.json describes, with what to use instead; "" if there is none."""
     for keys in _whole_and_text(raw):
         for name in ("quantization_config", "quantization", "compression_config"):
             if (settings := keys.get(name)) is not None:
@@ -65,7 +65,7 @@ def quantized(raw: Mapping[str, Any]) -> str:
 
 
 def _whole_and_text(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """A config.json, and the part of it that describes the text model of a multimodal one."""
+    """A config.json, and its text_config if it describes a multimodal model."""
     text = raw.get("text_config")
     return (raw, text) if isinstance(text, dict) else (raw,)
 
@@ -86,9 +86,9 @@ def _method(settings: Any) -> str:
 
 
 def other_json(raw: Mapping[str, Any]) -> str:
-    """What a JSON file is that was given as a config and is none, "" if that is not known."""
+    """The kind of a JSON file that was given as a config but is not one, "" if it is unknown."""
     if "weight_map" in raw:
-        return "an index of shards, not a config: name the folder that it lies in"
+        return "an index of shards, not a config: give the folder that contains it"
     if "peft_type" in raw or "fine_tune_type" in raw or "lora_parameters" in raw:
         return adapter(raw)
     if "_class_name" in raw or "_diffusers_version" in raw:
@@ -98,18 +98,18 @@ def other_json(raw: Mapping[str, Any]) -> str:
     if "builder_config" in raw or "pretrained_config" in raw or {"architecture", "mapping"} <= raw.keys():
         return "a config of TensorRT-LLM: use the original model"
     if "added_tokens" in raw and "model" in raw:
-        return "a tokenizer, not a config: name the folder that it lies in"
+        return "a tokenizer, not a config: give the folder that contains it"
     return ""
 
 
 def adapter(raw: Mapping[str, Any]) -> str:
-    """What to do with an adapter that was given as the model, from its adapter_config.json."""
+    """The message for an adapter that was given as the model, from its adapter_config.json."""
     mlx = "peft_type" not in raw and ("fine_tune_type" in raw or "lora_parameters" in raw)
     base = raw.get("model" if mlx else "base_model_name_or_path")
     of = f" of {base!r:.120}" if isinstance(base, str) and base else ""
     by = " of mlx-lm" if mlx else ""
     if mlx and raw.get("fine_tune_type", "lora") != "lora":
-        return f"an adapter{of}{by}, not a model: merge it with `mlx_lm.fuse` and name the result"
+        return f"an adapter{of}{by}, not a model: merge it with `mlx_lm.fuse` and give the result"
     name = base if of else "BASE"
     return f"an adapter{of}{by}, not a model: name the base model and give the adapter as --adapter-path" + (
         f" (in Python load({name!r:.120}, adapter=...))"
@@ -117,7 +117,7 @@ def adapter(raw: Mapping[str, Any]) -> str:
 
 
 def adapter_in(folder: Path) -> str:
-    """`adapter` for a folder that holds one, "" if it holds none."""
+    """The message of `adapter` for a folder that contains an adapter, else ""."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         return ""
@@ -128,20 +128,20 @@ def adapter_in(folder: Path) -> str:
 
 
 def check_layers(raw: Mapping[str, Any], source: str) -> None:
-    """Refuse absurd numbers of layers before anything is made for each of them."""
+    """Reject absurd numbers of layers before anything is allocated for each of them."""
     for keys in _whole_and_text(raw):
         for name in _LAYERS:
             value = keys.get(name)
             if isinstance(value, (int, float)) and value > MOST_LAYERS:
                 raise ConfigError(
-                    f"{source}: {name} is {value!r:.40}, at most {MOST_LAYERS} layers are expected"
+                    f"{source}: {name} is {value!r:.40}, at most {MOST_LAYERS} layers are supported"
                 )
 
 
 def check_experts(layers: int, experts: int, source: str) -> None:
-    """Refuse absurd numbers of experts in all layers together."""
+    """Reject absurd numbers of experts in all layers together."""
     if layers * experts > _MOST_EXPERTS:
         raise ConfigError(
             f"{source}: num_experts is {experts} in each of {layers} layers: at most {_MOST_EXPERTS} in all "
-            "layers together are expected"
+            "layers together are supported"
         )

@@ -1,1 +1,1 @@
-"""What is not a contraction, each forward beside its backward."""
+"""Operations that are not contractions, each forward pass with its backward pass."""

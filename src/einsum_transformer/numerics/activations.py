@@ -1,4 +1,4 @@
-"""Activation functions, each beside its derivative."""
+"""Activation functions and their derivatives."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A function by element, and the function that gives it together with its derivative."""
+    """An elementwise function, and the function that returns its value and its derivative."""
 
     forward: Callable[[Array], Array]
     with_derivative: Callable[[Array], tuple[Array, Array]]
@@ -42,14 +42,14 @@ def silu_and_derivative(x: Array) -> tuple[Array, Array]:
 
 
 def gelu(x: Array) -> Array:
-    """x * P(x), P the normal distribution function (Hendrycks and Gimpel, 2016)."""
+    """x * P(x) with the standard normal distribution function P (Hendrycks and Gimpel, 2016)."""
     y = _normal_distribution(x)
     y *= x
     return y
 
 
 def gelu_and_derivative(x: Array) -> tuple[Array, Array]:
-    """y = x P(x) and dy/dx = P(x) + x p(x), p the normal density."""
+    """y = x P(x) and dy/dx = P(x) + x p(x) with the standard normal density p."""
     derivative = _normal_distribution(x)
     y = x * derivative
     x = np.clip(x, -_FLAT, _FLAT)
@@ -62,7 +62,7 @@ def gelu_and_derivative(x: Array) -> tuple[Array, Array]:
     return y, derivative
 
 
-_FLAT = 30.0  # beyond it the bends of gelu are 0 in float64, and squares stay finite up to it
+_FLAT = 30.0  # beyond it the derivative of gelu is constant in float64; up to it squares stay finite
 _CUBE = 0.044715
 _SLOPE = math.sqrt(2 / math.pi)
 
@@ -102,11 +102,11 @@ ACTIVATIONS: dict[HiddenAct, Activation] = {
     "gelu_fast": GELU_TANH,
     "gelu_pytorch_tanh": GELU_TANH,
 }
-"""By the names of Hugging Face's `hidden_act`."""
+"""Hugging Face's `hidden_act` -> activation."""
 
 
 def _one_plus_exp(x: Array) -> Array:
-    """1 + exp(-x); exp may overflow to infinity, whose reciprocal is the right limit 0."""
+    """1 + exp(-x); exp may overflow to infinity, whose reciprocal is the correct limit 0."""
     y = np.negative(x)
     with np.errstate(over="ignore"):
         np.exp(y, out=y)
@@ -130,7 +130,7 @@ _FAR = 6.0  # erfc(6) = 2e-17: beyond it the normal distribution is 0 or 1 in fl
 def _normal_distribution(x: Array) -> Array:
     """P(x) = erfc(-x / sqrt(2)) / 2, from erfc(z) = t exp(-z^2 + series(t)), t = 2 / (2 + z), for z >= 0.
 
-    NumPy has no erf. One exponential and one polynomial hold for all z, without branches.
+    NumPy does not provide erf. One exponential and one polynomial are valid for all z, without branches.
     """
     series = _erfc_series(8 if x.dtype.itemsize <= 4 else 18)
     z = np.abs(x)
@@ -151,7 +151,7 @@ def _normal_distribution(x: Array) -> Array:
 
 @cache
 def _erfc_series(degree: int) -> list[float]:
-    """Coefficients, by powers of t, of log(erfc(z) exp(z^2) / t), interpolated at Chebyshev's points."""
+    """Coefficients, in powers of t, of log(erfc(z) exp(z^2) / t), interpolated at Chebyshev points."""
     least = 2 / (2 + _FAR)
 
     def exact(s: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Rotation of pairs of head dimensions, the arithmetic of RoPE, forward and backward."""
+"""Rotation of pairs of head dimensions, as in RoPE, forward and backward."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def rotate(x: Array, cos: Array, signed_sin: Array, interleaved: bool = False) -
     """Rotate each pair (a, b) of the last axis: (a cos - b sin, b cos + a sin).
 
     x: (..., h); cos: (..., r/2), signed_sin: (..., 2, r/2) = (-sin, sin), broadcastable over x's other axes,
-    with r <= h rotated dimensions; the rest passes unchanged. Pairs are (i, i + r/2), the layout of Hugging
+    with r <= h rotated dimensions; the others are copied. Pairs are (i, i + r/2), the layout of Hugging
     Face, or (2i, 2i + 1) if `interleaved`. The backward pass is the rotation by the opposite angle:
     rotate(dy, cos, -signed_sin).
     """
@@ -17,18 +17,18 @@ def rotate(x: Array, cos: Array, signed_sin: Array, interleaved: bool = False) -
     y = np.empty_like(x)
     if 2 * half < x.shape[-1]:
         y[..., 2 * half :] = x[..., 2 * half :]
-        x_turned, y_turned = x[..., : 2 * half], y[..., : 2 * half]
+        x_part, y_part = x[..., : 2 * half], y[..., : 2 * half]
     else:
-        x_turned, y_turned = x, y
-    pairs, turned = _pairs(x_turned, half, interleaved), _pairs(y_turned, half, interleaved)
-    np.multiply(pairs, cos[..., None, :], out=turned)
-    # (b, a) * (-sin, sin): reading the pair axis backwards swaps its members without a copy.
-    turned += pairs[..., ::-1, :] * signed_sin
+        x_part, y_part = x, y
+    pairs, rotated = _pairs(x_part, half, interleaved), _pairs(y_part, half, interleaved)
+    np.multiply(pairs, cos[..., None, :], out=rotated)
+    # (b, a) * (-sin, sin): reversing the pair axis swaps a and b without a copy.
+    rotated += pairs[..., ::-1, :] * signed_sin
     return y
 
 
 def _pairs(x: Array, half: int, interleaved: bool) -> Array:
-    """The view (..., 2, r/2): first members of all pairs, then second ones."""
+    """Return the view (..., 2, r/2): the first elements of all pairs, then the second ones."""
     if interleaved:
         return x.reshape(*x.shape[:-1], half, 2).swapaxes(-1, -2)
     return x.reshape(*x.shape[:-1], 2, half)

@@ -1,4 +1,4 @@
-"""Soft capping, y = cap tanh(x / cap): scores that come near +-cap and never pass it (Gemma 2)."""
+"""Soft capping, y = cap tanh(x / cap): limits scores to between -cap and cap (Gemma 2)."""
 
 import numpy as np
 

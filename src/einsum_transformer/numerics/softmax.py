@@ -10,11 +10,11 @@ Saved = tuple[Array, Array, Array, Array, int]
 _PIECE = 1 << 17  # elements
 
 IGNORE_INDEX = -100
-"""Targets with this value take no part in the loss (the convention of PyTorch and Hugging Face)."""
+"""Targets with this value are excluded from the loss (the convention of PyTorch and Hugging Face)."""
 
 
 def softmax(x: Array) -> Array:
-    """exp(x) / sum(exp(x)) over the last axis; a row that is all -inf gives zeros, not NaN."""
+    """exp(x) / sum(exp(x)) over the last axis; a row of -inf yields zeros, not NaN."""
     top = x.max(axis=-1, keepdims=True)
     y = np.exp(x - np.where(np.isfinite(top), top, 0))
     total = y.sum(axis=-1, keepdims=True)
@@ -24,16 +24,16 @@ def softmax(x: Array) -> Array:
 def cross_entropy(logits: Array, targets: Array, count: int | None = None) -> tuple[float, Saved]:
     """Sum of -log softmax(logits)[target] over the targets that are not IGNORE_INDEX, divided by `count`.
 
-    logits: (b, t, v), overwritten; targets: (b, t) ints. count: what to divide by where this is a part of a
-    batch, so that the parts add up to the batch's mean; by default the number of targets that count, for the
-    mean. Returns the loss and what the backward needs. With no target the loss is 0 and so is its gradient.
+    logits: (b, t, v), overwritten; targets: (b, t) ints. count: the divisor; by default the number of targets
+    that are not ignored. For a part of a batch, pass the count of the whole batch: the losses of the parts
+    then add up to its mean. Returns (loss, saved). If all targets are ignored, loss and gradient are 0.
     """
     counted = targets != IGNORE_INDEX
     count = max(1, int(counted.sum()) if count is None else count)
     top = logits.max(axis=-1)
     index = np.where(counted, targets, 0)[..., None]
     at_target = np.take_along_axis(logits, index, axis=-1)[..., 0]
-    # Vocabulary outermost: a piece of it, for all positions, stays in the cache for all passes.
+    # Pieces of the vocabulary, for all positions, stay in the CPU cache during all operations.
     total = np.zeros(top.shape, np.float64)
     for piece in _pieces(logits):
         piece -= top
@@ -45,8 +45,8 @@ def cross_entropy(logits: Array, targets: Array, count: int | None = None) -> tu
 
 
 def cross_entropy_backward(saved: Saved) -> Array:
-    """dlogits = (softmax(logits) - onehot(target)) / count, and 0 where the target is ignored; in the memory
-    of the logits."""
+    """dlogits = (softmax(logits) - onehot(target)) / count, and 0 for ignored targets; overwrites the
+    logits."""
     p, total, counted, index, count = saved
     scale = (counted / (total * count)).astype(p.dtype)
     for piece in _pieces(p):
@@ -57,7 +57,7 @@ def cross_entropy_backward(saved: Saved) -> Array:
 
 
 def _pieces(logits: Array) -> Iterator[Array]:
-    """Views (v', b, t) of a part of the vocabulary each."""
-    lines = np.moveaxis(logits, -1, 0)
-    step = max(1, _PIECE // max(1, lines[0].size))
-    return (lines[start : start + step] for start in range(0, len(lines), step))
+    """Return views (v', b, t) of consecutive pieces of the vocabulary."""
+    by_token = np.moveaxis(logits, -1, 0)
+    step = max(1, _PIECE // max(1, by_token[0].size))
+    return (by_token[start : start + step] for start in range(0, len(by_token), step))

@@ -1,4 +1,4 @@
-"""The k largest along the last axis."""
+"""The k largest values along the last axis."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ Array = np.ndarray
 
 
 def top_k(scores: Array, k: int) -> Array:
-    """Places of the k largest numbers of the last axis, in ascending order of place: (..., n) -> (..., k)."""
+    """Return the indices of the k largest values along the last axis, sorted: (..., n) -> (..., k)."""
     if k >= scores.shape[-1]:
         return np.broadcast_to(np.arange(scores.shape[-1]), scores.shape).copy()
     return np.sort(np.argpartition(-scores, k - 1, axis=-1)[..., :k], axis=-1)
 
 
 def without_all_but_best_groups(scores: Array, groups: int, kept: int) -> Array:
-    """The scores, with 0 outside of the `kept` groups of neighbours that have the largest maxima."""
+    """Return the scores with 0 outside of the `kept` groups of adjacent entries with the largest maxima."""
     grouped = scores.reshape(*scores.shape[:-1], groups, -1)
     best = top_k(grouped.max(axis=-1), kept)
     mask = np.zeros(grouped.shape[:-1], scores.dtype)

@@ -1,1 +1,1 @@
-"""Text in and out: tokenizers, chat templates and streamed decoding."""
+"""Tokenizers, chat templates and streaming decoders."""

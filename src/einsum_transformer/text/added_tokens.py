@@ -1,8 +1,8 @@
-"""Added and named special tokens of a tokenizer's folder, as transformers 5 reads them from its files.
+"""Added tokens and named special tokens of a tokenizer's folder, read as in transformers 5.
 
-With `added_tokens_decoder` in tokenizer_config.json, that file is complete and special_tokens_map.json and
-added_tokens.json are not read; without it both are, and special_tokens_map.json goes before
-tokenizer_config.json. Flags in these files go before those in tokenizer.json.
+If tokenizer_config.json has `added_tokens_decoder`, it is complete, and special_tokens_map.json and
+added_tokens.json are not read. Otherwise both are read, and special_tokens_map.json takes precedence over
+tokenizer_config.json. Flags in these files take precedence over those in tokenizer.json.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 @dataclass(frozen=True, slots=True)
 class Specials:
-    """Special tokens with a name, `bos_token` and also `image_token`, and those without one."""
+    """Special tokens with a name, such as `bos_token` or `image_token`, and those without a name."""
 
     named: dict[str, str | AddedToken]
     extra: list[str | AddedToken]
@@ -33,7 +33,7 @@ class Specials:
 
 @dataclass(frozen=True, slots=True)
 class TokenFiles:
-    """What lists tokens in a folder.
+    """The contents of the files in a folder that list tokens.
 
     config, token_map, legacy: tokenizer_config.json, special_tokens_map.json and added_tokens.json.
     listed: "added_tokens" of tokenizer.json.
@@ -52,10 +52,10 @@ def add_tokens(
     folder: str,
     default_extra: Sequence[str] = (),
 ) -> Specials:
-    """Add what the files list to `backend`; returns the special tokens.
+    """Add the tokens in the files to `backend`; returns the special tokens.
 
     defaults, default_extra: special tokens of the tokenizer's class. Raises InputError for a malformed entry
-    and for a new token that would get another id than the file states.
+    and for a new token whose id would differ from the id in the file.
     """
     found = _special_values(files, folder)
     if files.config.get("added_tokens_decoder") is not None:
@@ -78,7 +78,7 @@ def add_tokens(
 
 
 def check_stated_ids(backend: Tokenizer, entries: Any, path: str) -> None:
-    """Check that the tokens listed in tokenizer.json have the ids stated there; `tokenizers` only warns."""
+    """Check that the added tokens of tokenizer.json have the ids in the file; `tokenizers` only warns."""
     for entry in entries if isinstance(entries, list) else []:
         if not _is_token(entry):
             continue
@@ -92,10 +92,10 @@ def check_stated_ids(backend: Tokenizer, entries: Any, path: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """Special tokens as the files write them; None in `named`: the file says that there is none.
+    """Special tokens as written in the files; None in `named`: the file sets the token to null.
 
-    extra: None if no file has a list of them. written: contents that make a token of added_tokens.json
-    special; transformers compares them before it reads the typed form of tokenizer_config.json.
+    extra: None if no file lists such tokens. written: a token of added_tokens.json with one of these contents
+    is special; transformers compares them before it reads the typed form of tokenizer_config.json.
     """
 
     named: dict[str, Any]
@@ -113,7 +113,7 @@ def _special_values(files: TokenFiles, folder: str) -> _Values:
     }
     if isinstance(values.get(_EXTRA), Mapping):
         own |= values.pop(_EXTRA)
-    # Such tokens take the place of the object that lists them.
+    # These tokens replace the object that lists model-specific tokens.
     explicit = own or _object(values.get(_MODEL_SPECIFIC), f"{folder}: {_MODEL_SPECIFIC}")
     token_map: Mapping[str, Any] = {}
     if files.config.get("added_tokens_decoder") is None:
@@ -143,12 +143,12 @@ def _special_values(files: TokenFiles, folder: str) -> _Values:
 
 
 def is_typed(value: Any) -> bool:
-    """Whether a value is an object that transformers reads as a token with flags."""
+    """Whether transformers reads a value as a token with flags."""
     return _is_token(value) and value.get("__type") == "AddedToken"
 
 
 def _is_own(key: str) -> bool:
-    """Whether a key names a special token of the model's own, such as `image_token`."""
+    """Whether a key names a model-specific special token, such as `image_token`."""
     return key.endswith("_token") and key not in NAMES
 
 
@@ -161,12 +161,12 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _register(
     backend: Tokenizer, stated: list[tuple[int, AddedToken]], specials: Specials, folder: str
 ) -> None:
-    """Add the stated tokens, and those special ones that are in neither list."""
+    """Add the stated tokens, and the special tokens that are neither stated nor already in `backend`."""
     present = backend.get_added_tokens_decoder().values()
     tokens: list[str | AddedToken] = [token for _, token in stated]
     known = {token.content for token in present} | {str(token) for token in tokens}
     for token in (*specials.named.values(), *specials.extra):
-        # A string and a token with flags are different values, as in transformers: the later one decides.
+        # As in transformers, a string and a token with flags are different values: the later one is used.
         if str(token) not in known and token not in tokens:
             tokens.append(token)
     wanted = [AddedToken(token, special=True) if isinstance(token, str) else token for token in tokens]
@@ -174,7 +174,7 @@ def _register(
     special = {str(token) for token in specials.named.values()}
     special |= {token.content for token in present if token.special}
     for token in wanted:
-        # A token that was special stays special when text is decoded, whatever a later file says.
+        # A token that is special in one file stays special, even if a later file sets special to false.
         token.special = token.special or token.content in special
         special |= {token.content} if token.special else set()
     checked(f"{folder}: added tokens", lambda: backend.add_tokens(wanted))
@@ -194,7 +194,7 @@ def _check_ids(
         if before[token.content] is None:
             raise InputError(
                 f"{folder}: added token {token.content!r} should have id {wanted}, but it would get {found}: "
-                f"ids of added tokens must follow the vocabulary, with no gap and no other token there"
+                f"ids of added tokens must follow the vocabulary without a gap and without another token"
             )
         note(
             f"{folder}: {token.content!r} has id {found} in the vocabulary and {wanted} in the list of added "
@@ -207,7 +207,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _token(value: Any, where: str, special: bool | None = None) -> AddedToken:
-    """An AddedToken of an object with `content` and flags; special=None: as it says."""
+    """Return the AddedToken of an object with `content` and flags; special=None: use the object's flag."""
     if not _is_token(value):
         raise InputError(f'{where}: expected a string or {{"content": string}}')
     flags = {name: value[name] for name in _FLAGS if name in value}
@@ -219,16 +219,16 @@ def _token(value: Any, where: str, special: bool | None = None) -> AddedToken:
 
 
 def _special(value: Any, where: str) -> str | AddedToken:
-    """A special token, which its own flag can make an ordinary one; a string stays a string."""
+    """Return a special token, or an ordinary one if its flag says so; a string stays a string."""
     stated = isinstance(value, Mapping) and ("special" in value or "__type" in value)
     return value if isinstance(value, str) else _token(value, where, special=None if stated else True)
 
 
 def _stated(value: Any, folder: str) -> list[tuple[int, AddedToken]]:
-    """(id, token) of `added_tokens_decoder`, in the order of ids."""
+    """Return the pairs (id, token) of `added_tokens_decoder`, sorted by id."""
     where = f"{folder}/{_CONFIG}: added_tokens_decoder"
     if not isinstance(value, Mapping):
-        raise InputError(f"{where}: expected an object of id and token")
+        raise InputError(f"{where}: expected an object of ids and tokens")
     pairs = []
     for key, item in value.items():
         text = str(key)
@@ -240,7 +240,7 @@ def _stated(value: Any, folder: str) -> list[tuple[int, AddedToken]]:
 
 
 def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> dict[int, AddedToken]:
-    """Tokens of added_tokens.json, {content: id}, by their ids."""
+    """Return the tokens of added_tokens.json, {content: id}, by id."""
     where = f"{folder}/{_LEGACY}"
     tokens = {}
     for content, number in value.items():
@@ -253,7 +253,7 @@ def _legacy(value: Mapping[str, Any], special: set[str], folder: str) -> dict[in
 
 
 def _listed(entries: Any, folder: str) -> dict[int, AddedToken]:
-    """Tokens of tokenizer.json by their ids."""
+    """Return the added tokens of tokenizer.json by id."""
     where = f"{folder}/tokenizer.json: added_tokens"
     tokens = {}
     for entry in entries if isinstance(entries, list) else []:
@@ -265,7 +265,7 @@ def _listed(entries: Any, folder: str) -> dict[int, AddedToken]:
 
 
 def bounded_id(number: Any, where: str, key: Any) -> int:
-    """A token id in range; `key` is whose it is, for the message."""
+    """Return a token id after checking its range; `key` names its entry in the message."""
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_TOKEN_ID:
-        raise InputError(f"{where}: {key!r}: a token id is a number from 0 to {MAX_TOKEN_ID - 1}")
+        raise InputError(f"{where}: {key!r}: expected a token id from 0 to {MAX_TOKEN_ID - 1}")
     return number

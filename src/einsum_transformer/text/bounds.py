@@ -1,8 +1,8 @@
-"""The limits of one chat-template rendering: a deadline, and the sizes of the values a template makes.
+"""The limits of one chat-template rendering: a deadline, and the sizes of the values a template creates.
 
 A trace function ends a rendering that runs too long, which works because jinja2 compiles templates to Python.
-It cannot interrupt one long operation of the interpreter ('a' * 10**9), so the size of every value is
-estimated before a template makes it, and checked afterwards.
+It cannot interrupt one long operation of the interpreter (`'a' * 10**9`), so the size of every value is
+estimated before a template creates it, and checked afterwards.
 """
 
 import math
@@ -18,36 +18,36 @@ from typing import Any
 
 from einsum_transformer.errors import InputError
 
-MAX_BITS = 20_000  # of an integer; Python itself refuses to write one of more than 14,300 bits
-MAX_DEPTH = 100  # of containers in containers: C code that hashes or compares them recurses without a check
-TOTAL = 100  # values made in one rendering, in units of the largest value allowed
+MAX_BITS = 20_000  # of an integer; Python's int-to-str conversion is limited to about 14,300 bits
+MAX_DEPTH = 100  # of nested containers: C code that hashes or compares them recurses without a check
+TOTAL = 100  # total size of the values created in one rendering, in units of the largest allowed value
 _SIZED = (list, tuple, set, frozenset, dict, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class OutOfTime(BaseException):
-    """Raised by the trace function; not an Exception, so that no handler on the way out keeps it."""
+    """Raised by the trace function; not an Exception, so that no handler catches it on the way."""
 
 
 @dataclass(slots=True)
 class Meter:
-    """How much one rendering has made so far, in characters and list items."""
+    """Counts what one rendering has created so far, in characters and list items."""
 
     largest: int
     end: float = math.inf
     total: float = 0
 
     def check(self, size: float) -> None:
-        # The trace function is gone once the interpreter has swallowed what it raised (in a finalizer, say).
+        # Python drops the trace function if its exception is ignored, for example in a finalizer.
         if time.monotonic() > self.end:
             raise OutOfTime
         if size > self.largest:
-            raise InputError(f"chat template: makes a value of more than {self.largest} characters")
+            raise InputError(f"chat template: creates a value of more than {self.largest} characters")
 
     def charge(self, size: float) -> None:
         self.check(size)
         self.total += size
         if self.total > TOTAL * self.largest:
-            raise InputError(f"chat template: makes more than {TOTAL * self.largest} characters in all")
+            raise InputError(f"chat template: creates more than {TOTAL * self.largest} characters in total")
 
 
 METER: ContextVar[Meter] = ContextVar("METER")
@@ -55,9 +55,10 @@ METER: ContextVar[Meter] = ContextVar("METER")
 
 @contextmanager
 def bounded(seconds: float, largest: int, watched: frozenset[str]) -> Iterator[None]:
-    """Bound the time and the memory of what this thread calls inside the `with` block.
+    """Bound the time and memory of the calls of this thread inside the `with` block.
 
-    Frames of the files in `watched`, which may loop for long, are watched line by line, others at their call.
+    Frames of the files in `watched`, which may contain long loops, are traced at each line, others at their
+    call.
     """
     end = time.monotonic() + seconds
 
@@ -76,16 +77,16 @@ def bounded(seconds: float, largest: int, watched: frozenset[str]) -> Iterator[N
 
 
 def weigh(value: Any) -> float:
-    """Characters and items of `value` written out in full, shared parts counted each time they occur."""
+    """Return the number of characters and items of `value`, counting shared parts each time they occur."""
     size, height = _measure((value,), {})
     if height > MAX_DEPTH:
-        raise InputError(f"chat template: makes a value with more than {MAX_DEPTH} levels")
+        raise InputError(f"chat template: creates a value with more than {MAX_DEPTH} levels of nesting")
     METER.get().check(size - 1)
     return size - 1
 
 
 def _measure(container: Any, seen: dict[int, tuple[float, int, Any]]) -> tuple[float, int]:
-    """Size and height; a container met again, which makes small values huge when written, is looked up."""
+    """Return size and height; a shared container, which makes small values huge as text, is looked up."""
     size, height = 1.0, 0
     for item in chain(container, container.values()) if isinstance(container, dict) else container:
         if isinstance(item, str):
@@ -101,14 +102,14 @@ def _measure(container: Any, seen: dict[int, tuple[float, int, Any]]) -> tuple[f
 
 
 def keep(value: Any) -> Any:
-    """Return `value`, made by a template, once it is known to be small enough."""
+    """Return `value`, created by a template, after checking its size."""
     weigh(value)
     METER.get().charge(len(value) if isinstance(value, (str, *_SIZED)) else 1)
     return value
 
 
 def show(value: Any) -> Any:
-    """Return `value`, about to be written to the output, once its text is known to be short enough."""
+    """Return `value`, to be written to the output, after checking the length of its text."""
     METER.get().charge(weigh(value))
     return value
 
@@ -144,7 +145,7 @@ def _braces_size(text: str, *args: Any, **kwargs: Any) -> float:
     text = text.replace("{{", "").replace("}}", "")
     fields = re.findall(r"\{([^{}]*)", text)
     if any("." in field.partition(":")[0] or "[" in field for field in fields):
-        raise InputError("chat template: a format field that looks into its argument is not supported")
+        raise InputError("chat template: attributes and indices in format fields are not supported")
     widths: list[Any] = re.findall(r"\d+", " ".join(fields))
     if re.search(r"\{[^{}]*\{", text):
         widths += values
@@ -152,7 +153,7 @@ def _braces_size(text: str, *args: Any, **kwargs: Any) -> float:
 
 
 def _widest(widths: Sequence[Any]) -> int:
-    """The largest width among digits of a format string and the integer arguments that can serve as one."""
+    """Return the largest width among digits of a format string and integer arguments."""
     numbers = [
         each for each in widths if isinstance(each, int) or (isinstance(each, str) and each.isdecimal())
     ]
@@ -165,10 +166,10 @@ def _replaced_size(text: Any, old: Any, new: Any, *_: Any, **__: Any) -> int:
 
 
 def _strip_size(text: str, chars: str | None = None) -> int:
-    return 1000 * len(chars or "")  # each character of the text may be compared with each of these
+    return 1000 * len(chars or "")  # each character of the text may be compared with each of chars
 
 
-# Upper bounds of what an operation makes, by its name; the arguments are those of the operation.
+# Name of an operation -> upper bound of the size of its result; the arguments are those of the operation.
 OPERATOR_SIZES: dict[str, Callable[[Any, Any], float]] = {
     "*": _product_size,
     "**": _power_size,

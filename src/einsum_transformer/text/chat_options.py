@@ -1,4 +1,4 @@
-"""The choice of a chat template, and the meaning of the keywords of transformers' `apply_chat_template`."""
+"""Select a chat template, and check the keywords of transformers' `apply_chat_template`."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -8,27 +8,27 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 from einsum_transformer.text.chat_template import template_variables
 
-# Keyword -> (the values that change nothing, what to do instead of another one).
+# Keyword -> (values that have no effect, what to do instead of using another value).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tokenize": ((True,), "render_chat gives the text"),
-    "return_dict": ((False,), "encode_chat gives a list of ids"),
-    "return_tensors": ((None,), "encode_chat gives a list of ids; numpy.array makes an array of it"),
-    "return_assistant_tokens_mask": ((False,), "training with mask_prompt learns the answers alone"),
+    "tokenize": ((True, False), "apply_chat_template returns token ids or text"),
+    "return_dict": ((False,), "apply_chat_template returns a list of ids"),
+    "return_tensors": ((None,), "apply_chat_template returns a list of ids; numpy.array converts it"),
+    "return_assistant_tokens_mask": ((False,), "train with mask_prompt to learn the answers alone"),
     "padding": (
         (False, None, "do_not_pad"),
         "conversations are encoded one at a time; generate pads a batch",
     ),
-    "truncation": ((False, None, "do_not_truncate"), "cut the list of ids"),
-    "max_length": ((None,), "cut the list of ids"),
+    "truncation": ((False, None, "do_not_truncate"), "truncate the list of ids"),
+    "max_length": ((None,), "truncate the list of ids"),
     "tokenizer_kwargs": ((None, {}), "encode the text of render_chat"),
-    "sanitize_control_tokens": ((False,), "special tokens in messages are read as such"),
+    "sanitize_control_tokens": ((False,), "special tokens in messages are encoded as special tokens"),
 }
 
 
 def check_options(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a template among keywords; InputError for a keyword that has another meaning."""
-    for name, (neutral, advice) in REFUSED.items():
-        if name in variables and not any(variables[name] == value for value in neutral):
+    """Return the keywords that are template variables; InputError for an unsupported keyword."""
+    for name, (unused, advice) in REFUSED.items():
+        if name in variables and not any(variables[name] == value for value in unused):
             raise InputError(f"{name}={variables[name]!r} is not supported: {advice}")
     if "conversation" in variables:
         raise InputError("conversation: give the messages as the first argument")
@@ -36,27 +36,27 @@ def check_options(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_template(templates: Mapping[str, str], wanted: str | None, tools: bool, source: str) -> str:
-    """The template that `wanted` names or is, or else the checkpoint's, as transformers chooses it."""
+    """Return the template `wanted` (a name or a template), or else the one that transformers selects."""
     if wanted is not None:
         if not isinstance(wanted, str):
             raise InputError(f"chat_template: expected a string, got {type(wanted).__name__}")
         if wanted in templates or "{" in wanted:
             return templates.get(wanted, wanted)
         raise InputError(
-            f"chat_template {wanted!r} is neither a jinja template nor the name of one; "
+            f"chat_template {wanted!r} is neither a Jinja template nor the name of one; "
             f"{source} has {_names(templates)}"
         )
     if not templates:
         raise InputError(
-            f"{source}: has no chat template; give a plain prompt instead, or a template with chat_template "
+            f"{source} has no chat template; give a plain prompt instead, or a template with chat_template "
             f"(--chat-template)"
         )
     if tools and "tool_use" in templates:
         return templates["tool_use"]
     if "default" not in templates:
         raise InputError(
-            f"{source}: no chat template is the default one: choose one of {_names(templates)} with "
-            "encode_chat(messages, chat_template=NAME) or --chat-template NAME"
+            f"{source} has no default chat template: choose one of {_names(templates)} with "
+            "apply_chat_template(messages, chat_template=NAME) or --chat-template NAME"
         )
     return templates["default"]
 
@@ -71,7 +71,7 @@ def note_unused(
     tools: Sequence[Any] | None,
     documents: Sequence[Any] | None,
 ) -> None:
-    """Name, once, what is given to a template that does not use it."""
+    """Note once the variables that are given but not used by the template."""
     given = list(variables)
     given += [name for name, value in (("tools", tools), ("documents", documents)) if value]
     unused = sorted(set(given) - template_variables(template)) if given else []

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation and the checkpoint's jinja2 template give the prompt's text."""
+"""Chat templates: render a conversation to the text of a prompt with the checkpoint's Jinja template."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -27,19 +27,19 @@ def render_chat_spans(
     max_chars: int = 1_000_000,
     **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation as transformers' `apply_chat_template(tokenize=False)` does.
+    """Render a conversation like transformers' `apply_chat_template(tokenize=False)`.
 
-    Returns the text, and the (first, past the last) character of each `{% generation %}` block in it.
-    The template is untrusted: it runs in a sandbox, for at most `seconds`, and makes at most `max_chars`
-    characters. Raises InputError for a malformed message and for a template that is wrong, runs too long or
-    raises an exception of its own.
+    Returns the text and the (start, end) character offsets of each `{% generation %}` block in it.
+    The template is untrusted: it runs in a sandbox for at most `seconds` and writes at most `max_chars`
+    characters. Raises InputError for a malformed message and for a template that is invalid, runs too long or
+    raises an exception.
     """
     conversation = check_messages(messages)
     if continue_final_message:
         if add_generation_prompt:
             raise InputError(
-                "continue_final_message and add_generation_prompt: the first goes on with the last message, "
-                "the second begins a new one; choose one"
+                "continue_final_message and add_generation_prompt: the first continues the last message, "
+                "the second begins a new message; choose one"
             )
         final = _mark_end(conversation[-1], continue_final_message, template)
     given = _plain(variables, "variables") | {
@@ -56,12 +56,12 @@ def render_chat_spans(
 
 
 def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
-    """Write a mark at the end of a message's field; returns the field's text without it."""
+    """Append a mark to a message's field; returns the field's text without the mark."""
     name = field if isinstance(field, str) else "content"
     value = message.get(name)
     if value is None:
         raise InputError(f"continue_final_message: the last message has no {name!r} to continue")
-    # Reasoning is there under several names; a template may read any of them.
+    # Reasoning is stored under several names; a template may read any of them.
     fields = [name] if name not in _REASONING else [key for key in _REASONING if message.get(key) == value]
     if not any(key in template for key in fields):
         raise InputError(f"continue_final_message: the chat template does not use {name!r}")
@@ -73,26 +73,26 @@ def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
         part["text"] = text + _END
         return text
     if not isinstance(value, str):
-        raise InputError(f"continue_final_message: {name!r} of the last message is not text")
+        raise InputError(f"continue_final_message: {name!r} of the last message is not a string")
     message.update(dict.fromkeys(fields, value + _END))
     return value
 
 
 def _cut_at_end(text: str, final: str) -> str:
-    """The rendered text up to the mark, without trailing space if the template strips messages."""
+    """Return the rendered text up to the mark, without trailing space if the template strips messages."""
     mark = _END.strip()
     if final.strip() not in text or mark not in text:
         raise InputError(
-            "continue_final_message: the chat template does not write the last message as it is, "
-            "so it cannot be continued"
+            "continue_final_message: the chat template changes or omits the last message, so it cannot be "
+            "continued"
         )
-    place = text.rindex(mark)
-    return text[:place] if text[place : place + len(_END)] == _END else text[:place].rstrip()
+    end = text.rindex(mark)
+    return text[:end] if text[end : end + len(_END)] == _END else text[:end].rstrip()
 
 
 @lru_cache(maxsize=32)
 def template_variables(template: str) -> frozenset[str]:
-    """Names of the variables that a template reads; raises InputError for one that is wrong."""
+    """Return the names of the variables that a template reads; raises InputError if it is invalid."""
     from jinja2 import meta
 
     from einsum_transformer.text.sandbox import WATCHED, compile_template, environment
@@ -107,23 +107,23 @@ def template_variables(template: str) -> frozenset[str]:
 def _render(
     template: str, variables: dict[str, Any], seconds: float, max_chars: int
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and the characters of each generation block."""
+    """Return the text and the character offsets of each generation block."""
     from einsum_transformer.text.sandbox import EDGE, WATCHED, compile_template
 
     chunks: list[str] = []
     edges: list[tuple[bool, int]] = []
-    room = max_chars
+    written = 0
 
     def run() -> None:
-        nonlocal room
+        nonlocal written
         compiled = compile_template(template)
         for chunk in compiled.root_render_func(compiled.new_context(variables)):
             chunks.append(chunk)
-            room -= len(chunk)
-            if room < 0:
+            written += len(chunk)
+            if written > max_chars:
                 raise InputError(f"chat template: writes more than {max_chars} characters")
 
-    token = EDGE.set(lambda begins: edges.append((begins, max_chars - room)))
+    token = EDGE.set(lambda begins: edges.append((begins, written)))
     try:
         _bounded(run, seconds, max_chars, WATCHED)
     finally:
@@ -132,13 +132,13 @@ def _render(
 
 
 def _spans(edges: Sequence[tuple[bool, int]]) -> list[tuple[int, int]]:
-    """Blocks with text in them; one that a `{% break %}` leaves has no end and is left out."""
+    """Return the non-empty blocks; a block that is left by `{% break %}` has no end and is omitted."""
     pairs = pairwise(edges)
-    return [(a, b) for (begins, a), (goes_on, b) in pairs if begins and not goes_on and a < b]
+    return [(a, b) for (begins, a), (next_begins, b) in pairs if begins and not next_begins and a < b]
 
 
 def _bounded(run: Callable[[], T], seconds: float, max_chars: int, watched: frozenset[str]) -> T:
-    """Run what a template does within limits; whatever goes wrong becomes an InputError."""
+    """Compile or render a template within limits; every failure becomes an InputError."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     from einsum_transformer.text.bounds import OutOfTime, bounded
@@ -154,7 +154,7 @@ def _bounded(run: Callable[[], T], seconds: float, max_chars: int, watched: froz
         raise InputError(f"chat template, line {error.lineno}: {_line(error.message)}") from None
     except TemplateError as error:
         raise InputError(f"chat template: {_line(error.message)}") from None
-    except Exception as error:  # anything the template's own expressions do wrong
+    except Exception as error:  # raised by the template's expressions
         raise InputError(f"chat template: {type(error).__name__}: {_line(error)}") from None
 
 
@@ -163,10 +163,10 @@ def _line(message: Any) -> str:
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return a conversation in plain JSON types; raises InputError that names the first wrong message.
+    """Return a conversation in plain JSON types; raises InputError that names the first invalid message.
 
-    A message is {"role": str, "content": str or [{"type": "text", "text": str}, ...], ...}; one that has
-    "tool_calls" needs no content.
+    A message is {"role": str, "content": str or [{"type": "text", "text": str}, ...], ...}; the content is
+    optional if there are "tool_calls".
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise InputError(f"messages: expected a list of messages, got {type(messages).__name__}")
@@ -178,7 +178,7 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: expected a dict with role and content, got {type(message).__name__}")
-    # As in transformers, a key without a value is dropped: templates ask whether it is there.
+    # As in transformers, a key without a value is dropped: templates test whether it is defined.
     plain = {key: value for key, value in _plain(message, where).items() if value is not None}
     if not isinstance(plain.get("role"), str):
         raise InputError(f"{where}: 'role' must be a string such as 'user', got {plain.get('role')!r}")
@@ -194,7 +194,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     elif not isinstance(content, str) and not (content is None and plain.get("tool_calls")):
         kind = type(content).__name__
         raise InputError(f"{where}: 'content' must be a string or a list of text parts, got {kind}")
-    # Templates differ in the name they read a reasoning trace from; transformers gives it under these two.
+    # Templates read a reasoning trace from different keys; transformers provides these two.
     reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
@@ -208,7 +208,7 @@ def _objects(value: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Rebuild `value` from JSON types, so that a template never holds an object with methods of its own."""
+    """Rebuild `value` from JSON types, so that a template never gets an object with other methods."""
     if depth > _MAX_DEPTH:
         raise InputError(f"{where}: nested more than {_MAX_DEPTH} levels deep")
     if value is None or isinstance(value, bool):
@@ -220,7 +220,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         return {_key(key, where): _plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
-    raise InputError(f"{where}: a template takes JSON values only, got {type(value).__name__}")
+    raise InputError(f"{where}: expected a JSON value, got {type(value).__name__}")
 
 
 def _key(key: Any, where: str) -> str:

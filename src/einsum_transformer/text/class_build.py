@@ -1,4 +1,4 @@
-"""The tokenizer of a class from vocabulary and merges, as the class itself builds it in transformers 5.24."""
+"""Build the tokenizer of a class from vocabulary and merges like the class does in transformers 5.24."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _SPELLS_SPACES = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokeni
 def build_class(
     kind: str, vocab: Mapping[str, Any], merges: list[tuple[str, str]], config: Mapping[str, Any], where: str
 ) -> Tokenizer:
-    """The tokenizer of class `kind` without added tokens and post-processor; `where` begins an InputError."""
+    """Build the tokenizer of a class without added tokens and post-processor; `where` prefixes errors."""
     ids = _ids(vocab, where)
     backend = Tokenizer(checked(f"{where}: unusable vocabulary", lambda: _model(kind, ids, merges, config)))
     if kind in _COMPOSED:
@@ -36,7 +36,7 @@ def build_class(
 
 
 def parts_of(text: str, path: str) -> tuple[Tokenizer, dict[str, Any], list[tuple[str, str]]] | None:
-    """(tokenizer without a vocabulary, vocabulary, merges) of a tokenizer.json; None if it is no BPE."""
+    """Split a tokenizer.json into (tokenizer without a vocabulary, vocabulary, merges); None if not a BPE."""
     whole: dict[str, Any] = checked(f"{path}: not a usable tokenizer", lambda: dict(json.loads(text)))
     model = whole.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -54,7 +54,7 @@ def parts_of(text: str, path: str) -> tuple[Tokenizer, dict[str, Any], list[tupl
 
 
 def builds_another(kind: str, text: str, path: str) -> bool:
-    """Whether the class would make of a tokenizer.json a tokenizer that reads or writes text differently."""
+    """Whether the class would build a tokenizer that encodes or decodes differently from tokenizer.json."""
     parts = parts_of(text, path)
     if parts is None:
         return True
@@ -70,7 +70,7 @@ def finish_class(
     specials: Specials,
     shell: Tokenizer | None,
 ) -> None:
-    """Set the post-processor, which may need added tokens; shell: as in `parts_of`, if any."""
+    """Set the post-processor, which may need added tokens; shell: the first result of `parts_of`, if any."""
     named = {name: str(token) for name, token in specials.named.items()}
     values = (*specials.named.values(), *specials.extra)
     if kind == "Qwen2Tokenizer":
@@ -123,7 +123,7 @@ def _pre_tokenizer(kind: str, config: Mapping[str, Any]) -> PreTokenizer:
     if kind == "GemmaTokenizer":
         return Split(" ", "merged_with_previous", invert=False)
     if kind in _SPELLS_SPACES:
-        # `legacy` false, the default, or null: a text after a special token does not begin with a space.
+        # If `legacy` is false (the default) or null, no space is added to text after a special token.
         always = kind == "LlamaTokenizer" and config.get("legacy") is True
         scheme = ("always" if always else "first") if _prefixes(config) else "never"
         return Metaspace(_SPACE, scheme, split=False)

@@ -1,7 +1,7 @@
-"""The class that transformers' AutoTokenizer takes for a folder, and the class's default special tokens.
+"""The tokenizer class that transformers' AutoTokenizer selects for a folder, and its default special tokens.
 
 A class of this module builds its tokenizer from vocabulary and merges alone; every other class, here called
-BACKEND, takes tokenizer.json as it is. The rules and tables are those of transformers 5.24
+BACKEND, uses tokenizer.json unchanged. Rules and tables follow transformers 5.24
 (`models/auto/tokenization_auto.py`).
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 from einsum_transformer.errors import InputError
 
 BACKEND = "TokenizersBackend"
-# Written beside a tokenizer.json that is complete, so that no class builds the tokenizer anew. transformers
-# does not know the key.
+# Key of tokenizer_config.json that marks tokenizer.json as complete, so that no class rebuilds the tokenizer.
+# transformers ignores the key.
 COMPLETE = "einsum_transformer_complete"
 _END = "<|endoftext|>"
 _GPT2 = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
@@ -24,7 +24,7 @@ _CODE_LLAMA = {
     "eot_token": "▁<EOT>",
     "fill_token": "<FILL_ME>",
 }
-# The named special tokens of each class where the files do not name them.
+# Default named special tokens of each class.
 DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": _GPT2,
     "CodeGenTokenizer": _GPT2,
@@ -52,9 +52,9 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA | _CODE_LLAMA,
 }
-# Special tokens without a name, where the files list none.
+# Default special tokens without a name.
 DEFAULT_EXTRA = {"CodeLlamaTokenizer": tuple(_CODE_LLAMA.values())}
-# Classes that have no pad token unless the files name one; the others take the one that padding uses.
+# Classes without a pad token unless the files name one; the others use the token of "padding".
 NO_PAD = frozenset({"GPT2Tokenizer", "CodeGenTokenizer"})
 
 _MODELS = {
@@ -83,21 +83,21 @@ _MODELS = {
     "vipllava voxtral voxtral_realtime xlm-roberta-xl",
 }
 CLASS_OF_MODEL = {model: name for name, models in _MODELS.items() for model in models.split()}
-# Models whose published tokenizer_class is wrong: their own class is always taken. The others of
-# transformers' list have BACKEND or a class that is not built here, which comes to the same.
+# Models whose published tokenizer_class is wrong: their registered class is always used. The other models of
+# transformers' list use BACKEND or a class that is not built here, with the same result.
 MISSTATED = frozenset(
     {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "hyperclovax_vision_v2"}
 )
 
-# Those that can do without a tokenizer.json, by vocab.json and merges.txt.
+# Classes that can be built from vocab.json and merges.txt, without a tokenizer.json.
 _BYTE_LEVEL = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "RobertaTokenizer")
 
 
 def class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: bool) -> str:
-    """The class, a key of DEFAULTS or BACKEND, as AutoTokenizer finds it.
+    """Return the class that AutoTokenizer selects: a key of DEFAULTS, or BACKEND.
 
-    config, model: tokenizer_config.json and config.json. byte_level: tokenizer.json holds a "ByteLevel",
-    which LlamaTokenizer could not build.
+    config, model: tokenizer_config.json and config.json. byte_level: tokenizer.json contains "ByteLevel",
+    which LlamaTokenizer cannot build.
     """
     if config.get(COMPLETE) is True:
         return BACKEND
@@ -114,28 +114,28 @@ def class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: 
 
 
 def stated_class(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
-    """`tokenizer_class` of tokenizer_config.json, else of config.json, without its ending Fast."""
+    """Return `tokenizer_class` of tokenizer_config.json or else of config.json, without the suffix Fast."""
     stated = config.get("tokenizer_class") or model.get("tokenizer_class")
     return None if not stated else str(stated).removesuffix("Fast")
 
 
 def class_of(config: Mapping[str, Any], model: Mapping[str, Any], folder: str) -> str:
-    """The class of a folder with vocab.json and merges.txt alone; InputError for another one."""
+    """Return the class of a folder with vocab.json and merges.txt alone; InputError for an unknown class."""
     stated = stated_class(config, model)
-    # Where transformers wants a tokenizer.json, a class that can do without one is taken at its word.
+    # If AutoTokenizer would require a tokenizer.json, use the stated class if it does not need the file.
     for name in (class_name(config, model, False), stated):
         if name in _BYTE_LEVEL:
             return name
     known = ", ".join(_BYTE_LEVEL)
     what = f"tokenizer_class {stated!r}" if stated is not None else f"model_type {model.get('model_type')!r}"
     raise InputError(
-        f"{folder}: vocab.json and merges.txt with {what}: the classes {known} are known; "
-        f"convert another one with transformers, AutoTokenizer.from_pretrained({folder!r})"
+        f"{folder}: {what} is not supported with vocab.json and merges.txt alone (supported: {known}); "
+        f"convert the tokenizer with transformers, AutoTokenizer.from_pretrained({folder!r})"
         f".save_pretrained({folder!r})"
     )
 
 
 def _has_code(config: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint names Python code of its own for its tokenizer, which is never run."""
+    """Whether the checkpoint names Python code for its tokenizer, which is never run."""
     named = config.get("auto_map")
     return bool(named.get("AutoTokenizer") if isinstance(named, Mapping) else named)

@@ -1,7 +1,7 @@
-"""What becomes of every key of tokenizer_config.json and of every `tokenizer.*` key of a GGUF file.
+"""How each key of tokenizer_config.json and each `tokenizer.*` key of a GGUF file is treated.
 
-A key is obeyed, neutral (it changes neither ids nor text here), given its meaning by tokenizer.json (so that
-the key itself is not used), or named in a note.
+A key is used, ignored because it changes neither ids nor text here, ignored because tokenizer.json already
+contains its effect, or named in a note.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ OBEYED = frozenset(
         *("model_specific_special_tokens", "chat_template", "split_special_tokens"),
         "clean_up_tokenization_spaces",
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
-        # For a class that builds its tokenizer from the vocabulary (classes.py); for another one
-        # tokenizer.json says these itself, and a note names a key that contradicts it.
+        # For a class that builds its tokenizer from the vocabulary (classes.py); otherwise tokenizer.json
+        # defines these settings, and a note names a key that contradicts it.
         *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy", COMPLETE),
     }
 )
 
 NEUTRAL = frozenset(
     {
-        # Batches, padding and truncation; texts are encoded one at a time and never cut.
+        # Batches, padding and truncation; texts are encoded one at a time and never truncated.
         *("model_max_length", "max_len", "max_length", "padding_side", "truncation_side", "stride"),
         *("truncation_strategy", "pad_to_multiple_of", "pad_token_type_id", "model_input_names"),
         *("padding", "truncation", "pad_token_id", "return_token_type_ids"),
@@ -50,11 +50,11 @@ NEUTRAL = frozenset(
             "revision",
         ),
         *("gguf_file", "tokenizer", "tokenizer_object", "unk_id", "max_loaded_vocab_size", "config"),
-        # Offsets, and answers parsed by a program.
+        # Offsets, and parsing of responses.
         *("trim_offsets", "response_schema", "response_template", "chat_control_tokens"),
-        # Read only by tokenizers written in Python; the native ones, as here, do not read it.
+        # Read only by tokenizers written in Python, not by the native ones used here.
         *("spaces_between_special_tokens", "sp_model_kwargs", "errors", "do_basic_tokenize", "never_split"),
-        # transformers dropped its default templates, the only readers of this key.
+        # transformers removed its default templates, which alone used this key.
         "use_default_system_prompt",
         # Arguments that transformers passes to itself.
         *("_json_padding", "_json_truncation", "_spm_precompiled_charsmap", "tokenizer_padding"),
@@ -62,7 +62,7 @@ NEUTRAL = frozenset(
     }
 )
 
-# How the vocabulary was converted: tokenizer.json holds the result.
+# How the vocabulary was converted: tokenizer.json contains the result.
 CONVERTED = frozenset(
     {
         *("do_lower_case", "strip_accents", "tokenize_chinese_chars", "normalization"),
@@ -77,11 +77,11 @@ CONVERTED = frozenset(
     }
 )
 
-# Named in a note where they have a value other than null or false.
+# Named in a note if the value is neither null nor false.
 NOTED = {
-    "auto_map": "code that comes with a checkpoint is never run; tokenizer.json is used",
+    "auto_map": "Python code in a checkpoint is never run; tokenizer.json is used",
     "fast_tokenizer_files": "only tokenizer.json is read",
-    "fix_mistral_regex": "the pre-tokenizer of tokenizer.json is used as it is",
+    "fix_mistral_regex": "the pre-tokenizer of tokenizer.json is used unchanged",
 }
 
 GGUF_OBEYED = frozenset(
@@ -102,29 +102,29 @@ GGUF_OBEYED = frozenset(
 
 GGUF_NEUTRAL = frozenset(
     {
-        # Infilling, which is not offered; the tokens themselves are in the vocabulary.
+        # Infilling, which is not supported; the tokens themselves are in the vocabulary.
         *(f"tokenizer.ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
         *(f"tokenizer.ggml.{part}_token_id" for part in ("prefix", "suffix", "middle")),
-        # Segment ids of encoders, the names of the templates, and copies of what the other keys say.
+        # Segment ids of encoders, the names of the templates, and copies of other keys.
         *("tokenizer.ggml.token_type_count", "tokenizer.chat_templates", "tokenizer.huggingface.json"),
         "tokenizer.rwkv.world",
     }
 )
 
 GGUF_NOTED = {
-    "tokenizer.ggml.add_sep_token": "a separator is only written between two texts, which are not supported",
-    "tokenizer.ggml.normalizer.lowercase": "it concerns WordPiece vocabularies only",
+    "tokenizer.ggml.add_sep_token": "a separator is only added between text pairs, which are not supported",
+    "tokenizer.ggml.normalizer.lowercase": "it applies to WordPiece vocabularies only",
 }
 
 
 def note_config_keys(config: Mapping[str, Any], path: str) -> None:
-    """Name the keys of a tokenizer_config.json that are not used although they may matter, in one note."""
+    """Note the keys of a tokenizer_config.json that are not used but may change the result."""
     named = {key for key, value in config.items() if _is_named_token(key, value)}
     _note_keys(config, OBEYED | NEUTRAL | CONVERTED | named, NOTED, path)
 
 
 def note_gguf_keys(metadata: Mapping[str, Any], path: str) -> None:
-    """The same for the `tokenizer.*` keys of a GGUF file."""
+    """Note the same for the `tokenizer.*` keys of a GGUF file."""
     own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     templates = {key for key in own if key.startswith("tokenizer.chat_template.")}
     _note_keys(own, GGUF_OBEYED | GGUF_NEUTRAL | templates, GGUF_NOTED, path)
@@ -133,7 +133,7 @@ def note_gguf_keys(metadata: Mapping[str, Any], path: str) -> None:
 def _note_keys(
     values: Mapping[str, Any], known: frozenset[str], reasons: Mapping[str, str], path: str
 ) -> None:
-    """Name in one note the keys that are set and not known; reasons: why some of them are not used."""
+    """Note the keys that are set but not in `known`, in one line; reasons: why some of them are not used."""
     is_set = [key for key, value in values.items() if value is not None and value is not False]
     if unused := [key for key in is_set if key not in known]:
         why = "; ".join(f"{key}: {reasons.get(key, 'not a known key')}" for key in unused)
@@ -141,5 +141,5 @@ def _note_keys(
 
 
 def _is_named_token(key: str, value: Any) -> bool:
-    """A model's own special token, such as `image_token`."""
+    """Whether a key is a model-specific special token, such as `image_token`."""
     return key.endswith("_token") and (isinstance(value, str) or is_typed(value))

@@ -1,4 +1,4 @@
-"""A tokenizer's folder: tokenizer.json, or vocab.json and merges.txt, and the settings beside it."""
+"""Read a tokenizer's folder: tokenizer.json, or vocab.json and merges.txt, and the settings."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ _MAX_BYTES = {
 }  # ten times any published
 _MAX_OTHER_BYTES = 1 << 24
 _MAX_TEMPLATES = 100
-# Files that hold a vocabulary in a form that is not read here.
+# Files with a vocabulary in an unsupported format.
 _OTHER_FORMS = {
     "tokenizer.model": "a SentencePiece model or a tiktoken vocabulary",
     "spiece.model": "a SentencePiece model",
@@ -44,7 +44,7 @@ CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt
 
 @dataclass(frozen=True, slots=True)
 class FolderTokenizer:
-    """What a folder says: the native tokenizer, special tokens by name, chat templates and settings."""
+    """The contents of a folder: the native tokenizer, special tokens by name, chat templates and settings."""
 
     backend: Tokenizer
     named: dict[str, str]
@@ -53,7 +53,7 @@ class FolderTokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether `read_folder` can read a tokenizer there; where only another form lies, a note names it."""
+    """Whether `read_folder` can read a tokenizer in a folder; a note names an unsupported format."""
     if (folder / "tokenizer.json").is_file():
         return True
     found = _other_form(folder)
@@ -66,12 +66,12 @@ def has_tokenizer(folder: Path) -> bool:
         except InputError as error:
             found = str(error)
     if found is not None:
-        note(f"{folder}: no tokenizer, so this model takes token ids only; {found}")
+        note(f"{folder}: no tokenizer, so this model accepts token ids only; {found}")
     return False
 
 
 def read_folder(folder: Path) -> FolderTokenizer:
-    """Read a tokenizer's files; raises InputError that names the file that is wrong."""
+    """Read a tokenizer's files; raises InputError that names the invalid file."""
     config = _read_json(folder, "tokenizer_config.json")
     model = _read_json(folder, "config.json")
     started = _start(folder, config, model)
@@ -95,10 +95,10 @@ def read_folder(folder: Path) -> FolderTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A native tokenizer without the added tokens of the files beside it.
+    """A native tokenizer before the added tokens of the other files are added.
 
-    shell: tokenizer.json without a vocabulary, where the class builds the tokenizer anew. listed: that
-    file's added tokens. defaults: named special tokens of the class.
+    shell: tokenizer.json without a vocabulary, if the class rebuilds the tokenizer. listed: the added tokens
+    of tokenizer.json. defaults: named special tokens of the class.
     """
 
     kind: str
@@ -115,7 +115,7 @@ def _start(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) ->
     if not _has_merges(folder):
         found = _other_form(folder)
         raise InputError(
-            f"{folder}: no tokenizer.json, which is needed to read and write text"
+            f"{folder}: no tokenizer.json, which is required to encode and decode text"
             f"{'' if found is None else f'; {found}'}"
         )
     kind = class_of(config, model, str(folder))
@@ -129,7 +129,7 @@ def _start_from_file(text: str, path: Path, config: Mapping[str, Any], model: Ma
     kind = class_name(config, model, '"ByteLevel"' in text)
     parts = None if kind == BACKEND else parts_of(text, str(path))
     if kind != BACKEND and parts is None:
-        note(f"{path}: its vocabulary is not the BPE of {kind}, so the file is used as it is")
+        note(f"{path}: its vocabulary is not the BPE of {kind}, so the file is used unchanged")
     listed = _added_tokens(text)
     if parts is None:
         backend, padding = _read_backend(text, path)
@@ -143,7 +143,7 @@ def _start_from_file(text: str, path: Path, config: Mapping[str, Any], model: Ma
 
 
 def _merges(text: str, path: str) -> list[tuple[str, str]]:
-    """The pairs of merges.txt, one a line, best first, after a line `#version: ...`."""
+    """Return the pairs of merges.txt: one per line, best first, after a line `#version: ...`."""
     pairs = []
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.removesuffix("\r")
@@ -151,7 +151,7 @@ def _merges(text: str, path: str) -> list[tuple[str, str]]:
             continue
         parts = line.split(" ")
         if len(parts) != 2:
-            raise InputError(f"{path}, line {number}: expected two tokens with a space between them")
+            raise InputError(f"{path}, line {number}: expected two tokens separated by a space")
         pairs.append((parts[0], parts[1]))
     return pairs
 
@@ -161,7 +161,7 @@ def _has_merges(folder: Path) -> bool:
 
 
 def _other_form(folder: Path) -> str | None:
-    """One sentence about a vocabulary in a form that is not read here, None if there is none."""
+    """Return a message about a vocabulary in an unsupported format, or None."""
     for name, form in _OTHER_FORMS.items():
         if (folder / name).is_file():
             return (
@@ -172,7 +172,7 @@ def _other_form(folder: Path) -> str | None:
 
 
 def _read_backend(text: str, path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """The native tokenizer without padding and truncation, and the pad token that its padding names."""
+    """Return the native tokenizer without padding and truncation, and the pad token of its padding."""
     backend = checked(f"{path}: not a usable tokenizer", lambda: Tokenizer.from_str(text))
     padding = _padding(backend)
     backend.no_truncation()
@@ -186,26 +186,26 @@ def _padding(backend: Tokenizer) -> dict[str, str]:
 
 
 def _added_tokens(text: str) -> Any:
-    """The list "added_tokens" of a tokenizer.json, found without parsing the vocabulary."""
+    """Return the list "added_tokens" of a tokenizer.json without parsing the vocabulary."""
     for match in re.finditer(r'"added_tokens"\s*:\s*(?=\[)', text):
         return json.JSONDecoder().raw_decode(text, match.end())[0]
     return []
 
 
 def _check_normalizer(text: str, path: Path) -> None:
-    """Check the character maps of a tokenizer.json, which is read in Python only if it can have one."""
-    if "precompiled_charsmap" not in text and not re.search(r"\\u00[4-7]", text):  # or has it in escapes
+    """Check the character maps of a tokenizer.json, which is parsed in Python only if it may have one."""
+    if "precompiled_charsmap" not in text and not re.search(r"\\u00[4-7]", text):  # the key may be escaped
         return
     level = [checked(f"{path}: not a usable tokenizer", lambda: dict(json.loads(text)).get("normalizer"))]
     while level:
-        below: list[Any] = []
+        children: list[Any] = []
         for value in level:
             if isinstance(value, dict) and isinstance(charsmap := value.get("precompiled_charsmap"), str):
                 where = f"{path}: normalizer.precompiled_charsmap"
                 check_charsmap(checked(where, lambda encoded=charsmap: base64.b64decode(encoded)), where)
             if isinstance(value, dict | list):
-                below += value.values() if isinstance(value, dict) else value
-        level = below
+                children += value.values() if isinstance(value, dict) else value
+        level = children
 
 
 def _note_differences(
@@ -215,7 +215,7 @@ def _note_differences(
     named: Mapping[str, str],
     folder: Path,
 ) -> None:
-    """Name the keys that contradict tokenizer.json, which transformers 5 takes."""
+    """Note the keys that contradict tokenizer.json, which takes precedence as in transformers 5."""
     ids = checked(f"{folder}: cannot encode a text", lambda: backend.encode("").ids)
     differing = []
     for key, name, end in (("add_bos_token", "bos_token", ids[:1]), ("add_eos_token", "eos_token", ids[-1:])):
@@ -228,11 +228,11 @@ def _note_differences(
         differing.append(f"add_prefix_space: {str(prefix).lower()}")
     if differing:
         path = folder / "tokenizer_config.json"
-        note(f"{path}: {', '.join(differing)} is not used: tokenizer.json says otherwise, and it decides")
+        note(f"{path}: {', '.join(differing)} is not used: tokenizer.json differs and takes precedence")
 
 
 def _byte_level_state(backend: Tokenizer) -> bool | None:
-    """`add_prefix_space` of a byte-level pre-tokenizer, None for another kind."""
+    """Return `add_prefix_space` of a byte-level pre-tokenizer, or None for another type."""
     pre = backend.pre_tokenizer
     state = b"" if pre is None else pre.__getstate__()
     if b'"ByteLevel"' not in state:
@@ -241,19 +241,19 @@ def _byte_level_state(backend: Tokenizer) -> bool | None:
 
 
 def _cleans_up(backend: Tokenizer, config: Mapping[str, Any]) -> bool:
-    """As in transformers 5, the key has no effect on BPE unless a second key forces it."""
+    """Whether decoding cleans up spaces; as in transformers 5, BPE requires a second key to force it."""
     forced = config.get(CLEAN_UP_BPE) is True
     return config.get(_CLEAN_UP) is True and (forced or not isinstance(backend.model, BPE))
 
 
 def _read(folder: Path, name: str) -> str | None:
-    """Text of a file in a checkpoint's folder, None if there is none."""
+    """Return the text of a file in a folder, or None if the file does not exist."""
     path = folder / name
     if not path.is_file():
         return None
     size, limit = path.stat().st_size, _MAX_BYTES.get(name, _MAX_OTHER_BYTES)
     if size > limit:
-        raise InputError(f"{path}: {size} bytes; at most {limit} are accepted")
+        raise InputError(f"{path}: {size} bytes; at most {limit} are allowed")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -272,14 +272,14 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, Path]]:
-    """Name -> chat template and its file.
+    """Return name -> (chat template, its file).
 
-    chat_template.jinja and additional_chat_templates/NAME.jinja, else those of tokenizer_config.json.
+    Read from chat_template.jinja and additional_chat_templates/NAME.jinja, or else tokenizer_config.json.
     """
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if len(more) > _MAX_TEMPLATES:
         raise InputError(
-            f"{folder / 'additional_chat_templates'}: {len(more)} files; at most {_MAX_TEMPLATES} are read"
+            f"{folder / 'additional_chat_templates'}: {len(more)} files; at most {_MAX_TEMPLATES} are allowed"
         )
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.name.removesuffix(".jinja"): path for path in more}
@@ -289,8 +289,8 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, 
 
 
 def templates_in(folder: Path) -> dict[str, tuple[str, Path]]:
-    """Name -> chat template and its file, of a folder that may hold no tokenizer: as `read_folder` finds
-    them, or else that of chat_template.json, where processors of transformers 4 have it."""
+    """Return name -> (chat template, its file) for a folder that may lack a tokenizer: as in `read_folder`,
+    or else from chat_template.json, the file of processors in transformers 4."""
     found = _templates(folder, _read_json(folder, "tokenizer_config.json"))
     old = "chat_template.json"
     return found or _config_templates(_read_json(folder, old).get("chat_template"), folder / old)

@@ -1,7 +1,7 @@
-"""GGUF tokenizer metadata to a `tokenizers.Tokenizer`: byte-level BPE, SentencePiece BPE and unigram.
+"""Build a `tokenizers.Tokenizer` from GGUF metadata: byte-level BPE, SentencePiece BPE and unigram.
 
-Keys and meanings are those of the GGUF specification and of llama.cpp's `llama-vocab.cpp`. Every count, id
-and merge is checked before it is used.
+Keys and their meaning follow the GGUF specification and llama.cpp's `llama-vocab.cpp`. Every count, id and
+merge is checked before use.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,25 +30,25 @@ _NAMES = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
-MAX_PIECE = 1024  # characters; cutting a token in all ways takes the square of its length
+MAX_PIECE = 1024  # characters; splitting a token at every position is quadratic in its length
 
 
 @dataclass(frozen=True, slots=True)
 class GgufVocab:
-    """A tokenizer without its post-processor, and the ids and switches that the metadata gives beside it."""
+    """A tokenizer without its post-processor, and the special ids and flags of the metadata."""
 
     backend: Tokenizer
     named: Mapping[str, str]
-    """Special tokens by the names that chat templates know."""
+    """Special tokens by their names in chat templates."""
     turn_end_ids: tuple[int, ...]
     edges: Mapping[str, bool]
     """`add_bos_token` and `add_eos_token`."""
     refusal: str | None = None
-    """Why text cannot be encoded, None if it can."""
+    """Why text cannot be encoded; None if it can."""
 
 
 class Metadata:
-    """Checked reads of `tokenizer.ggml.*` keys; every error names the file and the key."""
+    """Reads and checks `tokenizer.ggml.*` keys; every error names the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = values, source
@@ -83,7 +83,7 @@ class Metadata:
         return list(texts)
 
     def numbers(self, key: str, dtype: type) -> np.ndarray | None:
-        """One number per token, or None if the key is absent."""
+        """Return one number per token, or None if the key is absent."""
         if not self.has(key):
             return None
         try:
@@ -92,17 +92,17 @@ class Metadata:
             raise self.error(key, "not a list of numbers") from None
         if numbers.shape != (len(self.tokens),) or not np.isfinite(numbers).all():
             raise self.error(
-                key, f"{numbers.size} values, expected {len(self.tokens)} finite ones, one per token"
+                key, f"{numbers.size} values, expected {len(self.tokens)} finite values, one per token"
             )
         return numbers
 
     def id(self, key: str, default: int | None = None) -> int | None:
-        """A token id in range; `default` applies if the key is absent and the vocabulary is that large."""
+        """Return the token id, or `default` if it is missing or invalid; None without a valid default."""
         if not self.has(key):
             return default if default is not None and default < len(self.tokens) else None
         value = self._values[f"tokenizer.ggml.{key}"]
         if not isinstance(value, int | np.integer) or isinstance(value, bool):
-            raise self.error(key, f"{value!r} is not an id of the {len(self.tokens)} tokens")
+            raise self.error(key, f"{value!r} is not a token id below {len(self.tokens)}")
         if 0 <= value < len(self.tokens):
             return int(value)
         if key not in self.out_of_range:
@@ -114,22 +114,22 @@ class Metadata:
 
 
 def has_gguf_tokenizer(values: Mapping[str, Any], source: str) -> bool:
-    """Whether GGUF metadata holds a tokenizer that can be built; a note names one of another kind."""
+    """Whether GGUF metadata describes a supported tokenizer; a note names one that is not supported."""
     model = values.get("tokenizer.ggml.model")
     if model in (None, "none", "no_vocab"):
         return False
     if isinstance(model, str) and model in _BUILDERS:
         return True
-    note(f"{source}: {_not_supported(model)}, so the model takes token ids and no text")
+    note(f"{source}: {_not_supported(model)}, so the model accepts token ids only, not text")
     return False
 
 
 def _not_supported(model: Any) -> str:
-    return f"tokenizer.ggml.model {model!r:.60} is not supported (known: {', '.join(_BUILDERS)})"
+    return f"tokenizer.ggml.model {model!r:.60} is not supported (supported: {', '.join(_BUILDERS)})"
 
 
 def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
-    """Build the tokenizer that GGUF metadata describes; raises InputError that names `source` and the key."""
+    """Build the tokenizer from GGUF metadata; raises InputError that names `source` and the key."""
     model = values.get("tokenizer.ggml.model")
     build = _BUILDERS.get(model) if isinstance(model, str) else None
     if build is None:
@@ -144,7 +144,7 @@ def read_gguf_vocab(values: Mapping[str, Any], source: str) -> GgufVocab:
         wanted = vocab.edges[f"add_{name}_token"]
         if wanted and f"{name}_token" not in vocab.named and f"{name}_token_id" not in data.out_of_range:
             raise InputError(
-                f"{source}: tokenizer.ggml.add_{name}_token is set, but there is no {name}_token_id"
+                f"{source}: tokenizer.ggml.add_{name}_token is true, but {name}_token_id is missing"
             )
     return vocab
 
@@ -156,7 +156,7 @@ def _finish(
     add_bos: bool = False,
     add_eos: bool = False,
 ) -> GgufVocab:
-    """Read the special ids, and register the control and user-defined tokens, which are found in texts."""
+    """Read the special ids, and register the control and user-defined tokens, which are matched in text."""
     ids = {name: data.id(key, defaults.get(key)) for name, key in _NAMES.items()}
     named = {name: data.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
     ends = [token_id for name in ("eot_token_id", "eom_token_id") if (token_id := data.id(name)) is not None]
@@ -176,12 +176,12 @@ def _byte_level_bpe(data: Metadata) -> GgufVocab:
     name = data.get("pre", str, None)
     if name is None:
         name = "default"
-        note(f"{data.source}: no tokenizer.ggml.pre, so text is split as llama.cpp's 'default' does it")
+        note(f"{data.source}: no tokenizer.ggml.pre, so text is split like llama.cpp's 'default'")
     splits, refusal = pre_tokenizer(name), None
     if splits is None:
         refusal = (
-            f"tokenizer.ggml.pre: {name!r} is not a known pre-tokenizer; without it, text is split into "
-            f"wrong tokens, so give token ids (--tokens)"
+            f"tokenizer.ggml.pre: {name!r} is not a known pre-tokenizer; without it, text would be split "
+            f"into wrong tokens, so give token ids (--tokens)"
         )
         note(f"{data.source}: tokenizer.ggml.pre {name!r} is not known, so text cannot be encoded")
     keeps_words = name in BEGINS_AND_KEEPS_WORDS
@@ -224,9 +224,9 @@ def _unigram(data: Metadata) -> GgufVocab:
 
 
 def _spaces_as_underscores(data: Metadata, backend: Tokenizer, before: list[Any]) -> None:
-    """SentencePiece writes a space as U+2581 and, unless told otherwise, one more in front of the text.
+    """Replace spaces by U+2581 like SentencePiece, and prepend one unless add_space_prefix is false.
 
-    As in llama.cpp, that one is also written after a special token and before text that begins with a space.
+    As in llama.cpp, one is also prepended after a special token and to text that begins with a space.
     """
     prefix = data.get("add_space_prefix", bool, True)
     spaces = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
@@ -241,21 +241,21 @@ def _split_merges(data: Metadata) -> list[tuple[str, str]]:
     pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     if set(map(len, pairs)) != {2}:
         wrong = next(merge for merge, pair in zip(merges, pairs) if len(pair) != 2)
-        raise data.error("merges", f"{wrong!r} is not two tokens with a space between them")
+        raise data.error("merges", f"{wrong!r} is not two tokens separated by a space")
     return pairs
 
 
 def _scores(data: Metadata) -> np.ndarray:
     scores = data.numbers("scores", np.float64)
     if scores is None:
-        raise data.error("scores", "missing; this kind of vocabulary needs one score per token")
+        raise data.error("scores", "missing; this type of vocabulary needs one score per token")
     return scores
 
 
 def _merges_from_scores(data: Metadata) -> list[tuple[str, str]]:
-    """All pairs of tokens that make up a normal token, best score first.
+    """Return all pairs of tokens that concatenate to a normal token, best score first.
 
-    SentencePiece merges the pair whose token has the best score: the order of scores is that of the merges.
+    SentencePiece merges the pair whose token has the best score, so sorting by score orders the merges.
     """
     ids, longest = data.ids, max(data.tokens, key=len)
     if len(longest) > MAX_PIECE:
@@ -273,13 +273,13 @@ def _merges_from_scores(data: Metadata) -> list[tuple[str, str]]:
 
 
 def check_charsmap(charsmap: bytes, where: str) -> None:
-    """Check the length inside a sentencepiece character map, for which the library would reserve memory.
+    """Check the length field of a SentencePiece character map, because the library allocates that many bytes.
 
-    The map is a little-endian 32-bit length, that many bytes of 32-bit units, and texts ended by zeros.
+    The map is a little-endian 32-bit length, that many bytes of 32-bit units, and zero-terminated strings.
     """
     size = int.from_bytes(charsmap[:4], "little")
     if size == 0 or size % 4 != 0 or size > len(charsmap) - 4:
-        raise InputError(f"{where}: {len(charsmap)} bytes cannot hold the {size} bytes it says it has")
+        raise InputError(f"{where}: {len(charsmap)} bytes with an invalid length of {size} bytes")
 
 
 def _built(data: Metadata, make: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""Calls into `tokenizers`, which is native code: its errors and its panics become one-line InputErrors."""
+"""Calls into the native library `tokenizers`: its errors and panics become one-line InputErrors."""
 
 import atexit
 import os
@@ -19,10 +19,10 @@ _LOCK = threading.RLock()
 
 
 def checked(problem: str, run: Callable[[], T]) -> T:
-    """Run a call into `tokenizers`; raises InputError that begins with `problem` where the call fails.
+    """Run a call into `tokenizers`; raises InputError that begins with `problem` if the call fails.
 
-    A panic of the library is no Exception, and the library prints it to stderr before Python sees it. That
-    text is dropped, because the InputError says the same.
+    A panic of the library is not an Exception, and the library prints it to stderr before Python sees it.
+    That output is dropped, because the InputError contains the same text.
     """
     with _captured_stderr() as captured:
         try:
@@ -37,7 +37,7 @@ def checked(problem: str, run: Callable[[], T]) -> T:
 
 
 class _Captured:
-    """A file that stands in for stderr during a call."""
+    """A temporary file that replaces stderr during a call."""
 
     def __init__(self) -> None:
         self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the process)
@@ -48,7 +48,7 @@ class _Captured:
         self.file.truncate()
 
     def release(self) -> None:
-        """Write what other threads sent to stderr meanwhile to the real one."""
+        """Write what other threads printed during the call to the real stderr."""
         if os.lseek(self.file.fileno(), 0, os.SEEK_CUR):
             self.file.seek(0)
             text = self.file.read()
@@ -63,7 +63,7 @@ def _capture() -> _Captured:
 
 @contextmanager
 def _captured_stderr() -> Iterator[_Captured]:
-    """Send file descriptor 2 to a file and restore it; one thread at a time, as the process has only one."""
+    """Redirect file descriptor 2 to a file and restore it, for one thread at a time: all threads share it."""
     with _LOCK:
         captured = _capture()
         try:

@@ -1,6 +1,6 @@
-"""The pre-tokenizers that GGUF files name: how text is cut into words, within which byte-level BPE merges.
+"""The pre-tokenizers named in GGUF files: they split text into words, within which byte-level BPE merges.
 
-The names and their meaning are llama.cpp's (`llama-vocab.cpp`); the patterns are those of the models' own
+The names and their meaning are from llama.cpp (`llama-vocab.cpp`), the patterns from each model's
 tokenizer.json.
 """
 
@@ -14,7 +14,7 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _CASED_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-# Letters with case, in the version of Unicode that these models' tokenizers were written with.
+# Letters with case, in the Unicode version that these models' tokenizers use.
 _DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄ"
     "ῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲"
@@ -38,7 +38,7 @@ _DEEPSEEK3 = (
 
 _LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 
-# Each text is cut by the first pattern, each piece by the next; what lies between matches is a piece as well.
+# The first pattern splits the text, each next pattern the pieces; text between matches is a piece as well.
 _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     (
         "gpt-2",
@@ -81,13 +81,13 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 _BY_NAME = {name: patterns for names, patterns in _PATTERNS.items() for name in names}
 
-# Vocabularies made by tiktoken: a word that is a token is taken whole, whatever the merges say, and a text
-# begins with BOS.
+# Vocabularies of tiktoken: a word in the vocabulary is one token, regardless of the merges, and a text begins
+# with BOS.
 BEGINS_AND_KEEPS_WORDS = frozenset({*_LLAMA3_NAMES, "tekken"})
 
 
 def pre_tokenizer(name: str) -> PreTokenizer | None:
-    """The pre-tokenizer of that name, ending in the map of bytes to characters; None for an unknown name."""
+    """Return the pre-tokenizer of this name, with the byte-to-character map; None for an unknown name."""
     if name not in _BY_NAME:
         return None
     splits = [Split(Regex(pattern), "isolated") for pattern in _BY_NAME[name]]

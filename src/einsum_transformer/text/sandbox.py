@@ -1,7 +1,7 @@
-"""The jinja2 environment of chat templates: what a template can reach, with every operation bounded.
+"""The jinja2 environment of chat templates, in which every operation is bounded.
 
-A template comes with a checkpoint and is untrusted. jinja2's immutable sandbox keeps it away from Python's
-internals; bounds.py keeps its time and memory within limits.
+A template is part of a checkpoint and untrusted. jinja2's immutable sandbox denies access to Python's
+internals; bounds.py limits time and memory.
 """
 
 import json
@@ -30,15 +30,15 @@ from einsum_transformer.text.bounds import (
     weigh,
 )
 
-MAX_SOURCE = 200_000  # characters; the longest published templates have about a tenth of that
+MAX_SOURCE = 200_000  # characters; the longest published templates have about a tenth of this
 WATCHED = frozenset({"<template>", __file__})  # jinja2 calls compiled templates "<template>"
-# Filters and methods that can run for hours on one hostile string, or make bytes; none has a use in a prompt.
+# Filters and methods that can run for hours on a malicious string, or return bytes; prompts do not need them.
 _REFUSED = frozenset({"striptags", "urlize", "wordwrap", "encode", "to_bytes"})
-_JINJA_ARGUMENTS = frozenset({"_loop_vars", "_block_vars"})  # which jinja2 adds to calls, and takes out again
+_JINJA_ARGUMENTS = frozenset({"_loop_vars", "_block_vars"})  # jinja2 adds them to calls and removes them
 
 
 EDGE: ContextVar[Callable[[bool], None]] = ContextVar("EDGE")
-"""Called with True where a generation block begins, with False where it ends."""
+"""Called with True at the start and with False at the end of a generation block."""
 
 
 def _join(parts: Any) -> str:
@@ -48,24 +48,24 @@ def _join(parts: Any) -> str:
 
 
 class ChatCodeGenerator(CodeGenerator):
-    """Writes every container, slice and `~` of a template so that what it makes passes through `keep`."""
+    """Passes the result of every container, slice and `~` of a template to `keep`."""
 
-    def _kept(self, visit: Callable[..., None], node: nodes.Node, frame: Frame, makes: bool = True) -> None:
-        self.write("environment.keep(" if makes else "(")
+    def _checked(self, visit: Callable[..., None], node: nodes.Node, frame: Frame, new: bool = True) -> None:
+        self.write("environment.keep(" if new else "(")
         visit(node, frame)
         self.write(")")
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._kept(super().visit_List, node, frame)
+        self._checked(super().visit_List, node, frame)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._kept(super().visit_Dict, node, frame)
+        self._checked(super().visit_Dict, node, frame)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        self._kept(super().visit_Tuple, node, frame, node.ctx == "load")
+        self._checked(super().visit_Tuple, node, frame, node.ctx == "load")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        self._kept(super().visit_Getitem, node, frame, isinstance(node.arg, nodes.Slice))
+        self._checked(super().visit_Getitem, node, frame, isinstance(node.arg, nodes.Slice))
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concatenate(context, (")
@@ -76,7 +76,7 @@ class ChatCodeGenerator(CodeGenerator):
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox in which every operation that makes a value is bounded."""
+    """jinja2's immutable sandbox in which every operation that creates a value is bounded."""
 
     intercepted_binops = frozenset(OPERATOR_SIZES)
     code_generator_class = ChatCodeGenerator
@@ -105,9 +105,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 class GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks the assistant's words; the body is kept as it is.
+    """`{% generation %} ... {% endgeneration %}` marks the assistant's text; the body is rendered unchanged.
 
-    Where a block begins and ends goes to `EDGE`, which the rendering function sets.
+    The start and end of a block are reported to `EDGE`, which the rendering function sets.
     """
 
     tags = {"generation"}  # noqa: RUF012
@@ -127,7 +127,7 @@ class GenerationTag(Extension):
 
 
 class ChatNamespace(utils.Namespace):
-    """`namespace(...)` without underscore names, and with a text that does not repeat its contents."""
+    """`namespace(...)` without underscore names, and with a repr that does not contain its attributes."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` stays free as an attribute name
         attributes = ChatDict()(*args[1:], **kwargs)
@@ -149,10 +149,10 @@ def _public(name: Any) -> Any:
 
 
 class ChatDict:
-    """`dict(...)` and `dict.fromkeys(...)`, and nothing else of the class."""
+    """`dict(...)` and `dict.fromkeys(...)`, without the other attributes of the class."""
 
     def __call__(self, pairs: Any = (), /, **more: Any) -> dict[Any, Any]:
-        # Python loops, because keys that all collide make one call of the built-in run for minutes.
+        # Python loops, because one call of the built-in runs for minutes if all keys collide.
         pairs = pairs.items() if isinstance(pairs, dict) else pairs
         return {key: value for key, value in pairs} | more  # noqa: C416
 
@@ -165,7 +165,7 @@ def _raise_exception(message: Any) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    METER.get().check(len(form) * 1000)  # one directive can ask for a field of any width
+    METER.get().check(len(form) * 1000)  # one directive can request a field of any width
     return datetime.now().strftime(form)
 
 
@@ -189,7 +189,7 @@ def _tojson(
 
 @pass_context
 def _show(context: Context, value: Any) -> Any:
-    return show(value)  # it asks for the context, because jinja2 then leaves constants to be made at run time
+    return show(value)  # with pass_context, jinja2 evaluates constants at run time, not at compile time
 
 
 def _picker(environment: Any, attribute: str | int | None) -> Callable[[Any], Any]:
@@ -227,28 +227,28 @@ def _bound_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 @lru_cache(maxsize=1)
 def environment() -> ChatEnvironment:
-    """The environment all chat templates are compiled in: transformers' names and options, bounded."""
-    made = ChatEnvironment(
+    """Return the environment of all chat templates: transformers' names and options, bounded."""
+    env = ChatEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_show,
         optimized=False,
         extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
     )
-    made.filters.update(tojson=_tojson, sum=_sum, join=_join_filter)
-    made.filters = {
-        name: _bound_filter(name, function) for name, function in made.filters.items() if name not in _REFUSED
+    env.filters.update(tojson=_tojson, sum=_sum, join=_join_filter)
+    env.filters = {
+        name: _bound_filter(name, function) for name, function in env.filters.items() if name not in _REFUSED
     }
-    del made.globals["lipsum"]
-    made.globals.update(
+    del env.globals["lipsum"]
+    env.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=ChatDict(), namespace=ChatNamespace
     )
-    return made
+    return env
 
 
 @lru_cache(maxsize=32)
 def compile_template(source: str) -> Template:
-    """Compile a template's source, once; call it inside `bounded`."""
+    """Compile a template's source once; call this inside `bounded`."""
     if len(source) > MAX_SOURCE:
-        raise InputError(f"chat template: {len(source)} characters long; at most {MAX_SOURCE} are accepted")
+        raise InputError(f"chat template: {len(source)} characters long; at most {MAX_SOURCE} are allowed")
     return environment().from_string(source)

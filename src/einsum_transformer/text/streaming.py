@@ -1,4 +1,4 @@
-"""Token ids to text, one id at a time: the pieces joined are exactly what decoding all ids at once gives."""
+"""Decode token ids one at a time: the joined pieces equal the text of decoding all ids at once."""
 
 import codecs
 from abc import ABC, abstractmethod
@@ -10,15 +10,15 @@ from einsum_transformer.text.native import checked
 
 
 class StreamDecoder(ABC):
-    """Turns ids into text as they arrive; a piece never ends inside a character."""
+    """Decodes ids as they arrive; a piece never ends inside a character."""
 
     @abstractmethod
     def put(self, token_id: int) -> str:
-        """Take the next id and return the text that is now certain, often an empty string."""
+        """Add the next id and return the text that can no longer change, often an empty string."""
 
     @abstractmethod
     def end(self) -> str:
-        """Return the text held back so far; call it once, after the last id."""
+        """Return the text held back so far; call this once, after the last id."""
 
 
 def stream_decoder(
@@ -27,9 +27,9 @@ def stream_decoder(
     cleaned: bool = False,
     source: str = "tokenizer",
 ) -> StreamDecoder:
-    """Make the decoder that suits a tokenizer's own one; tokens in `skipped` give no text.
+    """Return the streaming decoder for a tokenizer; tokens in `skipped` give no text.
 
-    cleaned: spaces before punctuation are removed, see `clean_up`. source: begins an InputError.
+    cleaned: remove the spaces before punctuation, see `clean_up`. source: prefix of error messages.
     """
     if cleaned:
         return CleanStream(stream_decoder(backend, skipped, source=source))
@@ -41,7 +41,7 @@ def stream_decoder(
 
 
 class ByteLevelStream(StreamDecoder):
-    """Byte-level BPE: tokens spell bytes, and the bytes of all tokens are UTF-8 (GPT-2's encoder.py)."""
+    """Byte-level BPE: tokens encode bytes, and the bytes of all tokens are UTF-8 (GPT-2's encoder.py)."""
 
     def __init__(self, backend: Tokenizer, skipped: frozenset[str]) -> None:
         self._backend, self._skipped = backend, skipped
@@ -54,7 +54,7 @@ class ByteLevelStream(StreamDecoder):
             return ""
         try:
             piece = bytes(self._bytes[character] for character in token)
-        except KeyError:  # an added token, spelled as it is written
+        except KeyError:  # an added token, which is not byte-encoded
             piece = token.encode()
         return self._utf8.decode(piece)
 
@@ -65,10 +65,10 @@ class ByteLevelStream(StreamDecoder):
 class WindowStream(StreamDecoder):
     """Any other decoder: the difference between decoding the last ids with and without the newest ones.
 
-    A decoder works on each token by itself, except that it treats the first one differently (SentencePiece
-    drops its leading space), reads a run of byte tokens (<0xE2>) together, and, if it is byte-level in part,
-    joins the bytes of neighbours to characters. So the window starts with the last token written, and ids are
-    held back until a run of byte tokens or an unfinished character ends.
+    A decoder processes each token separately, except that it treats the first one differently (SentencePiece
+    drops its leading space), decodes a run of byte tokens (<0xE2>) together, and joins the bytes of adjacent
+    tokens to characters if it is byte-level in part. So the window starts with the last token written, and
+    ids are held back until a run of byte tokens or an incomplete character ends.
     """
 
     def __init__(self, backend: Tokenizer, skipped: frozenset[str], reads_bytes: bool, source: str) -> None:
@@ -105,7 +105,7 @@ class WindowStream(StreamDecoder):
 
 
 def byte_alphabet() -> list[str]:
-    """The character for each byte in byte-level BPE: printable ones for themselves, others from U+0100."""
+    """Return the character of each byte in byte-level BPE: itself if printable, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (chr(0x100 + index) for index in range(256))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
@@ -115,19 +115,19 @@ _CLEANED = (
     *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
     *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
 )
-# Each replacement looks at 4 characters at most, so that later text changes no more than the last 40.
+# Each replacement matches at most 4 characters, so later text changes at most the last 40 characters.
 _UNSETTLED = 4 * len(_CLEANED)
 
 
 def clean_up(text: str) -> str:
-    """Remove the spaces before punctuation and contractions, as `clean_up_tokenization` of transformers."""
+    """Remove the spaces before punctuation and contractions like transformers' `clean_up_tokenization`."""
     for old, new in _CLEANED:
         text = text.replace(old, new)
     return text
 
 
 class CleanStream(StreamDecoder):
-    """Another decoder's text, cleaned up: `_UNSETTLED` characters are held back until the end."""
+    """Cleans up the text of another decoder; holds back `_UNSETTLED` characters until the end."""
 
     def __init__(self, decoder: StreamDecoder) -> None:
         self._decoder = decoder

@@ -1,10 +1,11 @@
-"""Tokenizers: text to ids and back, from a Hugging Face folder or a GGUF file's metadata."""
+"""Tokenizers: text to token ids and back, read from a Hugging Face folder or from GGUF metadata."""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from tokenizers import Encoding, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -23,8 +24,8 @@ from einsum_transformer.text.native import checked
 from einsum_transformer.text.streaming import StreamDecoder, clean_up, stream_decoder
 
 _SMALLEST_VOCABULARY = 257
-_END_CHARS = 4096  # of a long text that are encoded to see its first and last tokens
-# Control tokens that end a turn or a document, whatever the checkpoint's end-of-sequence token is.
+_END_CHARS = 4096  # characters at each end of a long text that are encoded to find its first and last tokens
+# Control tokens that end a turn or a document, in addition to the checkpoint's EOS token.
 _TURN_ENDS = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -46,28 +47,28 @@ _TURN_ENDS = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the special ids and chat templates that a checkpoint gives beside it."""
+    """A `tokenizers.Tokenizer` with the special token ids and the chat templates of a checkpoint."""
 
     backend: Backend
     source: str
     named: Mapping[str, str]
-    """Special tokens by name (`bos_token`, `image_token`, ...), which chat templates get as variables."""
+    """Special tokens by name (`bos_token`, `image_token`, ...); chat templates get them as variables."""
     end_of_generation_ids: frozenset[int]
     chat_templates: Mapping[str, str]
     edges: Mapping[str, bool] = field(default_factory=dict)
-    """`add_bos_token` and `add_eos_token` of a GGUF file; {} where tokenizer.json itself says so."""
+    """`add_bos_token` and `add_eos_token` of a GGUF file; {} if tokenizer.json configures them."""
     clean_up: bool = False
-    """Whether decoded text loses the spaces before punctuation (`clean_up_tokenization_spaces`)."""
+    """Whether decoding removes the spaces before punctuation (`clean_up_tokenization_spaces`)."""
     refusal: str | None = None
-    """Why text cannot be encoded, None if it can; ids can be decoded in any case."""
+    """Why text cannot be encoded, None if it can; ids can always be decoded."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json, or vocab.json and merges.txt, and, if present, the files beside it.
+        """Read tokenizer.json, or vocab.json and merges.txt, and the optional files of a tokenizer's folder.
 
-        Those are tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja and
-        additional_chat_templates/NAME.jinja, read as transformers' AutoTokenizer does. Raises InputError that
-        names the file that is wrong.
+        The optional files are tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+        chat_template.jinja and additional_chat_templates/NAME.jinja, read as by transformers' AutoTokenizer.
+        Raises InputError that names the invalid file.
         """
         read = read_folder(folder)
         ends = _end_ids(read.backend, read.named)
@@ -75,17 +76,17 @@ class Tokenizer:
 
     @classmethod
     def in_folder(cls, folder: Path) -> "Tokenizer | None":
-        """The same for a folder that may have no tokenizer; a note names one to be converted."""
+        """Like `from_folder`, but None if there is no tokenizer; a note names one that needs conversion."""
         return cls.from_folder(folder) if has_tokenizer(folder) else None
 
     @classmethod
     def in_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer | None":
-        """`from_gguf` for a file that may have no tokenizer; a note names one that is not supported."""
+        """Like `from_gguf`, but None if there is no tokenizer; a note names one that is not supported."""
         return cls.from_gguf(metadata, source) if has_gguf_tokenizer(metadata, str(source)) else None
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: Path) -> "Tokenizer":
-        """Build the tokenizer that a GGUF file's `tokenizer.*` keys describe; `source` is the file's path."""
+        """Build the tokenizer from a GGUF file's `tokenizer.*` metadata; `source` is the file's path."""
         vocab = read_gguf_vocab(metadata, str(source))
         _set_edges(vocab.backend, vocab.edges, vocab.named)
         prefix = "tokenizer.chat_template"
@@ -103,10 +104,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE of `vocab_size` tokens learnt from texts; its EOS is `<|endoftext|>`, id 0."""
+        """Train a byte-level BPE of `vocab_size` tokens on texts; its EOS is `<|endoftext|>`, id 0."""
         if vocab_size < _SMALLEST_VOCABULARY:
             raise InputError(
-                f"a tokenizer of {vocab_size} tokens: the bytes and EOS alone are {_SMALLEST_VOCABULARY}"
+                f"vocab_size is {vocab_size}: expected at least {_SMALLEST_VOCABULARY}, 256 bytes and EOS"
             )
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,38 +118,38 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        checked("the texts give no tokenizer", lambda: backend.train_from_iterator(texts, trainer))
+        checked("cannot train a tokenizer", lambda: backend.train_from_iterator(texts, trainer))
         return cls(backend, "trained on the data", {"eos_token": "<|endoftext|>"}, frozenset({0}), {})
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; a model's embedding may have more rows."""
+        """Number of tokens, including added tokens; a model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def bos_id(self) -> int | None:
-        """The id of `bos_token`, None if there is none."""
+        """The id of `bos_token`, or None."""
         return _id_of(self.backend, self.named.get("bos_token"))
 
     @property
     def eos_id(self) -> int | None:
-        """The id of `eos_token`, None if there is none."""
+        """The id of `eos_token`, or None."""
         return _id_of(self.backend, self.named.get("eos_token"))
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's default jinja2 chat template, if it has one."""
+        """The checkpoint's default Jinja chat template, or None."""
         return self.chat_templates.get("default")
 
     def token(self, token_id: int) -> str:
-        """The token as the vocabulary spells it; raises InputError if there is none of that id."""
+        """Return the token of an id as spelled in the vocabulary; raises InputError for an unknown id."""
         token = self.backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
         if token is None:
             raise InputError(f"{self.source}: token id {token_id} is not in the vocabulary")
         return token
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; `add_special_tokens` puts BOS and EOS around it if the checkpoint asks for them."""
+        """Encode `text`; `add_special_tokens` adds BOS and EOS if the checkpoint configures them."""
         return self._encoded(text, add_special_tokens).ids
 
     def _encoded(self, text: str, add_special_tokens: bool) -> Encoding:
@@ -166,15 +167,15 @@ class Tokenizer:
         )
 
     def encode_once(self, text: str, end: bool = False) -> list[int]:
-        """Ids of a prompt or a document: those of `encode`, without the BOS and EOS that the text itself has.
+        """Encode a prompt or a document like `encode`, without adding a BOS or EOS that the text already has.
 
-        A text that was rendered before, `<s>...</s>`, would else begin with two BOS. end: the text is
-        complete, so EOS follows it if the tokenizer has one and the text does not end in it. White space
-        before the text's own BOS or after its own EOS, as the line end of ChatML, stays and does not count.
+        A text that is already rendered, `<s>...</s>`, would otherwise begin with two BOS tokens. end: append
+        EOS if the tokenizer has one and the text does not end with it. White space before a BOS or after an
+        EOS in the text, such as the last newline of ChatML, is encoded but ignored in these checks.
         """
         before, plain, after = self._marked(text)
         core = plain if text == text.strip() else self._ends_of(text.strip())
-        own = 0  # how many tokens of the text itself begin it as BOS does
+        own = 0  # number of leading tokens that the text already has in place of BOS
         if before and core[: len(before)] == before:
             before, own = [], len(before)
         elif self.bos_id in before and core[:1] == [self.bos_id]:
@@ -187,20 +188,20 @@ class Tokenizer:
         return ids if not end or self.eos_id is None or closed else [*ids, self.eos_id]
 
     def _marked(self, text: str) -> tuple[list[int], list[int], list[int]]:
-        """What the post-processor puts before the ids of a text, these ids, and what it puts after them."""
+        """Return (ids that the post-processor adds before the text, ids of the text, ids added after it)."""
         found = self._encoded(text, True)
-        added = found.special_tokens_mask  # of the tokens that the text itself holds, none
+        added = found.special_tokens_mask  # 0 for all tokens of the text itself, also for special ones
         first = next((i for i, mark in enumerate(added) if not mark), len(added))
         last = len(added) - next((i for i, mark in enumerate(reversed(added)) if not mark), 0)
         return found.ids[:first], found.ids[first:last], found.ids[last:]
 
     def _ends_of(self, text: str) -> list[int]:
-        """Ids whose first and last are those of a text; of a long one, both ends are encoded alone."""
+        """Ids that begin and end like those of the text; of a long text, only both ends are encoded."""
         parts = (text,) if len(text) <= 2 * _END_CHARS else (text[:_END_CHARS], text[-_END_CHARS:])
         return [i for part in parts for i in self.encode(part, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids without a token (a padded embedding has some) give no text."""
+        """Decode `ids`; ids without a token, as in a padded embedding, give no text."""
         text = checked(
             f"{self.source}: cannot decode the ids",
             lambda: self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens),
@@ -208,8 +209,8 @@ class Tokenizer:
         return clean_up(text) if self.clean_up else text
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for ids that arrive one by one, as in generation."""
-        # `tokenizers` compares the token that an id spells, which a normalizer may have changed.
+        """Return a decoder for ids that arrive one by one, as in generation."""
+        # `tokenizers` compares the token string of an id, which a normalizer may have changed.
         added = self.backend.get_added_tokens_decoder().values() if skip_special_tokens else ()
         skipped = frozenset(token.content for token in added if token.special)
         return stream_decoder(self.backend, skipped, self.clean_up, self.source)
@@ -225,14 +226,13 @@ class Tokenizer:
         continue_final_message: bool | str = False,
         **variables: Any,
     ) -> str:
-        """Text of a conversation, as transformers' `apply_chat_template(tokenize=False)` renders it.
+        """Render a conversation to text like transformers' `apply_chat_template(tokenize=False)`.
 
-        add_generation_prompt: end with the beginning of an answer; by default, unless the final message is
-        continued. tools, documents: JSON objects for the template. chat_template: another template, or the
-        name of one of the checkpoint's. continue_final_message: leave the last message open, so that a model
-        goes on with it; a string names its field. variables: further variables of the template, such as
-        enable_thinking. Raises InputError, also for the keywords of `apply_chat_template` that concern
-        batches and tensors.
+        add_generation_prompt: append the start of an assistant message; by default, unless the final message
+        is continued. tools, documents: JSON objects for the template. chat_template: another template, or the
+        name of one of the checkpoint's. continue_final_message: leave the last message open for the model to
+        continue; a string names its field. variables: further template variables, such as enable_thinking.
+        Raises InputError, also for the keywords of `apply_chat_template` that concern batches and tensors.
         """
         options = {
             "documents": documents,
@@ -252,8 +252,8 @@ class Tokenizer:
         chat_template: str | None = None,
         **options: Any,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of `render_chat`, without its note, and the (first, past the last) character of each
-        `{% generation %}` block in it."""
+        """Return the text of `render_chat`, without its note, and the (start, end) character offsets of each
+        `{% generation %}` block."""
         if add_generation_prompt is None:
             add_generation_prompt = not options.get("continue_final_message", False)
         template = choose_template(self.chat_templates, chat_template, tools is not None, self.source)
@@ -265,6 +265,44 @@ class Tokenizer:
             **{**self.named, **check_options(options)},
         )
 
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        add_generation_prompt: bool | None = ...,
+        *,
+        tokenize: Literal[True] = ...,
+        **options: Any,
+    ) -> list[int]: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        add_generation_prompt: bool | None = ...,
+        *,
+        tokenize: Literal[False],
+        **options: Any,
+    ) -> str: ...
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        *,
+        tokenize: bool = True,
+        **options: Any,
+    ) -> list[int] | str:
+        """Token ids of a conversation, or its text with `tokenize=False`, as transformers' method of this
+        name.
+
+        Arguments and errors are those of `render_chat`. The generation prompt is added by default, unless the
+        last message is continued. The template writes every special token, so none is added.
+        """
+        text = self.render_chat(messages, add_generation_prompt, tools, **options)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -272,19 +310,16 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> list[int]:
-        """Ids of a conversation, with the options of `render_chat`.
-
-        The template writes every special token itself, so none is added.
-        """
-        text = self.render_chat(messages, add_generation_prompt, tools, **options)
-        return self.encode(text, add_special_tokens=False)
+        """Deprecated since 0.2: use `apply_chat_template`."""
+        warnings.warn("encode_chat is deprecated, use apply_chat_template", DeprecationWarning, stacklevel=2)
+        return self.apply_chat_template(messages, tools, add_generation_prompt, **options)
 
     def save(self, folder: Path, model_type: str | None = None) -> None:
-        """Write the files from which `from_folder` and transformers' AutoTokenizer make this tokenizer.
+        """Write the files from which `from_folder` and transformers' AutoTokenizer load this tokenizer.
 
-        model_type: that of the config.json there. AutoTokenizer builds the tokenizer of some (qwen2) from the
-        vocabulary alone; a note says so where that makes another one. Raises InputError if the tokenizer
-        cannot be saved.
+        model_type: `model_type` of the folder's config.json. For some types (qwen2) AutoTokenizer builds the
+        tokenizer from the vocabulary alone; a note warns if the result differs from this tokenizer. Raises
+        InputError if the tokenizer cannot be saved.
         """
         if self.refusal is not None:
             raise InputError(f"{self.source}: the tokenizer cannot be saved: {self.refusal}")
@@ -306,13 +341,13 @@ class Tokenizer:
             every = named if self.chat_template is None else {"default": self.chat_template, **named}
             config["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
         files = {
-            "tokenizer.json": checked(f"{self.source}: cannot be saved", self.backend.to_str),
+            "tokenizer.json": checked(f"{self.source}: cannot save the tokenizer", self.backend.to_str),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         if kind != BACKEND and builds_another(kind, files["tokenizer.json"], self.source):
             note(
-                f"{folder}: transformers reads the vocabulary of any {model_type} model as a {kind}, which "
-                f"cuts texts into other tokens than this tokenizer; give transformers the ids"
+                f"{folder}: transformers builds a {kind} from the vocabulary of every {model_type} model, "
+                f"which splits text into other tokens than this tokenizer; give transformers token ids"
             )
         if self.chat_template is not None and not named:
             files["chat_template.jinja"] = self.chat_template
@@ -326,7 +361,7 @@ def _id_of(backend: Backend, token: str | None) -> int | None:
 
 
 def _set_edges(backend: Backend, edges: Mapping[str, bool], named: Mapping[str, str]) -> None:
-    """Make `encode` put BOS and EOS around a text."""
+    """Set the post-processor that adds BOS and EOS."""
     before, after = (
         [name] * (edges[f"add_{name}_token"] and f"{name}_token" in named) for name in ("bos", "eos")
     )
@@ -345,5 +380,5 @@ def _end_ids(backend: Backend, named: Mapping[str, str], more: Iterable[int] = (
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     ends = {name: i for name in _TURN_ENDS if (i := backend.token_to_id(name)) in special}
     if "<|return|>" in ends and "<|call|>" in ends:
-        ends.pop("<|end|>", None)  # in that format <|end|> separates a turn's channels
+        ends.pop("<|end|>", None)  # in the format with these tokens, it separates the channels of a turn
     return frozenset({*ends.values(), *more, *(() if eos is None else (eos,))})

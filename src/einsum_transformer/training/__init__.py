@@ -1,1 +1,1 @@
-"""Training: data, optimizers, the loop, checkpoints, and LoRA's targets and files."""
+"""Training: data, optimizers, learning rate schedules, the training loop, and checkpoints."""

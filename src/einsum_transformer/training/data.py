@@ -1,5 +1,5 @@
-"""What a step trains on: random tokens, or the text of files. A batch is a function of the step's number, so
-that a resumed run goes on where it was."""
+"""Training batches: random tokens, or examples from data files. A batch depends on the step number only, so
+that a resumed run continues with the next batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
@@ -23,22 +24,23 @@ Batch = tuple[Array, Array]
 
 
 class Batches(Protocol):
-    """The batch of every step."""
+    """A source of batches, one for each step."""
 
     def batch(self, step: int) -> list[Batch]:
-        """The micro-batches of a step, whose gradients add up."""
+        """Return the micro-batches of a step; their gradients are summed."""
         ...
 
     def description(self) -> dict[str, Any]:
-        """What decides the batches, in JSON types: batches that agree in it are the same."""
+        """Return everything that determines the batches, in JSON types."""
         ...
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class RandomTokens:
-    """Uniformly random tokens, each the target of the one before: all there is to learn is the batch itself.
+    """Uniformly random tokens with next-token targets, so a model can only memorize them.
 
-    fixed: the same batch at every step, whose loss a working optimizer brings down.
+    fixed: use the same batch at every step; the loss must then fall if the optimizer works.
     """
 
     vocab_size: int
@@ -64,7 +66,7 @@ class RandomTokens:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Sequences of one length: tokens and targets (n, t) int32; targets are -100 where nothing is learnt."""
+    """Sequences of equal length: tokens and targets, (n, t) int32; targets that the loss ignores are -100."""
 
     tokens: Array
     targets: Array
@@ -77,7 +79,7 @@ class Rows:
         return int(np.sum(self.targets != IGNORE_INDEX))
 
     def batch(self, indices: Array) -> Batch:
-        """Those rows, without the columns at the end in which none of them has a target."""
+        """Return these rows without the trailing columns in which no row has a target."""
         tokens, targets = self.tokens[indices], self.targets[indices]
         used = np.flatnonzero((targets != IGNORE_INDEX).any(axis=0))
         width = int(used[-1]) + 1 if len(used) else 1
@@ -85,28 +87,30 @@ class Rows:
 
 
 def arrange(examples: Sequence[Example], length: int, pack: bool = True, split_long: bool = True) -> Rows:
-    """Rows of `length` tokens. pack: examples one after the other, cut wherever a row is full (attention sees
-    the end of the one before); else every example begins a row, and the rest of its last row is padding.
+    """Arrange examples in rows of `length` tokens.
 
-    split_long: an example of more than length + 1 tokens goes over several rows; else it is refused.
+    pack: concatenate the examples and split them every `length` tokens; attention crosses the boundaries of
+    examples. Otherwise every example starts a row, and its last row is padded.
+    split_long: split an example of more than length + 1 tokens into several rows instead of raising
+    InputError.
     """
     _check_positive(length=length)
     for example in examples:
         if len(example.tokens) > length + 1 and not split_long:
             raise InputError(
-                f"{example.place}: {len(example.tokens)} tokens, rows have {length}; split or cut it"
+                f"{example.place}: {len(example.tokens)} tokens do not fit in rows of {length}; split it"
             )
     if pack and examples:
         tokens = np.concatenate([example.tokens for example in examples])
         examples = [Example(tokens, np.concatenate([example.trained for example in examples]), "")]
-    rows = [row for example in examples for row in _cut(example, length)]
+    rows = [row for example in examples for row in _split(example, length)]
     if not rows:
-        raise InputError("the data holds no token to learn: at least two tokens in a row are needed")
+        raise InputError("the data contains no targets: a row needs at least two tokens")
     return Rows(np.stack([tokens for tokens, _ in rows]), np.stack([targets for _, targets in rows]))
 
 
-def _cut(example: Example, length: int) -> Iterator[Batch]:
-    """Rows of tokens and of the tokens after them, where there is anything to learn."""
+def _split(example: Example, length: int) -> Iterator[Batch]:
+    """Rows of tokens and their targets; rows without a target are left out."""
     following = np.where(example.trained, example.tokens, IGNORE_INDEX)
     for start in range(0, len(example.tokens) - 1, length):
         tokens, targets = np.zeros(length, np.int32), np.full(length, IGNORE_INDEX, np.int32)
@@ -117,25 +121,25 @@ def _cut(example: Example, length: int) -> Iterator[Batch]:
 
 
 def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(to train on, to validate with): so many of the examples, drawn by seed; of a single text its end.
+    """Split examples into (training, validation): a random share of them, or the end of a single text.
 
-    A single conversation or answer is not cut: nothing is held out then, and a note says so.
+    A single conversation or completion is not split: nothing is held out, and a note reports it.
     """
     if not 0 < share < 1:
         raise InputError(f"the validation share is {share}: a number between 0 and 1 is expected")
     if len(examples) > 1:
         count = min(len(examples) - 1, max(1, round(share * len(examples))))
-        drawn = set(np.random.default_rng([seed, 0x5E1D]).permutation(len(examples))[:count].tolist())
-        train = [example for i, example in enumerate(examples) if i not in drawn]
-        return train, [example for i, example in enumerate(examples) if i in drawn]
+        chosen = set(np.random.default_rng([seed, 0x5E1D]).permutation(len(examples))[:count].tolist())
+        train = [example for i, example in enumerate(examples) if i not in chosen]
+        return train, [example for i, example in enumerate(examples) if i in chosen]
     whole = examples[0]
     if not whole.divisible:
-        note(f"{whole.place}: the only example, so nothing is held out to validate with")
+        note(f"{whole.place}: the only example, so nothing is held out for validation")
         return [whole], []
     cut = min(len(whole.tokens) - 2, round((1 - share) * len(whole.tokens)))
     if cut < 2:
         raise InputError(
-            f"{whole.place}: too short to hold a part of it out; --valid-share 0 holds out nothing"
+            f"{whole.place}: too short to hold out a part for validation; `valid_share` 0 holds out nothing"
         )
     first, rest = slice(None, cut), slice(cut, None)
     return [replace(whole, tokens=whole.tokens[first], trained=whole.trained[first])], [
@@ -145,9 +149,9 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
 
 @dataclass(frozen=True)
 class TextBatches:
-    """Rows in an order drawn anew for every epoch, by seed; the position is the step's number and no more.
+    """Batches of rows, shuffled by seed in every epoch; the step number alone determines the batch.
 
-    fixed: every step sees the first batch.
+    fixed: use the first batch at every step.
     """
 
     rows: Rows
@@ -160,35 +164,35 @@ class TextBatches:
         _check_counts(self.batch_size, self.accumulation, self.seed)
         if self.batch_size > len(self.rows):
             raise InputError(
-                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: a smaller batch"
+                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: use a smaller batch"
             )
 
     def batch(self, step: int) -> list[Batch]:
         start = 0 if self.fixed else step * self.batch_size
-        places = [divmod(place, len(self.rows)) for place in range(start, start + self.batch_size)]
-        orders = {epoch: _order(self.seed, epoch, len(self.rows)) for epoch, _ in places}
-        indices = np.array([orders[epoch][position] for epoch, position in places])
+        positions = [divmod(index, len(self.rows)) for index in range(start, start + self.batch_size)]
+        orders = {epoch: _order(self.seed, epoch, len(self.rows)) for epoch, _ in positions}
+        indices = np.array([orders[epoch][position] for epoch, position in positions])
         return [self.rows.batch(part) for part in np.array_split(indices, self.accumulation)]
 
     @cached_property
     def _digest(self) -> str:
-        found = hashlib.sha256(np.ascontiguousarray(self.rows.tokens).data)
-        found.update(np.ascontiguousarray(self.rows.targets).data)
-        return found.hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(self.rows.tokens).data)
+        digest.update(np.ascontiguousarray(self.rows.targets).data)
+        return digest.hexdigest()
 
     def description(self) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in ("batch_size", "seed", "accumulation", "fixed")}
         return {"kind": "text", "sha256": self._digest, "rows": list(self.rows.tokens.shape)} | settings
 
 
-@lru_cache(maxsize=2)  # a step sees two epochs where one ends
+@lru_cache(maxsize=2)  # a batch at the end of an epoch contains rows of the next one
 def _order(seed: int, epoch: int, rows: int) -> Array:
-    """The rows of an epoch, shuffled."""
+    """The shuffled row indices of an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def mean_loss(model: Model, rows: Rows, batch_size: int) -> float:
-    """The cross-entropy of a model over all targets of some rows, per target."""
+    """The mean cross-entropy of a model over all targets of the rows."""
     total, loss = rows.target_count, 0.0
     for start in range(0, len(rows), batch_size):
         tokens, targets = rows.batch(np.arange(start, min(start + batch_size, len(rows))))
@@ -201,7 +205,7 @@ def _check_counts(batch_size: int, accumulation: int, seed: int) -> None:
     if seed < 0:
         raise InputError(f"seed is {seed}: it must be at least 0")
     if batch_size < accumulation:
-        raise InputError(f"accumulation splits a batch of {batch_size} into {accumulation}: at most its size")
+        raise InputError(f"accumulation is {accumulation}: at most the batch size, {batch_size}, is expected")
 
 
 def _check_positive(**counts: int) -> None:

@@ -1,4 +1,4 @@
-"""Data files: what a path holds, decided by its content, as one text or as JSON records."""
+"""Reading of data files as plain text or JSON records; the content of a file decides which."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from einsum_transformer.formats.sniff import COMPRESSED, kind_of_bytes
 from einsum_transformer.notes import note
 
 _HEAD = 4096
-_COMMENTS = 50  # lines in which a record is looked for
+_COMMENTS = 50  # lines that are searched for a JSON record
 _LIKE_JSON = re.compile(r"""\s*[\[{][\s\[{]*(["']|\w+\s*:\s*["'\[{\d])""")
 _SPACE = " \t\r\ufeff"
-_LARGEST = 1 << 31  # bytes: their tokens alone take several times as much memory
+_LARGEST = 1 << 31  # bytes; the token ids of such a file take several times this memory
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _MARKUP = (".html", ".htm", ".xml", ".xhtml", ".svg")
 _UNICODE = (
@@ -33,9 +33,9 @@ _CONVERT = {
     "Parquet": "a Parquet file; convert it to JSONL first (datasets: Dataset.to_json)",
     "Arrow": "an Arrow file; convert it to JSONL first (datasets: Dataset.to_json)",
     "Git LFS pointer": "a Git LFS pointer, not the data itself; get it with git lfs pull",
-    "safetensors": "a file of weights; text or JSONL is expected",
-    "GGUF": "a file of weights; text or JSONL is expected",
-    "GGML": "a file of weights; text or JSONL is expected",
+    "safetensors": "a weights file; text or JSONL is expected",
+    "GGUF": "a weights file; text or JSONL is expected",
+    "GGML": "a weights file; text or JSONL is expected",
     "PDF": "a PDF file; extract its text first (pdftotext)",
 }
 
@@ -46,27 +46,26 @@ class Record:
 
     values: dict[str, Any]
     place: str
-    """Where it stands: `file: line 3`, or `file: record 3`."""
+    """Its location for messages: `file: line 3`, or `file: record 3`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A file's content: its records, or None where it is one text."""
+    """The content of a file: its text, and its JSON records (None for plain text)."""
 
     path: Path
     text: str
     records: list[Record] | None
     doubt: str = ""
-    """Why it is read as a text, where it looks like JSON records."""
+    """Why a file that looks like JSON records is read as plain text."""
 
 
 def read_data(path: str | Path, known: Callable[[dict[str, Any]], bool], part: str = "train") -> Data:
-    """The content of a data file; of a folder (as mlx-lm has it), that of `<part>.jsonl` in it.
+    """Read a data file; for a folder (the layout of mlx-lm), read its `<part>.jsonl`.
 
-    JSON records are JSONL, an array of objects, or objects one after the other, over any number of lines. A
-    file without a suffix of JSON is that too if its first record is `known`, a form to learn from; a note
-    says so.
-    Errors: InputError that names the file and says what to do, for what is neither text nor JSON.
+    JSON records are JSONL, an array of objects, or concatenated objects over any number of lines. A file
+    without a JSON suffix is read as records too, with a note, if `known` accepts its first record.
+    Errors: InputError that names the file and the remedy, for a file that is neither text nor JSON.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,10 +74,10 @@ def read_data(path: str | Path, known: Callable[[dict[str, Any]], bool], part: s
     text = _decoded(raw, str(path))
     if path.suffix.lower() in _TABLES:
         raise InputError(
-            f"{path}: {_TABLES[path.suffix.lower()]}; convert it to JSONL, or name it .txt if it is a text"
+            f"{path}: {_TABLES[path.suffix.lower()]}; convert it to JSONL, or name it .txt for plain text"
         )
     if not text.strip():
-        raise InputError(f"{path}: holds no {'lines' if path.suffix.lower() in _LINES else 'text'}")
+        raise InputError(f"{path}: contains no {'lines' if path.suffix.lower() in _LINES else 'text'}")
     if path.suffix.lower() in (".json", *_LINES):
         return Data(path, text, list(_records(path, text)))
     if text.lstrip()[:5].lower() == "{\\rtf":
@@ -88,13 +87,13 @@ def read_data(path: str | Path, known: Callable[[dict[str, Any]], bool], part: s
     else:
         records, doubt = None, _record_inside(text, known)
     if doubt:
-        note(f"{path}: {doubt}; it is learnt as a plain text")
+        note(f"{path}: {doubt}; it is read as plain text")
     if records is not None or doubt:
         return Data(path, text, records, doubt)
     if path.suffix.lower() not in _MARKUP and text.lstrip()[:14].lower().startswith(
         ("<!doctype html", "<html")
     ):
-        note(f"{path}: is an HTML page; its tags are learnt as text")
+        note(f"{path}: an HTML page; its tags are part of the text")
     return Data(path, text, None)
 
 
@@ -104,13 +103,13 @@ def _in_folder(path: Path, part: str) -> Path:
         return found
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         raise InputError(
-            f"{path}: a dataset in Arrow files; convert it to JSONL first (datasets: Dataset.to_json)"
+            f"{path}: a dataset of Arrow files; convert it to JSONL first (datasets: Dataset.to_json)"
         )
-    raise InputError(f"{path}: a folder without {part}.jsonl; give the file itself")
+    raise InputError(f"{path}: a folder without {part}.jsonl; pass the file itself")
 
 
 def _read(path: Path) -> bytes:
-    """All bytes of a file that may hold text, not more than a bound."""
+    """The bytes of a file that may be text; InputError for other kinds and for files over `_LARGEST`."""
     try:
         with path.open("rb") as file:
             raw = file.read(_HEAD)
@@ -121,7 +120,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if max(size, len(raw)) > _LARGEST:
-        raise InputError(f"{path}: {max(size, len(raw))} bytes; at most {_LARGEST} are read, so split it")
+        raise InputError(f"{path}: {max(size, len(raw))} bytes; the maximum is {_LARGEST}: split it")
     return raw
 
 
@@ -136,12 +135,12 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
             )
     kind = kind_of_bytes(head, size)
     if kind in ("JSON", "text") or (kind == "binary" and b"\x00" not in head):
-        return  # what is not UTF-8 is said with its place
+        return  # `_decoded` reports the position of a byte that is not UTF-8
     if kind == "empty":
-        raise InputError(f"{path}: holds no text: the file is empty")
+        raise InputError(f"{path}: contains no text: the file is empty")
     if kind in COMPRESSED:
         raise InputError(f"{path}: a compressed file ({kind}); unpack it first")
-    found = "a binary file" if kind == "binary" else f"a file of the kind {kind}"
+    found = "a binary file" if kind == "binary" else f"a {kind} file"
     raise InputError(f"{path}: {_CONVERT.get(kind, f'{found}; text or JSONL is expected')}")
 
 
@@ -149,7 +148,7 @@ def _decoded(raw: bytes, path: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # A byte order mark that was left out is no part of the place.
+        # error.start does not count a byte order mark.
         skipped = 3 if raw.startswith(codecs.BOM_UTF8) else 0
         line = raw[: error.start + skipped].count(b"\n") + 1
         raise InputError(f"{path}: line {line}: byte {error.start + skipped} is not UTF-8 text") from None
@@ -158,24 +157,24 @@ def _decoded(raw: bytes, path: str) -> str:
 def _sniffed(
     path: Path, text: str, known: Callable[[dict[str, Any]], bool]
 ) -> tuple[list[Record] | None, str]:
-    """The records of a file with a name that does not promise any, or None and why it is taken as a text."""
+    """The records of a file without a JSON suffix, or None and the reason why it is read as plain text."""
     try:
         records = list(_records(path, text))
     except InputError as error:
         if re.match(r"[\[{\s]*'\w+'\s*:", text):
-            return None, "begins like a Python dict, not like JSON (json.dumps writes that)"
+            return None, "begins like a Python dict, not like JSON (write it with json.dumps)"
         if not _LIKE_JSON.match(text):
             return None, ""
-        found = str(error).removeprefix(f"{path}: ")
-        return None, f"begins like JSON, but is not: {found}"
+        reason = str(error).removeprefix(f"{path}: ")
+        return None, f"begins like JSON, but is not valid JSON: {reason}"
     if not known(records[0].values):
-        return None, "holds JSON without a form to learn from"
+        return None, "contains JSON, but not in a form of training records"
     note(f"{path}: read as JSON records; name it .jsonl")
     return records, ""
 
 
 def _record_inside(text: str, known: Callable[[dict[str, Any]], bool]) -> str:
-    """Which of the first lines is a JSON record after all, such as that after a comment."""
+    """A message that names the first line with a JSON record, such as one after a comment; else empty."""
     for n, line in enumerate(text[:_HEAD].split("\n")[:_COMMENTS], 1):
         part = line.strip(_SPACE)
         if part.startswith("{") and _is_json(part) and known(json.loads(part)):
@@ -185,7 +184,7 @@ def _record_inside(text: str, known: Callable[[dict[str, Any]], bool]) -> str:
 
 def _records(path: Path, text: str) -> Iterator[Record]:
     """The JSON objects of a text."""
-    # A file that was put together from others may have their byte order marks.
+    # A concatenation of files may contain their byte order marks.
     lines = [(n, line.lstrip("\ufeff")) for n, line in enumerate(text.split("\n"), 1) if line.strip(_SPACE)]
     if not text.lstrip().startswith("[") and _is_json(lines[0][1]):
         for n, line in lines:
@@ -196,7 +195,7 @@ def _records(path: Path, text: str) -> Iterator[Record]:
         n, line = lines[0]
         parse_json(path, f"line {n}", line.encode())
     if ends == []:
-        raise InputError(f"{path}: holds no records")
+        raise InputError(f"{path}: contains no records")
     for n, part in enumerate(ends or [text], 1):
         yield Record(parse_json(path, f"record {n}", part.encode()), f"{path}: record {n}")
 
@@ -210,7 +209,7 @@ def _is_json(text: str) -> bool:
 
 
 def _stream(text: str) -> list[str] | None:
-    """The values of a JSON array, or of JSON values one after the other; None if it is neither."""
+    """The texts of the values of a JSON array, or of concatenated JSON values; None if it is neither."""
     decoder, found, position = json.JSONDecoder(), list[str](), 0
     array = text.lstrip().startswith("[")
     position = text.index("[") + 1 if array else 0

@@ -19,14 +19,18 @@ ABOUT, LOG, METRICS = "run.json", "train.log", "metrics.jsonl"
 
 
 class Journal:
-    """What a training writes while it runs. A folder has one training; going on with it is asked for."""
+    """What a training writes while it runs: nothing if `folder` is None. A folder holds one training, which
+    is
+    continued only on request."""
 
-    def __init__(self, folder: str | Path, resume: bool = False) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | None, resume: bool = False) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
         metrics = self.folder / METRICS
         begun = metrics.exists() and metrics.stat().st_size > 0
         if not resume and (begun or state.checkpoints(self.folder)):
-            raise InputError(f"{self.folder}: holds a training already; --resume goes on with it")
+            raise InputError(f"{self.folder}: holds a training already; `resume` continues it")
         self.folder.mkdir(parents=True, exist_ok=True)
         state.clean(self.folder)
         self._log = (self.folder / LOG).open("a", encoding="utf-8")
@@ -36,6 +40,8 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.folder is None:
+            return
         last = () if error is None else (partial(self.note, f"ended by {type(error).__name__}: {error}"),)
         for action in (*last, self._log.close, self._metrics.close):
             # Where the disk is full this fails as well; told is then what failed first.
@@ -44,23 +50,31 @@ class Journal:
 
     def about(self, facts: Mapping[str, Any]) -> None:
         """Write run.json: what is trained, how, on what."""
+        if self.folder is None:
+            return
         with _named(self.folder / ABOUT):
             write_json(self.folder / ABOUT, facts)
 
     def note(self, text: str) -> None:
         """A line of train.log, with the time."""
+        if self.folder is None:
+            return
         with _named(self.folder / LOG):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._log.flush()
 
     def metrics(self, numbers: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
+        if self.folder is None:
+            return
         with _named(self.folder / METRICS):
             self._metrics.write(json.dumps(numbers) + "\n")
             self._metrics.flush()
 
     def forget_after(self, steps: int) -> None:
         """Remove the metrics of steps that a resumed training does again, and a line that was cut off."""
+        if self.folder is None:
+            return
         kept = []
         for line in (self.folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True):
             try:
@@ -75,10 +89,22 @@ class Journal:
 
     def commit(self) -> None:
         """Bring log and metrics to the disk, as is done for a checkpoint."""
+        if self.folder is None:
+            return
         for file in (self._log, self._metrics):
             with _named(Path(file.name)):
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def new_run_folder(source: str) -> Path:
+    """A folder under runs/ that does not exist yet, named by the model and the time."""
+    first = Path("runs") / f"{Path(source.split(' (')[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = first, 1
+    while folder.exists():
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return folder
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Recorder, blas, phase
 from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.engine.parallel import for_each
@@ -31,8 +32,9 @@ from einsum_transformer.tree import named_leaves
 Array = np.ndarray
 
 
+@checked
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TrainingSettings:
     """How a model is trained.
 
     clip_norm: gradients are scaled so that the norm of all of them together is at most this. recompute: keep
@@ -98,7 +100,7 @@ class Compute(Protocol):
 class Local:
     """This process computes."""
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: TrainingSettings) -> None:
         keep_freed()
         self.decoder, self.settings = model.decoder, settings
         self.weights = trainable(model.decoder)
@@ -131,7 +133,11 @@ def numbered(parts: list[Batch]) -> list[tuple[int, Array, Array]]:
 
 
 def batch_gradients(
-    decoder: Any, parts: list[tuple[int, Array, Array]], count: int, key: tuple[int, ...], settings: Settings
+    decoder: Any,
+    parts: list[tuple[int, Array, Array]],
+    count: int,
+    key: tuple[int, ...],
+    settings: TrainingSettings,
 ) -> tuple[float, dict[str, Array]]:
     """The loss and the gradients of numbered parts, summed in their order; key: what dropout depends on."""
     loss, total = 0.0, {}
@@ -188,8 +194,8 @@ class Trainer:
         self,
         model: Model,
         batches: Batches,
-        settings: Settings,
-        compute: Callable[[Model, Settings], Compute] = Local,
+        settings: TrainingSettings,
+        compute: Callable[[Model, TrainingSettings], Compute] = Local,
     ) -> None:
         if unapplied := unapplied_settings(model.config):
             note(f"{model.source}: training does not apply {', '.join(unapplied)}")

@@ -1,8 +1,7 @@
-"""SGD and AdamW, step by step those of torch.optim, and the norm of all gradients.
+"""SGD and AdamW with the updates of torch.optim, and the global gradient norm.
 
-Weights, gradients and moments are flat dictionaries, name -> array, and the update works in place. An update
-reads and writes memory and computes next to nothing, so it runs over pieces that stay in the cache while all
-its passes are done, on all threads.
+Weights, gradients and moments are flat dictionaries, name -> array, and updates are in place. An update is
+bound by memory bandwidth, so all its passes run over one cache-sized piece after the other, on all threads.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine import einsum
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
@@ -22,28 +22,28 @@ from einsum_transformer.errors import InputError
 Array = np.ndarray
 Arrays = Mapping[str, Array]
 
-_PIECE = 1 << 15  # elements: with two moments and a scratch array, within a core's second-level cache
+_PIECE = 1 << 15  # elements; fits a core's L2 cache with gradients, two moments and a scratch array
 _TASK = 1 << 20  # elements of one thread's task
 _ROW = 1 << 10  # elements whose squares are summed in the precision of the gradients
-_EXACT = 1e-20, 1e30  # sums of float32 squares outside may have lost terms to underflow, or all to overflow
+_EXACT = 1e-20, 1e30  # a sum of float32 squares out of this range may have underflowed or overflowed
 
 
 class Optimizer(ABC):
-    """How weights follow their gradients: settings, which a dataclass adds its own to."""
+    """Base class of optimizers: the settings common to all; subclasses are dataclasses that add theirs."""
 
     __slots__ = ()
     weight_decay: float
     decay_matrices_only: bool
-    """No decay of norms and biases, by their names, as in transformers' Trainer."""
+    """Exclude norms and biases, recognized by name, from weight decay, as transformers' Trainer does."""
 
     @property
     @abstractmethod
     def moments(self) -> tuple[str, ...]:
-        """The names of the arrays that it keeps for each weight."""
+        """The names of the state arrays of each weight."""
 
     @abstractmethod
     def change(self, lr: float, step: int, scale: float) -> Callable[..., None]:
-        """What `update` does: change(w, g, scratch, decay, *moments) of pieces of one weight."""
+        """Return a function `change(w, g, scratch, decay, *moments)` that updates a piece of a weight."""
 
     def update(
         self,
@@ -54,8 +54,7 @@ class Optimizer(ABC):
         step: int,
         scale: float = 1.0,
     ) -> None:
-        """Change `weights` and `state` in place by one step, the `step`-th counted from 0, with gradients *
-        scale."""
+        """Update `weights` and `state` in place; `step` counts from 0, and `scale` multiplies gradients."""
         every = not self.decay_matrices_only
         decay = {name: self.weight_decay if every or is_matrix(name) else 0.0 for name in weights}
         moments = [state[moment] for moment in self.moments]
@@ -63,14 +62,18 @@ class Optimizer(ABC):
 
 
 def start(optimizer: Optimizer, weights: Arrays) -> dict[str, dict[str, Array]]:
-    """The optimizer's state before the first step: zeros in the layout of each weight, by moment and name."""
+    """The initial optimizer state, moment -> name -> zeros in the memory layout of the weight."""
     return {moment: {name: np.zeros_like(w) for name, w in weights.items()} for moment in optimizer.moments}
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class SGD(Optimizer):
-    """g += weight_decay w; without momentum w -= lr g, with it m = momentum m + g (g at the first step), and
-    then w -= lr m, or with nesterov w -= lr (g + momentum m) (torch.optim.SGD, dampening 0)."""
+    """Stochastic gradient descent, as torch.optim.SGD with dampening 0.
+
+    g += weight_decay w; without momentum w -= lr g; with it m = momentum m + g (m = g at the first step) and
+    w -= lr m, or with nesterov w -= lr (g + momentum m).
+    """
 
     momentum: float = 0.0
     nesterov: bool = False
@@ -80,7 +83,7 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         _check_range(self, momentum=(0, 1), weight_decay=(0, math.inf))
         if self.nesterov and not self.momentum:
-            raise InputError("nesterov needs a momentum above 0")
+            raise InputError("nesterov requires a momentum above 0")
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -106,11 +109,12 @@ class SGD(Optimizer):
         return change
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class AdamW(Optimizer):
-    """Adam with decoupled decay (Loshchilov and Hutter, 2019; torch.optim.AdamW), t = step + 1:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019; torch.optim.AdamW), with t = step + 1:
 
-    w *= 1 - lr weight_decay; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
+    w -= lr weight_decay w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
     w -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps).
     """
 
@@ -155,8 +159,7 @@ OPTIMIZERS = {"sgd": SGD, "adamw": AdamW}
 
 
 def global_norm(gradients: Arrays) -> float:
-    """The root of the sum of squares of all gradients, summed in float64 in a fixed order; not finite if any
-    of them is."""
+    """The L2 norm of all gradients, summed in float64 in a fixed order; not finite if any gradient is not."""
     squares: dict[tuple[str, int], float] = {}
 
     def add(name: str, start: int, piece: Array) -> None:
@@ -173,8 +176,8 @@ def global_norm(gradients: Arrays) -> float:
 
 
 def _sum_of_squares(piece: Array) -> float:
-    """In the array's precision within short rows and in float64 between them; all in float64 where float32
-    would not do."""
+    """Sum squares in the precision of the array within short rows, and the rows in float64; all in float64
+    where float32 underflows or overflows."""
     rows = piece[: len(piece) // _ROW * _ROW].reshape(-1, _ROW)
     rest = piece[rows.size :]
     total = float(np.sum(einsum("td,td->t", rows, rows), dtype=np.float64)) + float(np.sum(rest * rest))
@@ -184,7 +187,7 @@ def _sum_of_squares(piece: Array) -> float:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a weight is neither a norm's nor a bias, by its name as in transformers' Trainer."""
+    """Whether a weight is neither of a norm nor a bias, by its name, as in transformers' Trainer."""
     return "norm" not in name and not name.endswith("bias")
 
 
@@ -195,14 +198,13 @@ def _by_pieces(
     decay: Mapping[str, float],
     moments: list[Arrays],
 ) -> None:
-    """change(w, g, scratch, decay, *moments) for pieces of every weight, flat and in the order of its
-    memory."""
+    """Call `change(w, g, scratch, decay, *moments)` for flat pieces of every weight in memory order."""
     tasks: list[tuple[Any, ...]] = []
     for name, w in weights.items():
-        lines = [_in_memory_order(w), _in_memory_order(_like(gradients[name], w))]
-        lines += [_in_memory_order(each[name]) for each in moments]
+        flat = [_in_memory_order(w), _in_memory_order(_like(gradients[name], w))]
+        flat += [_in_memory_order(each[name]) for each in moments]
         for start in range(0, w.size, _TASK):
-            tasks.append((decay[name], *(line[start : start + _TASK] for line in lines)))
+            tasks.append((decay[name], *(array[start : start + _TASK] for array in flat)))
 
     def task(decay: float, w: Array, g: Array, *rest: Array) -> None:
         scratch = np.empty(min(_PIECE, len(w)), w.dtype)
@@ -215,19 +217,19 @@ def _by_pieces(
 
 
 def _in_memory_order(array: Array) -> Array:
-    """A flat view of an array without gaps, in the order of its memory."""
+    """A flat view, in memory order, of an array without gaps."""
     flat = array.transpose(_axes(array)).reshape(-1)
     assert flat.size == 0 or np.may_share_memory(flat, array)
     return flat
 
 
 def _axes(array: Array) -> list[int]:
-    """From the outermost to the innermost; where an axis of size 1 lies does not matter, so it goes first."""
+    """The axes from the outermost to the innermost; those of size 1, whose strides are arbitrary, first."""
     return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] != 1, -array.strides[axis]))
 
 
 def _like(array: Array, weight: Array) -> Array:
-    """The array in the memory layout of the weight; a copy only if it has another."""
+    """The array in the memory layout and dtype of the weight; a copy only where they differ."""
     if _axes(array) == _axes(weight) and array.dtype == weight.dtype:
         return array
     copied = np.empty_like(weight)
@@ -239,4 +241,4 @@ def _check_range(settings: Any, **bounds: tuple[float, float]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(settings, name)
         if not low <= value < high:
-            raise InputError(f"{name} is {value}: at least {low} and less than {high} is expected")
+            raise InputError(f"{name} is {value}: a value from {low} to less than {high} is expected")

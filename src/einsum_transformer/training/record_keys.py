@@ -1,4 +1,4 @@
-"""The keys of data records: which forms there are, and what becomes of every key."""
+"""The keys of data records: the supported forms, and how each key is handled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import parse_json
 
 CONTEXT = ("tools", "documents", "chat_template_kwargs", "system")
-"""What a chat template is given beside the messages."""
+"""Inputs of a chat template other than the messages."""
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", *CONTEXT),
     "conversations": ("conversations", *CONTEXT),
@@ -20,8 +20,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""The keys of each form; the first of them whose own keys are all there is taken."""
-NEUTRAL = frozenset(
+"""The keys of each form; a record has the first form whose keys (CONTEXT is optional) it contains."""
+IGNORED = frozenset(
     {
         "id",
         "idx",
@@ -63,31 +63,31 @@ NEUTRAL = frozenset(
         "__index_level_0__",
     }
 )
-"""Keys that say where a record comes from; nothing is learnt from them, and no note names them."""
-REFUSED = {
-    "images": "pictures cannot be learnt here",
-    "image": "pictures cannot be learnt here",
-    "videos": "videos cannot be learnt here",
-    "video": "videos cannot be learnt here",
-    "audio": "sounds cannot be learnt here",
-    "audios": "sounds cannot be learnt here",
-    "suffix": "text to fill in has no rendering here; write it into prompt and completion",
-    "functions": "the older form of tools; write tools",
-    "function_call": "the older form of tool_calls; write tool_calls into the message",
+"""Metadata keys, which are ignored without a note."""
+UNSUPPORTED = {
+    "images": "images are not supported",
+    "image": "images are not supported",
+    "videos": "videos are not supported",
+    "video": "videos are not supported",
+    "audio": "audio is not supported",
+    "audios": "audio is not supported",
+    "suffix": "fill-in-the-middle is not supported; write the text into prompt and completion",
+    "functions": "the deprecated form of tools; write tools",
+    "function_call": "the deprecated form of tool_calls; write tool_calls into the message",
 }
-"""Keys that change what a record means, in any form."""
+"""Keys that are rejected in every form, because they change the meaning of a record."""
 WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
-"""Of a record: only 1 means something here."""
+"""Weights of a whole record; only 1 is supported."""
 SWITCHES = ("train", "training", "loss")
-"""Of a record: true changes nothing, false would leave it out. `loss` may be a number that was measured."""
+"""Switches of a whole record; only true is supported. A float under `loss` is a measured loss and ignored."""
 OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("chosen", "rejected"), "preference data; keep the chosen answer as completion or in messages"),
     (("preferred_output", "non_preferred_output"), "preference data; keep the preferred answer, in messages"),
     (("completions", "labels"), "stepwise supervision; write prompt and completion"),
-    (("input_ids",), "tokens; write their text"),
+    (("input_ids",), "token ids; write their text"),
     (
         ("instruction", "output"),
-        "Alpaca data, which has no rendering of its own; write prompt and completion, or messages of user "
+        "Alpaca data, which has no standard rendering; write prompt and completion, or messages of user "
         "(instruction, input) and assistant (output)",
     ),
     (("instruction", "response"), "write prompt for instruction and completion for response"),
@@ -101,20 +101,20 @@ OTHER_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("turns",), "write messages for turns"),
     (("chat",), "write messages for chat"),
     (("role", "content"), 'a message; a record is {"messages": [...]}'),
-    (("prompt",), "a prompt without a completion has nothing to learn"),
+    (("prompt",), "a prompt without a completion has no targets"),
 )
-"""Forms that are known and not taken: their keys, and what to do."""
+"""Known forms that are not supported: their keys, and what to write instead."""
 
 MESSAGE_FLAGS = ("weight", "train", "training", "loss")
-"""Of a message: 0 or false keeps it from being learnt (OpenAI's weight, axolotl's train, ms-swift's loss)."""
-MESSAGE_REFUSED = {
-    "train_detail": "parts of a message cannot be chosen here; use train for the whole",
-    "loss_scale": "a message counts wholly or not at all; use train",
-    "images": "pictures cannot be learnt here",
-    "function_call": "the older form of tool_calls; write tool_calls",
+"""Flags of a message; 0 or false masks it in the loss (weight: OpenAI, train: axolotl, loss: ms-swift)."""
+MESSAGE_UNSUPPORTED = {
+    "train_detail": "parts of a message cannot be selected; use train for the whole message",
+    "loss_scale": "fractional weights of messages are not supported; use train",
+    "images": "images are not supported",
+    "function_call": "the deprecated form of tool_calls; write tool_calls",
 }
-MESSAGE_NEUTRAL = frozenset({"role", "content", "tool_call_id"})
-"""Keys of a message that no note names: answers of tools stand in the order of the calls."""
+MESSAGE_IGNORED = frozenset({"role", "content", "tool_call_id"})
+"""Message keys without a note; tool_call_id is redundant, as tool responses follow the order of the calls."""
 _SHAREGPT = {
     "human": "user",
     "user": "user",
@@ -126,7 +126,7 @@ _SHAREGPT = {
     "bing": "assistant",
     "observation": "tool",
 }
-"""Of ShareGPT, FastChat and LLaMA-Factory, in any case."""
+"""Roles of ShareGPT, FastChat and LLaMA-Factory, in lower case."""
 _ARGUMENTS = frozenset(
     {
         "template",
@@ -156,16 +156,16 @@ _ALIASES = frozenset({"thinking", "reasoning", "reasoning_content"})
 
 
 def has_form(raw: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is a record, of a form that is taken or of one that is refused by its name."""
+    """Whether a JSON object has a form of training records, supported or known and not supported."""
     present = {key for key, value in raw.items() if value is not None}
     own = [{key for key in names if key not in CONTEXT} for names in FORMS.values()]
     return any(names <= present for names in (*own, *(set(names) for names, _ in OTHER_FORMS)))
 
 
 def form_of(raw: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The form of a record, and the keys that it uses. null is as good as no key.
+    """The form of a record and the keys of that form; a key with the value null counts as absent.
 
-    Raises InputError for a record without a form that is taken, and for keys that change its meaning.
+    Raises InputError for a record that has no supported form, and for keys that change its meaning.
     """
     present = {key: value for key, value in raw.items() if value is not None}
     for key in ("text", "prompt", "completion"):
@@ -175,12 +175,12 @@ def form_of(raw: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
             raise InputError(f"{key!r} is {type(value).__name__}, a string is expected")
     form = _form(present)
     if form is None:
-        for names, what in OTHER_FORMS:
+        for names, advice in OTHER_FORMS:
             if all(name in present for name in names):
                 raise InputError(
-                    f"expected text, prompt and completion, or messages; it has {', '.join(raw)}: {what}"
+                    f"expected text, prompt and completion, or messages, got {', '.join(raw)}: {advice}"
                 )
-        raise InputError(f"expected text, prompt and completion, or messages; it has {_named(raw)}")
+        raise InputError(f"expected text, prompt and completion, or messages, got {_named(raw)}")
     _check_meaning(present, form)
     return form, FORMS[form]
 
@@ -202,42 +202,44 @@ def _named(raw: Mapping[str, Any]) -> str:
     wrapped = [
         key for key, value in raw.items() if isinstance(value, list) and value and isinstance(value[0], dict)
     ]
-    hint = f"; if {wrapped[0]} holds the records, write that list alone" if len(raw) == 1 and wrapped else ""
-    return (", ".join(raw) or "no key") + hint
+    hint = f"; if {wrapped[0]} is the list of records, write it alone" if len(raw) == 1 and wrapped else ""
+    return (", ".join(raw) or "an empty object") + hint
 
 
 def _check_meaning(present: Mapping[str, Any], form: str) -> None:
     used = FORMS[form]
-    for key, why in REFUSED.items():
+    for key, why in UNSUPPORTED.items():
         if key not in used and present.get(key) not in _EMPTY:
             raise InputError(f"{key!r}: {why}")
     for key in WEIGHTS:
         if present.get(key, 1) != 1:
             raise InputError(
-                f"{key!r} is {_shown(present[key])}: a record counts once; leave it out or repeat it"
+                f"{key!r} is {_shown(present[key])}: weights are not supported; remove or repeat the record"
             )
     for key in SWITCHES:
         value = present.get(key, 1)
         measured = key == "loss" and isinstance(value, float) and value
         if value != 1 and not measured:
             raise InputError(
-                f"{key!r} is {_shown(value)}: a record is learnt if it is there; leave it out of the file"
+                f"{key!r} is {_shown(value)}: every record of the file is trained on; remove the record"
             )
     label = present.get("label")
-    # A number beside a text is the class that it belongs to, and a note names it.
+    # An integer label of a text is its class, which is ignored with a note.
     preference = (0, 1) if form in ("completion", "chat completion") else (0,) if form != "text" else ()
     if label is False or label in preference:
-        raise InputError("'label': unpaired preference data; keep the records with true, without the key")
+        raise InputError(
+            "'label': unpaired preference data; write the records whose label is true, without the key"
+        )
     for key in CONTEXT:
         if key not in used and present.get(key) not in (*_EMPTY, "[]", "{}"):
             raise InputError(
-                f"{key!r}: a chat template renders it, which needs messages instead of {used[0]!r}"
+                f"{key!r}: used by chat templates only, which require messages instead of {used[0]!r}"
             )
 
 
 def unused(raw: Mapping[str, Any], used: Sequence[str]) -> list[str]:
-    """The keys of a record that a note names."""
-    known = {*used, *NEUTRAL, *WEIGHTS}
+    """The keys of a record that are ignored with a note."""
+    known = {*used, *IGNORED, *WEIGHTS}
     return [
         key
         for key, value in raw.items()
@@ -246,21 +248,21 @@ def unused(raw: Mapping[str, Any], used: Sequence[str]) -> list[str]:
 
 
 def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """The messages of one half of a record; raises InputError for what is none, and for flags, which the
-    halves make needless."""
+    """The messages of a prompt or a completion, without flags; InputError for other values, and for flags
+    that exclude a message from the loss (the split into prompt and completion determines that)."""
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise InputError(f"{where}: a list of messages is expected")
     for i, message in enumerate(value):
         if chosen(message, f"{where}[{i}]") is False:
             raise InputError(
-                f"{where}[{i}]: weights of messages belong to messages, not to prompt and completion"
+                f"{where}[{i}]: weights are not supported in prompt and completion; write messages"
             )
     return [without_flags(message) for message in value]
 
 
 def messages_of(raw: Mapping[str, Any], form: str) -> Any:
-    """The messages of a record, those of ShareGPT with role and content for from and value; its system prompt
-    is the first of them."""
+    """The messages of a record, starting with its system prompt; from and value (ShareGPT) become role and
+    content."""
     if form == "messages":
         return with_system(raw, raw["messages"])
     found = raw["conversations"]
@@ -270,13 +272,13 @@ def messages_of(raw: Mapping[str, Any], form: str) -> Any:
 
 
 def with_system(raw: Mapping[str, Any], messages: Any) -> Any:
-    """The messages, after a system message if the record has a system prompt."""
+    """The messages, preceded by the system prompt of the record if it has one."""
     system = raw.get("system")
     if system is None or system == "" or not isinstance(messages, list):
         return messages
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     if not isinstance(system, str) or first.get("role") == "system":
-        raise InputError("'system': a string is expected, and no system message beside it")
+        raise InputError("'system': a string is expected, and no system message in addition")
     return [{"role": "system", "content": system}, *messages]
 
 
@@ -287,15 +289,15 @@ def _renamed(message: dict[str, Any], where: str) -> dict[str, Any]:
     if role == "function_call":
         raise InputError(f"{where}: function_call: write a message of role assistant with tool_calls")
     if not isinstance(role, str) or role.lower() not in _SHAREGPT:
-        raise InputError(f"{where}: 'from' is {_shown(role)}; known are {', '.join(_SHAREGPT)}")
+        raise InputError(f"{where}: 'from' is {_shown(role)}; one of {', '.join(_SHAREGPT)} is expected")
     if "role" in message or ("value" in message and "content" in message):
-        raise InputError(f"{where}: has both from and value, and role and content")
+        raise InputError(f"{where}: has both from and value, and role and content; write one pair")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": _SHAREGPT[role.lower()], "content": message.get("value")} | rest
 
 
 def variables_of(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What else the chat template is given."""
+    """The chat_template_kwargs and documents of a record, as variables of the chat template."""
     variables = raw.get("chat_template_kwargs")
     if isinstance(variables, str) and variables.strip():
         variables = parse_json(Path("chat_template_kwargs"), "the string", variables.encode())
@@ -305,29 +307,29 @@ def variables_of(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"chat_template_kwargs: an object is expected, not {type(variables).__name__}")
     for name in variables:
         if name in _ARGUMENTS or not name.isidentifier():
-            raise InputError(f"chat_template_kwargs: {name!r} is no variable of a template")
+            raise InputError(f"chat_template_kwargs: {name!r} is not a template variable")
     documents = objects_of(raw, "documents")
     return variables if documents is None else {**variables, "documents": documents}
 
 
 def objects_of(raw: Mapping[str, Any], key: str) -> list[Any] | None:
-    """The tools or documents of a record: a list of objects, or the same as a JSON string."""
+    """The tools or documents of a record: a list of objects, or a JSON string of such a list."""
     value = raw.get(key)
     if isinstance(value, str):
         if not value.strip():
             return None
         value = parse_json(Path(key), "the string", b'{"value": ' + value.encode() + b"}")["value"]
     if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
-        raise InputError(f"{key}: a list of objects is expected, or the same as a JSON string")
+        raise InputError(f"{key}: a list of objects, or a JSON string of such a list, is expected")
     return value
 
 
 def chosen(message: Mapping[str, Any], where: str) -> bool | None:
-    """Whether a message is to be learnt; None if it does not say, or says no more than the usual.
+    """Whether the flags of a message include it in the loss; None if they leave the default.
 
-    weight (OpenAI) multiplies, so that 1 changes nothing; the others decide (axolotl).
+    weight (OpenAI) is a factor, so that 1 leaves the default; true of the others (axolotl) includes it.
     """
-    for key, why in MESSAGE_REFUSED.items():
+    for key, why in MESSAGE_UNSUPPORTED.items():
         if message.get(key) not in (None, [], {}):
             raise InputError(f"{where}: {key!r}: {why}")
     found: set[bool] = set()
@@ -340,24 +342,25 @@ def chosen(message: Mapping[str, Any], where: str) -> bool | None:
         if key != "weight" or not value:
             found.add(bool(value))
     if len(found) > 1:
-        raise InputError(f"{where}: {', '.join(key for key in MESSAGE_FLAGS if key in message)} contradict")
+        flags = ", ".join(key for key in MESSAGE_FLAGS if key in message)
+        raise InputError(f"{where}: {flags} contradict each other; write one of them")
     return found.pop() if found else None
 
 
 def without_flags(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as the template gets it."""
-    hidden = (*MESSAGE_FLAGS, *MESSAGE_REFUSED)
-    return {key: value for key, value in message.items() if key not in hidden}
+    """The message without flags, as the chat template receives it."""
+    removed = (*MESSAGE_FLAGS, *MESSAGE_UNSUPPORTED)
+    return {key: value for key, value in message.items() if key not in removed}
 
 
 def message_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys of messages beside role and content that have a value."""
+    """The keys of messages that have a value, except role, content and tool_call_id."""
     pairs = (pair for message in messages for pair in message.items())
-    return list(dict.fromkeys(k for k, v in pairs if k not in MESSAGE_NEUTRAL and v not in _EMPTY))
+    return list(dict.fromkeys(k for k, v in pairs if k not in MESSAGE_IGNORED and v not in _EMPTY))
 
 
 def is_read(name: str, template: str) -> bool:
-    """Whether the name occurs in a template; the names of a reasoning trace stand for each other."""
+    """Whether a template contains the name; the names of a reasoning trace are equivalent."""
     names = _ALIASES if name in _ALIASES else {name}
     return any(re.search(rf"\b{re.escape(each)}\b", template) for each in names)
 

@@ -1,4 +1,4 @@
-"""Examples to learn, from the texts and the JSON records of a data file."""
+"""Training examples from the text or the JSON records of a data file."""
 
 from __future__ import annotations
 
@@ -20,48 +20,46 @@ from einsum_transformer.training.files import Data, Record, read_data
 from einsum_transformer.training.turns import Conversation, Rewritten, Span, held, offsets
 
 Array = np.ndarray
-_TRIED = 8  # answers of a conversation, from the last on
+_TRIED = 8  # the last answers of a conversation that `_last` tries to locate
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sequence to learn: its token ids, and which of them are targets."""
+    """A training sequence: its token ids, and a mask of those that are targets."""
 
     tokens: Array
     trained: Array
     place: str
-    """Where it stands: `file`, or `file: line 3`."""
+    """Its location for messages: `file`, or `file: line 3`."""
     divisible: bool = True
-    """A plain text, of which a part is a text too; a conversation or an answer is one only as a whole."""
+    """Whether it may be split: true for plain text, false for a conversation or a completion."""
 
 
 def read_examples(
     path: str | Path, tokenizer: Tokenizer, mask_prompt: bool = False, part: str = "train"
 ) -> list[Example]:
-    """The sequences of a data file: each record of JSONL or of a JSON array, any other file as one text; of a
-    folder those of `<part>.jsonl` in it.
+    """Read the examples of a data file, or of `<part>.jsonl` in a folder.
 
-    A record is one of
-    {"text": ...};
-    {"prompt": ..., "completion": ...}: two strings, one after the other as they are, or two lists of
-    messages;
-    {"messages": [...]}, rendered by the tokenizer's chat template with the record's tools, documents,
-    system prompt and chat_template_kwargs; or "conversations" of {"from", "value"}.
-    A text and a completion end with EOS, if there is one. mask_prompt: only completions and the assistant's
-    messages are targets. A message with "weight": 0 or "train": false is no target in any case.
-    Keys that are not used are named in one note. Errors: InputError that names the file and the record.
+    Each record of JSONL or of a JSON array is an example; any other file is one text. A record is one of
+
+    - `{"text": ...}`;
+    - `{"prompt": ..., "completion": ...}`: two strings, which are concatenated, or two lists of messages;
+    - `{"messages": [...]}`, rendered by the tokenizer's chat template with the record's tools, documents,
+      system prompt and chat_template_kwargs; or `"conversations"` of `{"from", "value"}`.
+
+    EOS, if the tokenizer has one, is appended to texts and completions. mask_prompt: only completions and the
+    assistant's messages are targets. A message with "weight": 0 or "train": false is never a target.
+    A note lists the keys that are not used. Errors: InputError that names the file and the record.
     """
     return examples_of(read_data(path, keys.has_form, part), tokenizer, mask_prompt)
 
 
 def examples_of(data: Data, tokenizer: Tokenizer, mask_prompt: bool = False) -> list[Example]:
-    """The examples of a file that was read; see `read_examples`."""
+    """The examples of a data file that is already read; see `read_examples`."""
     if data.records is None:
         if mask_prompt:
             why = f"{data.doubt}, and " * bool(data.doubt)
-            raise InputError(
-                f"{data.path}: {why}a plain text has no prompt to mask; that needs JSONL records"
-            )
+            raise InputError(f"{data.path}: {why}plain text has no prompt to mask; JSONL records are needed")
         return [_whole(tokenizer.encode_once(data.text, end=True), str(data.path))]
     reader = _Reader(tokenizer, mask_prompt)
     found = [reader.example(record) for record in data.records]
@@ -71,7 +69,7 @@ def examples_of(data: Data, tokenizer: Tokenizer, mask_prompt: bool = False) -> 
 
 
 def texts_of(data: Data) -> list[str]:
-    """The texts that a tokenizer can be trained on: the lines of a text, or all strings of the records."""
+    """The texts to train a tokenizer on: the lines of a plain text, or all strings of the records."""
     if data.records is None:
         return data.text.splitlines(keepends=True)
     found: list[str] = []
@@ -93,19 +91,19 @@ def _whole(tokens: Sequence[int], place: str, divisible: bool = True) -> Example
 
 @dataclass
 class _Reader:
-    """Makes the examples of one file, and collects what its notes say."""
+    """Converts the records of one file to examples, and counts what its notes report."""
 
     tokenizer: Tokenizer
     mask_prompt: bool
     unused: Counter[str] = field(default_factory=Counter)
-    """Keys and template variables that change nothing, and in how many records they are."""
+    """Ignored keys and template variables, with the number of records that contain them."""
     last_only: int = 0
-    """Conversations of which only the last answer is learnt."""
+    """The number of conversations of which only the last answer is a target."""
     not_located: int = 0
-    """Conversations in which the answers cannot be located."""
+    """The number of conversations whose answers cannot be located in the rendered text."""
 
     def example(self, record: Record) -> Example | None:
-        """The example; None for a conversation in which the answers cannot be located."""
+        """The example of a record; None for a conversation whose answers cannot be located."""
         try:
             return self._example(record.values, record.place)
         except InputError as error:
@@ -117,24 +115,24 @@ class _Reader:
             return None
 
     def write_notes(self, path: Path, count: int) -> None:
-        """The notes of a file of so many records; raises InputError if none can be learnt."""
-        why = "the chat template does not show which words are the assistant's"
+        """Write the notes of a file with `count` records; raises InputError if none is an example."""
+        why = "the assistant's messages cannot be located in the rendered conversation"
         if self.not_located == count:
             raise InputError(
-                f"{path}: {why}, so the prompt cannot be masked; learn whole conversations (without "
+                f"{path}: {why}, so the prompt cannot be masked; train on whole conversations (without "
                 '--mask-prompt), write {"prompt": ..., "completion": ...}, or use a template with '
                 "{% generation %} blocks"
             )
         if self.not_located:
-            note(f"{path}: {self.not_located} of {count} records are left out: in them {why}")
+            note(f"{path}: {self.not_located} of {count} records are skipped: {why}")
         if self.unused:
             named = some([f"{name} ({number})" for name, number in self.unused.most_common()], 12)
-            note(f"{path}: keys that change nothing here, and in how many records: {named}")
+            note(f"{path}: ignored keys, with the number of records that contain them: {named}")
         if self.last_only:
             which = "conversations" if self.last_only > 1 else "conversation"
             note(
-                f"{path}: the chat template writes earlier turns anew, so of {self.last_only} {which} "
-                "only the last answer is learnt"
+                f"{path}: the chat template changes earlier turns, so only the last assistant message "
+                f"of {self.last_only} {which} is a target"
             )
 
     def _example(self, raw: dict[str, Any], place: str) -> Example:
@@ -152,24 +150,24 @@ class _Reader:
 
     def _completion(self, prompt: str, completion: str, place: str) -> Example:
         eos = self.tokenizer.eos_id
-        first = self._begun(prompt)
-        answer = self._after(prompt, first, completion)
-        if eos is not None and answer[-1:] != [eos]:
-            answer.append(eos)
-        example = _whole([*first, *answer], place, divisible=False)
-        example.trained[: len(first) if self.mask_prompt else 0] = False
+        prompt_ids = self._without_eos(prompt)
+        completion_ids = self._continuation(prompt, prompt_ids, completion)
+        if eos is not None and completion_ids[-1:] != [eos]:
+            completion_ids.append(eos)
+        example = _whole([*prompt_ids, *completion_ids], place, divisible=False)
+        example.trained[: len(prompt_ids) if self.mask_prompt else 0] = False
         return example
 
-    def _after(self, prompt: str, first: list[int], completion: str) -> list[int]:
-        """The ids of a completion: the prompt's ids stay as they are, as in generation. Some tokenizers begin
-        a text, but not what follows one, with a space."""
-        both = self._begun(prompt + completion)
-        if both[: len(first)] == first:
-            return both[len(first) :]
+    def _continuation(self, prompt: str, prompt_ids: list[int], completion: str) -> list[int]:
+        """The ids of a completion that follow the unchanged ids of the prompt, as in generation. They are
+        taken from both texts together, as some tokenizers add a space at the start of a text."""
+        both = self._without_eos(prompt + completion)
+        if both[: len(prompt_ids)] == prompt_ids:
+            return both[len(prompt_ids) :]
         return self.tokenizer.encode(completion, add_special_tokens=False)
 
-    def _begun(self, text: str) -> list[int]:
-        """The ids of a text that is not over: without the EOS that some tokenizers add."""
+    def _without_eos(self, text: str) -> list[int]:
+        """The ids of a text without the EOS that some tokenizers append."""
         ids, eos = self.tokenizer.encode_once(text), self.tokenizer.eos_id
         added = eos is not None and self.tokenizer.encode("")[-1:] == ids[-1:] == [eos]
         return ids[:-1] if added else ids
@@ -181,12 +179,12 @@ class _Reader:
         if not self.mask_prompt:
             return self._plain(chat, place)
         try:
-            learnt = [(chat.start(len(prompt)), len(chat.text))]
+            targets = [(chat.start(len(prompt)), len(chat.text))]
         except Rewritten:
             chosen = [None if i >= len(prompt) else False for i in range(len(chat.messages))]
-            learnt = self._learnt(chat, chosen)[0]
+            targets = self._targets(chat, chosen)[0]
         example = self._plain(chat, place)
-        example.trained[:] = held(offsets(self.tokenizer, chat.text), learnt)
+        example.trained[:] = held(offsets(self.tokenizer, chat.text), targets)
         return example
 
     def _plain(self, chat: Conversation, place: str) -> Example:
@@ -196,7 +194,7 @@ class _Reader:
         check_messages(messages)
         if not self.tokenizer.chat_templates:
             raise InputError(
-                f"{self.tokenizer.source} has no chat template, which messages need; put its "
+                f"{self.tokenizer.source}: has no chat template, which messages require; put a "
                 'chat_template.jinja into the model\'s folder, or write {"prompt": ..., "completion": ...}'
             )
         tools, variables = keys.objects_of(raw, "tools"), keys.variables_of(raw)
@@ -214,20 +212,18 @@ class _Reader:
         if not self.mask_prompt and False not in chosen:
             return self._plain(chat, place)
         if self.mask_prompt and not chat.answers and True not in chosen:
-            raise InputError(
-                "no message is the assistant's, so with the prompt masked nothing is left to learn"
-            )
-        learnt, masked = self._learnt(chat, chosen) if self.mask_prompt else ([], _switched_off(chat, chosen))
-        example, places = self._plain(chat, place), offsets(self.tokenizer, chat.text)
+            raise InputError("no message is the assistant's, so no targets are left with the prompt masked")
+        targets, masked = self._targets(chat, chosen) if self.mask_prompt else ([], _excluded(chat, chosen))
+        example, characters = self._plain(chat, place), offsets(self.tokenizer, chat.text)
         if self.mask_prompt:
-            example.trained[:] = held(places, learnt)
-        example.trained[held(places, masked)] = False
+            example.trained[:] = held(characters, targets)
+        example.trained[held(characters, masked)] = False
         if not example.trained.any():
-            raise InputError(_nothing_left(chosen))
+            raise InputError(_no_targets(chosen))
         return example
 
-    def _learnt(self, chat: Conversation, chosen: Sequence[bool | None]) -> tuple[list[Span], list[Span]]:
-        """Characters that are learnt where the prompt is masked, and those that never are.
+    def _targets(self, chat: Conversation, chosen: Sequence[bool | None]) -> tuple[list[Span], list[Span]]:
+        """Character spans of the targets where the prompt is masked, and spans that are never targets.
 
         Raises Rewritten if no answer can be located.
         """
@@ -249,8 +245,8 @@ class _Reader:
         return more + [turns[i] for i in on], [turns[i] for i in off]
 
     def _last(self, chat: Conversation, numbers: Sequence[int], more: bool) -> list[Span]:
-        """The last of these answers that can be located; raises Rewritten if none can, and there is no
-        more to learn."""
+        """The span of the last of these answers that can be located. If none can, the spans are empty where
+        the conversation has other targets (`more`); else Rewritten is raised."""
         for i in list(reversed(numbers))[:_TRIED]:
             try:
                 found = [chat.turn(i)]
@@ -264,8 +260,8 @@ class _Reader:
         return []
 
 
-def _switched_off(chat: Conversation, chosen: Sequence[bool | None]) -> list[Span]:
-    """Characters of the messages that weight or train switches off, where the whole is learnt."""
+def _excluded(chat: Conversation, chosen: Sequence[bool | None]) -> list[Span]:
+    """Character spans of the messages whose flags exclude them, where the prompt is not masked."""
     off = [i for i, choice in enumerate(chosen) if choice is False]
     answers = [i for i in off if i in chat.answers]
     try:
@@ -280,12 +276,12 @@ def _switched_off(chat: Conversation, chosen: Sequence[bool | None]) -> list[Spa
         return found + [span for i in answers for span in owned[i]]
     except Rewritten:
         raise InputError(
-            f"messages[{off[0]}]: the chat template writes earlier messages anew, so that it cannot be left "
-            "out; leave the record out, or remove its weight or train"
+            f"messages[{off[0]}]: cannot be masked, because the chat template changes earlier messages; "
+            "remove the record, or the weight or train of the message"
         ) from None
 
 
-def _nothing_left(chosen: Sequence[bool | None]) -> str:
+def _no_targets(chosen: Sequence[bool | None]) -> str:
     if False in chosen:
-        return "nothing is left to learn: weight, train or loss switches off every message that would be"
-    return "nothing is left to learn: the chat template writes nothing for the messages that would be"
+        return "no targets are left: weight, train or loss excludes every message that would be one"
+    return "no targets are left: the chat template renders nothing for the messages that would be targets"

@@ -1,21 +1,24 @@
-"""The learning rate of a step: constant, linear or cosine, after a linear warm-up."""
+"""Learning rate schedules: constant, linear or cosine, after a linear warm-up."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 
 SHAPES = ("constant", "linear", "cosine")
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """lr(step) for step 0 ... steps - 1.
+    """The learning rate as a function of the step, 0 to steps - 1.
 
-    Warm-up: lr * (step + 1) / warmup_steps while step < warmup_steps. Then, with p from 0 to 1 over the steps
-    that are left: constant lr; linear lr + (final - lr) p; cosine final + (lr - final) (1 + cos(pi p)) / 2.
+    Warm-up: lr (step + 1) / warmup_steps while step < warmup_steps. Then, with p rising from 0 to 1 over the
+    remaining steps: constant lr; linear lr + (final_lr - lr) p; cosine
+    final_lr + (lr - final_lr) (1 + cos(pi p)) / 2.
     """
 
     lr: float
@@ -26,14 +29,14 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
-            raise InputError(f"schedule {self.shape!r}: choose {', '.join(SHAPES)}")
+            raise InputError(f"schedule is {self.shape!r}: one of {', '.join(SHAPES)} is expected")
         for name in ("lr", "final_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value}: a number of at least 0 is expected")
         if self.steps < 1 or not 0 <= self.warmup_steps <= self.steps:
             raise InputError(
-                f"warmup_steps is {self.warmup_steps} of {self.steps} steps: between 0 and all of them"
+                f"warmup_steps is {self.warmup_steps} of {self.steps} steps: at most all of them is expected"
             )
 
     def __call__(self, step: int) -> float:

@@ -1,8 +1,8 @@
-"""Checkpoints of a training: each a folder that is whole or not there at all; and going on from one.
+"""Training checkpoints, which are written atomically, and resuming from them.
 
-A checkpoint is what `model.save` writes, or with adapters a PEFT folder, so that it can be used at once; and
-beside it optimizer.safetensors, state.json, and manifest.json with the size and sha256 of every file. All
-randomness of a training is a function of seeds and step numbers, so that these say where it was.
+A checkpoint is a folder as `model.save` writes it, or a PEFT folder for adapters, so that it can be loaded
+directly. It also contains optimizer.safetensors, state.json, and manifest.json with the size and sha256 of
+every file. All randomness of a training depends on seeds and step numbers only, so no RNG state is saved.
 """
 
 from __future__ import annotations
@@ -36,79 +36,80 @@ MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetenso
 _NAME = re.compile(r"step-\d{8}")
 _LEFTOVER = re.compile(r"\.(step-\d{8}|run\.json|metrics\.jsonl)\.[0-9a-f]{12}\.tmp")
 _COUNTS = ("steps_done", "bad_steps", "bad_in_a_row")
-"""Of a trainer."""
+"""Counters of a `Trainer` in state.json."""
 _SUMS = {
-    "data.sha256": "the data have other contents or other tokens",
-    "frozen": "the frozen weights, which are not trained, are others",
+    "data.sha256": "the data or their token ids differ",
+    "frozen": "the frozen weights differ",
 }
-"""Check sums of a description, and what it means that they differ."""
+"""Checksums of a description, and the message if they differ."""
 
 
 def save(trainer: Trainer, root: str | Path, keep: int | None = None) -> Path:
-    """Write the state after `trainer.steps_done` steps as `root/step-00000042`, and return that folder.
+    """Write the state after `trainer.steps_done` steps to `root/step-00000042` and return this folder.
 
-    It is written beside its place, brought to the disk file by file, and renamed: whatever happens on the
-    way, there is no half checkpoint. keep: remove all but so many of the newest, when the new one is there.
+    The files are written to a temporary folder, synced to disk, and the folder is renamed, so an interruption
+    never leaves a partial checkpoint. keep: the number of newest checkpoints to keep; older ones are removed.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    place = root / f"step-{trainer.steps_done:08d}"
-    if not place.exists():
-        temporary = root / f".{place.name}.{os.urandom(6).hex()}.tmp"
+    folder = root / f"step-{trainer.steps_done:08d}"
+    if not folder.exists():
+        temporary = root / f".{folder.name}.{os.urandom(6).hex()}.tmp"
         temporary.mkdir()
         try:
             _write(trainer, temporary)
-            os.rename(temporary, place)
+            os.rename(temporary, folder)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError):
-                # A failed write names no file, and the temporary ones are gone.
-                error.filename = str(place)
+                # The error of a failed write has no file name, and the temporary files are removed.
+                error.filename = str(folder)
             raise
         sync_folder(root)
     for old in checkpoints(root)[:-keep] if keep else []:
-        # Renamed first: removing takes a while, and what is cut off in between is no checkpoint any more.
-        aside = root / f".{old.name}.{os.urandom(6).hex()}.tmp"
-        os.rename(old, aside)
-        shutil.rmtree(aside)
-    return place
+        # Renamed first, so that an interrupted removal does not leave a partial checkpoint.
+        removed = root / f".{old.name}.{os.urandom(6).hex()}.tmp"
+        os.rename(old, removed)
+        shutil.rmtree(removed)
+    return folder
 
 
 def checkpoints(root: str | Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
+    """The checkpoints in a folder, oldest first."""
     root = Path(root)
     found = root.iterdir() if root.is_dir() else ()
     return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
 def clean(root: str | Path) -> None:
-    """Remove what a process that was killed left half written."""
+    """Remove the temporary files of a process that was killed."""
     for path in list(Path(root).iterdir()):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def restore(trainer: Trainer, folder: str | Path) -> list[str]:
-    """Bring a trainer, made as the saved one was, to the state of a checkpoint.
+    """Load a checkpoint into a trainer that has the settings of the saved one.
 
-    Returns what is different and does not change what is computed but may change its last bits. Errors:
-    InputError for a file that is missing or is not what the manifest says, and for another training.
+    Returns the differences of the machine (BLAS, threads, NumPy), which may change the last bits of results.
+    Errors: InputError for a missing file, a file that differs from the manifest, or other settings.
     """
     folder = Path(folder)
     verify(folder)
     state = read_json(folder / STATE, STATE)
-    differing = _of_training(state.get("training"), description(trainer))
+    differing = _training_differences(state.get("training"), description(trainer))
     if differing:
         adapter = (folder / peft.TENSORS).is_file()
-        begin = f"--adapter-path {folder}" if adapter else f"give {folder} as the model"
+        start = f"pass --adapter-path {folder}" if adapter else f"pass {folder} as the model"
         raise InputError(
-            f"{folder}: is of another training: {'; '.join(differing)}; to begin a new one with its weights, "
-            f"{begin} and another output folder (-o), without --resume{' and without --lora' * adapter}"
+            f"{folder}: checkpoint of another training: {'; '.join(differing)}; to start a new training with "
+            f"its weights, {start} and another output folder (-o), without --resume"
+            f"{' and without --lora' * adapter}"
         )
     counts = {key: state.get(key) for key in _COUNTS}
     for key, count in counts.items():
         if type(count) is not int or count < 0:
-            raise FormatError(f"{folder / STATE}: {key} is {count!r}, a count is expected")
+            raise FormatError(f"{folder / STATE}: {key} is {count!r}, an integer of at least 0 is expected")
     _read_weights(trainer, folder)
     moments = trainer.compute.moments()
     if moments:
@@ -124,9 +125,9 @@ def restore(trainer: Trainer, folder: str | Path) -> list[str]:
 
 
 def verify(folder: Path) -> None:
-    """Every file of the manifest is there, with its size and its sha256."""
+    """Check the presence, size and sha256 of every file in the manifest; raises InputError."""
     if not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: holds no {MANIFEST}; a checkpoint folder is expected")
+        raise InputError(f"{folder}: contains no {MANIFEST}; a checkpoint folder is expected")
     files = read_json(folder / MANIFEST, MANIFEST).get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise FormatError(f"{folder / MANIFEST}: has no list of files")
@@ -137,9 +138,9 @@ def verify(folder: Path) -> None:
         if not path.is_file() or path.is_symlink():
             raise FormatError(f"{path}: missing, although {MANIFEST} lists it; the checkpoint is damaged")
         if path.stat().st_size != entry.get("bytes") or digest(path) != entry.get("sha256"):
-            raise FormatError(f"{path}: is not what {MANIFEST} says; the checkpoint is damaged")
+            raise FormatError(f"{path}: size or sha256 differs from {MANIFEST}; the checkpoint is damaged")
     if STATE not in files:
-        raise FormatError(f"{folder / MANIFEST}: lists no {STATE}")
+        raise FormatError(f"{folder / MANIFEST}: does not list {STATE}")
 
 
 def digest(path: Path) -> str:
@@ -149,22 +150,22 @@ def digest(path: Path) -> str:
 
 
 def description(trainer: Trainer) -> dict[str, Any]:
-    """What decides the numbers of a training, in JSON types: two trainings that agree in it are the same."""
+    """Return everything that determines the result of a training, in JSON types."""
     settings, model = trainer.settings, trainer.model
-    optimizer: Any = settings.optimizer  # a dataclass, which its protocol cannot say
-    config, how = asdict(model.config), asdict(optimizer)
-    if not how.get("decay_matrices_only"):
-        how.pop("decay_matrices_only", None)  # checkpoints from before it have no such key
+    optimizer: Any = settings.optimizer  # always a dataclass, which the base class does not express
+    config, options = asdict(model.config), asdict(optimizer)
+    if not options.get("decay_matrices_only"):
+        options.pop("decay_matrices_only", None)  # older checkpoints do not have this key
     schedule = asdict(settings.schedule)
     if settings.schedule.shape == "constant":
-        # Then a training may go on for longer than was planned.
+        # A constant schedule may be resumed for more steps than planned.
         del schedule["steps"], schedule["final_lr"]
     found = {
         "model": {name: config[name] for name in config if name not in ("defaulted", "ignored", "training")},
         "lora": None if model.lora is None else _adapter_settings(model.lora),
         "frozen": trainer.frozen_crc,
         "trained": {name: [str(w.dtype), *w.shape] for name, w in trainer.weights.items()},
-        "optimizer": {"name": type(optimizer).__name__} | how,
+        "optimizer": {"name": type(optimizer).__name__} | options,
         "schedule": schedule,
         "clip_norm": settings.clip_norm,
         "seed": settings.seed,
@@ -174,7 +175,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
 
 
 def _adapter_settings(config: LoRAConfig) -> dict[str, Any]:
-    """LoRA's settings, target_parameters only where there are some: older checkpoints do not name them."""
+    """LoRA's settings, without an empty target_parameters, which older checkpoints do not have."""
     return {key: value for key, value in asdict(config).items() if key != "target_parameters" or value}
 
 
@@ -204,9 +205,9 @@ def _write(trainer: Trainer, folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Sync the entries of a folder to disk."""
     if os.name == "nt":
-        return  # folders cannot be opened there, and their names are written with the files
+        return  # Windows cannot open folders, and syncs their entries with the files
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -236,50 +237,51 @@ def _tensor(source: TensorSource, name: str, like: Array) -> Array:
     tensor = source.read(name)
     if tensor.size != like.size or tensor.dtype != like.dtype:
         raise FormatError(
-            f"{source.path}: {name} is {tensor.dtype} {list(tensor.shape)}, not as it was trained"
+            f"{source.path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+            f"{like.dtype} {list(like.shape)} is expected"
         )
     return tensor.reshape(like.shape)
 
 
-def _with_neutral_fields(description: dict[str, Any]) -> dict[str, Any]:
-    return {**description, "model": _NEUTRAL | description["model"]}
+def _with_default_fields(description: dict[str, Any]) -> dict[str, Any]:
+    return {**description, "model": _DEFAULTS | description["model"]}
 
 
-_NEUTRAL = {each.name: each.default for each in fields(ModelConfig) if each.default in (None, False, 0, 1)}
-"""Fields of a config whose defaults change nothing."""
+_DEFAULTS = {each.name: each.default for each in fields(ModelConfig) if each.default in (None, False, 0, 1)}
+"""Fields of a config whose defaults have no effect."""
 
 
-def _of_training(there: Any, here: dict[str, Any]) -> list[str]:
-    """Where two descriptions of trainings differ. What is trained follows from whether there are adapters."""
-    if not isinstance(there, dict):
+def _training_differences(saved: Any, current: dict[str, Any]) -> list[str]:
+    """The differences of two training descriptions, without those that follow from the use of adapters."""
+    if not isinstance(saved, dict):
         return ["it has no description"]
-    if isinstance(there.get("model"), dict):
-        # Checkpoints from before a field was added were trained with its default.
-        there = _with_neutral_fields(there)
-    if (there.get("lora") is None) == (here["lora"] is None):
-        return _differences(there, here)
-    hidden = ("lora", "frozen", "trained")
-    old, new = ({key: value for key, value in each.items() if key not in hidden} for each in (there, here))
+    if isinstance(saved.get("model"), dict):
+        # A checkpoint without a newer field was trained with the default of the field.
+        saved = _with_default_fields(saved)
+    if (saved.get("lora") is None) == (current["lora"] is None):
+        return _differences(saved, current)
+    skip = ("lora", "frozen", "trained")
+    old, new = ({key: value for key, value in each.items() if key not in skip} for each in (saved, current))
     first, second = (
-        (lora := each["lora"]) and f"of rank {lora.get('r')}" for each in ({"lora": None} | there, here)
+        (lora := each["lora"]) and f"of rank {lora.get('r')}" for each in ({"lora": None} | saved, current)
     )
-    return [f"lora is {first} there and {second} here", *_differences(old, new)]
+    return [f"lora is {first} in the checkpoint and {second} now", *_differences(old, new)]
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Where two JSON values differ, by name: `seed is 1 there and 2 here`."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = dict.fromkeys([*there, *here])
+def _differences(saved: Any, current: Any, name: str = "") -> list[str]:
+    """The differences of two JSON values, by name: `seed is 1 in the checkpoint and 2 now`."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        keys = dict.fromkeys([*saved, *current])
         found = [
             each
             for key in keys
-            for each in _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            for each in _differences(saved.get(key), current.get(key), f"{name}.{key}" if name else key)
         ]
         return found if len(found) < 5 else [*found[:4], f"and {len(found) - 4} more"]
-    if there == here:
+    if saved == current:
         return []
     if name in _SUMS:
         return [_SUMS[name]]
-    if isinstance(there, dict | list) or isinstance(here, dict | list):
+    if isinstance(saved, dict | list) or isinstance(current, dict | list):
         return [f"{name} differs"]
-    return [f"{name} is {there!r} there and {here!r} here"]
+    return [f"{name} is {saved!r} in the checkpoint and {current!r} now"]

@@ -1,4 +1,4 @@
-"""The registry: one line a family."""
+"""The registry of model families, one line per family."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -64,7 +64,7 @@ _GGUF = {
 
 
 def gguf_reader(architecture: Any, source: str) -> Callable[[Keys, Mapping[str, Any]], ModelConfig]:
-    """What reads the metadata of GGUF files of this architecture."""
+    """The function that reads the metadata of GGUF files of this architecture."""
     if not isinstance(architecture, str) or architecture not in _GGUF:
         near = nearest(architecture, _GGUF) if isinstance(architecture, str) else ""
         supported = f"supported: {', '.join(_GGUF)}{near}"
@@ -75,7 +75,7 @@ def gguf_reader(architecture: Any, source: str) -> Callable[[Keys, Mapping[str, 
 def family_of(model_type: Any, source: str) -> Family:
     """The family that declares `model_type`."""
     if not isinstance(model_type, str):
-        raise ConfigError(f"{source}: {model_type!r} is no model type; supported: {', '.join(FAMILIES)}")
+        raise ConfigError(f"{source}: {model_type!r} is not a model type; supported: {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         supported = f"supported: {', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}"
         raise ConfigError(f"{source}: model type {model_type!r} is not supported; {supported}")

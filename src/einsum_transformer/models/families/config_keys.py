@@ -1,7 +1,7 @@
-"""Keys of a config.json that a family does not read: those that change nothing, are refused, or are noted.
+"""Keys of a config.json that a family does not read: without effect, rejected, or training-only.
 
-A key in none of the tables is named in one note when the model is loaded. transformers ignores such keys too;
-they are keys of other models, of other programs, or misspelt.
+Keys in none of the tables are named in one note when the model is loaded. transformers ignores such keys too;
+they belong to other models or programs, or are misspelt.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from einsum_transformer.tables import some
 
 NEUTRAL = frozenset(
     {
-        # What the model is called and where it comes from.
+        # Name and origin of the model.
         "_name_or_path",
         "architectures",
         "auto_map",
@@ -26,7 +26,7 @@ NEUTRAL = frozenset(
         "is_llama_config",
         "finetuning_task",
         "license",
-        # How a framework stores, runs and returns things.
+        # Storage, execution and return types of a framework.
         "dtype",
         "torch_dtype",
         "torchscript",
@@ -58,7 +58,7 @@ NEUTRAL = frozenset(
         "flash_rotary",
         "fused_bias_fc",
         "norm_type",
-        # What only other heads or other inputs use.
+        # Used only by other heads or other inputs.
         "classifier_dropout",
         "summary_activation",
         "summary_first_dropout",
@@ -86,13 +86,13 @@ NEUTRAL = frozenset(
         "is_decoder",
         "tie_encoder_decoder",
         "cross_attention_hidden_size",
-        # How random weights are drawn; a checkpoint has its own.
+        # Initialization of random weights.
         "initializer_range",
         "init_std",
         "initializer_factor",
         "emb_init_std",
         "embedding_fraction",
-        # Sizes that follow from others.
+        # Sizes that are derived from others.
         "qk_head_dim",
         "max_window_layers",
         "n_ctx",
@@ -100,7 +100,7 @@ NEUTRAL = frozenset(
         "_sliding_window_pattern",
     }
 )
-"""Keys that change no number of a forward pass."""
+"""Keys that do not affect the forward pass."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
@@ -109,13 +109,13 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "adapters": ({},),
     "is_causal": (True,),
 }
-"""Keys with another value than these make another model."""
+"""Keys and their supported values; any other value describes another model."""
 
 SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "attn_logit_softcapping": (0,),
 }
-"""Keys with these values ask for nothing; with others they are named among the keys that are not used."""
+"""Keys and the values with which they have no effect; with others a note names them as not used."""
 
 TRAINING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
@@ -136,22 +136,20 @@ TRAINING: dict[str, tuple[Any, ...]] = {
     ),
     "output_router_logits": (False,),
 }
-"""Keys with another value than these change training alone, which does not apply them."""
+"""Keys that affect only training, and the values without effect; any other value is not applied."""
 
 LOSS_WEIGHTS: dict[str, tuple[Any, ...]] = {
     "router_aux_loss_coef": (0, 0.0),
     "seq_aux": (),
     "aux_loss_alpha": (0, 0.0),
 }
-"""Of losses that training alone adds: the first goes with `output_router_logits`, the last is on if not 0."""
+"""Weights of auxiliary losses: the first is used with `output_router_logits`, the last if it is not 0."""
 _INNER = ("text_config.", "attn_config.")
 
 
 def check_unread(keys: Keys) -> tuple[tuple[str, Any], ...]:
-    """Refuse keys that make another model and note unknown ones.
-
-    Returns the keys that concern training alone, with their values.
-    """
+    """Reject keys that describe another model, note unknown ones, and return the training-only keys with
+    their values."""
     training, unknown = [], []
     for name in keys.left_over():
         value = _value(keys.raw, name)
@@ -171,13 +169,13 @@ def check_unread(keys: Keys) -> tuple[tuple[str, Any], ...]:
 
 
 def unapplied_settings(config: ModelConfig, losses_alone: bool = False) -> list[str]:
-    """The settings that would change training, as `key = value`; losses_alone: those that add a loss."""
-    held = dict(config.training)
+    """Training settings that are not applied, as `key = value`; losses_alone: only those that add a loss."""
+    training = dict(config.training)
     found = []
     for name, value in config.training:
         key = name.rpartition(".")[2]
-        if key == "output_router_logits" and held.get("router_aux_loss_coef") in (0, 0.0):
-            continue  # the loss that it adds has no weight
+        if key == "output_router_logits" and training.get("router_aux_loss_coef") in (0, 0.0):
+            continue  # the weight of its loss is 0
         switches = TRAINING if key in TRAINING else {"aux_loss_alpha": LOSS_WEIGHTS["aux_loss_alpha"]}
         adds_loss = key in ("output_router_logits", "aux_loss_alpha")
         if key in switches and value not in switches[key] and (adds_loss or not losses_alone):
@@ -186,7 +184,7 @@ def unapplied_settings(config: ModelConfig, losses_alone: bool = False) -> list[
 
 
 def with_training_keys(written: dict[str, Any], training: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """A config.json's keys, with those that concern training alone as they were read."""
+    """The keys of a config.json, with the training-only keys as they were read."""
     for name, value in training:
         outer, dot, key = name.rpartition(".")
         if not dot or outer == "text_config":
@@ -201,5 +199,5 @@ def _value(raw: Mapping[str, Any], name: str) -> Any:
     outer, dot, inner = name.partition(".")
     if name in raw or not dot:
         return raw.get(name)
-    held = raw.get(outer)
-    return _value(held, inner) if isinstance(held, Mapping) else name
+    nested = raw.get(outer)
+    return _value(nested, inner) if isinstance(nested, Mapping) else name

@@ -1,4 +1,4 @@
-"""deepseek: DeepSeekMoE 16B: llama with experts from the second layer on, some of them for every token."""
+"""deepseek: DeepSeekMoE 16B: llama with routed and shared experts from the second layer on."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def read_experts(keys: Keys, **settings: Any) -> MoEConfig:
-    """The keys that the DeepSeek mixtures have in common. Shared experts are one of their sizes' sum."""
+    """Read the expert keys shared by the DeepSeek models. Shared experts become one of their total size."""
     refuse(keys, "scoring_func", str, "softmax")
     size = keys.get("moe_intermediate_size", int, 1407)
     first, step = keys.get("first_k_dense_replace", int, 0), keys.get("moe_layer_freq", int, 1)
@@ -62,7 +62,7 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def read_gguf_experts(keys: Keys, **settings: Any) -> MoEConfig:
-    """The experts of the DeepSeek mixtures in GGUF files."""
+    """Read the experts of the DeepSeek models from GGUF metadata."""
     size, first = keys.get("expert_feed_forward_length", int), keys.get("leading_dense_block_count", int, 0)
     layers = tuple(i >= first for i in range(keys.get("block_count", int)))
     return gguf.read_experts(

@@ -1,4 +1,4 @@
-"""deepseek_v2: latent attention, and experts of which a router chooses among all or among the best groups."""
+"""deepseek_v2: latent attention, and experts with top-k or group-limited top-k routing."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def _read(keys: Keys) -> ModelConfig:
-    # The model's own code and transformers differ where the weights are to be divided by their sum.
+    # For normalized expert weights, the model's own code and transformers differ.
     refuse(keys, "norm_topk_prob", bool, False)
     refuse(keys, "mlp_bias", bool, False)
     refuse(keys, "moe_layer_freq", int, 1)
@@ -26,18 +26,18 @@ def _read(keys: Keys) -> ModelConfig:
         keys.get("v_head_dim", int, 128),
         keys.nullable("q_lora_rank", int, 1536),
     )
-    groups, kept = keys.get("n_group", int, 1), keys.get("topk_group", int, 1)
+    groups, top_groups = keys.get("n_group", int, 1), keys.get("topk_group", int, 1)
     limited = keys.get("topk_method", str, "greedy") == "group_limited_greedy"
     moe = read_experts(
         keys,
         norm_topk_prob=False,
         routed_scaling_factor=keys.get("routed_scaling_factor", float, 1.0),
         n_group=groups if limited else 1,
-        topk_group=kept if limited else 1,
+        topk_group=top_groups if limited else 1,
     )
     positions = keys.get("max_position_embeddings", int, 2048)
     rope = replace(read_rope(keys, positions), interleaved=True)
-    keys.get("head_dim", int, None)  # says nothing beside the sizes of latent attention
+    keys.get("head_dim", int, None)  # without effect: latent attention has its own sizes
     return read_shared(
         keys,
         "deepseek_v2",
@@ -52,12 +52,12 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _size(keys: Keys, what: str) -> int:
-    """A head's size: files for the absorbed form give that of the latents as key_length and value_length."""
+    """The head size; in files for the absorbed form, key_length and value_length are sizes of the latents."""
     return keys.get(f"attention.{what}_length_mla", int, None) or keys.get(f"attention.{what}_length", int)
 
 
 def _scale(latent: LatentConfig, rope: RopeConfig) -> float:
-    """1 / sqrt(query size), times the square of yarn's factor for all dimensions."""
+    """1 / sqrt(query size), times the square of yarn's factor for mscale_all_dim."""
     scale = (latent.qk_nope_head_dim + latent.qk_rope_head_dim) ** -0.5
     if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
         return scale
@@ -90,30 +90,30 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     refuse(keys, "expert_weights_norm", bool, False)
     refuse(keys, "expert_gating_func", int, 0, 1)
     refuse(keys, "rope.scaling.attn_factor", float, 1.0)
-    turned = keys.get("rope.dimension_count", int)
+    rotated = keys.get("rope.dimension_count", int)
     latent = LatentConfig(
         keys.get("attention.kv_lora_rank", int),
-        _size(keys, "key") - turned,
-        turned,
+        _size(keys, "key") - rotated,
+        rotated,
         _size(keys, "value"),
         keys.get("attention.q_lora_rank", int, None),
     )
-    rope = gguf.read_rope(keys, turned, keys.get("context_length", int))
-    # yarn's factor of the scores; the one of the rotation is their quotient, 1 in all that was published.
+    rope = gguf.read_rope(keys, rotated, keys.get("context_length", int))
+    # yarn's factor of the scores; the one of cos and sin is a quotient, 1 in all published models.
     factor = keys.get("rope.scaling.yarn_log_multiplier", float, 0.0) * 10
     if rope.rope_type == "yarn" and factor:
         rope = replace(rope, mscale=factor, mscale_all_dim=factor)
-    groups, kept = keys.get("expert_group_count", int, 1), keys.get("expert_group_used_count", int, 1)
+    groups, top_groups = keys.get("expert_group_count", int, 1), keys.get("expert_group_used_count", int, 1)
     return gguf.read_shared(
         keys,
         metadata,
         "deepseek_v2",
-        head_dim=turned,
+        head_dim=rotated,
         rope=replace(rope, interleaved=True),
         latent=latent,
         attention_scale=_scale(latent, rope),
-        moe=read_gguf_experts(keys, n_group=groups, topk_group=kept),
-        # The file counts the one head of latents.
+        moe=read_gguf_experts(keys, n_group=groups, topk_group=top_groups),
+        # The file's head_count_kv is 1, the head of the latents.
         num_key_value_heads=keys.get("attention.head_count", int),
     )
 

@@ -1,5 +1,4 @@
-"""What a family declares: how to read its configs and what its tensors are called. Data and small maps, no
-maths."""
+"""Family: how to read and write a family's configs, and its tensor names. Data only, no arithmetic."""
 
 from __future__ import annotations
 
@@ -26,45 +25,44 @@ from einsum_transformer.notes import note
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One model_type: its architecture in Hugging Face configs, its key map both ways, its tensor names."""
+    """One model_type: its architecture in Hugging Face configs, its config keys and its tensor names."""
 
     model_type: str
     architecture: str
     read_config: Callable[[Keys], ModelConfig]
-    """From the keys of a config.json (v4 or v5 spelling)."""
+    """Reads the keys of a config.json of transformers 4 or 5."""
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    """To the keys of a config.json that transformers reads."""
+    """Returns the keys of a config.json that transformers reads."""
     read_gguf: Callable[[Keys, Mapping[str, Any]], ModelConfig] | None = None
-    """From GGUF metadata without the architecture prefix (`block_count`, ...) and the whole metadata."""
+    """Reads GGUF metadata without the architecture prefix (`block_count`, ...) and the whole metadata."""
     gguf_names: Mapping[str, str] = field(default_factory=dict)
-    """Path of a weight inside its place (`self_attn.q_proj`) -> GGUF name (`attn_q`)."""
+    """Path of a weight within its layer (`self_attn.q_proj`) -> GGUF name (`attn_q`)."""
     gguf_architecture: str = ""
-    """What GGUF calls the architecture, "" for the model_type."""
+    """The architecture in GGUF files; "": the model_type."""
     gguf_norm_offset: float = 0.0
-    """What GGUF adds to the weights of norms."""
+    """Constant that GGUF files add to the weights of norms."""
     gguf_permuted: frozenset[str] = frozenset()
     """Weights whose rows GGUF stores in the pair order of interleaved RoPE."""
     prefix: str = "model."
-    """What the names of all tensors but the head's begin with."""
+    """The prefix of the names of all tensors except the head's."""
     other_prefixes: tuple[str, ...] = ()
-    """What they begin with in other files of the same models."""
+    """Their prefixes in other files of the same models."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Our name of a part -> the checkpoint's (`o_proj` -> `dense`), "" where it has none."""
+    """Name of a part here -> in a checkpoint (`o_proj` -> `dense`), "" if it has no name there."""
     leaf_names: Mapping[str, str] = field(default_factory=lambda: {"sinks": "sinks"})
-    """Our name of a weight -> the checkpoint's with its ending, for those that are no module's `.weight` or
-    `.bias`."""
+    """Name of a weight here -> in a checkpoint, for weights that are not a module's `.weight` or `.bias`."""
     module_names: Mapping[str, str] = field(default_factory=dict)
-    """A checkpoint's name of a part -> that of today's transformers, where it has another for its module."""
+    """Name of a part in a checkpoint -> its module in transformers 5, where they differ."""
     stacked_experts: bool = False
-    """Whether today's transformers has the experts of a layer as two stacked parameters."""
+    """Whether transformers 5 stores the experts of a layer as two stacked parameters."""
     transposed: frozenset[str] = frozenset()
-    """Parts whose matrices a checkpoint holds as [in, out]."""
+    """Parts whose matrices a checkpoint stores as [in, out]."""
     ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
-    """Pattern of checkpoint tensors that hold no weight (buffers that old versions saved)."""
+    """Pattern of checkpoint tensors that are not weights (buffers that old versions saved)."""
 
     def checkpoint_name(self, path: str) -> str:
         """`layers.0.self_attn.q_proj` -> `model.layers.0.self_attn.q_proj.weight`; `..._bias` ->
-        `..._proj.bias`; what `leaf_names` says goes before."""
+        `..._proj.bias`; `leaf_names` takes precedence."""
         *parts, last = path.split(".")
         kind = "weight"
         if last in self.leaf_names:
@@ -79,49 +77,49 @@ class Family:
         return name if parts[0] == "lm_head" else f"{self.prefix}{name}"
 
     def module_name(self, path: str) -> str:
-        """The name that today's transformers gives the module whose weight is at a path."""
+        """The name in transformers 5 of the module whose weight is at `path`."""
         parts = self.checkpoint_name(path).removesuffix(".weight").split(".")
         return ".".join(self.module_names.get(part, part) for part in parts)
 
     def is_transposed(self, path: str) -> bool:
-        """Whether a checkpoint holds this matrix as [in, out]."""
+        """Whether a checkpoint stores this matrix as [in, out]."""
         return path.rpartition(".")[2] in self.transposed
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """What names begin with in any file of these models, the usual first. A base model (AutoModel) is
+        """All prefixes of names in files of these models, the usual one first. A base model (AutoModel) is
         saved without the first part of the prefix."""
         whole = (self.prefix, *self.other_prefixes)
         return tuple(dict.fromkeys((*whole, *(prefix.partition(".")[2] for prefix in whole))))
 
     def found_in(self, tensors: Iterable[str]) -> Family:
-        """This family with the prefix that the tensors of a checkpoint have."""
-        held = set(tensors)
+        """This family with the prefix of a checkpoint's tensors."""
+        names = set(tensors)
         for prefix in self.prefixes:
             family = replace(self, prefix=prefix)
-            if family.checkpoint_name("embed_tokens.weight") in held:
+            if family.checkpoint_name("embed_tokens.weight") in names:
                 return family
         return self
 
     def gguf_name(self, path: str) -> str:
         """`layers.0.self_attn.q_proj` -> `blk.0.attn_q.weight`."""
         layer = re.fullmatch(r"layers\.(\d+)\.(.*)", path)
-        place = layer[2] if layer else path
+        local = layer[2] if layer else path
         kind = "weight"
-        if place.endswith("_bias"):
-            place, kind = f"{place.removesuffix('_bias')}_proj", "bias"
-        if place.endswith(".bias"):
-            place, kind = place.removesuffix(".bias"), "bias"
-        name = self.gguf_names[place.removesuffix(".weight")]
+        if local.endswith("_bias"):
+            local, kind = f"{local.removesuffix('_bias')}_proj", "bias"
+        if local.endswith(".bias"):
+            local, kind = local.removesuffix(".bias"), "bias"
+        name = self.gguf_names[local.removesuffix(".weight")]
         return f"blk.{layer[1]}.{name}.{kind}" if layer else f"{name}.{kind}"
 
 
-def unsaid(family: Family, config: ModelConfig) -> str:
-    """The first field that the family's config.json cannot say, or ""."""
-    said = family.read_config(Keys(family.write_config(config), "config.json"))
-    aside = {"defaulted", "ignored", "training", "attention_block"}
-    names = [each.name for each in fields(ModelConfig) if each.name not in aside]
-    return next((name for name in names if getattr(said, name) != getattr(config, name)), "")
+def unwritten_field(family: Family, config: ModelConfig) -> str:
+    """The first field that the family's config.json cannot represent, or ""."""
+    written = family.read_config(Keys(family.write_config(config), "config.json"))
+    excluded = {"defaulted", "ignored", "training", "attention_block"}
+    names = [each.name for each in fields(ModelConfig) if each.name not in excluded]
+    return next((name for name in names if getattr(written, name) != getattr(config, name)), "")
 
 
 def read_rope(
@@ -131,8 +129,8 @@ def read_rope(
     default_partial: float = 1.0,
     aliases: Mapping[str, str] | None = None,
 ) -> RopeConfig:
-    """RopeConfig from `rope_parameters` (v5) or `rope_theta` + `rope_scaling` with `type` or `rope_type`
-    (v4). aliases: other names of rope types."""
+    """Read a RopeConfig from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` with
+    `type` or `rope_type` (transformers 4). aliases: other names of rope types."""
     theta = keys.get("rope_theta", float, default_theta)
     partial = keys.get("partial_rotary_factor", float, default_partial)
     both = [keys.get(name, dict, None) for name in ("rope_parameters", "rope_scaling")]
@@ -140,12 +138,12 @@ def read_rope(
     inner = Keys(raw, f"{keys.source}: rope_parameters" if both[0] else f"{keys.source}: rope_scaling")
     if layered := [name for name, value in raw.items() if isinstance(value, dict)]:
         raise ConfigError(
-            f"{inner.source}: key {layered[0]!r}: RoPE by layer type is not supported for this model"
+            f"{inner.source}: key {layered[0]!r}: RoPE per layer type is not supported for this model"
         )
     trained = keys.get("original_max_position_embeddings", int, None)
     rope = read_rope_type(inner, max_positions, theta, partial, trained, aliases or {})
-    place = inner.source.rpartition(": ")[2]
-    keys.unused += [f"{place}.{name}" for name in inner.left_over()]
+    prefix = inner.source.rpartition(": ")[2]
+    keys.unused += [f"{prefix}.{name}" for name in inner.left_over()]
     return rope
 
 
@@ -159,7 +157,7 @@ _ROPE_KEYS: dict[str, dict[str, tuple[type, Any]]] = {
         **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), (float, None)),
     },
 }
-"""What a rope_type has beside its factor: key -> kind and default; ... where there is none."""
+"""The keys of a rope_type besides factor: key -> type and default (`...`: required)."""
 
 
 def read_rope_type(
@@ -170,7 +168,7 @@ def read_rope_type(
     stated: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> RopeConfig:
-    """One rotation from the object that describes it, with these values where it says nothing."""
+    """Read a RopeConfig from its JSON object; the arguments are the values of absent keys."""
     kinds = [inner.get(name, str, None) for name in ("rope_type", "type")]
     if kinds[0] and kinds[1] and kinds[0] != kinds[1]:
         raise ConfigError(f"{inner.source}: rope_type {kinds[0]!r} contradicts type {kinds[1]!r}")
@@ -186,7 +184,7 @@ def read_rope_type(
         "rope_theta": inner.get("rope_theta", float, theta),
         "partial_rotary_factor": inner.get("partial_rotary_factor", float, partial),
         "rope_type": kind,
-        # dynamic stretches what lies beyond max_position_embeddings, whatever else is said.
+        # dynamic extends the context from max_position_embeddings on, regardless of other keys.
         "original_max_position_embeddings": max_positions if kind == "dynamic" else trained,
     }
     if kind != "default":
@@ -203,8 +201,8 @@ def read_rope_type(
 def read_layered_ropes(
     keys: Keys, positions: int, theta: float, local_theta: float
 ) -> tuple[RopeConfig, RopeConfig]:
-    """The rotations of layers with full attention and of those with a window: `rope_parameters` by layer type
-    (v5), or `rope_scaling` for the former alone (v4). theta, local_theta: the bases where neither has one."""
+    """The RoPE of full-attention and of sliding-window layers: `rope_parameters` per layer type (transformers
+    5), or `rope_scaling` for the former only (transformers 4). theta, local_theta: the default bases."""
     both = keys.get("rope_parameters", dict, None) or {}
     scaling = keys.get("rope_scaling", dict, None)
     found = []
@@ -221,7 +219,7 @@ def read_layered_ropes(
 
 
 def write_layered_ropes(config: ModelConfig) -> dict[str, Any]:
-    """The `rope_parameters` by layer type that `read_layered_ropes` reads."""
+    """The `rope_parameters` per layer type that `read_layered_ropes` reads."""
     assert config.rope is not None
     return {
         kind: {"rope_type": "default", "rope_theta": rope.rope_theta} | (write_rope_type(rope) or {})
@@ -232,7 +230,7 @@ def write_layered_ropes(config: ModelConfig) -> dict[str, Any]:
 def _numbers(keys: Keys, name: str) -> tuple[float, ...]:
     values = keys.get(name, list)
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        raise ConfigError(f"{keys.source}: key {name!r} must hold numbers alone")
+        raise ConfigError(f"{keys.source}: key {name!r} must contain only numbers")
     return tuple(float(value) if abs(value) < FARTHEST else math.inf for value in values)
 
 
@@ -248,10 +246,10 @@ def write_rope(rope: RopeConfig | None) -> dict[str, Any]:
 
 
 def write_rope_type(rope: RopeConfig) -> dict[str, Any] | None:
-    """What `rope_scaling` says, None for plain RoPE."""
+    """The value of `rope_scaling`; None for default RoPE."""
     if rope.frequency_factors is not None:
         raise ConfigError(
-            "this GGUF's rope_freqs follow no known rope_type, so a config.json cannot say them"
+            "this GGUF's rope_freqs match no known rope_type, so a config.json cannot represent them"
         )
     if rope.rope_type == "default":
         return None
@@ -265,8 +263,8 @@ def write_rope_type(rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def read_layer_types(keys: Keys, default: Callable[[int], list[LayerType]]) -> tuple[LayerType, ...]:
-    """`layer_types`, or what `default` says for the number of layers; an error unless every layer has a kind
-    that is supported."""
+    """`layer_types`, or `default(number of layers)` if it is absent. Errors: ConfigError unless every layer
+    has a supported type."""
     layers = keys.get("num_hidden_layers", int)
     found = keys.get("layer_types", list, None)
     if found is None:
@@ -277,20 +275,20 @@ def read_layer_types(keys: Keys, default: Callable[[int], list[LayerType]]) -> t
         )
     if len(found) != layers:
         raise ConfigError(
-            f"config keys disagree: layer_types has {len(found)} entries, num_hidden_layers is {layers}"
+            f"config keys disagree: layer_types has {len(found)} entries, but num_hidden_layers is {layers}"
         )
     return tuple(found)
 
 
 def refuse(keys: Keys, name: str, kind: type | tuple[type, ...], *allowed: Any) -> None:
-    """An error unless a key is absent, null, or one of the values that change nothing here."""
+    """Raise ConfigError unless a key is absent, null, or one of the allowed values."""
     value = keys.get(name, kind, None)
     if value is not None and value not in allowed:
         raise ConfigError(f"{keys.source}: {name} = {shown(value)} is not supported for this model")
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """eos_token_id may be one id or a list of them."""
+    """The ids of eos_token_id, which may be one id or a list."""
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, list) else (value,)
@@ -300,7 +298,7 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def without_impossible_ids(config: ModelConfig, source: str) -> ModelConfig:
-    """The config without the token ids that its vocabulary does not have, which a note names."""
+    """The config without token ids that are outside its vocabulary; a note names them."""
 
     def exists(token: int | None) -> bool:
         return token is None or -1 <= token < config.vocab_size

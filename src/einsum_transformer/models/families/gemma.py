@@ -1,5 +1,4 @@
-"""gemma: norms that multiply by 1 + weight, embeddings scaled by sqrt(hidden_size), GeGLU, one matrix for
-embedding and head."""
+"""gemma: norms that multiply by 1 + weight, tied embeddings (scaled by sqrt(hidden_size)), GeGLU."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ TANH = "gelu_pytorch_tanh"
 
 
 def read_common(keys: Keys, model_type: str, defaults: dict[str, Any], **settings: Any) -> ModelConfig:
-    """What the generations of Gemma have in common."""
+    """Read the keys shared by the generations of Gemma."""
     refuse(keys, "use_bidirectional_attention", bool, False)
     hidden = keys.get("hidden_size", int, defaults.get("hidden_size", ...))
     return read_shared(
@@ -30,7 +29,7 @@ def read_common(keys: Keys, model_type: str, defaults: dict[str, Any], **setting
         model_type,
         defaults,
         norm_offset=1.0,
-        # Rounded to the type that is computed in, as everything is.
+        # Rounded to the computation dtype, as all values are.
         embedding_scale=math.sqrt(max(hidden, 1)),
         attention_bias=keys.get("attention_bias", bool, False),
         **settings,
@@ -38,7 +37,7 @@ def read_common(keys: Keys, model_type: str, defaults: dict[str, Any], **setting
 
 
 def _read(keys: Keys) -> ModelConfig:
-    # Early files say "gelu" and mean its approximation; hidden_activation came later and is what holds.
+    # In early files "gelu" means its tanh approximation; the later key hidden_activation takes precedence.
     act = keys.get("hidden_activation", str, None) or keys.get("hidden_act", str, TANH)
     return read_common(keys, "gemma", DEFAULTS, hidden_act=TANH if act == "gelu" else act)
 
@@ -50,7 +49,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def read_gguf_common(
     keys: Keys, metadata: Mapping[str, Any], model_type: str, **settings: Any
 ) -> ModelConfig:
-    """What the generations of Gemma have in common in GGUF files."""
+    """Read the GGUF metadata shared by the generations of Gemma."""
     scale = math.sqrt(max(keys.get("embedding_length", int), 1))
     fixed = {"norm_offset": 1.0, "embedding_scale": scale, "hidden_act": TANH}
     return gguf.read_shared(keys, metadata, model_type, **fixed | settings)

@@ -1,5 +1,5 @@
-"""gemma2: gemma with norms before and after attention and feed-forward, soft caps of scores and logits, and
-windows in every other layer."""
+"""gemma2: gemma with norms before and after attention and feed-forward, soft-capped scores and logits, and a
+sliding window in every other layer."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,7 +43,7 @@ def read_windows(keys: Keys, default: Callable[[int], list[LayerType]]) -> dict[
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
-    """What gemma2 and gemma3 have in common beyond gemma."""
+    """The keys shared by gemma2 and gemma3."""
     scalar = round((config.attention_scale or config.head_dim**-0.5) ** -2, 6)
     fields = ("attention_bias", "attn_logit_softcapping", "final_logit_softcapping")
     return write_shared(config, *fields, act="hidden_activation") | {
@@ -68,8 +68,8 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
 
 
 def gguf_scale(keys: Keys, largest: int) -> float:
-    """GGUF does not say query_pre_attn_scalar: it is the head's size, and hidden_size / heads in the largest
-    model of each generation, which llama.cpp tells by its number of layers."""
+    """The attention scale. GGUF does not store query_pre_attn_scalar: it is the head size, or hidden_size /
+    heads in the largest model of each generation, which llama.cpp identifies by its number of layers."""
     size = keys.get("embedding_length", int) // max(keys.get("attention.head_count", int), 1)
     if keys.get("block_count", int) != largest:
         size = keys.get("attention.key_length", int, size)

@@ -1,5 +1,5 @@
-"""gemma3_text, and the text part of gemma3: gemma2 without soft caps, with an RMSNorm of every query and key
-head, five layers with a window to one without, and a rotation for each of the two kinds."""
+"""gemma3_text, and the text part of gemma3: gemma2 without soft caps, with an RMSNorm per query and key head,
+five sliding-window layers for each full-attention layer, and a separate RoPE for each of the two."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ _DEFAULTS = DEFAULTS | {
     "hidden_activation": TANH,
     "max_position_embeddings": 131072,
 }
-"""The text parts of multimodal configs leave out whatever is as here."""
+"""Defaults of keys; the text_config of a multimodal config omits keys with these values."""
 
 
 def _read(keys: Keys) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""What the families have in common in GGUF files: the names of weights and the keys of the metadata."""
+"""Weight names and metadata keys that families share in GGUF files."""
 
 import math
 from collections.abc import Mapping
@@ -41,14 +41,14 @@ EXPERTS = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
 FACTORS = r"rope_(freqs|factors_long|factors_short)\.weight"
-"""Tensors of a file that are no weights but settings of RoPE."""
+"""Tensors of a file that are settings of RoPE, not weights."""
 PERMUTED = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.q_bias", "self_attn.k_bias"})
 
 
 def read_shared(keys: Keys, metadata: Mapping[str, Any], model_type: str, **settings: Any) -> ModelConfig:
-    """The metadata that most architectures have in common; `settings` are what the family adds or fixes.
+    """Read the metadata that most architectures share; `settings` are values that the family adds or fixes.
 
-    partial: whether RoPE may turn less than the whole head.
+    partial: whether RoPE may rotate only a part of each head.
     """
     hidden = keys.get("embedding_length", int)
     heads = keys.get("attention.head_count", int)
@@ -81,17 +81,17 @@ def read_shared(keys: Keys, metadata: Mapping[str, Any], model_type: str, **sett
         rotated = keys.get("rope.dimension_count", int, head_dim)
         if rotated != head_dim:
             raise ConfigError(
-                f"{keys.source}: rope.dimension_count {rotated} is not the head's size {head_dim}"
+                f"{keys.source}: rope.dimension_count {rotated} is not the head size {head_dim}"
             )
     return ModelConfig(**fields | settings)
 
 
 def read_rope(keys: Keys, head_dim: int, context: int) -> RopeConfig:
-    """The rotation: its base, its scaling, and how many of a head's dimensions it turns.
+    """Read RoPE's base, scaling, and number of rotated dimensions per head.
 
     As in llama.cpp, a factor without a type is linear, the old key of the factor is `rope.scale_linear`, and
-    `attn_factor` multiplies cosines and sines of every type. `yarn_attn_factor`, which its converter copies
-    from transformers' configs, replaces yarn's own factor of them as it does there.
+    `attn_factor` multiplies cosines and sines of every type. `yarn_attn_factor`, which llama.cpp's converter
+    copies from transformers' configs, replaces yarn's own factor, as in transformers.
     """
     kind, factor = _scaling(keys)
     rotated = keys.get("rope.dimension_count", int, head_dim)
@@ -120,7 +120,7 @@ def _scaling(keys: Keys) -> tuple[RopeType, float]:
 
 
 def _read_yarn(keys: Keys, factor: float, more: float) -> dict[str, Any]:
-    """The settings of yarn; -1 stands for a value that is not stated. more: a further attention factor."""
+    """The settings of yarn; -1 means that a value is not set. more: a further attention factor."""
     found: dict[str, Any] = {}
     for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         stated = keys.get(f"rope.scaling.yarn_{name}", float, default)
@@ -134,7 +134,7 @@ def _read_yarn(keys: Keys, factor: float, more: float) -> dict[str, Any]:
 
 
 def read_windows(keys: Keys, default_pattern: int) -> dict[str, Any]:
-    """sliding_window and layer_types: every so many layers, the last has no window; or a list by layer."""
+    """sliding_window and layer_types; a pattern n means full attention in every n-th layer."""
     window = keys.get("attention.sliding_window", int, 0)
     pattern = keys.get("attention.sliding_window_pattern", (int, list), default_pattern)
     layers = keys.get("block_count", int)
@@ -152,5 +152,5 @@ def read_windows(keys: Keys, default_pattern: int) -> dict[str, Any]:
 
 
 def read_experts(keys: Keys, size: int, **settings: Any) -> MoEConfig:
-    """How many experts there are and how many a token goes to; size: of each expert."""
+    """Read the numbers of experts and of experts per token; size: hidden size of each expert."""
     return MoEConfig(keys.get("expert_count", int), keys.get("expert_used_count", int), size, **settings)

@@ -1,8 +1,8 @@
-"""GGUF metadata that a family does not read: which of it changes nothing, and which is refused.
+"""GGUF metadata that a family does not read: keys without effect, and rejected values.
 
-The keys are those of the GGUF specification and of llama.cpp, below `{arch}.`; the table gives the values
-with which each leaves the arithmetic as it is. Every other value of a key in the table is an error, and a key
-that is in no table is named in one note.
+The keys are those of the GGUF specification and of llama.cpp, without the prefix `{arch}.`. NEUTRAL lists the
+values with which a key does not change the arithmetic; any other value is an error. Keys that are in no table
+are named in one note.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ DESCRIPTIVE = frozenset(
         "expert_used_count",
     }
 )
-"""Keys that change nothing here, whatever their value: descriptions, and settings of absent parts of a model
-(the epsilon of the other kind of norm, the length of an absent scaling, the choice among absent experts)."""
+"""Keys that have no effect, whatever their value: descriptions, and settings of parts that a model does not
+have (the epsilon of the other kind of norm, the length of RoPE scaling, the number of selected experts)."""
 
 SIZES = frozenset(
     {
@@ -133,7 +133,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     ),
     "attention.causal": (True,),
     "rope.scaling.type": ("none",),
-    # -1 is llama.cpp's "not stated". transformers has no extrapolation factor.
+    # -1 means "not set" in llama.cpp. transformers does not have an extrapolation factor.
     "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
     "rope.scaling.yarn_attn_factor": (-1.0, 1.0),
     "rope.scaling.yarn_beta_fast": (-1.0, 32.0),
@@ -154,30 +154,31 @@ PER_LAYER = (
 
 
 def one_for_all_layers(own: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The metadata with each list of equal values by layer as that value; lists that differ are refused."""
+    """The metadata with each per-layer list of equal values replaced by the value. Errors: ConfigError if
+    the values differ."""
     found = dict(own)
     for name in PER_LAYER:
         values = found.get(name)
         if isinstance(values, list):
             if not values or any(value != values[0] for value in values):
-                raise ConfigError(f"{source}: {name} differs by layer, which is not supported")
+                raise ConfigError(f"{source}: {name} differs between layers, which is not supported")
             found[name] = values[0]
     return found
 
 
 def check_unread(keys: Keys, architecture: str, config: ModelConfig) -> None:
-    """Refuse metadata that would change the arithmetic, and name in one note what no table knows."""
-    own, unknown = _neutral_for(config), []
+    """Reject metadata that would change the arithmetic, and name keys that are in no table in one note."""
+    own, unknown = _own_values(config), []
     for name in keys.left_over():
         if name in DESCRIPTIVE or name in SIZES or _is_without_effect(name, config):
             continue
         value = keys.raw.get(name)
         if name == "attention.sliding_window" and isinstance(value, int):
             value = 0 if value >= config.max_position_embeddings else value
-        neutral = own.get(name, ()) + NEUTRAL.get(name, ())
-        if not neutral:
+        allowed = own.get(name, ()) + NEUTRAL.get(name, ())
+        if not allowed:
             unknown.append(f"{architecture}.{name}")
-        elif not all(_is(each, neutral) for each in (value if isinstance(value, list) else [value])):
+        elif not all(_is(each, allowed) for each in (value if isinstance(value, list) else [value])):
             raise ConfigError(
                 f"{keys.source}: {architecture}.{name} is {shown(value)}: it changes the arithmetic and is "
                 f"not supported for {config.model_type}"
@@ -187,14 +188,14 @@ def check_unread(keys: Keys, architecture: str, config: ModelConfig) -> None:
 
 
 def _is_without_effect(name: str, config: ModelConfig) -> bool:
-    """Whether a key belongs to RoPE, or to yarn, and the model has none."""
+    """Whether a key belongs to RoPE, or to yarn, but the model does not use it."""
     if name.startswith("rope.scaling.yarn_"):
         return all(rope.rope_type != "yarn" for rope in config.ropes)
     return config.rope is None and name.startswith("rope.")
 
 
-def _neutral_for(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
-    """Values that repeat what a model does anyway."""
+def _own_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+    """Values that are equal to the settings of the model."""
     moe, rope = config.moe, config.rope
     rotated = () if rope is None else (int(config.head_dim * rope.partial_rotary_factor),)
     found: dict[str, tuple[Any, ...]] = {
@@ -213,14 +214,14 @@ def _neutral_for(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def _is(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a value is one of these; floats are compared as float32, which files hold."""
+def _is(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether a value is one of these; floats are compared with float32 precision, as in files."""
     if isinstance(value, float):
         return any(
             isinstance(each, (int, float)) and abs(value - each) <= 1e-6 * max(1.0, abs(each))
-            for each in neutral
+            for each in allowed
         )
-    return any(value == each for each in neutral)
+    return any(value == each for each in allowed)
 
 
 _SAMPLING = {
@@ -230,26 +231,26 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-"""llama.cpp's name of a sampling setting, below `general.sampling.` -> that of generation_config.json."""
+"""llama.cpp's name of a sampling setting, after `general.sampling.` -> its name in generation_config.json."""
 _NEUTRAL_SAMPLING = {"xtc_probability": OFF, "xtc_threshold": (), "mirostat": OFF, "penalty_last_n": (-1,)}
-_OF_MIROSTAT = ("mirostat_tau", "mirostat_eta")
+_MIROSTAT_KEYS = ("mirostat_tau", "mirostat_eta")
 
 
 def sampling_settings(metadata: Mapping[str, Any], source: str) -> dict[str, Any] | None:
-    """The settings of generation that a file recommends, under the names of generation_config.json.
+    """The generation settings that a file recommends, under the names of generation_config.json.
 
-    As in llama.cpp, a temperature above 0 samples. Settings that have no such name are named in a note.
+    As in llama.cpp, a temperature above 0 enables sampling. A note names settings without such a name.
     """
     prefix = "general.sampling."
-    held = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if not held:
+    given = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if not given:
         return None
-    found = {name: held.pop(key) for key, name in _SAMPLING.items() if key in held}
-    if held.get("mirostat", 0) in OFF:
-        held = {key: value for key, value in held.items() if key not in _OF_MIROSTAT}
-    if held.get("xtc_probability", 0) in OFF:
-        held.pop("xtc_threshold", None)
-    unused = [f"{prefix}{key}" for key in held if not _is(held[key], _NEUTRAL_SAMPLING.get(key, ()))]
+    found = {name: given.pop(key) for key, name in _SAMPLING.items() if key in given}
+    if given.get("mirostat", 0) in OFF:
+        given = {key: value for key, value in given.items() if key not in _MIROSTAT_KEYS}
+    if given.get("xtc_probability", 0) in OFF:
+        given.pop("xtc_threshold", None)
+    unused = [f"{prefix}{key}" for key in given if not _is(given[key], _NEUTRAL_SAMPLING.get(key, ()))]
     if unused:
         note(f"{source}: sampling settings that are not used: {', '.join(unused)}")
     temperature = found.get("temperature")

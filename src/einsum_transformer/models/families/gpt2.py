@@ -1,5 +1,5 @@
-"""gpt2: learned positions, LayerNorm, biases everywhere, one matrix for q, k and v; matrices are stored
-[in, out]."""
+"""gpt2: learned positions, LayerNorm, biases everywhere, a fused matrix for q, k and v; matrices [in, out]
+in checkpoints."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ _FIXED: dict[str, Any] = {
 
 def _read(keys: Keys) -> ModelConfig:
     refuse(keys, "add_cross_attention", bool, False)
-    keys.get("reorder_and_upcast_attn", bool, False)  # the same numbers in float32
+    keys.get("reorder_and_upcast_attn", bool, False)  # no difference in float32
     scaled = keys.get("scale_attn_weights", bool, True)
     own = keys.renamed(_NAMES)
     hidden = own.get("hidden_size", int, _DEFAULTS["hidden_size"])

@@ -1,5 +1,5 @@
-"""gpt_neox: Pythia and GPT-NeoX: attention beside the feed-forward, each after a LayerNorm of its own, RoPE
-on a part of each head, one matrix for q, k and v head by head."""
+"""gpt_neox: Pythia and GPT-NeoX: attention and feed-forward in parallel with a LayerNorm each, partial RoPE,
+a fused matrix for q, k and v in head order."""
 
 from collections.abc import Mapping
 from typing import Any

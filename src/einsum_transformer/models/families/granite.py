@@ -1,4 +1,4 @@
-"""granite: Granite 3: llama with factors of embeddings, scores, residual branches and logits."""
+"""granite: Granite 3: llama with scaling factors for embeddings, scores, residual branches and logits."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,18 +34,16 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _inverse(keys: Keys, name: str, default: Any = ...) -> float:
-    """What logits are multiplied by, from the key that says what they are divided by."""
+    """The factor of the logits, from the key that contains their divisor."""
     divisor = keys.get(name, float, default)
     if not 1e-9 <= divisor <= 1e9:
-        raise ConfigError(
-            f"{keys.source}: key {name!r} is {divisor}: a positive number of reasonable size is due"
-        )
+        raise ConfigError(f"{keys.source}: key {name!r} is {divisor}: expected a number from 1e-9 to 1e9")
     return 1 / divisor
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    """As in llama.cpp, 0 stands for a factor that is not stated, and a file whose RoPE is said not to be
-    finetuned has none."""
+    """As in llama.cpp, a factor of 0 means that it is not set, and a file with rope.scaling.finetuned = false
+    does not use RoPE."""
     rope = {} if keys.get("rope.scaling.finetuned", bool, True) else {"rope": None}
     config = gguf.read_shared(
         keys,

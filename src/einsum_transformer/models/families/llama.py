@@ -16,7 +16,7 @@ DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "partial_rotary_factor": 1.0,
 }
-"""What the keys mean in transformers where they are absent."""
+"""The defaults of absent keys in transformers."""
 
 
 def read_shared(
@@ -27,9 +27,9 @@ def read_shared(
     act: str = "hidden_act",
     **settings: Any,
 ) -> ModelConfig:
-    """The keys that most families have in common; `settings` are what the family adds or fixes.
+    """Read the keys that most families share; `settings` are values that the family adds or fixes.
 
-    defaults: values of absent keys, where they are not llama's. eps, act: what the family calls these keys.
+    defaults: defaults that differ from llama's. eps, act: the family's names of these keys.
     """
     known = DEFAULTS | {eps: DEFAULTS["rms_norm_eps"], act: DEFAULTS["hidden_act"]} | dict(defaults or {})
 
@@ -55,7 +55,7 @@ def read_shared(
         "eos_token_id": token_ids(keys.nullable("eos_token_id", (int, list), known.get("eos_token_id"))),
         "pad_token_id": keys.nullable("pad_token_id", int, known.get("pad_token_id")),
     }
-    # What the family says itself is not asked of the file.
+    # Values that the family sets are not read from the file.
     others = {
         "intermediate_size": lambda: get("intermediate_size", int),
         "num_key_value_heads": lambda: get("num_key_value_heads", int, heads),
@@ -74,9 +74,9 @@ def write_shared(
     names: Mapping[str, str] | None = None,
     without: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The inverse of `read_shared`, and further fields whose keys have their names.
+    """The inverse of `read_shared`, plus `fields`, whose keys have the same names.
 
-    names: those of the file -> those of here, as for `Keys.renamed`. without: keys that the file has not.
+    names: key of the file -> key here, as in `Keys.renamed`. without: keys that the file does not have.
     """
     eos = list(config.eos_token_id)
     written = {
@@ -98,8 +98,8 @@ def write_shared(
         "pad_token_id": config.pad_token_id,
         **{field: getattr(config, field) for field in fields},
     }
-    theirs = {here: there for there, here in (names or {}).items()}
-    return {theirs.get(key, key): value for key, value in written.items() if key not in without}
+    file_names = {new: old for old, new in (names or {}).items()}
+    return {file_names.get(key, key): value for key, value in written.items() if key not in without}
 
 
 def _read(keys: Keys) -> ModelConfig:
@@ -112,7 +112,7 @@ def _read(keys: Keys) -> ModelConfig:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    """llama, mistral and mixtral are one architecture there: a window and experts tell them apart."""
+    """llama, mistral and mixtral are one GGUF architecture; a window and experts distinguish them."""
     window = keys.get("attention.sliding_window", int, 0) or None
     if keys.get("expert_count", int, 0):
         size = keys.get("feed_forward_length", int)

@@ -8,7 +8,7 @@ from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def _read(keys: Keys) -> ModelConfig:
-    # 4096 is the default of transformers where the key is absent; null says none.
+    # 4096 is the default of transformers if the key is absent; null means no window.
     return read_shared(keys, "mistral", sliding_window=keys.nullable("sliding_window", int, 4096))
 
 

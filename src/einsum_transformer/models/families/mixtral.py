@@ -1,4 +1,4 @@
-"""mixtral: mistral with experts in the place of the feed-forward, their weights divided by their sum."""
+"""mixtral: mistral with a mixture of experts, whose weights are normalized."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""mpt: ALiBi in the place of position embeddings, no bias anywhere, also in the LayerNorms, one matrix for q,
-k and v."""
+"""mpt: ALiBi instead of position embeddings, no biases (not even in LayerNorms), a fused matrix for q, k and
+v."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,12 +37,12 @@ _FIXED: dict[str, Any] = {
 def _read(keys: Keys) -> ModelConfig:
     refuse(keys, "no_bias", bool, True)
     refuse(keys, "logit_scale", (float, str))
-    keys.get("learned_pos_emb", bool, True)  # without effect beside ALiBi
+    keys.get("learned_pos_emb", bool, True)  # without effect with ALiBi
     own = keys.renamed(_NAMES)
     hidden = own.get("hidden_size", int, _DEFAULTS["hidden_size"])
     heads = own.get("num_attention_heads", int, _DEFAULTS["num_attention_heads"])
     attention = Keys(keys.get("attn_config", dict, {}), f"{keys.source}: attn_config")
-    # transformers reads none of these; what they would change in the model's own code is not built here.
+    # transformers ignores these keys; the variants they select in the model's own code are not supported.
     refuse(attention, "attn_type", str, "multihead_attention")
     refuse(attention, "alibi", bool, True)
     for name in ("qk_ln", "prefix_lm", "attn_uses_sequence_id"):

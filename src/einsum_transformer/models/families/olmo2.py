@@ -1,5 +1,5 @@
-"""olmo2: norms after attention and feed-forward in the place of those before, and an RMSNorm of all queries
-and of all keys."""
+"""olmo2: norms after attention and feed-forward instead of before, and an RMSNorm over all query heads and
+over all key heads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def read_common(keys: Keys, model_type: str, **settings: Any) -> ModelConfig:
-    """What the generations have in common."""
+    """Read the keys shared by the generations of OLMo."""
     return read_shared(
         keys,
         model_type,
@@ -25,11 +25,11 @@ def read_common(keys: Keys, model_type: str, **settings: Any) -> ModelConfig:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    """OLMo 2 and 3 are one architecture there: windows tell them apart."""
+    """OLMo 2 and 3 are one GGUF architecture; windows distinguish them."""
     windows = gguf.read_windows(keys, 4)
     if not windows:
         return gguf.read_shared(keys, metadata, "olmo2", block="post_norm", qk_norm="whole")
-    # Scaling is of the layers without a window alone.
+    # RoPE scaling applies only to the full-attention layers.
     theta = keys.get("rope.freq_base", float, 10000.0)
     local = RopeConfig(
         rope_theta=keys.get("rope.freq_base_swa", float, theta),

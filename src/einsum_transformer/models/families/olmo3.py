@@ -1,4 +1,4 @@
-"""olmo3: olmo2 with windows in three of four layers, whose RoPE is never scaled."""
+"""olmo3: olmo2 with a sliding window and unscaled RoPE in three of four layers."""
 
 from typing import Any
 
@@ -33,6 +33,6 @@ FAMILY = Family(
     architecture="Olmo3ForCausalLM",
     read_config=_read,
     write_config=_write,
-    # GGUF calls it olmo2 too, whose reader tells them apart.
+    # In GGUF files it is olmo2 too, whose reader distinguishes them.
     gguf_names=gguf.NAMES | gguf.POST_NORMS | gguf.QK_NORMS,
 )

@@ -1,5 +1,5 @@
-"""phi: Phi 1, 1.5 and 2: attention beside the feed-forward after one LayerNorm, biases everywhere, RoPE on a
-part of each head."""
+"""phi: Phi 1, 1.5 and 2: attention and feed-forward in parallel after one LayerNorm, biases everywhere,
+partial RoPE."""
 
 from typing import Any
 

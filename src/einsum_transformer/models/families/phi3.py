@@ -1,4 +1,4 @@
-"""phi3: Phi 3, 3.5 and 4: llama with one matrix for q, k and v, one for gate and up, a window, longrope."""
+"""phi3: Phi 3, 3.5 and 4: llama with fused q, k and v, fused gate and up, a sliding window and longrope."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def _read(keys: Keys) -> ModelConfig:
         keys,
         "phi3",
         {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        # The first files call longrope by other names.
+        # Early files have other names for longrope.
         rope=read_rope(keys, positions, aliases={"su": "longrope", "yarn": "longrope"}),
         fused_qkv="role",
         mlp="fused",
@@ -32,7 +32,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     written = write_shared(config, "sliding_window")
     written["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.rope_type == "longrope":
-        # transformers 4 takes these three keys and no other.
+        # transformers 4 accepts only these three keys.
         scaling = {
             "type": "longrope",
             "short_factor": [*rope.short_factor],
@@ -47,7 +47,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    # A window of 0 stands for none.
+    # A window of 0 means no window.
     window = keys.get("attention.sliding_window", int, 0) or None
     fixed: dict[str, Any] = {"fused_qkv": "role", "mlp": "fused", "partial": True}
     return gguf.read_shared(keys, metadata, "phi3", sliding_window=window, **fixed)

@@ -1,5 +1,5 @@
 """qwen2: Qwen 1.5, 2 and 2.5, QwQ and all others with model_type "qwen2": llama with biases of q, k and v,
-and with windows, if any, in the later layers alone."""
+and with sliding windows, if any, in the later layers only."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def read_windows(keys: Keys) -> dict[str, Any]:
-    """sliding_window and layer_types: the window holds from layer max_window_layers on, if it is used."""
+    """sliding_window and layer_types: the window, if used, applies from layer max_window_layers on."""
     window = keys.get("sliding_window", int, 4096)
     first = keys.get("max_window_layers", int, 28)
     used = keys.get("use_sliding_window", bool, False)

@@ -1,4 +1,4 @@
-"""qwen2_moe: qwen2 with experts, and beside them a shared expert behind a gate of its own."""
+"""qwen2_moe: qwen2 with a mixture of experts and a gated shared expert."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def read_experts(keys: Keys, experts: int, chosen: int, size: int, **shared: Any) -> MoEConfig:
-    """The keys that the Qwen mixtures have in common, with these defaults."""
+    """Read the expert keys shared by the Qwen models, with these defaults."""
     step = keys.get("decoder_sparse_step", int, 1)
     if step < 1:
         raise ConfigError(f"{keys.source}: decoder_sparse_step is {step}, expected 1 or more")

@@ -1,4 +1,4 @@
-"""qwen3: qwen2 without biases, with an RMSNorm of every query and key head."""
+"""qwen3: qwen2 without biases, with an RMSNorm per query and key head."""
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf

@@ -1,4 +1,4 @@
-"""qwen3_moe: qwen3 with experts and no shared one."""
+"""qwen3_moe: qwen3 with a mixture of experts, without a shared expert."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def _read(keys: Keys) -> ModelConfig:
         qk_norm="head",
         attention_bias=keys.get("attention_bias", bool, False),
         moe=read_experts(keys, 128, 8, 768),
-        # Unlike in qwen3, the window holds for every layer.
+        # Unlike in qwen3, the window applies to every layer.
         sliding_window=window if keys.get("use_sliding_window", bool, False) else None,
     )
 

@@ -1,4 +1,4 @@
-"""smollm3: llama whose every fourth layer is told no positions."""
+"""smollm3: llama with NoPE (no position encoding) in every fourth layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,22 +25,22 @@ def _read(keys: Keys) -> ModelConfig:
     interval = keys.get("no_rope_layer_interval", int, 4)
     if interval < 1:
         raise ConfigError(f"{keys.source}: no_rope_layer_interval is {interval}, expected 1 or more")
-    # Despite its name, the list says 1 where a layer is turned.
-    turned = keys.get("no_rope_layers", list, None)
-    turned = [int((i + 1) % interval != 0) for i in range(layers)] if turned is None else turned
-    if not all(value in (0, 1) for value in turned) or len(turned) < layers:
-        raise ConfigError(f"{keys.source}: no_rope_layers must hold 0 or 1 for each of {layers} layers")
+    # Despite the key's name, 1 means that a layer uses RoPE.
+    rotated = keys.get("no_rope_layers", list, None)
+    rotated = [int((i + 1) % interval != 0) for i in range(layers)] if rotated is None else rotated
+    if not all(value in (0, 1) for value in rotated) or len(rotated) < layers:
+        raise ConfigError(f"{keys.source}: no_rope_layers must contain 0 or 1 for each of {layers} layers")
     window = keys.get("sliding_window", int, None)
     if not keys.get("use_sliding_window", bool, False):
         window = None
     kinds = read_layer_types(
-        keys, lambda n: [SLIDING if window is not None and not turned[i] else FULL for i in range(n)]
+        keys, lambda n: [SLIDING if window is not None and not rotated[i] else FULL for i in range(n)]
     )
     return read_shared(
         keys,
         "smollm3",
         _DEFAULTS,
-        rope_layers=tuple(map(bool, turned[:layers])),
+        rope_layers=tuple(map(bool, rotated[:layers])),
         sliding_window=window if SLIDING in kinds else None,
         layer_types=kinds if SLIDING in kinds and window is not None else (),
         attention_bias=keys.get("attention_bias", bool, False),
@@ -58,8 +58,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    turned = tuple((i + 1) % 4 != 0 for i in range(keys.get("block_count", int)))
-    return gguf.read_shared(keys, metadata, "smollm3", rope_layers=turned)
+    rotated = tuple((i + 1) % 4 != 0 for i in range(keys.get("block_count", int)))
+    return gguf.read_shared(keys, metadata, "smollm3", rope_layers=rotated)
 
 
 FAMILY = Family(

@@ -1,0 +1,174 @@
+"""`explain`, `diff`, `inspect`, `parity` and `gradcheck`: what a model computes, holds, and whether it is
+right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.analysis import gradcheck as gradients
+from einsum_transformer.analysis import inspect as inspection
+from einsum_transformer.analysis import parity as activations
+from einsum_transformer.analysis.compare import Comparison, compare
+from einsum_transformer.analysis.explain import Program
+from einsum_transformer.analysis.explain import explain as dry_run
+from einsum_transformer.analysis.gradcheck import GradCheck
+from einsum_transformer.analysis.inspect import Inspection
+from einsum_transformer.analysis.parity import TOLERANCE, Parity, open_reference
+from einsum_transformer.api.sources import AnySource, described, model_of
+from einsum_transformer.arguments import checked
+from einsum_transformer.errors import InputError
+from einsum_transformer.loading.hub import DEFAULT_MODEL
+from einsum_transformer.loading.sources import Options, find
+from einsum_transformer.models.adapters import with_lora
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.model import Model
+from einsum_transformer.models.run_config import RunConfig
+
+
+@checked
+def explain(
+    source: AnySource | ModelConfig = DEFAULT_MODEL,
+    batch: int = 1,
+    tokens: int = 128,
+    backward: bool = False,
+    *,
+    adapter: str | Path | None = None,
+    offline: bool = False,
+    allow_links: bool = False,
+) -> Program:
+    """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
+
+    The Python that runs the model runs over arrays that have only a shape: no weight is read, so a config of
+    any size is enough. backward: also the gradient equations. adapter: a LoRA folder to put on the model.
+    Adapters count as in a real pass, also those that a run config trains (`use_lora`); frozen weights have no
+    gradient.
+
+    Returns a Program: `str()` prints it, `.steps` lists the equations, `.flops` is their sum.
+    """
+    return dry_run(described(source, adapter, offline, allow_links), batch, tokens, backward)
+
+
+@checked
+def diff(
+    a: AnySource | ModelConfig,
+    b: AnySource | ModelConfig,
+    batch: int = 1,
+    tokens: int = 128,
+    *,
+    offline: bool = False,
+    allow_links: bool = False,
+) -> Comparison:
+    """Two models side by side: settings, parameters, equations, FLOPs, bytes and KV cache.
+
+    Only configs are read, so models of any size can be compared. `str()` of the result prints the tables.
+    """
+    configs = [described(source, None, offline, allow_links) for source in (a, b)]
+    short = [Path(_name(source)).stem for source in (a, b)]
+    names = (short[0], short[1]) if short[0] != short[1] and all(short) else ("A", "B")
+    return compare(configs[0], configs[1], batch, tokens, names)
+
+
+def _name(source: AnySource | ModelConfig) -> str:
+    if isinstance(source, ModelConfig):
+        return source.model_type
+    return source.source if isinstance(source, (Model, RunConfig)) else str(source)
+
+
+@checked
+def inspect(
+    source: str | Path | RunConfig = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    allow_links: bool = False,
+) -> Inspection:
+    """What a checkpoint contains, without loading it: tensors, types, sizes, and what each is in the model.
+
+    `.used`, `.defaulted` and `.ignored` list the keys of its config. `.problems` lists every reason for which
+    `load` would reject it; it is empty for a checkpoint that loads. `str()` prints the tables.
+    """
+    options = Options(revision=revision, offline=offline, allow_links=allow_links)
+    return inspection.inspect(find(source, options), options)
+
+
+@checked
+def parity(
+    source: AnySource,
+    reference: str | Path,
+    *,
+    tokens: Any = None,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Compare a model's activations with those of another program, and find the first that differs.
+
+    The model runs on the reference's tokens; embedding, norms, the product of every matrix, attention,
+    feed-forward, layers and logits are compared one by one. reference: a .npz or .safetensors file (or a
+    folder with one) whose arrays are named as the checkpoint names its modules
+    (`model.layers.0.self_attn.q_proj`), with `tokens` and `logits`; tools/dump_reference.py writes one from
+    transformers. tokens: token ids (b, t), if the reference has none. tolerance: maximum relative error of a
+    step.
+
+    `.passed` is True if no step differs; `.first_diverging` is the first step that does, or None.
+    """
+    dump = open_reference(Path(reference))
+    return activations.parity(model_of(source), dump, tolerance, tokens)
+
+
+@checked
+def gradcheck(
+    source: AnySource = DEFAULT_MODEL,
+    tokens: Any = None,
+    targets: Any = None,
+    *,
+    batch_size: int = 2,
+    seq_len: int = 8,
+    parameters: str = ".*",
+    tolerance: float = 1e-6,
+    grad_checkpoint: bool = False,
+    seed: int = 0,
+    max_layers: int | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> GradCheck:
+    """Compare the gradient of every parameter with central differences of the loss, in float64.
+
+    Along all parameters at once, along a random direction in each one, and for single elements of it.
+
+    source: a model loaded with dtype="float64", or what `load` takes; of a run config with `use_lora` the
+    adapters are checked. tokens, targets: (b, t) token ids, with -100 where there is no target; default:
+    `batch_size` rows of `seq_len` random tokens. parameters: a regular expression; only parameters in whose
+    name it is found. tolerance: maximum relative error. grad_checkpoint: check the backward pass that
+    recomputes blocks. progress: called with the number of parameters that are done, and of all.
+
+    `.passed` is True if all agree; `.rows` lists the comparisons.
+    """
+    model = model_of(source, dtype="float64", max_layers=max_layers, seed=seed)
+    config = model.run_config
+    if config is not None and config.lora is not None and model.lora is None:
+        model = with_lora(model, config.lora, seed)
+    if (tokens is None) != (targets is None):
+        raise InputError("`tokens` and `targets` belong together: give both or neither")
+    if tokens is None:
+        tokens, targets = _random_rows(model.config.vocab_size, batch_size, seq_len, seed)
+    return gradients.gradcheck(
+        model, tokens, targets, tolerance, parameters, grad_checkpoint, seed, progress or _nothing
+    )
+
+
+def _random_rows(vocab_size: int, rows: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and their successors, a fifth of them without target, one row ending early."""
+    if rows < 1 or length < 2:
+        raise InputError(f"`batch_size` is {rows} and `seq_len` {length}: at least 1 and 2 are expected")
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (rows, length + 1))
+    targets = np.where(rng.random((rows, length)) < 0.2, -100, tokens[:, 1:])
+    targets[-1, length // 2 :] = -100
+    targets[0, 0] = tokens[0, 1]
+    return tokens[:, :-1], targets
+
+
+def _nothing(done: int, total: int) -> None:
+    """No progress is reported."""

@@ -1,0 +1,196 @@
+"""`profile`: run a prompt and measure where the time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Unpack
+
+import numpy as np
+
+from einsum_transformer.analysis.compare import cache_bytes
+from einsum_transformer.analysis.report import Report, Run, render, report, speculation_lines
+from einsum_transformer.analysis.routing import LayerRouting, RoutingReader
+from einsum_transformer.analysis.routing import render as render_routing
+from einsum_transformer.api.sources import AnySource, model_of
+from einsum_transformer.arguments import checked
+from einsum_transformer.engine import Recorder, phase
+from einsum_transformer.errors import InputError
+from einsum_transformer.generation.context import LengthNote, context_limit
+from einsum_transformer.generation.decode import Request, prefill, request, stated_options
+from einsum_transformer.generation.options import GenerationOptions
+from einsum_transformer.generation.rows import Generation, Settings
+from einsum_transformer.loading.hub import DEFAULT_MODEL
+from einsum_transformer.loading.weights import memory
+from einsum_transformer.models.model import Model
+from einsum_transformer.notes import note
+from einsum_transformer.tables import as_text
+
+DEFAULT_PROMPT = "What is the capital of France?"
+_RANDOM_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a run generated and where the time went. `str()` is the table."""
+
+    model: str
+    """The source of the model."""
+    generations: tuple[Generation, ...]
+    """One for each prompt of the batch."""
+    report: Report
+    """Seconds of each part, tokens per second, bytes of the KV cache."""
+    routing: tuple[LayerRouting, ...] = ()
+    """Where each layer's router sent the tokens; empty for a model without experts."""
+    likeliest_next: tuple[int, ...] | None = None
+    """Of `prefill_only`: the most probable next token of each prompt."""
+
+    @property
+    def text(self) -> str:
+        """The text of the first prompt."""
+        return self.generations[0].text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Texts, token ids and times in JSON types; of a batch the former are lists, one entry a prompt."""
+        numbers = asdict(self.report)
+        table = numbers.pop("rows")
+        names = ("blas", "threads", "kv_cache_bytes", "peak_rss_bytes", "rope")
+        facts = {name: numbers.pop(name) for name in names}
+        fields = ("text", "tokens", "finish_reason", "prompt_tokens")
+        found = {
+            "model": self.model,
+            **{name: _one_or_all([row.to_dict()[name] for row in self.generations]) for name in fields},
+            "timings": numbers,
+            "table": table,
+            **facts,
+        }
+        if self.likeliest_next is not None:
+            found["likeliest_next"] = _one_or_all(list(self.likeliest_next))
+        if self.routing:
+            found["routing"] = [each.to_dict() for each in self.routing]
+        if self.generations[0].speculation is not None:
+            found["speculation"] = self.generations[0].speculation
+        return found
+
+    def tables(self) -> Iterator[Any]:
+        """The tables and lines for a terminal, as rich renderables."""
+        yield render(self.report)
+        yield from speculation_lines(self.generations[0].speculation)
+        if self.routing:
+            yield ""
+            yield render_routing(list(self.routing))
+
+    def __str__(self) -> str:
+        return as_text(*self.tables())
+
+
+@checked
+def profile(
+    source: AnySource = DEFAULT_MODEL,
+    prompt: Any = None,
+    *,
+    prefill_only: bool | None = None,
+    batch_size: int | None = None,
+    load_seconds: float | None = None,
+    on_text: Callable[[str], Any] | None = None,
+    **options: Unpack[GenerationOptions],
+) -> Profile:
+    """Continue a prompt and measure where the time goes.
+
+    source: a model, or what `load` takes. prompt and options: those of `generate`. Without a prompt a model
+    is asked a short question; one without tokenizer runs on `batch_size` rows of random tokens. Defaults come
+    from the run config that the model was loaded from, if there is one.
+
+    prefill_only: stop before the first new token; default: as the run config sets it. load_seconds: seconds
+    that loading took, for the time to first token with loading; measured if `source` is loaded here. on_text:
+    called with each piece of text as it is generated, if there is one prompt.
+    """
+    started = time.perf_counter()
+    model = model_of(source)
+    if load_seconds is None:
+        load_seconds = 0.0 if model is source else time.perf_counter() - started
+    config = model.run_config
+    if config is not None and config.use_lora and model.lora is None:
+        note(f"{config.source}: use_lora concerns training; this run does not use an adapter")
+    if prefill_only is None:
+        prefill_only = config is not None and config.prefill_only
+    if prefill_only and any(options.get(name) for name in ("draft_model", "draft_layers", "prompt_lookup")):
+        raise InputError("`prefill_only` generates no token, so there is nothing to draft")
+    if prompt is None and model.tokenizer is None:
+        prompt = _random_prompt(model, batch_size, options.get("seed") or 0)
+    elif batch_size is not None:
+        raise InputError("`batch_size`: only for a run on random tokens (no prompt and no tokenizer)")
+    elif prompt is None:
+        prompt = _question(model)
+    job = request(model, prompt, options, stated_options(model))
+    recorder, routers = Recorder(), RoutingReader()
+    if model.config.moe is not None:
+        recorder.on_value(routers, *RoutingReader.NAMES)
+    likeliest = None
+    with recorder:
+        started = time.perf_counter()
+        if prefill_only:
+            likeliest = _prefill(model, job)
+        else:
+            _generate(model, job, on_text if len(job.results) == 1 else None)
+        seconds = time.perf_counter() - started
+    prompt_lengths = tuple(len(result.prompt_tokens) for result in job.results)
+    new_lengths = tuple(len(result.tokens) for result in job.results)
+    kv_cache_bytes = max(result.kv_cache_bytes for result in job.results)
+    run = Run(model.config, started, seconds, load_seconds, prompt_lengths, new_lengths, kv_cache_bytes)
+    found = report(recorder.spans, run)
+    return Profile(model.source, tuple(job.results), found, tuple(routers.layers()), likeliest)
+
+
+def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) -> None:
+    for _, text in job.run(model):
+        if on_text is not None:
+            with phase("text"):
+                on_text(text)
+
+
+def _prefill(model: Model, job: Request) -> tuple[int, ...]:
+    """Read the prompts; returns the most probable next token of each."""
+    prompts, settings = [result.prompt_tokens for result in job.results], job.settings
+    if len(set(map(len, prompts))) > 1:
+        raise InputError("`prefill_only` takes prompts of one length")
+    length = len(prompts[0])
+    _check_length(model, settings, length)
+    cache = model.cache(length, horizon=length)
+    with phase("prefill"):
+        logits = prefill(model, np.array(prompts), cache, settings.prefill_step_size)
+    for result in job.results:
+        result.finish_reason, result.kv_cache_bytes = "prefill", cache.nbytes
+    return tuple(int(token) for token in np.argmax(logits, axis=-1))
+
+
+def _check_length(model: Model, settings: Settings, length: int) -> None:
+    limit = context_limit(model.config, settings.ctx_size)
+    if length > limit:
+        raise InputError(f"the prompt has {length} tokens, the context is {limit}: shorten it")
+    LengthNote(model.config).grown(length)
+
+
+def _question(model: Model) -> Any:
+    """The prompt of a run without one: as a chat if the model has a template."""
+    assert model.tokenizer is not None
+    chat = model.tokenizer.chat_template is not None
+    note(f"no prompt given, so this one{' as a chat' if chat else ''}: {DEFAULT_PROMPT}")
+    return [{"role": "user", "content": DEFAULT_PROMPT}] if chat else DEFAULT_PROMPT
+
+
+def _random_prompt(model: Model, batch_size: int | None, seed: int) -> list[list[int]]:
+    config = model.run_config
+    rows = batch_size or (config.batch_size if config else 1)
+    length = config.seq_len if config else _RANDOM_TOKENS
+    if (needed := cache_bytes(model.config, rows, length)) > (present := memory()):
+        sizes = f"{needed / 2**30:,.1f} GiB of keys and values, the machine has {present / 2**30:,.1f}"
+        raise InputError(f"{rows} x {length} tokens need {sizes}: lower `batch_size` or seq_len")
+    note(f"no tokenizer: {rows} x {length} random token ids of seed {seed}")
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, model.config.vocab_size, (rows, length)).tolist()
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,47 @@
+"""Models and configs of anything that names one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from einsum_transformer.analysis.explain import without_weights
+from einsum_transformer.loading.configs import read_config
+from einsum_transformer.loading.load import load
+from einsum_transformer.loading.sources import Options, find, name_of
+from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.model import Model
+from einsum_transformer.models.peft import with_adapter
+from einsum_transformer.models.run_config import RunConfig
+
+AnySource = Model | str | Path | RunConfig
+"""A model, or what `load` takes: a folder, a hub id, a .gguf file, a JSON config or the name of a ready
+one."""
+
+
+def model_of(source: AnySource, **settings: Any) -> Model:
+    """The model itself, or the one that `load` returns with these settings."""
+    return source if isinstance(source, Model) else load(source, **settings)
+
+
+def described(
+    source: AnySource | ModelConfig, adapter: str | Path | None, offline: bool, allow_links: bool
+) -> Model | ModelConfig | RunConfig:
+    """What `explain` needs to know of a source, without its weights. A run config stays one, because its
+    adapters
+    are part of the program."""
+    if isinstance(source, (Model, ModelConfig)) and adapter is None:
+        return source
+    if isinstance(source, (str, Path, RunConfig)):
+        where = Options(offline=offline, allow_links=allow_links)
+        found = find(source, where)
+        if isinstance(found, RunConfig):
+            source = found
+        config, name = read_config(source, offline, allow_links), name_of(found)
+        if adapter is None:
+            return source if isinstance(source, RunConfig) else config
+    elif isinstance(source, Model):
+        config, name = source.config, source.source
+    else:
+        config, name = source, source.model_type
+    return with_adapter(without_weights(config, name), str(adapter))

@@ -1,0 +1,151 @@
+"""A conversation whose KV cache is reused from one turn to the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Unpack
+
+from einsum_transformer.arguments import checked
+from einsum_transformer.components.kv_cache import KVCache
+from einsum_transformer.errors import InputError
+from einsum_transformer.generation.context import LengthNote
+from einsum_transformer.generation.decode import decode_batch, settings_of, stated_options
+from einsum_transformer.generation.options import GenerationOptions
+from einsum_transformer.generation.rows import Generation
+from einsum_transformer.models.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its answer. `str()` is the answer."""
+
+    prompt: str
+    text: str
+    cached_tokens: int
+    """Tokens of the conversation whose keys and values were reused from the previous turn."""
+    prompt_tokens: int
+    """Tokens that were read in this turn."""
+    tokens: int
+    """Tokens of the answer."""
+    finish_reason: str | None
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The turn in JSON types."""
+        return asdict(self)
+
+
+@checked
+class Chat:
+    """A conversation with a model.
+
+        chat = et.Chat(et.load(), system="Answer in one sentence.")
+        print(chat.send("Why is the sky blue?"))
+        for piece in chat.stream("And at sunset?"):
+            print(piece, end="")
+
+    system: the system message. tools, chat_template: as in `Tokenizer.apply_chat_template`. template_kwargs:
+    variables of the template, such as {"enable_thinking": False}. options: those of `generate`.
+    `messages` holds the conversation, `turns` the answers with their token counts.
+
+    Raises InputError for a model without tokenizer or chat template.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        system: str | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> None:
+        tokenizer = model.tokenizer
+        if tokenizer is None or (not tokenizer.chat_templates and chat_template is None):
+            raise InputError(f"{model.source}: has no chat template; use generate (`etx run`) for plain text")
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.template_options = {
+            **(template_kwargs or {}),
+            **({} if tools is None else {"tools": tools}),
+            **({} if chat_template is None else {"chat_template": chat_template}),
+        }
+        self._settings = settings_of(model, options, stated_options(model))
+        self.turns: list[Turn] = []
+        self.messages: list[dict[str, str]] = []
+        self._cached: list[int] = []
+        """Tokens of the conversation whose keys and values are in the cache."""
+        self._cache: KVCache | None = None
+        self._length_note = LengthNote(model.config)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new conversation with the same system message; `turns` keeps the turns so far."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self._cached, self._cache, self._length_note = [], None, LengthNote(self.model.config)
+
+    def send(self, text: str) -> Turn:
+        """Answer a message."""
+        for _ in self.stream(text):
+            pass
+        return self.turns[-1]
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Answer a message and yield the answer in pieces; `turns[-1]` describes it when it is complete.
+
+        A message whose answer is not read to its end is not part of the conversation.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"`text` is a {type(text).__name__}, expected str")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(messages, **self.template_options)
+        cache, reused = self._reused(rendered)
+        result = Generation(rendered[reused:])
+        # An answer that ends early leaves the cache in an unknown state.
+        self._cached, self._cache = [], None
+        started = time.perf_counter()
+        sampling, settings, speculation = self._settings
+        pieces = decode_batch(self.model, [result], sampling, settings, cache, speculation, self._length_note)
+        for _, piece in pieces:
+            yield piece
+        seconds = time.perf_counter() - started
+        self._cache, self._cached = cache, [*rendered, *result.tokens][: cache.length]
+        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        counts = (reused, len(result.prompt_tokens), len(result.tokens))
+        self.turns.append(Turn(text, result.text, *counts, result.finish_reason, seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Model, messages and turns in JSON types."""
+        turns = [turn.to_dict() for turn in self.turns]
+        return {"model": self.model.source, "messages": self.messages, "turns": turns}
+
+    def _reused(self, rendered: list[int]) -> tuple[KVCache, int]:
+        """(a cache, how many of these tokens it holds): the previous one, truncated to the common prefix."""
+        if self._cache is not None:
+            pairs = zip(self._cached, rendered[:-1])  # the last token is always read, for its logits
+            held = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
+            held = min(len(self._cached), len(rendered) - 1) if held is None else held
+            if held and self._truncated(self._cache, held):
+                return self._cache, held
+        speculation = self._settings[2]
+        slack = 0 if speculation is None else speculation.drafts + 1
+        return self.model.cache(slack=slack), 0
+
+    def _truncated(self, cache: KVCache, held: int) -> bool:
+        """Truncate the cache to `held` tokens; False if it cannot be."""
+        if held == len(self._cached):
+            return True
+        # The frequencies of these depend on the length of the text, which may have been longer than it is
+        # now.
+        if any(rope.rope_type in ("dynamic", "longrope") for rope in self.model.config.ropes):
+            return False
+        try:
+            cache.truncate(held)
+        except ValueError:  # a sliding window no longer holds the keys before
+            return False
+        return True
