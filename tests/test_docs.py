@@ -68,11 +68,12 @@ def run_bash(code: str) -> None:
         env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page not in DERIVATIONS and blocks(page)], ids=lambda page: page.stem
 )
