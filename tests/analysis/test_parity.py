@@ -146,7 +146,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no array 'tokens'; give the token ids with --tokens"):
         parity(model, open_reference(tmp_path / "bare.npz"))
     cut = replace(model, decoder=replace(model.decoder, layers=model.decoder.layers[:1]))
-    cut = replace(cut, config=model.config.cut(1))
+    cut = replace(cut, config=model.config.truncated(1))
     found = parity(cut, dump)
     assert found.passed
     assert {"transformer.h.1", "transformer.ln_f", "logits"} <= set(found.not_compared)

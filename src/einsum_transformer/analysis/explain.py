@@ -16,7 +16,7 @@ from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import Planned, plan, put_on
+from einsum_transformer.models.adapters import Planned, add_adapters, plan
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
@@ -175,7 +175,7 @@ def _without_numbers(model: Model | ModelConfig | RunConfig, config: ModelConfig
     if not isinstance(model, RunConfig) or (lora := model.lora) is None:
         return decoder
     dry = without_weights(config, model.source)
-    return put_on(dry, lora, plan(dry, lora), _dry_pair).decoder
+    return add_adapters(dry, lora, plan(dry, lora), _dry_pair).decoder
 
 
 def _dry_pair(path: str, planned: Planned, place: WeightSpec) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from einsum_transformer.formats.sniff import kind_of
 from einsum_transformer.formats.unsupported import named
 from einsum_transformer.leaves.watched import watched
 from einsum_transformer.models.model import Model
-from einsum_transformer.tables import columns, some
+from einsum_transformer.tables import columns, first_names
 
 Array = np.ndarray
 
@@ -229,9 +229,9 @@ def render(found: Parity, every: bool = True) -> str:
     lines = [*columns([("step", "largest error", "relative", ""), *rows], right=(1, 2)), ""] if rows else []
     lines.append(f"{len(found.steps)} steps compared on {' x '.join(map(str, found.tokens))} tokens")
     if found.not_in_reference:
-        lines.append(f"not in the reference: {some(found.not_in_reference, 4)}")
+        lines.append(f"not in the reference: {first_names(found.not_in_reference, 4)}")
     if found.not_compared:
-        lines.append(f"only in the reference: {some(found.not_compared, 4)}")
+        lines.append(f"only in the reference: {first_names(found.not_compared, 4)}")
     if found.same_choice is not None:
         lines.append(f"likeliest next token: the same in {100 * found.same_choice:.1f} % of places")
     if first is None:

@@ -15,7 +15,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import LengthNote, context_limit
 from einsum_transformer.generation.keys import FILE, merged
 from einsum_transformer.generation.options import GenerationOptions
-from einsum_transformer.generation.rows import Generation, Row, Settings, lengthen, prefill, scores
+from einsum_transformer.generation.rows import Generation, Row, Settings, lengthen, next_logits, prefill
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
 from einsum_transformer.models.model import Model
@@ -219,7 +219,7 @@ def _steps(
         with phase("sampling"):
             for position, index in enumerate(live):
                 padding = 0 if cache.pads is None else int(cache.pads[position])
-                token, text = rows[index].step(logits[position], room=limit + padding - cache.length)
+                token, text = rows[index].step(logits[position], capacity=limit + padding - cache.length)
                 if text:
                     texts.append((index, text))
                 if rows[index].result.finish_reason is None:
@@ -235,7 +235,7 @@ def _steps(
             live = [live[position] for position in keep]
         with phase("decode"):
             lengthen(model, cache, 1)
-            logits = scores(model, np.array(next_tokens)[:, None], cache, "last", rows[0].repairs)[:, -1]
+            logits = next_logits(model, np.array(next_tokens)[:, None], cache, "last", rows[0].repairs)[:, -1]
         passed.grown(cache.length if cache.pads is None else cache.length - int(cache.pads.min()))
 
 

@@ -21,7 +21,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.families.config_keys import unapplied_settings
 from einsum_transformer.models.finite import FirstBad
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.parameters import drawn, frozen, gradients_by_name, trainable, writable
+from einsum_transformer.models.parameters import frozen, gradients_by_name, trainable, with_dropout, writable
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.training.data import Batch, Batches
@@ -159,7 +159,7 @@ def _sliced(
     found: list[Any] = [None] * slices
 
     def compute(i: int, first_row: int, tokens: Array, targets: Array) -> None:
-        own = drawn(decoder, key, first_row)
+        own = with_dropout(decoder, key, first_row)
         loss, gradient = own.loss_and_gradient(tokens, targets, count, recompute)
         found[i] = loss, gradients_by_name(own, gradient)
 
