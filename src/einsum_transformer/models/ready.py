@@ -1,4 +1,4 @@
-"""The ready configs: JSON files that are part of the package, used by name."""
+"""The packaged configs: JSON files that are part of the package, used by name."""
 
 import os
 from importlib.resources import files
@@ -12,13 +12,13 @@ _FOLDER = files("einsum_transformer") / "configs"
 
 
 def available_configs() -> tuple[str, ...]:
-    """The names of the ready configs, sorted."""
+    """The names of the packaged configs, sorted."""
     names = (each.name for each in _FOLDER.iterdir())
     return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
 
 
 def ready_config(source: str | Path) -> RunConfig | None:
-    """The ready config called `source`; None if there is no such config, or a file or folder of that name in
+    """The packaged config of this name; None if there is no such config, or a file or folder of that name in
     the working directory."""
     name = str(source)
     if name not in available_configs() or os.path.lexists(name):

@@ -16,12 +16,12 @@ from einsum_transformer.models.run_config import RunConfig, override, parse_run_
 
 
 def read_run_config(path: str | Path) -> RunConfig:
-    """Read a RunConfig from a JSON file, or the ready config of that name (see `available_configs`)."""
+    """Read a RunConfig from a JSON file, or the packaged config of that name (see `available_configs`)."""
     if (ready := ready_config(path)) is not None:
         return ready
     file = Path(path)
     if file.name == str(path) and not file.suffix and not file.exists():
-        raise InputError(f"{path!r}: no such file; ready configs: {', '.join(available_configs())}")
+        raise InputError(f"{path!r}: no such file; packaged configs: {', '.join(available_configs())}")
     return parse_run_config(read_json(file), str(path))
 
 
