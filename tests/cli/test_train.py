@@ -319,7 +319,7 @@ def test_one_conversation_is_learnt_to_its_end(chats: str, capsys: pytest.Captur
 def test_examples_longer_than_a_row_are_noted(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert etx(chats, "--data", "chats.jsonl", *MASKED, "--seq-len", "8") == 0
     assert (
-        "4 of 4 examples are longer than a row of 8 tokens and are split over several rows; the longest fits in --seq-len"
+        "4 of 4 examples are longer than a row of 8 tokens and are split over several rows; the longest fits "
         in (capsys.readouterr().err)
     )
 
