@@ -58,7 +58,7 @@ def table(name: str, found: dict[str, dict[str, Any]], new: int) -> Table:
         same = "yes" if numbers["text"] == found["step by step"]["text"] else "no"
         speed = f"{new / seconds:.1f}", f"{plain / seconds:.2f}x"
         lines.append((candidate, *speed, share, rounds, same))
-    header = ("", "tokens/s", "speed-up", "drafts accepted", "tokens per pass", "same text")
+    header = ("", "tokens/s", "speed-up", "drafts accepted", "tokens per check", "same text")
     return Table(name, header, lines)
 
 

@@ -510,7 +510,7 @@ def test_an_interrupted_answer_is_forgotten(
     assert left.value.code == 0
     assert "".join(pieces) == ";<=\n;<\n;<=\n"
     assert err.count("stopped; this message is not part of the conversation") == 1
-    assert [line[:15] for line in err.splitlines() if line.startswith("[")] == ["[0 tokens kept,"] * 2
+    assert [line[:15] for line in err.splitlines() if line.startswith("[")] == ["[0 tokens reuse"] * 2
 
 
 def test_chat_system_messages(etx: Etx, speller: Path) -> None:

@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MISTAKES = {
     "run nowhere.json": "nowhere.json: cannot be read: No such file or directory",
     "run ./nowhere": "./nowhere: no such file or folder",
-    "run nowhere": "'nowhere': no such file or folder, and not a hub repository of the form owner/name",
+    "run nowhere": "'nowhere': no such file or folder, and a hub repository is written owner/name",
     "run owner/nowhere --offline": "owner/nowhere: not in the cache",
     "run unknown.json": "unknown.json: unknown key 'n_layer'; did you mean 'n_layers'?",
     "run wrong.json": "wrong.json: key 'n_layers' is 'two', expected an integer",

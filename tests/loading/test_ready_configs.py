@@ -86,7 +86,7 @@ def test_load_by_name() -> None:
     model = et.load("fast_lora", max_layers=1, seed=3)
     assert model.config.hidden_size == 512
     assert model.source == "fast_lora (random weights, seed 3)"
-    with pytest.raises(et.InputError, match="llama: quantization 'W8A16' is not available"):
+    with pytest.raises(et.InputError, match="llama: quantization 'W8A16' is not supported"):
         et.load("llama", offline=True)
 
 
