@@ -11,10 +11,10 @@ model = et.load("smollm2-135m")  # also: a Hugging Face folder or hub id, a .ggu
 assert model.tokenizer is not None
 
 # temperature=0 is greedy decoding; str() of a Generation is its text.
-print(et.generate(model, "The sky is", max_new_tokens=8, temperature=0))
+print(et.generate(model, "The capital of France is", max_new_tokens=8, temperature=0))
 
 # stream yields the text in pieces, as it is generated.
-for piece in et.stream(model, "The capital of France is", max_new_tokens=8, temperature=0):
+for piece in et.stream(model, "The sky is", max_new_tokens=8, temperature=0):
     print(piece, end="|", flush=True)
 print()
 

@@ -11,10 +11,14 @@ import einsum_transformer as et
 
 with tempfile.TemporaryDirectory() as folder:
     et.load("fast_lora", max_layers=2, seed=0).save(folder, dtype="bfloat16")
-    print(et.inspect(folder))
-    assert not et.inspect(folder).problems
+    found = et.inspect(folder)  # print(found) lists everything
+    print(f"{found.model_type}, {found.parameters:,} parameters, bytes: {found.bytes_by_dtype}")
+    for tensor in found.tensors[:4]:
+        print(f"  {tensor.name}: {tensor.dtype} {tensor.shape}, in the model {tensor.weights[0]}")
+    assert found.bytes_by_dtype == {"BF16": 2 * found.parameters}
+    assert not found.problems
 
-    # A misspelled key is ignored, and a config with a third layer has no weights for it.
+    # Misspell a key of the config, and let it require a third layer.
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
     config["rms_norm_epz"] = config.pop("rms_norm_eps")
@@ -22,13 +26,13 @@ with tempfile.TemporaryDirectory() as folder:
     path.write_text(json.dumps(config))
 
     found = et.inspect(folder)
-    print("\nignored: ", *found.ignored)
+    print("ignored: ", ", ".join(found.ignored))
     print("missing: ", len(found.missing), "tensors, such as", found.missing[0])
-    print("problems:", *found.problems)
-    assert "rms_norm_epz" in found.ignored and found.missing[0].startswith("model.layers.2.")
+    assert "rms_norm_epz" in found.ignored
+    assert all(name.startswith("model.layers.2.") for name in found.missing)
     try:
-        et.load(folder)
+        et.load(folder)  # reports the first problem
     except et.InputError as error:
-        print("load:    ", error)
+        assert found.problems[0] in str(error)
     else:
         raise AssertionError("load accepts what inspect rejects")

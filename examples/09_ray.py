@@ -3,18 +3,15 @@
 pip install ".[ray]"; python examples/09_ray.py
 """
 
-from typing import Any
-
 import numpy as np
 
 import einsum_transformer as et
 
 
 def train(workers: int | None) -> et.Training:
-    # In float64, so that the order of the sums does not show. A model in memory is trained in place: load it again.
+    # Loaded each time, because a model in memory is trained in place. float64: rounding does not hide errors.
     model = et.load("fast_lora", dtype="float64", max_layers=2, seed=0)
-    options: dict[str, Any] = {"steps": 3, "lr": 0.1, "batch_size": 4, "seq_len": 32}
-    return et.train(model, workers=workers, **options)
+    return et.train(model, steps=3, lr=0.1, batch_size=4, seq_len=32, workers=workers)
 
 
 alone, shared = train(None), train(2)  # et.RayWorkers(2, address="auto") joins a running cluster
