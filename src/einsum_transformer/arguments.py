@@ -1,7 +1,6 @@
-"""Checks the arguments of public functions against their annotations: a mistake is one line that names the
-argument.
+"""Checks of arguments of public functions against their annotations.
 
-Messages put the names of arguments into backticks; the command line prints the flag in their place.
+Error messages are one line, with the argument in backticks, which the command line replaces by the flag.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def checked(called: Called) -> Called:
-    """Decorator of a public function or dataclass: raise ArgumentError, which names the argument, for a call
-    with an unknown or missing argument or with one of another type than its annotation.
+    """Decorate a public function or dataclass so that an unknown or missing argument, or one whose type
+    differs from its annotation, raises ArgumentError, which names the argument.
 
-    `float` takes integers; neither `int` nor `float` takes a bool; NumPy's scalars count as numbers. A
-    function with `**options` checks these itself.
+    `float` accepts integers; neither `int` nor `float` accepts a bool; NumPy scalars are numbers. A function
+    with `**options` checks these itself.
     """
     if isinstance(called, type):
         called.__init__ = _checking(called.__init__, called)  # type: ignore[misc]
@@ -74,7 +73,7 @@ def _check(
 def _declared(
     function: Callable[..., Any], owner: Callable[..., Any]
 ) -> tuple[inspect.Signature, dict[str, Any], bool]:
-    """The signature, the annotation of each named parameter, and whether any other keyword is accepted."""
+    """Return the signature, the annotations of named parameters, and whether other keywords are accepted."""
     signature = inspect.signature(function)
     hints = get_type_hints(owner if owner is function or is_dataclass(owner) else function)
     parameters = signature.parameters.values()
@@ -83,8 +82,8 @@ def _declared(
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of an annotation; of containers also the elements, where they are cheap to
-    see. What cannot be checked fits."""
+    """Return whether a value has the type of an annotation. Elements of lists, tuples and mappings are
+    checked too; a value fits an annotation that cannot be checked."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -97,7 +96,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (None, NoneType):
         return value is None
     if hint is bool:
-        return isinstance(value, bool) or type(value).__name__ == "bool"  # NumPy's is called so too
+        return isinstance(value, bool) or type(value).__name__ == "bool"  # also the name of np.bool
     if hint in (int, float):
         number = numbers.Integral if hint is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
@@ -134,7 +133,7 @@ def _mismatch(name: str, argument: str, value: Any, hint: Any) -> ArgumentError:
 
 
 def words(hint: Any) -> str:
-    """An annotation in words: `int or None`."""
+    """Return an annotation in words: `int or None`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return _alternatives(dict.fromkeys(name for each in inner for name in _names(each)))

@@ -75,7 +75,7 @@ def peak_rss_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def some(names: Sequence[str], most: int, separator: str = ", ") -> str:
+def first_names(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """Join the first `most` names of a list and append the number of remaining names."""
     end = " and" if separator == ", " else f"{separator}and"
     more = f"{end} {len(names) - most} more" if len(names) > most else ""

@@ -50,9 +50,9 @@ def test_every_family_has_a_program(name: str, golden_model: Models) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tokens": 10**20}, "tokens` is 1000.*: from 1 to 262,144"),
-        ({"batch": 0}, "batch` is 0: from 1 to"),
-        ({"tokens": 41}, "tokens` is 41: this gpt2 has learned 40 positions"),
+        ({"tokens": 10**20}, "tokens` is 1000.*: expected 1 to 262,144"),
+        ({"batch": 0}, "batch` is 0: expected 1 to"),
+        ({"tokens": 41}, "tokens` is 41: expected at most the 40 learned positions of this gpt2"),
     ],
 )
 def test_programs_that_are_refused(changed: dict[str, int], message: str, golden_model: Models) -> None:

@@ -92,13 +92,13 @@ def test_a_small_mistake_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_makes_no_sense_is_said() -> None:
     model = tiny_model("float64")
     for arguments, message in (
-        ({"tolerance": 0.0}, "tolerance is 0.0"),
-        ({"parameters": "w1"}, "'w1' matches no parameter"),
-        ({"parameters": "("}, "is no regular expression"),
+        ({"tolerance": 0.0}, "`tolerance` is 0.0"),
+        ({"parameters": "w1"}, "'w1' does not match any parameter"),
+        ({"parameters": "("}, "is not a regular expression"),
     ):
         with pytest.raises(InputError, match=message):
             gradcheck(model, IDS, TARGETS, **arguments)
-    with pytest.raises(InputError, match="checked in float64"):
+    with pytest.raises(InputError, match="needs float64 weights"):
         gradcheck(tiny_model(), IDS, TARGETS)
 
 

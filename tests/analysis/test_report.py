@@ -199,7 +199,7 @@ def test_what_is_printed(found: Report) -> None:
     assert max(map(len, printed.splitlines())) <= 100
     for row in found.rows:
         assert row.name in printed
-    assert f"parts {STAGES:.3f} s = 98.9 % of {STAGES + 10:.3f} s; outside of any phase: 10.000 s" in printed
+    assert f"parts {STAGES:.3f} s = 98.9 % of {STAGES + 10:.3f} s; outside of all phases: 10.000 s" in printed
     assert "first token after 745.000 s (775.000 s with loading the model)" in printed
     assert "KV cache 1.23 kB" in printed
     json.dumps(asdict(found), allow_nan=False)

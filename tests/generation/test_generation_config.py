@@ -40,7 +40,7 @@ def with_file(model: et.Model, **stated: Any) -> et.Model:
 
 def test_every_key_of_the_reference_is_in_one_table() -> None:
     """The reference's names are those that GenerationConfig of this transformers stores or reads."""
-    tables = (keys.OBEYED, keys.NEUTRAL, keys.UNSUPPORTED)
+    tables = (keys.APPLIED, keys.IGNORED, keys.UNSUPPORTED)
     for name in REFERENCE["keys"]:
         assert sum(name in table for table in tables) == 1, name
     older = {"return_legacy_cache", "forced_decoder_ids", "force_bos_token_to_be_generated"}
@@ -52,10 +52,10 @@ def test_the_tables_belong_to_the_dataclasses() -> None:
     assert {each.name for each in fields(Sampling)} == set(keys.SAMPLING)
     stored = {each.name for each in fields(Settings)}
     assert stored == (set(keys.SETTINGS) | set(keys.OWN)) - {"stop_strings"}
-    known = {**keys.OBEYED, **keys.NEUTRAL, **keys.UNSUPPORTED}
+    known = {**keys.APPLIED, **keys.IGNORED, **keys.UNSUPPORTED}
     drafting = {"draft_model", "draft_layers", "prompt_lookup", "num_draft_tokens"}
     assert set(get_type_hints(GenerationOptions)) - drafting <= set(known | keys.OWN)
-    assert set(keys.OBEYED) | set(keys.OWN) | drafting <= set(get_type_hints(GenerationOptions))
+    assert set(keys.APPLIED) | set(keys.OWN) | drafting <= set(get_type_hints(GenerationOptions))
 
 
 def test_the_reference_defaults_of_sampling() -> None:
@@ -229,7 +229,7 @@ class TestWhatIsNotObeyed:
             et.generate(with_file(COUNTER, **{name: off}), [1], max_new_tokens=1, **{name: off})
         assert not caplog.records
 
-    @pytest.mark.parametrize("name", sorted(keys.NEUTRAL))
+    @pytest.mark.parametrize("name", sorted(keys.IGNORED))
     def test_neutral_keys_are_taken_without_a_word(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
         given: dict[str, Any] = {name: 1}
         assert et.generate(with_file(COUNTER, **given), [1], max_new_tokens=2).tokens == [2, 3]
@@ -277,7 +277,7 @@ MISTYPED: dict[str, list[Any]] = {
 
 def test_every_obeyed_key_has_wrong_values() -> None:
     tested = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"}
-    assert set(MISTYPED) | tested == set(keys.OBEYED)
+    assert set(MISTYPED) | tested == set(keys.APPLIED)
 
 
 @pytest.mark.parametrize("name", MISTYPED)
@@ -364,8 +364,8 @@ VALUES = st.recursive(
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
-    stated=st.dictionaries(st.sampled_from(sorted({**keys.OBEYED, **keys.UNSUPPORTED})), VALUES, max_size=3),
-    given_=st.dictionaries(st.sampled_from(sorted(keys.OBEYED)), VALUES, max_size=2),
+    stated=st.dictionaries(st.sampled_from(sorted({**keys.APPLIED, **keys.UNSUPPORTED})), VALUES, max_size=3),
+    given_=st.dictionaries(st.sampled_from(sorted(keys.APPLIED)), VALUES, max_size=2),
     sampled=st.booleans(),
 )
 def test_any_values_give_a_text_or_one_line(

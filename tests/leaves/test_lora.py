@@ -16,7 +16,7 @@ from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import Dropout, LoRA
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.parameters import drawn, gradients_by_name, trainable
+from einsum_transformer.models.parameters import gradients_by_name, trainable, with_dropout
 from einsum_transformer.tree import map_named, named_leaves
 from tiny_models import write_tiny
 
@@ -109,7 +109,7 @@ def test_dropout_is_drawn_again_for_the_same_key(tiny: et.Model, recompute: bool
     zeroes; no key, none."""
     model = filled(with_lora(tiny, LoRAConfig(r=2, lora_dropout=0.5, target_modules="all-linear")))
     plain = model.decoder.loss_and_gradient(IDS, TARGETS)[0]
-    decoder = drawn(model.decoder, (7, 0), 0)
+    decoder = with_dropout(model.decoder, (7, 0), 0)
     loss, gradient = decoder.loss_and_gradient(IDS, TARGETS, recompute=recompute)
     assert loss != plain
     name = "layers.0.mlp.up_proj.lora_A"
@@ -121,7 +121,7 @@ def test_dropout_is_drawn_again_for_the_same_key(tiny: et.Model, recompute: bool
     down = decoder.loss_and_gradient(IDS, TARGETS)[0]
     w[...] = before
     assert float(np.sum(g * v)) == pytest.approx((up - down) / 2e-6, rel=1e-5)
-    other = drawn(model.decoder, (7, 1), 0)
+    other = with_dropout(model.decoder, (7, 1), 0)
     assert other.loss_and_gradient(IDS, TARGETS)[0] not in (loss, plain)
     assert model.decoder.loss_and_gradient(IDS, TARGETS)[0] == plain
 

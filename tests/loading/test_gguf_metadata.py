@@ -17,7 +17,7 @@ import einsum_transformer as et
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.loading.gguf import gguf_config
 from einsum_transformer.models.families import FAMILIES
-from einsum_transformer.models.families.gguf_keys import DESCRIPTIVE, NEUTRAL, SIZES
+from einsum_transformer.models.families.gguf_keys import DESCRIPTIVE, SIZES, UNSUPPORTED
 from gguf_files import CONVERSIONS, write_model_gguf
 from golden_files import FOLDER, MODELS, load_golden, write_folder
 
@@ -160,7 +160,7 @@ def test_neutral_values_are_accepted(model_type: str, tmp_path: Path) -> None:
     """Each key of the table that the family does not read, with the values that change nothing."""
     read = reader(write(tmp_path / "plain.gguf", ONE_OF_EACH[model_type], {}))
     plain = read()
-    for key, values in NEUTRAL.items():
+    for key, values in UNSUPPORTED.items():
         for value in filter(lambda value: value != "", values):
             try:
                 config = read(**{key: value})

@@ -14,11 +14,11 @@ import einsum_transformer as et
 from einsum_transformer.models.config import Keys
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.families.config_keys import (
+    IGNORED,
     LOSS_WEIGHTS,
-    NEUTRAL,
-    REFUSED,
     SWITCHED_OFF,
     TRAINING,
+    UNSUPPORTED,
     check_unread,
     unapplied_settings,
 )
@@ -28,7 +28,7 @@ from einsum_transformer.training.schedule import Schedule
 from golden_files import FOLDER, load_golden, write_folder
 
 REFERENCE: dict[str, dict[str, Any]] = json.loads((FOLDER / "config_keys.json").read_text(encoding="utf-8"))
-TABLES = NEUTRAL | REFUSED.keys() | TRAINING.keys() | LOSS_WEIGHTS.keys() | SWITCHED_OFF.keys()
+TABLES = IGNORED | UNSUPPORTED.keys() | TRAINING.keys() | LOSS_WEIGHTS.keys() | SWITCHED_OFF.keys()
 NEEDED = {"deepseek_v2": {"num_experts_per_tok": 2}, "gemma3": {"text_config": {}}}
 """What has no default in the reference, or is no plain value."""
 

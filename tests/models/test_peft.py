@@ -13,7 +13,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.errors import FormatError, InputError
-from einsum_transformer.models.adapter_text import with_own_text
+from einsum_transformer.models.adapter_text import with_adapter_tokenizer
 from einsum_transformer.models.adapters import Merged, merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft import (
@@ -23,7 +23,7 @@ from einsum_transformer.models.peft import (
     with_adapter,
     write_adapter,
 )
-from einsum_transformer.models.peft_config import NEUTRAL, NOTED, OBEYED, REFUSED
+from einsum_transformer.models.peft_config import APPLIED, IGNORED, NOTED, UNSUPPORTED
 from einsum_transformer.text.tokenizer import Tokenizer
 from golden_files import Folders, load_golden, peft_fields, write_adapter_folder, write_folder
 from tiny_models import tiny_model
@@ -404,13 +404,13 @@ def test_an_adapter_on_one_role_of_a_tied_matrix(role: str, tmp_path: Path) -> N
 
 def test_every_field_of_peft_is_obeyed_neutral_refused_or_noted() -> None:
     """The names are those of LoraConfig's fields in peft 0.21.2."""
-    tables = [set(OBEYED), set(NEUTRAL), set(REFUSED), set(NOTED)]
+    tables = [set(APPLIED), set(IGNORED), set(UNSUPPORTED), set(NOTED)]
     known = set().union(*tables)
     assert sum(map(len, tables)) == len(known)
     assert set(peft_fields()) <= known
 
 
-@pytest.mark.parametrize("field", sorted(NEUTRAL))
+@pytest.mark.parametrize("field", sorted(IGNORED))
 def test_neutral_fields_change_nothing(field: str, tmp_path: Path) -> None:
     plain = with_adapter(tiny_model(), write_adapter_folder(tmp_path / "a", CONFIG, q_tensors()))
     for value in (True, "text", 3, [0], {"a": 1}):
@@ -419,7 +419,7 @@ def test_neutral_fields_change_nothing(field: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(logits, plain.logits(TOKENS))
 
 
-@pytest.mark.parametrize("field", sorted(REFUSED))
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
 def test_refused_fields_are_named(field: str, tmp_path: Path) -> None:
     write_adapter_folder(tmp_path, CONFIG | {field: {"a": 1}}, q_tensors())
     assert f"{field} = {{'a': 1}} is not supported" in refusal(tmp_path)
@@ -681,7 +681,7 @@ def test_the_tokenizer_in_an_adapters_folder_is_used(
     if own is not None:
         tokenizer_of(*own).save(tmp_path)
     model = replace(model, tokenizer=None if base is None else tokenizer_of(*base))
-    found = with_own_text(model, tmp_path).tokenizer
+    found = with_adapter_tokenizer(model, tmp_path).tokenizer
     assert found is not None
     assert found.backend.get_vocab() == tokenizer_of(*expected).backend.get_vocab()
     assert found.chat_template == expected[1]
@@ -693,12 +693,12 @@ def test_a_chat_template_alone_or_a_tokenizer_that_is_too_large(
 ) -> None:
     model = with_adapter(tiny_model(vocab_size=300), write_adapter_folder(tmp_path, CONFIG, q_tensors()))
     (tmp_path / "chat_template.jinja").write_text("T", encoding="utf-8")
-    found = with_own_text(replace(model, tokenizer=tokenizer_of("a b", None)), tmp_path).tokenizer
+    found = with_adapter_tokenizer(replace(model, tokenizer=tokenizer_of("a b", None)), tmp_path).tokenizer
     assert found is not None
     assert found.chat_template == "T"
     tokenizer_of("a b", "T").save(tmp_path)
     small = with_adapter(tiny_model(vocab_size=61), tmp_path)
-    assert with_own_text(small, tmp_path).tokenizer is None
+    assert with_adapter_tokenizer(small, tmp_path).tokenizer is None
     assert re.search(r"its tokenizer is ignored: .* the model 61$", caplog.records[-1].message)
 
 
@@ -734,7 +734,7 @@ def test_chat_templates_in_any_file_of_the_folder(
         tokenizer_of("a b", None).save(tmp_path)
     path = tmp_path / file
     path.write_text(text % "U", encoding="utf-8")
-    found = with_own_text(model, tmp_path).tokenizer
+    found = with_adapter_tokenizer(model, tmp_path).tokenizer
     assert found is not None
     assert found.chat_template == "U"
     wrong: list[bytes] = [(text % BAD).encode(), b"\xff"]
@@ -743,7 +743,7 @@ def test_chat_templates_in_any_file_of_the_folder(
     for content in wrong:
         path.write_bytes(content)
         with pytest.raises(InputError, match=re.escape(str(path))):
-            with_own_text(model, tmp_path)
+            with_adapter_tokenizer(model, tmp_path)
 
 
 def test_an_empty_path_is_named() -> None:

@@ -132,7 +132,7 @@ def test_ids_stated_in_tokenizer_json_are_checked(tmp_path: Path) -> None:
 def test_every_key_that_transformers_reads_has_a_meaning_here(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tables = (config_keys.OBEYED, config_keys.NEUTRAL, config_keys.CONVERTED, config_keys.NOTED.keys())
+    tables = (config_keys.APPLIED, config_keys.IGNORED, config_keys.CONVERTED, config_keys.NOTED.keys())
     assert set(FOLDERS["config_keys"]) <= frozenset().union(*tables)
     assert sum(map(len, tables)) == len(frozenset().union(*tables))
     config(
@@ -145,14 +145,14 @@ def test_every_key_that_transformers_reads_has_a_meaning_here(
 
 
 def test_every_key_of_the_gguf_package_has_a_meaning_here() -> None:
-    tables = (config_keys.GGUF_OBEYED, config_keys.GGUF_NEUTRAL, config_keys.GGUF_NOTED.keys())
+    tables = (config_keys.GGUF_APPLIED, config_keys.GGUF_IGNORED, config_keys.GGUF_NOTED.keys())
     keys = set(FOLDERS["gguf_keys"]) - {"tokenizer.chat_template.{name}"}
     assert keys <= frozenset().union(*tables)
 
 
 def test_every_keyword_of_apply_chat_template_has_a_meaning_here() -> None:
     obeyed = inspect.signature(Tokenizer.render_chat).parameters.keys() - {"self", "messages", "variables"}
-    assert set(FOLDERS["template_keywords"]) == obeyed | chat_options.REFUSED.keys()
+    assert set(FOLDERS["template_keywords"]) == obeyed | chat_options.UNSUPPORTED.keys()
 
 
 def test_unread_gguf_keys_are_noted(caplog: pytest.LogCaptureFixture) -> None:

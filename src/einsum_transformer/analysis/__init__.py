@@ -1,1 +1,1 @@
-"""Readings of a recorded or dry-run program: what it computes, what it cost."""
+"""Analyses of a recorded run or a dry run: equations, costs, gradients, activations, training."""

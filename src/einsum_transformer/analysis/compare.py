@@ -1,4 +1,4 @@
-"""Two models side by side, from their configs alone: fields, parameters, program, costs, cache."""
+"""Comparison of two models from their configs alone: fields, parameters, program, costs, cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.tables import columns, quantity
 
-_ASIDE = {"defaulted", "ignored", "training", "attention_block", "initializer_range"}
+_NOT_COMPARED = {"defaulted", "ignored", "training", "attention_block", "initializer_range"}
 _ITEM = 4  # bytes of a float32
 Pair = tuple[Any, Any]
 _Source = Model | ModelConfig | RunConfig
@@ -24,7 +24,7 @@ _Source = Model | ModelConfig | RunConfig
 
 @dataclass(frozen=True, slots=True)
 class StepPair:
-    """One equation in one role, all layers together; FLOPs and times of each model, 0 where it has none."""
+    """One equation in one role, summed over all layers: calls and FLOPs of each model, 0 if it has none."""
 
     where: str
     role: str
@@ -35,26 +35,26 @@ class StepPair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What differs between two models and what each costs. Bytes are of float32."""
+    """The differences between two models and the costs of each. Bytes are for float32."""
 
     names: tuple[str, str]
     batch: int
     tokens: int
     fields: dict[str, Pair]
-    """Config fields that differ; `rope.rope_theta` is a field of `rope`, which one of them may lack."""
+    """Config fields that differ; `rope.rope_theta` is a field of `rope`, which may be None in one model."""
     parameters: tuple[int, int]
     components: dict[str, tuple[int, int]]
-    """Parameters by component, all layers and experts together."""
+    """Parameters per component, summed over all layers and experts."""
     steps: tuple[StepPair, ...]
     flops: tuple[int, int]
     bytes_moved: tuple[int, int]
     cache_per_token: tuple[int, int]
-    """Bytes that one more token takes in the cache, in layers without a window or within it."""
+    """Bytes that one more token adds to the cache, as long as no sliding window is full."""
     cache: tuple[int, int]
-    """Bytes of the cache at this batch and length; a window's layers hold no more than the window."""
+    """Bytes of the cache at this batch and length; layers with a sliding window store only the window."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers in JSON types."""
+        """Return the comparison in JSON types."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Comparison:
 def compare(
     a: _Source, b: _Source, batch: int = 1, tokens: int = 128, names: tuple[str, str] = ("A", "B")
 ) -> Comparison:
-    """Two models, or configs, at `batch` rows of `tokens` tokens."""
+    """Compare two models or configs for `batch` rows of `tokens` tokens."""
     programs = explain(a, batch, tokens), explain(b, batch, tokens)
     a, b = programs[0].config, programs[1].config
     totals = [program.totals("forward") for program in programs]
@@ -84,13 +84,13 @@ def compare(
 
 
 def cache_bytes(config: ModelConfig, batch: int, tokens: int) -> int:
-    """Bytes of keys and values, or of latents, for `batch` rows of `tokens` tokens."""
+    """Return the bytes of keys and values, or of latents, for `batch` rows of `tokens` tokens."""
     if config.latent is not None:
-        numbers = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
+        elements = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
     else:
-        numbers = 2 * config.num_key_value_heads * config.head_dim
-    held = sum(tokens if window is None else min(tokens, window) for window in config.windows)
-    return batch * held * numbers * _ITEM
+        elements = 2 * config.num_key_value_heads * config.head_dim
+    stored = sum(tokens if window is None else min(tokens, window) for window in config.windows)
+    return batch * stored * elements * _ITEM
 
 
 def _moved(totals: dict[str, int]) -> int:
@@ -98,10 +98,10 @@ def _moved(totals: dict[str, int]) -> int:
 
 
 def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Pair]]:
-    """One of the two may be None: then every field of the other differs that says something."""
+    """Yield the fields that differ; if one of the two is None, every field of the other that is set."""
     for field in fields(a if a is not None else b):
         one, other = (None if each is None else getattr(each, field.name) for each in (a, b))
-        if field.name in _ASIDE or one == other or {one, other} <= {None, False, ()}:
+        if field.name in _NOT_COMPARED or one == other or {one, other} <= {None, False, ()}:
             continue
         if is_dataclass(one) or is_dataclass(other):
             yield from _differing(one, other, f"{prefix}{field.name}.")
@@ -122,7 +122,7 @@ def _paired(a: dict[str, int], b: dict[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def _steps(a: Program, b: Program) -> Iterator[StepPair]:
-    """In the order of the first program, what only the second has after it."""
+    """Yield the steps in the order of the first program, then those that only the second has."""
     found: dict[tuple[str, str, str], list[list[int]]] = {}
     for which, program in enumerate((a, b)):
         for step in program.steps:
@@ -135,7 +135,7 @@ def _steps(a: Program, b: Program) -> Iterator[StepPair]:
 
 
 def render(found: Comparison) -> str:
-    """The comparison as text."""
+    """Return the comparison as text."""
     rows = f"batch {found.batch}, {found.tokens} tokens, float32"
     totals = [
         _row("parameters", found.parameters),
@@ -163,14 +163,14 @@ def render(found: Comparison) -> str:
 
 
 def _row(name: str, pair: tuple[int, int], unit: str = "") -> tuple[str, ...]:
-    """Two amounts and their ratio."""
+    """Return the cells of two amounts and their ratio."""
     a, b = pair
     ratio = "only in B" if not a and b else "only in A" if a and not b else f"{b / a:.2f}" if a else ""
     return name, quantity(a, unit), quantity(b, unit), ratio
 
 
 def _place(step: StepPair) -> str:
-    """The weight or phase, and the part of the layer where that is not plain."""
+    """Return the weight or phase, with the part of the layer if the name alone is ambiguous."""
     part = step.where.rpartition(" / ")[2]
     plain = part in ("attention", "feed-forward", "qkv", "output", "head", step.role)
     return step.role if plain else f"{step.role} ({part})"

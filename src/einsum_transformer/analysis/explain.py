@@ -1,4 +1,4 @@
-"""explain(): a model's program as data and as print, from a dry run of the same Python over mere shapes."""
+"""explain(): the program of a model as data and as text, from a dry run on arrays that have only shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import Planned, plan, put_on
+from einsum_transformer.models.adapters import Planned, add_adapters, plan
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
@@ -35,35 +35,35 @@ _WIDTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One equation of one layer (or of the embedding or head), all its calls there together."""
+    """One equation of one layer (or of the embedding or head), summed over its calls there."""
 
     path: tuple[str, ...]
-    """The phases it runs in, from the outermost: ("forward", "layer", "attention", "qkv")."""
+    """The phases that enclose it, from the outermost: ("forward", "layer", "attention", "qkv")."""
     role: str
-    """The weight it uses (`q_proj`; `dq_proj` for that weight's gradient), else the innermost phase."""
+    """The weight that it uses (`q_proj`; `dq_proj` for the gradient of that weight), else the inner phase."""
     equation: str
     sizes: dict[str, int]
-    """Letter -> its size, the largest one where the calls differ."""
+    """Letter -> size; the largest if the calls differ."""
     layers: tuple[int, ...]
-    """The layers that run this step alike; empty outside of the layers."""
+    """The layers that run this step with these sizes; empty outside of the layers."""
     calls: int
     """Calls in one layer: 1, or one for each tile of the attention."""
     flops: int
-    """Of all calls in one layer, as are the bytes: each operand read once, each result written once."""
+    """Sum over all calls in one layer, as for the bytes, which count each operand and each result once."""
     bytes_read: int
     bytes_written: int
     lowering: str
-    """How the most expensive of the calls runs."""
+    """How the most expensive call is executed."""
 
     @property
     def times(self) -> int:
-        """How often the step stands in the whole program."""
+        """How often the step occurs in the whole program."""
         return max(1, len(self.layers))
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a model computes for `batch` rows of `tokens` tokens. str() prints it, to_dict() is for JSON."""
+    """The equations of a model for `batch` rows of `tokens` tokens. str() is text, to_dict() is for JSON."""
 
     config: ModelConfig
     batch: int
@@ -72,7 +72,7 @@ class Program:
     parameters: int
     steps: tuple[Step, ...]
     adapters: int = 0
-    """Numbers in adapters, beside the parameters; all else is frozen if there are any."""
+    """Parameters of adapters, which `parameters` does not count; if not 0, all other weights are frozen."""
 
     @property
     def flops(self) -> int:
@@ -86,7 +86,7 @@ class Program:
         return {name: sum(step.times * getattr(step, name) for step in steps) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """The program in JSON types."""
+        """Return the program in JSON types."""
         return {
             "model": _model_summary(self.config),
             "batch": self.batch,
@@ -123,22 +123,22 @@ class Program:
 def explain(
     model: Model | ModelConfig | RunConfig, batch: int = 1, tokens: int = 128, backward: bool = False
 ) -> Program:
-    """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
+    """Return the program of a model for `batch` rows of `tokens` tokens: each equation and its cost.
 
-    No weight is read, so the size of a model does not matter. backward: also the gradient equations. Adapters
-    count as in a real pass, those of a model as well as those that a run's config trains (use_lora): what is
-    frozen has no gradient.
+    No weight is read, so models of any size work. backward: also the gradient equations. Adapters count as in
+    a real pass, both those of a model and those that a run config trains (use_lora); frozen weights have no
+    gradient.
     """
     for name, value in (("batch", batch), ("tokens", tokens)):
         if not 1 <= value <= _MOST:
-            raise InputError(f"`{name}` is {value}: from 1 to {_MOST:,}")
+            raise InputError(f"`{name}` is {value}: expected 1 to {_MOST:,}")
     config = _config(model)
     if config.learned_positions and tokens > config.max_position_embeddings:
-        learned = f"this {config.model_type} has learned {config.max_position_embeddings} positions"
-        raise InputError(f"`tokens` is {tokens}: {learned}")
-    decoder = _without_numbers(model, config)
+        most = f"the {config.max_position_embeddings} learned positions of this {config.model_type} model"
+        raise InputError(f"`tokens` is {tokens}: expected at most {most}")
+    decoder = _of_shapes(model, config)
     blocks, members = _distinct(decoder)
-    # Tiles one after the other, so that their events come in program order.
+    # One thread, so that the events of attention tiles come in program order.
     with Recorder(spans=False, events=True) as recorder, blas.one_thread():
         _dry_run(replace(decoder, layers=blocks), batch, tokens, backward)
     weights = weights_of(config)
@@ -151,7 +151,7 @@ def explain(
 
 
 def without_weights(config: ModelConfig, source: str) -> Model:
-    """A model whose weights have only shapes: what `explain` needs of a model to put an adapter on."""
+    """Return a model whose weights have only shapes, to which `explain` can add an adapter."""
     return Model(config, build(config, _stand_in), source=source)
 
 
@@ -162,20 +162,20 @@ def _config(model: Any) -> ModelConfig:
         return model.model_config()
     if not isinstance(model, ModelConfig):
         raise InputError(
-            f"explain takes a model or a config, not {type(model).__name__}; for files: etx explain"
+            f"explain: expected a model or a config, got {type(model).__name__}; for a file use `etx explain`"
         )
     return model
 
 
-def _without_numbers(model: Model | ModelConfig | RunConfig, config: ModelConfig) -> Decoder:
-    """The decoder with weights and adapters that have only shapes."""
+def _of_shapes(model: Model | ModelConfig | RunConfig, config: ModelConfig) -> Decoder:
+    """Return the decoder with weights and adapters that have only shapes."""
     if isinstance(model, Model):
         return with_arrays(model.decoder, lambda _, weight: ShapeArray(tuple(weight.shape), _DTYPE))
     decoder = build(config, _stand_in)
     if not isinstance(model, RunConfig) or (lora := model.lora) is None:
         return decoder
     dry = without_weights(config, model.source)
-    return put_on(dry, lora, plan(dry, lora), _dry_pair).decoder
+    return add_adapters(dry, lora, plan(dry, lora), _dry_pair).decoder
 
 
 def _dry_pair(path: str, planned: Planned, place: WeightSpec) -> tuple[Any, Any]:
@@ -188,7 +188,7 @@ def _stand_in(weight: WeightSpec) -> Any:
 
 
 def _role(event: Event, matrices: Collection[str]) -> str:
-    """The matrix or adapter of an equation, `dq_proj` for its gradient; else the innermost phase."""
+    """Return the matrix or adapter of an equation, `dq_proj` for its gradient; else the innermost phase."""
     if event.weight is None:
         return event.path[-1]
     place, adapter, part = event.weight.partition(".lora_")
@@ -199,12 +199,12 @@ def _role(event: Event, matrices: Collection[str]) -> str:
 
 
 def _in_layer(path: str) -> str:
-    """The path of a weight without the number of its layer, which the dry run counts anew."""
+    """Return the path of a weight without its layer index: the dry run has fewer layers."""
     return re.sub(r"^layers\.\d+\.", "", path)
 
 
 def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
-    """(a block of each kind, its layers): layers whose shapes and settings agree compute alike."""
+    """Return one block of each kind and the layers of that kind: equal shapes and settings."""
     kinds: dict[Any, list[int]] = {}
     for i, block in enumerate(decoder.layers):
         kinds.setdefault(tree_map(_kind, block), []).append(i)
@@ -213,7 +213,7 @@ def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
-    """What decides what a leaf computes."""
+    """Return the properties of a leaf that determine its equations."""
     parts = leaf.parts() if isinstance(leaf, Leaf) else {}
     inside = tuple((name, type(part).__name__, part.shape) for name, part in parts.items())
     return leaf.shape, str(leaf.dtype), type(leaf).__name__, inside
@@ -228,7 +228,8 @@ def _dry_run(decoder: Decoder, batch: int, tokens: int, backward: bool) -> None:
 
 
 def _steps(events: list[Event], members: list[tuple[int, ...]], matrices: Collection[str]) -> Iterator[Step]:
-    """Steps in program order: in one visit of a component, one equation in one role, however often called."""
+    """Yield the steps in program order; calls of an equation in one role within one pass of a component are
+    one step."""
     for (layer, _), visit in groupby(events, key=lambda event: (event.layer, event.path[:3])):
         alike: dict[Any, list[Event]] = {}
         for event in visit:
@@ -282,7 +283,7 @@ def _heading(program: Program) -> list[str]:
     rows = f"batch {program.batch}, {program.tokens} tokens"
     run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); {rows}"
     if program.adapters:
-        run += f"; LoRA adapters of {program.adapters:,} numbers, all else is frozen"
+        run += f"; LoRA adapters of {program.adapters:,} parameters, all other weights frozen"
     legend = ", ".join(
         f"{letter} = {size} {LEGEND.get(letter, '')}" for letter, size in program.letters().items()
     )
@@ -290,13 +291,13 @@ def _heading(program: Program) -> list[str]:
 
 
 _MOST = 1 << 18
-"""Rows or tokens: the tiles of attention over more of them would be counted for minutes."""
+"""Maximum number of rows or tokens: counting the attention tiles of more takes minutes."""
 _COLUMNS = "{:<16}{:<19}{:>6}{:>9}{:>9}{:>9}  {}"
 _LOWERING_COLUMN = 70
 
 
 def _listing(direction: str, steps: list[Step]) -> Iterator[str]:
-    """The steps of one direction under headings for layers and components."""
+    """Yield the lines of one direction, with headings for layers and components."""
     yield _COLUMNS.format(direction, "equation", "calls", "FLOPs", "read", "written", "runs as").rstrip()
     for layers, own in groupby(steps, key=lambda step: step.layers):
         inside = bool(layers)
@@ -323,7 +324,7 @@ def _row(label: str, step: Step) -> Iterator[str]:
 
 
 def _layer_names(layers: tuple[int, ...]) -> str:
-    """`layer 3`, `layers 0-29, each of 30`, or `layers 0, 2, ... 24, each of 13`."""
+    """Return `layer 3`, `layers 0-29, each of 30`, or `layers 0, 2, ... 24, each of 13`."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
     consecutive = layers == tuple(range(layers[0], layers[-1] + 1))

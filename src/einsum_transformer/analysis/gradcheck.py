@@ -1,13 +1,14 @@
-"""Hand-derived gradients against central differences of the loss, in float64, through the whole model.
+"""Comparison of hand-derived gradients with central differences of the loss, in float64, for a whole model.
 
-Along a direction v the derivative is <gradient, v>, and by differences of fourth order
+Along a direction v the derivative is <gradient, v>; its approximation by fourth-order differences is
 
     (8 (f(+h) - f(-h)) - (f(+2h) - f(-2h))) / (12 h).
 
-Their relative error is |a - n| / max(|a|, |n|, floor). The loss is a float64 near 10 with a rounding error of
-about 1e-15, so the quotient cannot be known better than 1e-15 / h; the floor is a million times that, below
-which 1e-6 cannot be told from rounding. Where the loss bends much, or breaks off because a router chooses
-other experts, smaller steps are tried: those of a right gradient converge to it, those of a wrong one do not.
+The relative error is |a - n| / max(|a|, |n|, floor). The loss is a float64 near 10 with a rounding error of
+about 1e-15, so the quotient has an error of about 1e-15 / h; the floor is 1e6 times that, since a relative
+error of 1e-6 below it may be rounding alone. Smaller steps are tried where the loss has a large curvature, or
+is discontinuous because a router selects other experts: the differences then converge to a correct gradient,
+but not to a wrong one.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from einsum_transformer.tables import as_text, terminal_table, with_lines
 
 Array = np.ndarray
 
-_STEP = 1e-3  # of the weights' own size: error of the differences ~ _STEP^4, of rounding ~ 1e-15 / _STEP
-_STEP_OF_ALL = 1e-4  # where all parameters move at once, the loss bends more
+_STEP = 1e-3  # relative to the weights' RMS: truncation error ~ _STEP^4, rounding error ~ 1e-15 / _STEP
+_STEP_OF_ALL = 1e-4  # for all parameters at once, since the loss has a larger curvature in that direction
 _ROUNDING = 1e-15
 _ENTRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One comparison. what: "direction", or the place of a single entry."""
+    """One comparison. what: "direction", or the index of a single element."""
 
     name: str
     what: str
@@ -46,7 +47,7 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class GradCheck:
-    """All comparisons; whole: along one direction through every parameter at once."""
+    """All comparisons; whole: along one direction in all parameters at once."""
 
     model: str
     """The source of the model."""
@@ -55,18 +56,18 @@ class GradCheck:
     whole: Checked
     rows: tuple[Checked, ...]
     filled: bool
-    """Whether adapters whose B was zero were given random numbers, as zero would make A's gradient zero."""
+    """Whether adapters with B = 0, for which the gradient of A is 0, were filled with random values."""
 
     @property
     def passed(self) -> bool:
         return all(row.error <= self.tolerance for row in (self.whole, *self.rows))
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparisons in JSON types."""
+        """Return the comparisons in JSON types."""
         return asdict(self) | {"passed": self.passed}
 
     def table(self) -> Any:
-        """The comparisons by component, for a terminal."""
+        """Return the comparisons per component as a rich renderable."""
         return render(self)
 
     def __str__(self) -> str:
@@ -83,23 +84,27 @@ def gradcheck(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GradCheck:
-    """Check the gradient of the loss of targets after tokens, both (b, t), by every trained parameter.
+    """Check the gradient of the loss for tokens and targets, both (b, t), by every trained parameter.
 
-    parameters: a regular expression that some part of a parameter's name must match. Weights are changed
-    while this runs, and are bit for bit as before afterwards.
+    parameters: a regular expression, searched for in the names of parameters. Weights change while this runs
+    and are restored bit for bit at the end.
     """
     if not 0 < tolerance < 1:
-        raise InputError(f"the tolerance is {tolerance}: a number between 0 and 1 is expected")
+        raise InputError(f"`tolerance` is {tolerance}: expected a number between 0 and 1")
     weights = trainable(model.decoder)
     if any(w.dtype != np.float64 for w in weights.values()):
-        raise InputError(f"{model.source}: gradients are checked in float64; load the model with that dtype")
+        raise InputError(
+            f"{model.source}: a gradient check needs float64 weights; load the model with dtype float64"
+        )
     try:
         chosen = {name: w for name, w in weights.items() if re.search(parameters, name)}
     except re.error as error:
-        raise InputError(f"{parameters!r} is no regular expression: {error}") from None
+        raise InputError(f"`parameters` {parameters!r} is not a regular expression: {error}") from None
     if not chosen:
-        raise InputError(f"{parameters!r} matches no parameter; one is {next(iter(weights))!r}")
-    kept = {name: w.copy(order="K") for name, w in weights.items()}
+        raise InputError(
+            f"`parameters` {parameters!r} does not match any parameter, such as {next(iter(weights))!r}"
+        )
+    original = {name: w.copy(order="K") for name, w in weights.items()}
     rng = np.random.default_rng(seed)
     empty = [name for name in weights if name.endswith("lora_B") and not weights[name].any()]
     try:
@@ -130,12 +135,12 @@ def gradcheck(
             progress(done + 1, len(chosen))
     finally:
         for name, w in weights.items():
-            np.copyto(w, kept[name])
+            np.copyto(w, original[name])
     return GradCheck(model.source, tolerance, loss, whole, tuple(rows), bool(empty))
 
 
 def _scale(weights: dict[str, Array], directions: dict[str, Array]) -> float:
-    """The size of the numbers that are moved, so that a step is small beside them."""
+    """Return the RMS of the weights that change, to which the step is relative."""
     total = sum(float(np.sum(np.square(weights[name]))) for name in directions)
     return max(float(np.sqrt(total / sum(weights[name].size for name in directions))), 1e-3)
 
@@ -144,31 +149,31 @@ def _directions(gradient: Array, rng: np.random.Generator) -> Iterator[tuple[str
     yield "direction", rng.standard_normal(gradient.shape)
     largest = int(np.argmax(np.abs(gradient)))
     for index in dict.fromkeys([largest, *rng.integers(0, gradient.size, _ENTRIES - 1).tolist()]):
-        place = np.unravel_index(index, gradient.shape)
+        position = np.unravel_index(index, gradient.shape)
         v = np.zeros(gradient.shape)
-        v[place] = 1.0
-        yield str([int(i) for i in place]), v
+        v[position] = 1.0
+        yield str([int(i) for i in position]), v
 
 
 def _difference(
     model: Model, tokens: Array, targets: Array, weights: dict[str, Array], v: dict[str, Array], h: float
 ) -> float:
-    kept = {name: weights[name].copy(order="K") for name in v}
+    original = {name: weights[name].copy(order="K") for name in v}
 
     def loss(steps: int) -> float:
         for name, direction in v.items():
-            np.add(kept[name], steps * h * direction, out=weights[name])
+            np.add(original[name], steps * h * direction, out=weights[name])
         return cross_entropy(model.decoder.forward(tokens)[0], targets)[0]
 
     try:
         return float((8 * (loss(1) - loss(-1)) - (loss(2) - loss(-2))) / (12 * h))
     finally:
-        for name, w in kept.items():
+        for name, w in original.items():
             np.copyto(weights[name], w)
 
 
 def by_component(found: GradCheck) -> list[tuple[str, int, Checked]]:
-    """(component, comparisons, the worst of them) over all layers."""
+    """Return (component, number of comparisons, the worst of them) over all layers."""
     groups: dict[str, list[Checked]] = {}
     for row in found.rows:
         component = re.sub(r"^layers\.\d+\.|\.weight", "", row.name)
@@ -177,12 +182,12 @@ def by_component(found: GradCheck) -> list[tuple[str, int, Checked]]:
 
 
 def render(found: GradCheck) -> Any:
-    """The comparisons for a terminal, as a rich renderable."""
+    """Return the comparisons as a rich renderable."""
     table = terminal_table(("component", "checks", "worst error", "where", ""), left=(0, 3, 4))
     for name, count, worst in [("all at once", 1, found.whole), *by_component(found)]:
         verdict = "ok" if worst.error <= found.tolerance else "WRONG"
         table.add_row(name, str(count), f"{worst.error:.1e}", f"{worst.name} {worst.what}", verdict)
-    lines = ["adapters were zero and were filled with random numbers for the check"] * found.filled
+    lines = ["adapters with B = 0 were filled with random values for the check"] * found.filled
     verdict = "equal" if found.passed else "do NOT equal"
     lines.append(
         f"{len(found.rows) + 1} checks: gradients {verdict} central differences to {found.tolerance:g}"

@@ -1,5 +1,5 @@
-"""What a checkpoint holds, without loading it: its tensors, what they are in the model, and what its config
-says, leaves out, or says in vain."""
+"""Contents of a checkpoint without loading it: tensors, the weights they are, and which config keys are used,
+absent or ignored."""
 
 from __future__ import annotations
 
@@ -33,49 +33,49 @@ class Tensor:
     name: str
     file: str
     dtype: str
-    """In the file."""
+    """The type in the file."""
     shape: tuple[int, ...]
     nbytes: int
     weights: tuple[str, ...]
-    """What it is in the model (several, where one tensor holds many); nothing where the model has no use."""
+    """The weights of the model that are read from it; empty if the model does not use it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint or a config as it lies there."""
+    """The contents of a checkpoint or a config."""
 
     source: str
     model_type: str | None
     config: Mapping[str, Any] | None
-    """The switches that were read, None where the config cannot be read."""
+    """The model's settings; None if the config cannot be read."""
     used: Mapping[str, Any]
-    """Keys of the config that were read, with what they say; all of them where it cannot be read."""
+    """Keys of the config that are used, with their values; all keys if the config cannot be read."""
     defaulted: tuple[str, ...]
-    """Keys that are absent or null, so that the family's default holds."""
+    """Keys that are absent or null, for which the family's default applies."""
     ignored: tuple[str, ...]
-    """Keys that nobody read."""
+    """Keys that are not used."""
     tensors: tuple[Tensor, ...]
     missing: tuple[str, ...]
-    """Tensors that the config asks for and no file holds."""
+    """Tensors that the config requires and no file contains."""
     problems: tuple[str, ...]
-    """Why it would not load, as far as it is seen here."""
+    """The reasons for which `load` rejects it."""
     parameters: int | None
-    """Of the model that the config describes; None where it cannot be read, or the file has other layers."""
+    """Parameters of the model; None if the config cannot be read or the file has other layers."""
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
-        """Type in the files -> bytes of its tensors, the largest first."""
+        """Type in the files -> bytes of the tensors of that type, the largest first."""
         found = Counter[str]()
         for tensor in self.tensors:
             found[tensor.dtype] += tensor.nbytes
         return dict(found.most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts in JSON types."""
+        """Return the contents in JSON types."""
         return asdict(self) | {"bytes_by_dtype": self.bytes_by_dtype}
 
     def text(self, every: bool = False) -> str:
-        """The facts as text; every: one line for each tensor instead of each kind of tensor."""
+        """Return the contents as text; every: one line per tensor instead of one per kind of tensor."""
         return render(self, every)
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Inspection:
 
 
 def inspect(source: Source, options: Options) -> Inspection:
-    """What a source holds; all that `load` would refuse is among the problems.
+    """Return the contents of a source; `problems` lists every reason for which `load` rejects it.
 
     Raises InputError if the keys of the config cannot be read.
     """
@@ -95,8 +95,8 @@ def inspect(source: Source, options: Options) -> Inspection:
     ignored, defaulted = ((), ()) if config is None else (config.ignored, config.defaulted)
     roles, missing = _roles(places), ()
     if tensors is not None:
-        held = tensors.names()
-        missing = tuple(name for name in roles if name not in held)
+        present = tensors.names()
+        missing = tuple(name for name in roles if name not in present)
         tensors.close()
     return Inspection(
         name_of(source),
@@ -116,7 +116,8 @@ def inspect(source: Source, options: Options) -> Inspection:
 
 
 def _parameters(found: Contents) -> int | None:
-    """Of the model; not of a config that the file contradicts by far: it may have millions of weights."""
+    """Return the parameters of the model; None for a config that contradicts the file: it may list millions
+    of weights."""
     if found.config is None or (found.tensors is not None and found.places is None):
         return None
     with suppress(InputError):
@@ -125,7 +126,7 @@ def _parameters(found: Contents) -> int | None:
 
 
 def _roles(places: Mapping[str, Place]) -> dict[str, list[str]]:
-    """Tensor -> the weights that are read from it."""
+    """Return tensor -> the weights that are read from it."""
     roles: dict[str, list[str]] = {}
     for path, place in places.items():
         for name in place.shapes:
@@ -134,12 +135,12 @@ def _roles(places: Mapping[str, Place]) -> dict[str, list[str]]:
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    aside = ("defaulted", "ignored", "training", "attention_block")
-    return {name: value for name, value in asdict(config).items() if name not in aside}
+    omitted = ("defaulted", "ignored", "training", "attention_block")
+    return {name: value for name, value in asdict(config).items() if name not in omitted}
 
 
 def render(found: Inspection, every: bool = False) -> str:
-    """The facts as text; every: a line for each tensor, not for each kind."""
+    """Return the contents as text; every: one line per tensor instead of one per kind of tensor."""
     head = f"{found.source}: {found.model_type or 'a config that cannot be read'}"
     if found.parameters is not None:
         head += f", {found.parameters:,} parameters"
@@ -150,9 +151,9 @@ def render(found: Inspection, every: bool = False) -> str:
         lines.append(f"{len(found.tensors)} tensors in {files} file{'s'[: files > 1]}: {kinds}")
         lines += ["", *_table(found.tensors, every)]
     settings = [f"{name} = {_short(value)}" for name, value in found.used.items()]
-    read = "keys that were read" if found.config is not None else "keys in the file"
-    groups = [(read, settings), ("absent or null, so at their default", found.defaulted)]
-    groups.append(("keys that nothing here reads", found.ignored))
+    used = "keys that are used" if found.config is not None else "keys in the file"
+    groups = [(used, settings), ("absent or null keys, with a default", found.defaulted)]
+    groups.append(("keys that are ignored", found.ignored))
     for title, names in groups:
         if names:
             text = textwrap.wrap(", ".join(names), 96, break_long_words=False, break_on_hyphens=False)
@@ -172,7 +173,7 @@ def _table(tensors: tuple[Tensor, ...], every: bool) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    """A value of a config on a fraction of a line."""
+    """Return a config value in at most 40 characters, or a dict of such values."""
     if isinstance(value, dict) and value:
         return "{" + ", ".join(f"{key}: {_short(each)}" for key, each in list(value.items())[:8]) + "}"
     if isinstance(value, list) and len(value) > 4:
@@ -182,7 +183,8 @@ def _short(value: Any) -> str:
 
 
 def _grouped(tensors: tuple[Tensor, ...], every: bool) -> dict[tuple[Any, ...], list[Tensor]]:
-    """Tensors that differ by the numbers in their names alone are one line, with `*` for the numbers."""
+    """Group the tensors for the lines of the table: names that differ only in indices share a line, with `*`
+    for an index."""
     found: dict[tuple[Any, ...], list[Tensor]] = {}
     for tensor in tensors:
         kinds = list(dict.fromkeys(_starred(weight) for weight in tensor.weights))

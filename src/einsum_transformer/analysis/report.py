@@ -1,7 +1,7 @@
-"""The table after a run: where the seconds of prefill, decode and sampling went, and whether they add up.
+"""The timing table of a run: the seconds of prefill, decode, sampling and their parts.
 
-A span's own seconds are its seconds minus those of the spans inside it. So the own seconds of all spans add
-up to the stages exactly, and every line of the table is a sum of them.
+The own seconds of a span are its seconds minus those of the spans inside it. The own seconds of all spans
+therefore add up exactly to the stages, and every line of the table is a sum of own seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, 
 Key = tuple[str, ...]
 
 OWN = "own"
-"""What a phase did outside of the phases inside it."""
+"""The time of a phase outside of its inner phases."""
 _SOMETIMES = frozenset({"router", "experts", "shared expert", "recomputed"})
 """Phases that only some models or runs have."""
 _STAGES: set[Key] = {(stage,) for stage in STAGES}
@@ -42,33 +42,33 @@ _ORDER: tuple[Key, ...] = (
     *((*part, OWN) for part in (ATTENTION, FEED_FORWARD, LAYER)),
     *(("sampling",), ("text",), ("stage",)),
 )
-"""The lines of the table in order; phases that it does not know are put after their siblings."""
+"""The lines of the table in order; phases that are not in it follow their siblings."""
 _ALWAYS = {line for line in _ORDER if line[-1] not in _SOMETIMES}
 """Lines that are shown for every model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the spans of a run do not say. Seconds are of time.perf_counter, lengths are in tokens."""
+    """The facts of a run that its spans do not contain. Seconds are of time.perf_counter."""
 
     config: ModelConfig
     started: float
-    """When the prompt was handed over."""
+    """The time when generation started."""
     seconds: float
-    """From then to the end of the run."""
+    """The time from `started` to the end of the run."""
     load_seconds: float
     prompt_lengths: tuple[int, ...]
     new_lengths: tuple[int, ...]
-    """Generated tokens of each row; end tokens do not count."""
+    """Generated tokens of each row, without end tokens."""
     kv_cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line: seconds of one call (p50, p99), of all calls, and their share of the run.
+    """One line: seconds of one call (p50, p99) and of all calls, and their share of the run.
 
-    A call is one layer in one forward pass; for embedding and head one forward pass; for the stages, sampling
-    and text one step. Parts add up to the run, the other lines are sums of parts.
+    A call is one layer in one forward pass; for embedding and head one forward pass; for stages, sampling and
+    text one step. The parts add up to the run; the other lines are sums of parts.
     """
 
     name: str
@@ -83,13 +83,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The table and the numbers below it; seconds, bytes, tokens."""
+    """The timing table and its summary, in seconds, bytes and tokens."""
 
     rows: tuple[Row, ...]
     seconds: float
     parts_seconds: float
     outside_seconds: float
-    """The run minus its parts: what no phase covers."""
+    """The seconds of the run that no phase covers."""
     load_seconds: float
     time_to_first_token: float | None
     time_to_first_token_with_load: float | None
@@ -97,7 +97,7 @@ class Report:
     prompt_tokens_per_second: float | None
     new_tokens: int
     new_tokens_per_second: float | None
-    """Tokens after the first ones, by the seconds of decode and sampling."""
+    """Tokens after the first of each row / seconds of decode and sampling."""
     kv_cache_bytes: int
     peak_rss_bytes: int | None
     blas: str
@@ -106,7 +106,7 @@ class Report:
 
 
 def report(spans: Sequence[Span], run: Run) -> Report:
-    """The reading of a recorder's spans after a run."""
+    """Return the report of a run from the spans of its recorder."""
     samples = _samples(spans)
     rows = tuple(_rows(samples, run.seconds))
     parts = sum(row.seconds for row in rows if row.part)
@@ -136,7 +136,7 @@ def report(spans: Sequence[Span], run: Run) -> Report:
 
 
 def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
-    """Line -> its seconds in every call. Spans come in the order they ended: inner ones before outer ones."""
+    """Return line -> seconds of each call. Spans are in the order of their ends: inner before outer ones."""
     samples: dict[Key, list[float]] = defaultdict(list)
     inside: dict[Key, float] = defaultdict(float)
     pending: dict[Key, float] = defaultdict(float)
@@ -149,32 +149,32 @@ def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
             samples[span.path].append(span.seconds)
             samples[("stage",)].append(own)
             continue
-        place = _place(key)
-        lines = [place[:depth] for depth in range(1, len(place) + 1)]
-        if place[:1] == LAYER and place[-1] == "load":
+        line = _line(key)
+        lines = [line[:depth] for depth in range(1, len(line) + 1)]
+        if line[:1] == LAYER and line[-1] == "load":
             lines.append(_LOADS)
-        for line in lines:
-            pending[line] += own
+        for each in lines:
+            pending[each] += own
         if len(key) == 1:
-            for line in list(pending):
-                samples[line].append(pending.pop(line))
+            for each in list(pending):
+                samples[each].append(pending.pop(each))
     return dict(samples)
 
 
-def _place(key: Key) -> Key:
-    """The line that a phase's own seconds belong to."""
+def _line(key: Key) -> Key:
+    """Return the line that counts the own seconds of a phase."""
     if key[-1] == "text":
         return ("text",)
     if key[-1] == "load":
         return (*key[: 2 if key[0] == "layer" else 1], "load")
     if key[:3] in COUNTED_AS:
         return COUNTED_AS[key[:3]]
-    place = key[:3] if key[:1] == LAYER else key[:1]
-    return place if len(place) == 3 else (*place, OWN)
+    line = key[:3] if key[:1] == LAYER else key[:1]
+    return line if len(line) == 3 else (*line, OWN)
 
 
 def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
-    """The stages, then the tree of lines; a line with nothing inside but its own seconds is one line."""
+    """Yield the stages, then the tree of lines; a line whose only child is its own time has no child."""
     keys = {*samples, *_ALWAYS} - _STAGES
     alone = {key for key in keys if key[-1] == OWN and sum(other[:-1] == key[:-1] for other in keys) == 1}
     keys -= alone
@@ -187,12 +187,12 @@ def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
 
 
 def _order(key: Key) -> list[Any]:
-    """Sorts as `_ORDER` has it, level by level."""
-    place = []
+    """Return the sort key of a line: the index in `_ORDER` at each depth."""
+    sort_key = []
     for depth in range(1, len(key) + 1):
         known = key[:depth] in _ORDER
-        place.append((_ORDER.index(key[:depth]) if known else len(_ORDER), key[depth - 1]))
-    return place
+        sort_key.append((_ORDER.index(key[:depth]) if known else len(_ORDER), key[depth - 1]))
+    return sort_key
 
 
 def _row(name: str, depth: int, part: bool, values: list[float], whole: float) -> Row:
@@ -202,7 +202,7 @@ def _row(name: str, depth: int, part: bool, values: list[float], whole: float) -
 
 
 def _first_token(spans: Sequence[Span]) -> float | None:
-    """When the first token was chosen: the end of the first sampling, less the text written meanwhile."""
+    """Return the time of the first token: the end of the first sampling, minus the output of text in it."""
     for i, span in enumerate(spans):
         if span.path == ("sampling",):
             written = sum(inner.seconds for inner in spans[:i] if inner.path[:-1] == span.path)
@@ -215,7 +215,7 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
-    """The rotation made visible: base, dimensions, scaling, wavelengths in tokens, positions of a run."""
+    """Return the position encoding of a run: base, dimensions, scaling, wavelengths in tokens, positions."""
     rope, positions = config.rope, [0, max(length - 1, 0)]
     if rope is None:
         learned = f"learned, {config.max_position_embeddings} rows" if config.learned_positions else "ALiBi"
@@ -238,7 +238,7 @@ def rope_facts(config: ModelConfig, length: int) -> dict[str, Any]:
 
 
 def render(found: Report) -> Any:
-    """The report for a terminal of 80 columns or more, as a rich renderable."""
+    """Return the report as a rich renderable, for a terminal of 80 columns or more."""
     table = terminal_table(("stage", "calls", "p50 ms", "p99 ms", "total s", "share"))
     for row in found.rows:
         style = "" if row.part else "bold" if row.depth == 0 else "cyan"
@@ -249,7 +249,7 @@ def render(found: Report) -> Any:
 
 
 def summary(found: Report) -> list[str]:
-    """The lines below the table."""
+    """Return the summary that follows the table."""
     lines = [_sum_line(found), ""]
     if found.time_to_first_token is not None and found.time_to_first_token_with_load is not None:
         lines.append(
@@ -268,34 +268,34 @@ def summary(found: Report) -> list[str]:
 
 
 def speculation_lines(numbers: dict[str, Any] | None) -> list[str]:
-    """What speculative decoding did, for people; nothing where there was none."""
+    """Return the statistics of speculative decoding as text; empty if there was none."""
     if not numbers or not numbers["rounds"]:
         return []
     drafted, accepted = sum(numbers["drafted"]), sum(numbers["accepted"])
-    places = ", ".join(f"{100 * share:.0f} %" for share in numbers["acceptance"])
+    shares = ", ".join(f"{100 * share:.0f} %" for share in numbers["acceptance"])
     rounds = f"{numbers['rounds']} round{'s'[: numbers['rounds'] != 1]}"
     line = (
-        f"speculation: {rounds} of draft and check gave {numbers['new_tokens']} tokens, "
-        f"{numbers['tokens_per_round']:.2f} a round; {accepted} of {drafted} drafts kept (by place: {places})"
+        f"speculation: {numbers['new_tokens']} tokens in {rounds}, {numbers['tokens_per_round']:.2f} per "
+        f"round; {accepted} of {drafted} drafts accepted (per position: {shares})"
     )
     speeds = [
         f"{numbers[name]:.2f}x {what}"
-        for name, what in (("speed_up", "as fast as step by step"), ("expected_speed_up", "by the formula"))
+        for name, what in (("speed_up", "as fast as one token per step"), ("expected_speed_up", "expected"))
         if numbers[name] is not None
     ]
-    return [line, f"speculation: those tokens came {', '.join(speeds)}"] if speeds else [line]
+    return [line, f"speculation: {', '.join(speeds)}"] if speeds else [line]
 
 
 def _sum_line(found: Report) -> str:
     share = 100 * found.parts_seconds / found.seconds if found.seconds > 0 else 100.0
     return (
         f"parts {found.parts_seconds:.3f} s = {share:.1f} % of {found.seconds:.3f} s; "
-        f"outside of any phase: {found.outside_seconds:.3f} s (setting up, Python)"
+        f"outside of all phases: {found.outside_seconds:.3f} s (setup, Python)"
     )
 
 
 def rope_line(facts: dict[str, Any]) -> str:
-    """One line that shows how positions are told."""
+    """Return the position encoding as one line."""
     low, high = facts["positions"]
     if facts["scheme"] != "RoPE":
         return f"positions: {facts['scheme']}; {low}-{high}"

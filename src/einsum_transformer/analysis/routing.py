@@ -1,4 +1,4 @@
-"""Where a mixture of experts sent its tokens, layer by layer: a reading of its routers' values."""
+"""Routing statistics of a mixture of experts per layer, from the values of its routers."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
-    """One layer's router over a whole run. Choices count every chosen expert of every token."""
+    """The router of one layer over a whole run. `choices` counts every selected expert of every token."""
 
     layer: int
     choices: tuple[int, ...]
-    """Of each expert."""
+    """Tokens of each expert."""
     mean_weight: tuple[float, ...]
-    """Of each expert, over the tokens that went to it; 0 where none did."""
+    """Mean router weight of each expert over its tokens; 0 for an expert without tokens."""
     entropy: float
     """Mean entropy of the router's probabilities in bits, at most log2 of the number of experts."""
 
     @property
     def imbalance(self) -> float:
-        """Choices of the busiest expert / the mean; 1 is an even load."""
+        """Tokens of the busiest expert / mean over the experts; 1 is an even load."""
         return max(self.choices) * len(self.choices) / max(sum(self.choices), 1)
 
     @property
     def idle(self) -> int:
-        """Experts that no token went to."""
+        """The number of experts without tokens."""
         return sum(count == 0 for count in self.choices)
 
     @property
@@ -42,23 +42,23 @@ class LayerRouting:
         return -sum(share * math.log2(share) for share in shares)
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers in JSON types."""
+        """Return the statistics in JSON types."""
         derived = {"imbalance": self.imbalance, "idle": self.idle, "load_entropy": self.load_entropy}
         return asdict(self) | derived
 
 
 class RoutingReader:
-    """Adds up what every router chose, as a reader of values: recorder.on_value(reader, *reader.NAMES)."""
+    """Sums up the choices of every router: `recorder.on_value(reader, *reader.NAMES)`."""
 
     NAMES = ("*.gate.chosen", "*.gate.weights", "*.gate.probabilities")
 
     def __init__(self) -> None:
         self._values: dict[str, Array] = {}
         self._sums: dict[int, tuple[Array, Array, float, int]] = {}
-        """Layer -> choices and weights of each expert, the sum of entropies, tokens."""
+        """Layer -> choices and summed weights of each expert, sum of entropies, tokens."""
 
     def __call__(self, name: str, value: Array) -> None:
-        # A router's choice (b, t, top_k) comes first, then its weights, then the probabilities (b, t, e).
+        # Order of a router's values: chosen experts (b, t, top_k), their weights, probabilities (b, t, e).
         _, layer, *_, kind = name.split(".")
         self._values[kind] = value
         if kind != "probabilities":
@@ -72,7 +72,7 @@ class RoutingReader:
         self._sums[int(layer)] = tuple(old + new for old, new in zip(before, own))  # type: ignore[assignment]
 
     def layers(self) -> list[LayerRouting]:
-        """What was read so far; nothing of a model without experts."""
+        """Return the statistics so far; empty for a model without experts."""
         return [
             LayerRouting(
                 layer,
@@ -85,7 +85,7 @@ class RoutingReader:
 
 
 def render(layers: list[LayerRouting]) -> Any:
-    """The layers for a terminal, as a rich renderable."""
+    """Return the statistics as a rich renderable."""
     table = terminal_table(
         ("experts", "choices", "busiest", "its share", "max / mean", "idle", "entropy", "load")
     )
@@ -104,6 +104,7 @@ def render(layers: list[LayerRouting]) -> Any:
         )
     most = math.log2(len(layers[0].choices))
     note = (
-        f"entropy: of the router's probabilities, load: of where the tokens went, in bits; {most:.2f} is even"
+        f"entropy of the router's probabilities and of the load (tokens per expert), in bits; "
+        f"{most:.2f} is even"
     )
     return with_lines([table], [note])

@@ -1,4 +1,4 @@
-"""The reading of a training: how the loss went, where the time went, what the memory holds, what to do."""
+"""The report of a training: loss, time, memory and advice."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ _TABLES: dict[str, tuple[Key, ...]] = {
     "forward": (_EMBEDDING, _NORM, *_INSIDE, FEED_FORWARD, _HEAD),
     "backward": (_HEAD, *reversed(_INSIDE), FEED_FORWARD, _NORM, _EMBEDDING, (*LAYER, "recomputed")),
 }
-"""The lines of each table: phases below the table's own."""
+"""The lines of each table: phases inside the phase of the table."""
 
 
 def _label(path: Key) -> str:
-    """The name of a line where the lines around it do not say what it is a part of, without remarks."""
+    """Return the name of a line without remarks, with the name of its parent if that is attention."""
     name = PASS[path].partition(" (")[0]
     return f"{PASS[ATTENTION]}: {name}" if path[:-1] == ATTENTION else name
 
 
 class StepTimes:
-    """The seconds of every phase, step by step: spans are folded into them, and a long training keeps few."""
+    """The seconds of every phase per step. Spans are summed and dropped, so that memory stays small."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.by_path: defaultdict[Key, dict[int, float]] = defaultdict(dict)
 
     def add(self, spans: list[Span]) -> dict[str, float]:
-        """Take the spans of one step out of the list; returns the seconds of its stages."""
+        """Add the spans of one step and clear the list; returns the seconds of the step's stages."""
         found: defaultdict[Key, float] = defaultdict(float)
         for span in spans:
             found[span.path] += span.seconds
@@ -65,13 +65,13 @@ class StepTimes:
         return {name: found[(name,)] for name in TRAINING if (name,) in found}
 
     def of(self, *paths: Key) -> list[float]:
-        """Seconds of some phases together, for every step."""
+        """Return the summed seconds of these phases for every step."""
         return [math.fsum(self.by_path[path].get(i, 0.0) for path in paths) for i in range(self.steps)]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Seconds of one part of a step: mean, median, 99th percentile, sum of all steps, share of the whole."""
+    """Seconds of one part of a step: mean, median, 99th percentile, sum over all steps, share of total."""
 
     name: str
     mean: float
@@ -81,28 +81,28 @@ class Stage:
     share: float
 
 
-_NUMBERS = ("mean", "p50", "p99", "seconds", "share")
-"""Of a stage."""
+_STATISTICS = ("mean", "p50", "p99", "seconds", "share")
+"""The numeric fields of a Stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """The numbers of a training; seconds, bytes, parameters."""
+    """The statistics of a training, in seconds, bytes and parameters."""
 
     steps: int
     skipped: int
-    """Steps that changed nothing, because a number was not finite."""
+    """Steps without an update, because a value was not finite."""
     seconds: float
     step: Stage
     stages: tuple[Stage, ...]
     outside_seconds: float
-    """The steps minus their stages: what no phase covers."""
+    """The seconds of the steps that no stage covers."""
     tables: Mapping[str, tuple[Stage, ...]]
-    """The parts of the forward pass, the backward pass and the optimizer; their sums are the stages'."""
+    """The parts of the forward pass, the backward pass and the optimizer, which add up to the stages."""
     loss_first: float
     loss_last: float
     loss_trend: float
-    """Change of the loss per step: the slope of the line nearest to all losses."""
+    """Change of the loss per step: the slope of a least-squares line through all losses."""
     tokens_per_second: float
     parameters: int
     trainable: int
@@ -120,10 +120,10 @@ def training_report(
     trainer: Trainer,
     random_vocabulary: int | None = None,
 ) -> TrainingReport:
-    """From the seconds of all phases, and what each step reported.
+    """Return the report from the seconds of all phases and the report of each step.
 
-    random_vocabulary: the size of the vocabulary if every step drew random tokens from it, which cannot be
-    learnt.
+    random_vocabulary: the size of the vocabulary if every step used new random tokens, which cannot be
+    learned.
     """
     losses, seconds = [report.loss for report in reports], [report.seconds for report in reports]
     weights, moments, clip = trainer.weights.values(), trainer.compute.moments(), trainer.settings.clip_norm
@@ -158,9 +158,9 @@ def training_report(
 
 
 def _parameters(model: Model) -> int:
-    """Of a model without its adapters."""
-    own = model.adapter_parameters()
-    return sum(array.size for name, array in model.named_parameters().items() if name not in own)
+    """Return the number of parameters of a model without its adapters."""
+    adapters = model.adapter_parameters()
+    return sum(array.size for name, array in model.named_parameters().items() if name not in adapters)
 
 
 def _stage(name: str, values: list[float], whole: float) -> Stage:
@@ -170,7 +170,7 @@ def _stage(name: str, values: list[float], whole: float) -> Stage:
 
 
 def _parts(times: StepTimes, table: str, lines: Sequence[Key]) -> tuple[Stage, ...]:
-    """The lines of a table that occurred, and what its stage did outside of them."""
+    """Return the lines of a table that occurred, and the rest of its stage."""
     whole = times.of((table,))
     rest, total = np.array(whole), math.fsum(whole)
     found = []
@@ -192,11 +192,11 @@ def _optimizer_parts(times: StepTimes) -> tuple[Stage, ...]:
 def _advice(
     losses: np.ndarray, step: Stage, skipped: int, clipped: int, random_vocabulary: int | None
 ) -> list[str]:
-    """What the run itself says should be changed."""
+    """Return advice that follows from the losses and times of the run."""
     found = []
     if skipped:
         found.append(
-            f"{skipped} steps gave numbers that are not finite: lower the rate, or use `clip_norm` 1"
+            f"{skipped} steps were not finite: lower the learning rate, or clip gradients with `clip_norm` 1"
         )
     if len(losses) >= 6:
         third = len(losses) // 3
@@ -205,17 +205,17 @@ def _advice(
         if random_vocabulary is not None:
             floor = math.log(random_vocabulary)
             found.append(
-                f"random tokens, new in every step, cannot be learnt below log({random_vocabulary}) = "
-                f"{floor:.2f}: `fix_batch` shows that a loss falls, `data` trains on text"
+                f"the loss of new random tokens in every step cannot fall below log({random_vocabulary}) = "
+                f"{floor:.2f}: use `fix_batch` to see a loss fall, `data` to train on text"
             )
         elif last > first * 1.01:
             found.append(f"the loss rises, from {first:.3f} to {last:.3f}: lower the learning rate")
         elif last > first * 0.99:
-            found.append("the loss is flat: a rate 3 to 10 times as high may help, or more steps")
+            found.append("the loss is flat: try a learning rate 3 to 10 times as high, or more steps")
         elif noise > 5 * (first - last):
-            found.append("the loss jumps far more from step to step than it falls: a larger batch shows more")
+            found.append("the loss varies more from step to step than it falls: use a larger batch")
         elif float(losses[-third:].mean()) < float(losses[-2 * third : -third].mean()) * 0.98:
-            found.append("the loss was still falling at the end: more steps will lower it further")
+            found.append("the loss was still falling at the end: train for more steps")
     if clipped > len(losses) / 2:
         found.append(f"gradients were clipped in {clipped} of {len(losses)} steps: is `clip_norm` too low?")
     if step.p50 > 0 and step.p99 > 2 * step.p50 and len(losses) >= 10:
@@ -226,11 +226,11 @@ def _advice(
 
 
 def render(found: TrainingReport) -> Any:
-    """The report for a terminal, as a rich renderable."""
+    """Return the report as a rich renderable."""
     tables: list[Any] = [_table("stage", [found.step, *found.stages], indent=True), ""]
     for name, parts in found.tables.items():
         if parts:
-            sums = (math.fsum(getattr(part, key) for part in parts) for key in _NUMBERS)
+            sums = (math.fsum(getattr(part, key) for part in parts) for key in _STATISTICS)
             total = Stage(f"{name}, sum", *sums)
             tables += [_table(name, [*parts, total], heading=f"of {name}"), ""]
     return with_lines(tables, summary(found))
@@ -246,7 +246,7 @@ def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: s
 
 
 def render_costs(trainer: Trainer) -> Any:
-    """What training has to hold, before it begins: for all weights, and for the adapters if there are any."""
+    """Return the memory of gradients and optimizer as a table: for all weights, and for adapters if any."""
     optimizer, lora = trainer.settings.optimizer, trainer.model.lora
     parameters, weights = _parameters(trainer.model), trainer.weights.values()
     kinds = {"all weights": parameters}
@@ -261,18 +261,18 @@ def render_costs(trainer: Trainer) -> Any:
 
 
 def summary(found: TrainingReport) -> list[str]:
-    """The lines below the tables."""
+    """Return the summary that follows the tables."""
     covered = found.seconds - found.outside_seconds
     share = 100 * covered / found.seconds if found.seconds > 0 else 100.0
     peak = "unknown" if found.peak_rss_bytes is None else quantity(found.peak_rss_bytes, "B")
     trained = 100 * found.trainable / max(found.parameters, 1)
-    skipped = f", {found.skipped} of them left out (numbers that are not finite)" if found.skipped else ""
+    skipped = f", {found.skipped} of them skipped (not finite)" if found.skipped else ""
     return [
-        f"stages {covered:.3f} s = {share:.1f} % of {found.seconds:.3f} s; outside of any: "
+        f"stages {covered:.3f} s = {share:.1f} % of {found.seconds:.3f} s; outside of all stages: "
         f"{found.outside_seconds:.3f} s (Python)",
         "",
         f"{found.steps} steps in {found.seconds:.1f} s{skipped}, {found.tokens_per_second:.1f} tokens/s",
-        f"loss {found.loss_first:.4f} -> {found.loss_last:.4f}, {found.loss_trend:+.5f} a step",
+        f"loss {found.loss_first:.4f} -> {found.loss_last:.4f}, {found.loss_trend:+.5f} per step",
         f"trained {quantity(found.trainable)} of {quantity(found.parameters)} parameters "
         f"({trained:.2f} %); gradients {quantity(found.gradient_bytes, 'B')}, "
         f"optimizer {quantity(found.optimizer_bytes, 'B')}, peak memory {peak}",
@@ -282,22 +282,22 @@ def summary(found: TrainingReport) -> list[str]:
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise InputError where `plot_losses` could not write: better before a training than after it."""
+    """Raise InputError if `plot_losses` cannot write to `path`; called before a training starts."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise InputError('`plot` needs matplotlib: pip install "einsum-transformer[plot]"') from None
     path = Path(path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"`plot` {path}: a file in a folder that can be written to is expected")
+        raise InputError(f"`plot` {path}: expected a file in a folder with write permission")
     if path.suffix.lower() != ".png":
-        raise InputError(f"`plot` {path}: a PNG image is written, so a name that ends in .png is expected")
+        raise InputError(f"`plot` {path}: expected a file name that ends in .png")
 
 
 def plot_losses(
     path: str | Path, losses: Mapping[int, float], validation: Mapping[int, float], title: str
 ) -> None:
-    """The loss over the steps as a PNG file; step -> loss, and step -> loss of the validation data."""
+    """Write a PNG file of the loss over the steps. losses, validation: step -> loss."""
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -317,10 +317,10 @@ def plot_losses(
 
 
 def step_line(report: StepReport, steps: int, reports: Sequence[StepReport]) -> str:
-    """A line for one step of `steps`; reports: those so far, of which the last ones predict the time left."""
+    """Return a line for one step of `steps`; reports: of all steps so far, to estimate the time left."""
     recent = reports[-10:]
     left = (steps - report.step - 1) * sum(each.seconds for each in recent) / len(recent)
-    fault = f"  left out: {report.fault}" if report.fault else ""
+    fault = f"  skipped: {report.fault}" if report.fault else ""
     peak = peak_rss_bytes()
     memory = "" if peak is None else f"peak {quantity(peak, 'B')}"
     numbers = f"loss {report.loss:.4f}  norm {report.norm:.3g}  lr {report.lr:.3g}"

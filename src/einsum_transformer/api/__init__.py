@@ -1,2 +1,1 @@
-"""The functions that `einsum_transformer` exports and its commands call: any source of a model in, a result
-out."""
+"""The public functions, which the commands call: they take any source of a model and return a result."""

@@ -1,5 +1,4 @@
-"""`explain`, `diff`, `inspect`, `parity` and `gradcheck`: what a model computes, holds, and whether it is
-right."""
+"""`explain`, `diff`, `inspect`, `parity` and `gradcheck`."""
 
 from __future__ import annotations
 
@@ -40,14 +39,14 @@ def explain(
     offline: bool = False,
     allow_links: bool = False,
 ) -> Program:
-    """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
+    """Return the program of a model for `batch` rows of `tokens` tokens: each equation and its cost.
 
-    The Python that runs the model runs over arrays that have only a shape: no weight is read, so a config of
-    any size is enough. backward: also the gradient equations. adapter: a LoRA folder to put on the model.
-    Adapters count as in a real pass, also those that a run config trains (`use_lora`); frozen weights have no
+    The model runs on arrays that have only a shape. No weight is read, so models of any size work.
+    backward: also the gradient equations. adapter: a folder of LoRA adapters to add to the model. Adapters
+    count as in a real pass, also those that a run config trains (`use_lora`); frozen weights have no
     gradient.
 
-    Returns a Program: `str()` prints it, `.steps` lists the equations, `.flops` is their sum.
+    Returns a Program: `str()` is a table, `.steps` lists the equations, `.flops` is their sum.
     """
     return dry_run(described(source, adapter, offline, allow_links), batch, tokens, backward)
 
@@ -62,9 +61,9 @@ def diff(
     offline: bool = False,
     allow_links: bool = False,
 ) -> Comparison:
-    """Two models side by side: settings, parameters, equations, FLOPs, bytes and KV cache.
+    """Compare two models: settings, parameters, equations, FLOPs, bytes and KV cache.
 
-    Only configs are read, so models of any size can be compared. `str()` of the result prints the tables.
+    Only configs are read, so models of any size can be compared. `str()` of the result is a set of tables.
     """
     configs = [described(source, None, offline, allow_links) for source in (a, b)]
     short = [Path(_name(source)).stem for source in (a, b)]
@@ -86,10 +85,10 @@ def inspect(
     offline: bool = False,
     allow_links: bool = False,
 ) -> Inspection:
-    """What a checkpoint contains, without loading it: tensors, types, sizes, and what each is in the model.
+    """List the contents of a checkpoint without loading it: tensors, types, sizes, weights of the model.
 
     `.used`, `.defaulted` and `.ignored` list the keys of its config. `.problems` lists every reason for which
-    `load` would reject it; it is empty for a checkpoint that loads. `str()` prints the tables.
+    `load` rejects it; it is empty for a checkpoint that loads. `str()` is a set of tables.
     """
     options = Options(revision=revision, offline=offline, allow_links=allow_links)
     return inspection.inspect(find(source, options), options)
@@ -105,12 +104,12 @@ def parity(
 ) -> Parity:
     """Compare a model's activations with those of another program, and find the first that differs.
 
-    The model runs on the reference's tokens; embedding, norms, the product of every matrix, attention,
+    The model runs on the tokens of the reference; embedding, norms, the product of every matrix, attention,
     feed-forward, layers and logits are compared one by one. reference: a .npz or .safetensors file (or a
     folder with one) whose arrays are named as the checkpoint names its modules
     (`model.layers.0.self_attn.q_proj`), with `tokens` and `logits`; tools/dump_reference.py writes one from
-    transformers. tokens: token ids (b, t), if the reference has none. tolerance: maximum relative error of a
-    step.
+    transformers. tokens: token ids (b, t) if the reference does not contain any. tolerance: maximum relative
+    error of a step.
 
     `.passed` is True if no step differs; `.first_diverging` is the first step that does, or None.
     """
@@ -135,13 +134,14 @@ def gradcheck(
 ) -> GradCheck:
     """Compare the gradient of every parameter with central differences of the loss, in float64.
 
-    Along all parameters at once, along a random direction in each one, and for single elements of it.
+    The directions are: all parameters at once, a random direction in each parameter, and single elements.
 
-    source: a model loaded with dtype="float64", or what `load` takes; of a run config with `use_lora` the
-    adapters are checked. tokens, targets: (b, t) token ids, with -100 where there is no target; default:
-    `batch_size` rows of `seq_len` random tokens. parameters: a regular expression; only parameters in whose
-    name it is found. tolerance: maximum relative error. grad_checkpoint: check the backward pass that
-    recomputes blocks. progress: called with the number of parameters that are done, and of all.
+    source: a model loaded with dtype="float64", or any source that `load` takes; for a run config with
+    `use_lora`, the adapters are checked. tokens, targets: (b, t) token ids, -100 for positions without a
+    target; default: `batch_size` rows of `seq_len` random tokens. parameters: check only parameters whose
+    name this regular expression is found in. tolerance: maximum relative error. grad_checkpoint: check the
+    backward pass that recomputes blocks. progress: called with the number of checked parameters and of all
+    parameters.
 
     `.passed` is True if all agree; `.rows` lists the comparisons.
     """
@@ -150,7 +150,7 @@ def gradcheck(
     if config is not None and config.lora is not None and model.lora is None:
         model = with_lora(model, config.lora, seed)
     if (tokens is None) != (targets is None):
-        raise InputError("`tokens` and `targets` belong together: give both or neither")
+        raise InputError("`tokens` and `targets` must be given together")
     if tokens is None:
         tokens, targets = _random_rows(model.config.vocab_size, batch_size, seq_len, seed)
     return gradients.gradcheck(
@@ -159,9 +159,9 @@ def gradcheck(
 
 
 def _random_rows(vocab_size: int, rows: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens and their successors, a fifth of them without target, one row ending early."""
+    """Return random tokens and their successors as targets; some have no target, and one row ends early."""
     if rows < 1 or length < 2:
-        raise InputError(f"`batch_size` is {rows} and `seq_len` {length}: at least 1 and 2 are expected")
+        raise InputError(f"`batch_size` is {rows}, `seq_len` is {length}: expected at least 1 and 2")
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab_size, (rows, length + 1))
     targets = np.where(rng.random((rows, length)) < 0.2, -100, tokens[:, 1:])
@@ -171,4 +171,4 @@ def _random_rows(vocab_size: int, rows: int, length: int, seed: int) -> tuple[np
 
 
 def _nothing(done: int, total: int) -> None:
-    """No progress is reported."""
+    """Report no progress."""

@@ -1,4 +1,4 @@
-"""`merge`: a LoRA adapter into the weights it is on, or out of them again."""
+"""`merge`: merge a LoRA adapter into the weights, or subtract it again."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from einsum_transformer.tables import as_text, terminal_table
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A model with an adapter in its weights, and how exact each weight became. `str()` is the table."""
+    """A model with merged adapters, and the rounding error of each weight. `str()` is the table."""
 
     model: Model
     tensors: tuple[Merged, ...]
     dtype: str
-    """The storage type that the weights are rounded to."""
+    """The storage type, to which the weights are rounded."""
     adapters: tuple[str, ...]
-    """The sha256 of every adapter folder that the weights contain."""
+    """The sha256 of every adapter folder that is merged into the weights."""
     folder: str | None = None
-    """Where the model was saved."""
+    """The folder that the model was saved in, or None."""
 
     @property
     def worst(self) -> Merged:
@@ -40,12 +40,12 @@ class Merge:
         write_merged(Path(folder), list(self.adapters))
 
     def to_dict(self) -> dict[str, Any]:
-        """Source, folder and the change of each tensor in JSON types."""
+        """Return source, folder and the change of each tensor in JSON types."""
         rows = [asdict(row) for row in self.tensors]
         return {"model": self.model.source, "folder": self.folder, "tensors": rows}
 
     def table(self) -> Any:
-        """The weights as a rich table."""
+        """Return the weights as a rich table."""
         table = terminal_table(("weight", "rms change", "rms error", "error of change"))
         for row in self.tensors:
             table.add_row(row.name, f"{row.change:.3g}", f"{row.error:.3g}", f"{row.relative:.3%}")
@@ -67,34 +67,34 @@ def merge(
     offline: bool = False,
     allow_links: bool = False,
 ) -> Merge:
-    """Add an adapter to the weights it is on, W + scaling * B A, and report how exact each weight became.
+    """Merge an adapter into the weights, W + scaling * B A, and report the rounding error of each weight.
 
-    source: a model with adapters, or a model (or what `load` takes) with `adapter`, the folder of one.
-    output: write the result there, with a record of the adapter, so that the same adapter is not merged
-    twice. dtype: the type that the weights are stored in; they are rounded to it. unmerge: subtract an
-    adapter that was merged; the base comes back up to the rounding of the stored type.
+    source: a model with adapters, or a model (or any source that `load` takes) with `adapter`, the folder of
+    an adapter. output: the folder to write the result to, with a record of the adapter, so that it is not
+    merged twice. dtype: the storage type, to which the weights are rounded. unmerge: subtract an adapter that
+    was merged; the base weights are restored up to the rounding of the storage type.
 
     Returns a Merge: `.model` is the merged model, `.tensors` lists the weights that changed.
     """
     name = source.source if isinstance(source, (Model, RunConfig)) else str(source)
     folder = Path(name)
     if output is not None and Path(output).exists() and folder.exists() and Path(output).samefile(folder):
-        raise InputError(f"`output` {output}: is the model itself; choose another folder")
-    held = read_merged(folder)
+        raise InputError(f"`output` {output}: is the folder of the model; choose another folder")
+    recorded = read_merged(folder)
     own = None if adapter is None else adapter_digest(adapter)
     if unmerge and adapter is None:
         raise InputError("`unmerge` needs `adapter`, the folder of the adapter")
-    if unmerge and own not in held:
-        raise InputError(f"{name}: {adapter} was not merged into it, so it cannot be taken out")
-    if not unmerge and own in held:
-        raise InputError(f"{name}: {adapter} is merged into it already; `unmerge` takes it out")
+    if unmerge and own not in recorded:
+        raise InputError(f"{name}: {adapter} is not merged into it, so it cannot be subtracted")
+    if not unmerge and own in recorded:
+        raise InputError(f"{name}: {adapter} is already merged into it; `unmerge` subtracts it")
     where = {"revision": revision, "offline": offline, "allow_links": allow_links}
     model = source if isinstance(source, Model) else model_of(source, adapter=adapter, **where)
     if model is source and adapter is not None:
         model = with_adapter(model, adapter)
     whole, report = merged(model, dtype, -1 if unmerge else 1)
     added = [own] if own is not None and not unmerge else []
-    digests = [each for each in held if each != own] + added
+    digests = [each for each in recorded if each != own] + added
     saved = None if output is None else str(output)
     found = Merge(whole, tuple(report), dtype, tuple(digests), saved)
     if output is not None:

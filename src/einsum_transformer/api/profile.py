@@ -1,4 +1,4 @@
-"""`profile`: run a prompt and measure where the time goes."""
+"""`profile`: continue a prompt and measure the time of each part."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _RANDOM_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a run generated and where the time went. `str()` is the table."""
+    """The result of a run and the time of each part. `str()` is the table."""
 
     model: str
     """The source of the model."""
     generations: tuple[Generation, ...]
-    """One for each prompt of the batch."""
+    """One per prompt of the batch."""
     report: Report
     """Seconds of each part, tokens per second, bytes of the KV cache."""
     routing: tuple[LayerRouting, ...] = ()
-    """Where each layer's router sent the tokens; empty for a model without experts."""
+    """The routing statistics of each layer; empty for a model without experts."""
     likeliest_next: tuple[int, ...] | None = None
-    """Of `prefill_only`: the most probable next token of each prompt."""
+    """With `prefill_only`: the most probable next token of each prompt."""
 
     @property
     def text(self) -> str:
@@ -52,7 +52,7 @@ class Profile:
         return self.generations[0].text
 
     def to_dict(self) -> dict[str, Any]:
-        """Texts, token ids and times in JSON types; of a batch the former are lists, one entry a prompt."""
+        """Return texts, token ids and times in JSON types; for a batch, lists with one entry per prompt."""
         numbers = asdict(self.report)
         table = numbers.pop("rows")
         names = ("blas", "threads", "kv_cache_bytes", "peak_rss_bytes", "rope")
@@ -74,7 +74,7 @@ class Profile:
         return found
 
     def tables(self) -> Iterator[Any]:
-        """The tables and lines for a terminal, as rich renderables."""
+        """Yield the tables and lines as rich renderables."""
         yield render(self.report)
         yield from speculation_lines(self.generations[0].speculation)
         if self.routing:
@@ -96,15 +96,15 @@ def profile(
     on_text: Callable[[str], Any] | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Profile:
-    """Continue a prompt and measure where the time goes.
+    """Continue a prompt and measure the time of each part.
 
-    source: a model, or what `load` takes. prompt and options: those of `generate`. Without a prompt a model
-    is asked a short question; one without tokenizer runs on `batch_size` rows of random tokens. Defaults come
-    from the run config that the model was loaded from, if there is one.
+    source: a model, or any source that `load` takes. prompt and options: as in `generate`. The default prompt
+    is a short question, or `batch_size` rows of random tokens for a model without tokenizer. Defaults come
+    from the run config of the model, if any.
 
-    prefill_only: stop before the first new token; default: as the run config sets it. load_seconds: seconds
-    that loading took, for the time to first token with loading; measured if `source` is loaded here. on_text:
-    called with each piece of text as it is generated, if there is one prompt.
+    prefill_only: stop before the first new token; default: the value in the run config. load_seconds: seconds
+    of loading the model, for the time to first token with loading; measured if this function loads `source`.
+    on_text: called with each piece of text as it is generated, if there is one prompt.
     """
     started = time.perf_counter()
     model = model_of(source)
@@ -112,15 +112,15 @@ def profile(
         load_seconds = 0.0 if model is source else time.perf_counter() - started
     config = model.run_config
     if config is not None and config.use_lora and model.lora is None:
-        note(f"{config.source}: use_lora concerns training; this run does not use an adapter")
+        note(f"{config.source}: use_lora applies to training only; this run does not use an adapter")
     if prefill_only is None:
         prefill_only = config is not None and config.prefill_only
     if prefill_only and any(options.get(name) for name in ("draft_model", "draft_layers", "prompt_lookup")):
-        raise InputError("`prefill_only` generates no token, so there is nothing to draft")
+        raise InputError("`prefill_only` excludes speculative decoding, because it does not generate tokens")
     if prompt is None and model.tokenizer is None:
         prompt = _random_prompt(model, batch_size, options.get("seed") or 0)
     elif batch_size is not None:
-        raise InputError("`batch_size`: only for a run on random tokens (no prompt and no tokenizer)")
+        raise InputError("`batch_size` applies only to random tokens (no prompt and no tokenizer)")
     elif prompt is None:
         prompt = _question(model)
     job = request(model, prompt, options, stated_options(model))
@@ -151,10 +151,10 @@ def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) 
 
 
 def _prefill(model: Model, job: Request) -> tuple[int, ...]:
-    """Read the prompts; returns the most probable next token of each."""
+    """Run the prompts; returns the most probable next token of each."""
     prompts, settings = [result.prompt_tokens for result in job.results], job.settings
     if len(set(map(len, prompts))) > 1:
-        raise InputError("`prefill_only` takes prompts of one length")
+        raise InputError("`prefill_only`: expected prompts of one length")
     length = len(prompts[0])
     _check_length(model, settings, length)
     cache = model.cache(length, horizon=length)
@@ -168,15 +168,15 @@ def _prefill(model: Model, job: Request) -> tuple[int, ...]:
 def _check_length(model: Model, settings: Settings, length: int) -> None:
     limit = context_limit(model.config, settings.ctx_size)
     if length > limit:
-        raise InputError(f"the prompt has {length} tokens, the context is {limit}: shorten it")
+        raise InputError(f"the prompt has {length} tokens, expected at most {limit} (the context)")
     LengthNote(model.config).grown(length)
 
 
 def _question(model: Model) -> Any:
-    """The prompt of a run without one: as a chat if the model has a template."""
+    """Return the default prompt, as a chat if the model has a chat template."""
     assert model.tokenizer is not None
     chat = model.tokenizer.chat_template is not None
-    note(f"no prompt given, so this one{' as a chat' if chat else ''}: {DEFAULT_PROMPT}")
+    note(f"no prompt is given; the default{' as a chat' if chat else ''}: {DEFAULT_PROMPT}")
     return [{"role": "user", "content": DEFAULT_PROMPT}] if chat else DEFAULT_PROMPT
 
 
@@ -185,9 +185,9 @@ def _random_prompt(model: Model, batch_size: int | None, seed: int) -> list[list
     rows = batch_size or (config.batch_size if config else 1)
     length = config.seq_len if config else _RANDOM_TOKENS
     if (needed := cache_bytes(model.config, rows, length)) > (present := memory()):
-        sizes = f"{needed / 2**30:,.1f} GiB of keys and values, the machine has {present / 2**30:,.1f}"
-        raise InputError(f"{rows} x {length} tokens need {sizes}: lower `batch_size` or seq_len")
-    note(f"no tokenizer: {rows} x {length} random token ids of seed {seed}")
+        sizes = f"{needed / 2**30:,.1f} GiB of keys and values, but the machine has {present / 2**30:,.1f}"
+        raise InputError(f"{rows} x {length} tokens need {sizes} GiB: lower `batch_size` or seq_len")
+    note(f"no tokenizer: the prompt is {rows} x {length} random token ids of seed {seed}")
     rng = np.random.default_rng(seed)
     return rng.integers(0, model.config.vocab_size, (rows, length)).tolist()
 

@@ -1,4 +1,4 @@
-"""Models and configs of anything that names one."""
+"""Models and configs from any kind of source."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.run_config import RunConfig
 
 AnySource = Model | str | Path | RunConfig
-"""A model, or what `load` takes: a folder, a hub id, a .gguf file, a JSON config or the name of a ready
-one."""
+"""A model, or a source that `load` takes: a folder, a hub id, a .gguf file, a JSON config, or the name of a
+packaged config."""
 
 
 def model_of(source: AnySource, **settings: Any) -> Model:
-    """The model itself, or the one that `load` returns with these settings."""
+    """Return the source if it is a model, else load it with these settings."""
     return source if isinstance(source, Model) else load(source, **settings)
 
 
 def described(
     source: AnySource | ModelConfig, adapter: str | Path | None, offline: bool, allow_links: bool
 ) -> Model | ModelConfig | RunConfig:
-    """What `explain` needs to know of a source, without its weights. A run config stays one, because its
-    adapters
-    are part of the program."""
+    """Return the model or config of a source for `explain`, without reading weights.
+
+    A run config is returned as it is, because its adapters are part of the program."""
     if isinstance(source, (Model, ModelConfig)) and adapter is None:
         return source
     if isinstance(source, (str, Path, RunConfig)):

@@ -42,16 +42,16 @@ _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
 
 
 class TrainingObserver:
-    """What `train` tells while it runs. Override the methods that are of interest."""
+    """Callbacks of `train`. Override the methods that you need."""
 
     def begin(self, trainer: Trainer, steps: int) -> None:
-        """Called before the first step; `trainer.steps_done` is above 0 if a training is resumed."""
+        """Called before the first step; `trainer.steps_done` is above 0 in a resumed training."""
 
     def step(self, report: StepReport, line: str) -> None:
-        """Called after each step, with its line of the log."""
+        """Called after each step with its report and its line of the log."""
 
     def message(self, text: str) -> None:
-        """Called for everything else that is worth a line: validation, checkpoints, what was resumed."""
+        """Called with each other message: validation, checkpoints, resuming."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +59,29 @@ class Training:
     """The result of a training. `str()` is the report."""
 
     model: Model
-    """The trained model, with its adapters if these were trained."""
+    """The trained model, with its adapters if any."""
     report: TrainingReport
     """Times, memory, losses and advice."""
     losses: dict[int, float]
-    """Step (from 1) -> loss of its batch before the update. After `resume`: of the steps since."""
+    """Step (from 1) -> loss of its batch before the update; with `resume`, of the new steps only."""
     validation: dict[int, float]
-    """Step -> loss on the validation data after it."""
+    """Step -> loss on the validation data after the step."""
     folder: str | None = None
-    """Where the log and the metrics are, or None."""
+    """The folder of the log and the metrics, or None."""
     checkpoint: str | None = None
     """The folder of the last checkpoint, or None without `output`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report, the losses and the folder in JSON types."""
+        """Return the report, the losses and the folder in JSON types."""
         curves = {"losses": list(self.losses.values()), "validation": self.validation, "folder": self.folder}
         return {"model": self.model.source} | asdict(self.report) | curves
 
     def plot(self, path: str | Path) -> None:
-        """Draw the losses as a PNG file (needs matplotlib)."""
+        """Plot the losses to a PNG file (needs matplotlib)."""
         plot_losses(path, self.losses, self.validation, self.model.source)
 
     def tables(self) -> list[Any]:
-        """The report for a terminal, as rich renderables."""
+        """Return the report as rich renderables."""
         found = [render(self.report)]
         if self.validation:
             curve = ", ".join(f"{loss:.4f} after step {step}" for step, loss in self.validation.items())
@@ -130,41 +130,40 @@ def train(
 ) -> Training:
     """Train a model on text, on conversations, or on random tokens.
 
-    source: a model, or what `load` takes. The weights of a model that is in memory may change in place; those
-    of a read-only file are copied first. Defaults come from the run config that the model was loaded from, if
-    any.
+    source: a model, or any source that `load` takes. The weights of a model may change in place; those of a
+    read-only file are copied first. Defaults come from the run config of the model, if any.
 
     data: a text file, a file of JSON records (`{"text"}`, `{"prompt", "completion"}` or `{"messages"}`, as
     JSONL or an array), or a list of texts and such records; None: random tokens. valid: data to validate
     with. valid_share: without `valid`, the share of `data` that is held out (default 0.05). mask_prompt:
-    learn only completions and the assistant's messages. pad: one row for each example instead of packed rows.
-    long: split examples that are longer than a row, or refuse them. A model without tokenizer gets one that
-    is trained on the data, with `vocab_size` tokens.
+    train on completions and assistant messages only. pad: one row per example instead of packed rows.
+    long: "split" examples that are longer than a row, or "refuse" them with an error. For a model without
+    tokenizer, one with `vocab_size` tokens is trained on the data.
 
-    steps: optimizer steps in all. lr: learning rate (default 0.001). optimizer: "sgd", "adamw", or an SGD or
-    AdamW with settings of its own. schedule: how the learning rate goes to `min_lr` (default 0), after
-    `warmup_steps` of linear warm-up. clip_norm: maximum norm of all gradients together. batch_size, seq_len:
-    rows of a step (4) and their tokens (128). grad_accumulation_steps: parts in which a batch is computed.
-    grad_checkpoint: recompute blocks in the backward pass, for less memory. fix_batch: every step sees the
-    same batch.
+    steps: total number of optimizer steps. lr: learning rate (default 0.001). optimizer: "sgd", "adamw", or
+    an SGD or AdamW with its settings. schedule: how the learning rate decreases to `min_lr` (default 0),
+    after `warmup_steps` of linear warm-up. clip_norm: maximum norm of all gradients together. batch_size,
+    seq_len: rows of a step (4) and tokens of a row (128). grad_accumulation_steps: number of parts that a
+    batch is computed in. grad_checkpoint: recompute blocks in the backward pass, which saves memory.
+    fix_batch: use the same batch in every step.
 
     lora: train adapters and freeze all other weights; True for LoRAConfig(). merge: at the end also write
-    `output`/merged, with the adapters in the weights.
+    `output`/merged, with the adapters merged into the weights.
 
     output: the folder of checkpoints (a Hugging Face folder, or a PEFT folder of adapters, with the
-    optimizer's state), of the log and the metrics; None: nothing is written. log_folder: where the log goes
-    without `output`. save_every: steps between checkpoints; keep_last: number of checkpoints that are kept.
-    resume: continue from the newest checkpoint in `output`, bit for bit. eval_every: steps between
-    validations, which happen at both ends in any case. plot: draw the losses as a PNG file at the end.
+    optimizer's state), log and metrics; None: no file is written. log_folder: the folder of the log without
+    `output`. save_every: steps between checkpoints; keep_last: maximum number of checkpoints; older ones are
+    removed. resume: continue from the newest checkpoint in `output`, bit for bit. eval_every: steps between
+    validations, in addition to those at the start and the end. plot: plot the losses to this PNG file.
 
     workers: number of Ray workers that share each batch, or a RayWorkers. seed: of batches, dropout and new
-    adapters. on_step: called with the StepReport of every step. observer: called for everything that happens.
+    adapters. on_step: called with the StepReport of every step. observer: see TrainingObserver.
 
-    Returns a Training: `.model`, `.losses`, `.validation`, `.report`. Raises InputError for settings that do
-    not go together, and TrainingFailed (an InputError) if several steps in a row are not finite.
+    Returns a Training: `.model`, `.losses`, `.validation`, `.report`. Raises InputError for contradictory
+    settings, and TrainingFailed (an InputError) if several successive steps are not finite.
     """
     if output is None and (resume or save_every):
-        raise InputError("`resume` and `save_every` need `output`, the folder that checkpoints are in")
+        raise InputError("`resume` and `save_every` need `output`, the folder of the checkpoints")
     if plot is not None:
         check_plot(plot)
     text = TextSettings(data, valid, valid_share, mask_prompt, pad, long)
@@ -172,7 +171,7 @@ def train(
     keys = loaded.run_config
     merge = merge or bool(keys and keys.use_lora and keys.lora_merge_after_training)
     if merge and output is None:
-        raise InputError("merging after training needs `output`, the folder that the model goes to")
+        raise InputError("`merge` (lora_merge_after_training) needs `output`, the folder of the merged model")
     rate = lr if lr is not None else keys.learning_rate if keys else _RATE
     settings = TrainingSettings(
         _schedule(rate, steps, schedule, warmup_steps, min_lr),
@@ -183,7 +182,8 @@ def train(
     )
     rows = batch_size or (keys.batch_size if keys else _BATCH)
     length = seq_len or (keys.seq_len if keys else _LENGTH)
-    check_length(loaded.config, length, "`seq_len`", strict=keys is not None)  # it says max_seq_len itself
+    # A run config sets max_seq_len itself.
+    check_length(loaded.config, length, "`seq_len`", strict=keys is not None)
     resumed = str(output) if resume else None
     loaded, batches, validation = batches_of(
         loaded, text, resumed, rows, length, seed, fix_batch, grad_accumulation_steps
@@ -193,7 +193,7 @@ def train(
     compute = _compute(workers, batches)
     adapted = _with_adapters(loaded, lora, seed)
     if merge and adapted.lora is None:
-        raise InputError("`merge`: there is no adapter to merge; train one with `lora`, or load one")
+        raise InputError("`merge`: the model has no adapter; train one with `lora`, or give `adapter`")
     with Journal(output or log_folder, resume) as journal, ExitStack() as stack:
         trainer = Trainer(adapted, batches, settings, compute)
         stack.callback(trainer.compute.close)
@@ -214,34 +214,36 @@ def train(
 
 def _schedule(lr: float, steps: int, shape: str, warmup_steps: int, min_lr: float | None) -> Schedule:
     if min_lr is not None and shape == "constant":
-        raise InputError("`min_lr` is where a schedule ends: choose `schedule` cosine or linear")
+        raise InputError(
+            "`min_lr` is the end of a linear or cosine `schedule`; a constant one does not use it"
+        )
     if min_lr is not None and min_lr > lr:
-        raise InputError(f"`min_lr` {min_lr}: more than the learning rate, {lr}")
+        raise InputError(f"`min_lr` is {min_lr}: expected at most the learning rate, {lr}")
     return Schedule(lr, steps, shape, warmup_steps, min_lr or 0.0)
 
 
 def _compute(workers: int | RayWorkers | None, batches: Any) -> Callable[..., Compute]:
-    """What computes the gradients: this process, or workers of a Ray cluster."""
+    """Return the class that computes: in this process, or with the workers of a Ray cluster."""
     if workers is None:
         return Local
     cluster = RayWorkers(workers) if isinstance(workers, int) else workers
     if isinstance(batches, TextBatches) and cluster.workers > len(batches.rows):
         raise InputError(
-            f"{count_of(len(batches.rows), 'row')} cannot be divided over {cluster.workers} Ray workers, and "
-            "the data gives no more: use fewer workers, more data, or shorter rows (`seq_len`)"
+            f"the data yields {count_of(len(batches.rows), 'row')}, too few for {cluster.workers} Ray "
+            "workers: use fewer `workers`, more data, or shorter rows (`seq_len`)"
         )
-    # Before Ray starts, which takes its time.
+    # Checked before Ray starts, because that is slow.
     check_rows(batches.batch_size // batches.accumulation, cluster.workers)
     return cluster.compute()
 
 
 def _with_adapters(model: Model, lora: LoRAConfig | bool | None, seed: int) -> Model:
-    """The model with the adapters to train: its own, those of `lora`, or those of its run config."""
+    """Return the model with the adapters to train: its own, those of `lora`, or those of its run config."""
     if lora is True and model.run_config is not None and model.run_config.lora is not None:
         lora = model.run_config.lora
     if model.lora is not None:
         if lora:
-            raise InputError(f"{model.source}: has adapters already (`adapter`); `lora` begins new ones")
+            raise InputError(f"{model.source}: already has adapters; `lora` would create new ones")
         return model
     if lora is None and model.run_config is not None:
         lora = model.run_config.lora
@@ -252,7 +254,7 @@ def _with_adapters(model: Model, lora: LoRAConfig | bool | None, seed: int) -> M
 
 @dataclass(slots=True)
 class _Run:
-    """A training while it runs: its steps, log, metrics, validation and checkpoints."""
+    """A running training: steps, log, metrics, validation and checkpoints."""
 
     trainer: Trainer
     journal: Journal
@@ -267,17 +269,17 @@ class _Run:
     times: StepTimes = field(default_factory=StepTimes)
 
     def begin(self, resume: bool) -> None:
-        """Restore the newest checkpoint, or write run.json; then validate once."""
+        """Restore the newest checkpoint, or write run.json and validate once."""
         trainer, journal = self.trainer, self.journal
         found = state.checkpoints(journal.folder) if resume and journal.folder else []
         if found:
             for difference in state.restore(trainer, found[-1]):
-                self.message(f"note: {difference}; the last bits may differ from an uninterrupted run")
+                self.message(f"note: {difference}; results may differ in the last bits")
             journal.forget_after(trainer.steps_done)
             self.message(f"resumed after step {trainer.steps_done} from {found[-1]}")
         else:
             if resume:
-                self.message(f"{journal.folder} holds no checkpoint: beginning at step 1")
+                self.message(f"{journal.folder} does not contain a checkpoint: starting at step 1")
             journal.forget_after(-1)
             about = {"source": trainer.model.source, "begun": time.strftime("%Y-%m-%d %H:%M:%S")}
             journal.about(about | {"steps": self.steps} | state.description(trainer))
@@ -286,14 +288,14 @@ class _Run:
             self.validate()
 
     def train(self, save_every: int | None, keep_last: int, eval_every: int | None) -> None:
-        """All steps that remain."""
+        """Run the remaining steps."""
         with Recorder() as recorder:
             for report in self.trainer.run(self.steps):
                 done = report.step + 1
                 stages = self.times.add(recorder.spans)
                 self.reports.append(report)
                 self.losses[done] = report.loss
-                self._tell(report, stages)
+                self._report(report, stages)
                 if save_every and done % save_every == 0:
                     self.save(keep_last)
                 if eval_every and self.validation is not None and done % eval_every == 0:
@@ -303,7 +305,7 @@ class _Run:
             self.validate()
 
     def validate(self) -> None:
-        """The loss on the validation data."""
+        """Compute and log the loss on the validation data."""
         assert self.validation is not None
         step = self.trainer.steps_done
         loss = self.validated[step] = mean_loss(self.trainer.model, self.validation, self.batch_size)
@@ -311,28 +313,28 @@ class _Run:
         self.message(f"step {step}/{self.steps}  validation loss {loss:.4f}")
 
     def save(self, keep_last: int) -> None:
-        """A checkpoint in the journal's folder."""
+        """Write a checkpoint to the journal's folder."""
         assert self.journal.folder is not None
-        place = state.save(self.trainer, self.journal.folder, keep_last)
-        self.journal.note(f"checkpoint {place.name}")
+        checkpoint = state.save(self.trainer, self.journal.folder, keep_last)
+        self.journal.note(f"checkpoint {checkpoint.name}")
         self.journal.commit()
 
     def merge(self, folder: Path) -> None:
-        """The model with its adapters merged, in a folder of its own."""
+        """Write the model with merged adapters to another folder."""
         whole, report = merged(self.trainer.model)
         whole.save(folder)
         self.message(f"merged {len(report)} adapters into the weights: {folder}")
 
     def message(self, text: str) -> None:
-        """A line in the log, and for the observer."""
+        """Write a message to the log and pass it to the observer."""
         self.journal.note(text)
         self.observer.message(text)
 
     def result(self, random_vocabulary: int | None, output: str | Path | None) -> Training:
-        """The report, also in the log."""
+        """Return the training, and write its report to the log."""
         if not self.reports:
             raise InputError(
-                f"{self.journal.folder}: all {self.steps} steps are done already; ask for more with `steps`"
+                f"{self.journal.folder}: all {self.steps} steps are done; increase `steps` to continue"
             )
         report = training_report(self.times, self.reports, self.trainer, random_vocabulary)
         self.journal.note(json.dumps(asdict(report)))
@@ -347,7 +349,7 @@ class _Run:
             checkpoint,
         )
 
-    def _tell(self, report: StepReport, stages: dict[str, float]) -> None:
+    def _report(self, report: StepReport, stages: dict[str, float]) -> None:
         numbers = {"step": report.step + 1, "loss": report.loss, "norm": report.norm, "lr": report.lr}
         more = {"targets": report.targets, "seconds": report.seconds, "fault": report.fault}
         self.journal.metrics(numbers | more | {"stages": stages})

@@ -1,4 +1,4 @@
-"""The commands `einsum-transformer` and `etx`: sub-commands, exit codes, and one line for every mistake."""
+"""The commands `einsum-transformer` and `etx`: sub-commands, exit codes and error messages of one line."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from einsum_transformer.cli.train import train
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import LOGGER
 
-_MISUSE, _INTERRUPTED = 2, 130
+_WRONG_INPUT, _INTERRUPTED = 2, 130
 
-# Its name and home differ between versions of typer, its place above BadParameter does not.
+# The base class of BadParameter, whose name and module differ between versions of typer.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, 1 if a check found a difference, 2 for a user's mistake, 130 if
+    """Run the command line and exit with 0, 1 if a check found a difference, 2 for wrong input, or 130 if
     interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.propagate = True
-        LOGGER.setLevel(logging.NOTSET)  # what --quiet has set
+        LOGGER.setLevel(logging.NOTSET)  # undo --quiet
     sys.exit(code)
 
 
 def _code_of(arguments: Sequence[str]) -> int:
     try:
-        # Outside of its standalone mode typer leaves errors to us and returns the code of an early exit.
+        # Without standalone mode, typer raises errors and returns the code of an early exit.
         code = get_command(_application()).main(list(arguments), prog_name="etx", standalone_mode=False)
     except _UsageError as error:
         message = str(error.format_message())  # type: ignore[attr-defined]
@@ -71,11 +71,11 @@ def _code_of(arguments: Sequence[str]) -> int:
     else:
         return code if isinstance(code, int) else 0
     print("error:", with_flags(" ".join(message.split()), arguments), file=sys.stderr)
-    return _MISUSE
+    return _WRONG_INPUT
 
 
 def with_flags(message: str, arguments: Sequence[str]) -> str:
-    """The message with the flags of the command in the place of the library's arguments in backticks."""
+    """Return the message with the command's flags in place of the library's arguments in backticks."""
     commands: Any = get_command(_application())
     command = commands.commands.get(arguments[0]) if arguments else None
     known = {each.name: each.opts[0] for each in command.params if each.opts[0][:1] == "-"} if command else {}
@@ -85,7 +85,7 @@ def with_flags(message: str, arguments: Sequence[str]) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Notes as the command line shows them."""
+    """Formats notes for the command line."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class _Formatter(logging.Formatter):
 
 
 def _application() -> typer.Typer:
-    # Plain help: boxes take another 70 ms to import and wrap the examples.
+    # Plain help: rich boxes take another 70 ms to import, and wrap the examples.
     application = typer.Typer(
         add_completion=False,
         rich_markup_mode=None,
@@ -116,7 +116,7 @@ def _print_version(wanted: bool) -> None:
         try:
             typer.echo(f"einsum-transformer {version('einsum-transformer')}")
         except PackageNotFoundError:
-            typer.echo("einsum-transformer, not installed")
+            typer.echo("einsum-transformer (not installed)")
         raise typer.Exit
 
 
@@ -126,10 +126,10 @@ def _etx(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Transformer language models on a CPU in NumPy, where the einsum equation is the code that runs.
+    """Transformer language models on a CPU in NumPy, written as einsum equations.
 
     \b
-    etx run -p "The capital of France is" -n 8     continue a text, with a table of where the time went
+    etx run -p "The capital of France is" -n 8     continue a text, with a table of the time of each part
     etx chat                                       talk to the default model, SmolLM2-135M-Instruct
     etx explain llama --backward                   the program of a model: equations, FLOPs, bytes
     etx inspect my-model                           what a checkpoint contains, and which keys are used

@@ -27,11 +27,11 @@ def chat(
     hub: options.Hub,
     shown: options.Shown,
 ) -> None:
-    """Talk to a model; every line is a message.
+    """Chat with a model; every line is a message.
 
-    Keys and values of the conversation stay in the KV cache, as far as the chat template keeps what was
-    written. /system TEXT sets the system message and starts anew, /reset forgets the conversation, /exit ends
-    it. In Python: et.Chat.
+    The KV cache is reused between turns, unless the chat template rewrites earlier messages. /system TEXT
+    sets the system message and starts a new conversation, /reset starts a new conversation, /exit ends the
+    program. In Python: et.Chat.
 
     \b
     etx chat
@@ -50,7 +50,7 @@ def chat(
     try:
         _converse(talk, shown, terminal=sys.stdin.isatty() and not shown.silent)
     finally:
-        # Also if a later turn fails: the answers so far.
+        # Write the answers so far, also if a later turn fails.
         if shown.json:
             output.write_line(talk.to_dict())
 
@@ -58,7 +58,7 @@ def chat(
 def _converse(talk: Chat, shown: options.Shown, terminal: bool) -> None:
     """Read lines until /exit or the end of the input."""
     if terminal:
-        with suppress(ImportError):  # gives input() a history and line editing, except on Windows
+        with suppress(ImportError):  # line editing and a history for input(); not available on Windows
             importlib.import_module("readline")
         output.note("/system TEXT, /reset, /exit")
     while True:
@@ -75,13 +75,13 @@ def _converse(talk: Chat, shown: options.Shown, terminal: bool) -> None:
             talk.system = rest or None
             talk.reset()
         elif command.startswith("/"):
-            output.note(f"{command}: no such command; /system TEXT, /reset, /exit")
+            output.note(f"{command}: unknown command; expected /system TEXT, /reset or /exit")
         elif line:
             _turn(talk, line, shown, terminal)
 
 
 def _turn(talk: Chat, line: str, shown: options.Shown, terminal: bool) -> None:
-    """One message; at a terminal neither an error nor an interruption ends the conversation."""
+    """Answer one message; at a terminal, an error or an interruption does not end the conversation."""
     try:
         _answer(talk, line, shown)
     except InputError as error:
@@ -105,15 +105,15 @@ def _answer(talk: Chat, line: str, shown: options.Shown) -> None:
             output.write("\n")
     if not shown.silent:
         turn = talk.turns[-1]
-        counts = f"{turn.cached_tokens} tokens reused, {turn.prompt_tokens} read, {turn.tokens} generated"
+        counts = f"{turn.cached_tokens} tokens reused, {turn.prompt_tokens} new, {turn.tokens} generated"
         output.note(f"[{counts}, {turn.seconds:.1f} s]")
 
 
 def _next_line() -> str:
-    """A line of standard input in UTF-8, without a byte order mark."""
+    """Return a line of standard input, decoded as UTF-8, without a byte order mark."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         raw = sys.stdin.buffer.readline()
-    else:  # a program may have replaced it with text
+    else:  # replaced by a text stream
         raw = sys.stdin.readline().encode()
     if not raw:
         raise EOFError

@@ -23,14 +23,14 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ChatFlags:
-    """What a chat begins with, and how it is written."""
+    """The system message and the chat template."""
 
     system_prompt: str | None = flag(metavar="TEXT", help="The system message of a chat.")
     chat_template: str | None = flag(
         "--chat-template",
         "--chat-template-file",
         metavar="FILE|TEXT|NAME",
-        help="A jinja template, its file, or the name of one of the model's; default the model's own.",
+        help="A Jinja template, its file, or the name of one of the model's templates; default the model's.",
     )
     chat_template_kwargs: str | None = flag(
         "--chat-template-kwargs",
@@ -39,21 +39,20 @@ class ChatFlags:
         help="Variables of the chat template, as a JSON object.",
     )
     enable_thinking: bool | None = flag(
-        "--enable-thinking/--no-thinking", help="The template's variable enable_thinking."
+        "--enable-thinking/--no-thinking", help="The variable enable_thinking of the chat template."
     )
     tools: str | None = flag(
-        "--tools", metavar="FILE.json", help="Tools for the chat template, a list of objects."
+        "--tools", metavar="FILE.json", help="Tools for the chat template: a JSON list of objects."
     )
 
     def options(self, templates: Mapping[str, str]) -> dict[str, Any]:
-        """The options of `Tokenizer.apply_chat_template` that the flags ask for; `templates`: the
-        checkpoint's."""
+        """Return the options of `Tokenizer.apply_chat_template`; templates: those of the checkpoint."""
         found: dict[str, Any] = {}
         if self.chat_template_kwargs is not None:
             found |= _object(self.chat_template_kwargs, "--chat-template-kwargs")
             if reserved := sorted(found.keys() & _RESERVED):
                 raise InputError(
-                    f"--chat-template-kwargs: {', '.join(reserved)} is no variable of a template"
+                    f"--chat-template-kwargs: {', '.join(reserved)} cannot be set as a template variable"
                 )
         thinking = self.enable_thinking
         if thinking is not None:
@@ -69,14 +68,14 @@ class ChatFlags:
         return found
 
     def encoded(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """The token ids of a chat of one message."""
+        """Return the token ids of a chat with one message."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
         messages = [*system, {"role": "user", "content": text}]
         return tokenizer.apply_chat_template(messages, **self.options(tokenizer.chat_templates))
 
 
 def _template(given: str, templates: Mapping[str, str]) -> str:
-    """A name of one of the checkpoint's templates, a template itself, or the text of a file."""
+    """Return the name of a template of the checkpoint, a template itself, or the text of a file."""
     if given in templates or "{%" in given or "{{" in given:
         return given
     path = Path(given)
@@ -84,16 +83,16 @@ def _template(given: str, templates: Mapping[str, str]) -> str:
         return _read(path, "--chat-template")
     names = ", ".join(sorted(templates)) or "none"
     raise InputError(
-        f"--chat-template {given!r}: no such file, no jinja template, and no name of a template "
-        f"(the model has: {names})"
+        f"--chat-template {given!r}: expected a file, a Jinja template, or the name of a template of the "
+        f"model ({names})"
     )
 
 
 def _tools(given: str) -> list[dict[str, Any]]:
-    """The tools in a JSON file: a list of objects."""
+    """Return the tools in a JSON file: a list of objects."""
     value = _parsed(_read(Path(given), "--tools"), f"--tools {given}")
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise InputError(f"--tools {given}: expected a list of JSON objects, one for each tool")
+        raise InputError(f"--tools {given}: expected a list of JSON objects, one per tool")
     return value
 
 

@@ -1,4 +1,4 @@
-"""`diff`: two models side by side, from their configs alone."""
+"""`diff`: compare two models from their configs alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`explain`: print the program of a model."""
+"""`explain`: print the equations of a model and their cost."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def explain(
     json: options.Json = False,
     renamed: options.MovedSizes,
 ) -> None:
-    """Print a model's program: its equations and what they cost.
+    """Print the equations of a model and their cost.
 
-    Every equation comes with its FLOPs, its bytes and the matrix product it runs as. The same Python that
-    runs the model runs over arrays that have only a shape, so a config of any size is enough. Adapters count,
-    those of --adapter-path and those that a run config trains (use_lora); frozen weights have no gradient.
-    In Python: et.explain.
+    Each equation is listed with its FLOPs, its bytes and the matrix product that computes it. The model runs
+    on arrays that have only a shape, so models of any size work. Adapters count, both those of --adapter-path
+    and those that a run config trains (use_lora); frozen weights have no gradient. In Python: et.explain.
 
     \b
     etx explain                                  the default model, 1 row of 128 tokens

@@ -1,4 +1,4 @@
-"""Groups of flags: dataclasses whose fields are command-line options, shared by several commands."""
+"""Groups of flags: dataclasses whose fields are command-line options."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EXIT_CODES = (
 
 
 def flag(*names: str, default: Any = None, **options: Any) -> Any:
-    """A field of a group of flags: its names, its default, and the other arguments of `typer.Option`."""
+    """Return a field of a group of flags with these names, default and arguments of `typer.Option`."""
     return field(default=default, metadata={"option": typer.Option(*names, **options)})
 
 
 def moved(name: str, to: str) -> Any:
-    """A field for a flag that has a new name: using it is an error that gives the new name."""
+    """Return a field for a flag that was renamed: using it is an error that gives the new name."""
 
     def refuse(value: Any) -> None:
         if value is not None:
@@ -33,7 +33,7 @@ def moved(name: str, to: str) -> Any:
 
 
 def ungrouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with one parameter for each field of its groups of flags, as typer needs it."""
+    """Return the command with one parameter per field of its groups of flags, as typer requires."""
     signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

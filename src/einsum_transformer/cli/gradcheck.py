@@ -1,4 +1,4 @@
-"""`gradcheck`: the hand-derived gradients of a model against central differences."""
+"""`gradcheck`: compare the hand-derived gradients of a model with central differences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def gradcheck(
     batch_size: options.Rows = None,
     seq_len: options.Length = 8,
     parameters: Annotated[
-        str, typer.Option(metavar="REGEX", help="Only parameters in whose name this is found.")
+        str, typer.Option(metavar="REGEX", help="Only parameters whose name this is found in.")
     ] = ".*",
     tolerance: Annotated[float, typer.Option(metavar="X", help="Maximum relative error.")] = 1e-6,
     grad_checkpoint: options.GradCheckpoint = False,
@@ -29,8 +29,8 @@ def gradcheck(
 ) -> None:
     """Compare the gradient of every parameter with central differences of the loss, in float64.
 
-    Along all parameters at once, along a random direction in each one, and for single elements of it, on 2
-    rows of random tokens. The exit code is 1 if one of them differs. In Python: et.gradcheck.
+    The directions are: all parameters at once, a random direction in each parameter, and single elements, on
+    2 rows of random tokens. The exit code is 1 if one of them differs. In Python: et.gradcheck.
 
     \b
     etx gradcheck fast_lora --max-layers 2

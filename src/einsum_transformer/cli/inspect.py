@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint contains."""
+"""`inspect`: list the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def inspect(
     *,
     named: options.NamedOrConfig,
     every: Annotated[
-        bool, typer.Option("--all", help="One line for each tensor, not for each kind of tensor.")
+        bool, typer.Option("--all", help="One line per tensor instead of one per kind of tensor.")
     ] = False,
     hub: options.Hub,
     json: options.Json = False,
 ) -> None:
-    """List what a checkpoint contains: tensors, types, sizes, and what each is in the model.
+    """List the contents of a checkpoint: tensors, types, sizes, and the weights of the model they are.
 
-    Nothing is loaded. Keys of the config are listed as used, as absent (the architecture's default applies)
-    or as ignored. Everything that would keep the checkpoint from loading is listed as a problem and makes
-    the exit code 1. In Python: et.inspect.
+    Weights are not loaded. Keys of the config are listed as used, as absent (the architecture's default
+    applies) or as ignored. Everything that prevents the checkpoint from loading is listed as a problem, with
+    exit code 1. In Python: et.inspect.
 
     \b
     etx inspect                                 the default model

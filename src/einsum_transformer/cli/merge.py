@@ -1,4 +1,4 @@
-"""`merge`: an adapter into the weights it is on, or out of them again."""
+"""`merge`: merge an adapter into the weights, or subtract it again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TYPES = {"f32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The type of the weights that are written."""
+    """The storage type of the weights."""
 
     save_dtype: str = flag(default="float32", metavar="float32|bfloat16", help="Type of the stored weights.")
     moved_dtype: str | None = moved("--dtype", "--save-dtype float32|bfloat16")
@@ -34,11 +34,11 @@ def merge(
     hub: options.Hub,
     shown: options.Shown,
 ) -> None:
-    """Write a model with an adapter merged into its weights, W + scaling * B A, and how exact each became.
+    """Write a model with an adapter merged into its weights, W + scaling * B A, and show the rounding errors.
 
-    The folder loads in transformers and in every command here. Its merged_adapters.json records the adapter,
-    so that the same adapter is not merged twice. --unmerge subtracts it again; the base comes back up to the
-    rounding of the stored type. In Python: et.merge.
+    transformers and every command here can load the folder. Its merged_adapters.json records the adapter, so
+    that it is not merged twice. --unmerge subtracts it again; the base weights are restored up to the
+    rounding of the storage type. In Python: et.merge.
 
     \b
     etx merge --adapter-path my-run/step-00000100 -o my-model
@@ -48,9 +48,9 @@ def merge(
     from einsum_transformer.api.merge import merge as call
 
     if adapter_path is None or folder is None:
-        raise InputError("--adapter-path and --output are needed: the adapter, and where the model goes")
+        raise InputError("--adapter-path and --output are required: the adapter, and the folder to write")
     if stored.save_dtype not in _TYPES:
-        raise InputError(f"--save-dtype {stored.save_dtype!r}: choose float32 or bfloat16")
+        raise InputError(f"--save-dtype is {stored.save_dtype!r}: expected float32 or bfloat16")
     dtype, source = _TYPES[stored.save_dtype], named.source()
     with output.announced(f"merging {adapter_path} ...", shown.silent):
         found = call(source, adapter_path, folder, dtype=dtype, unmerge=unmerge, **asdict(hub))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The flags that several commands share, and how a model is loaded from them."""
+"""The flags that several commands share, and the loading of a model with them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Source = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="Hugging Face folder or hub id, .gguf file, JSON config, or the name of a ready config (llama).",
+        help="Hugging Face folder or hub id, .gguf file, JSON config or name of a packaged config (llama).",
     ),
 ]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of a run config; may be repeated."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Write only one JSON object to stdout.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 AllowLinks = Annotated[
     bool,
-    typer.Option("--allow-links", help="Follow links that lead out of the model's folder."),
+    typer.Option("--allow-links", help="Follow links to files outside of the model's folder."),
 ]
 Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")
@@ -45,7 +45,7 @@ Dtype = Annotated[
 ]
 MaxLayers = Annotated[
     int | None,
-    typer.Option("--max-layers", "--num-layers", metavar="N", min=1, help="Keep only the first N layers."),
+    typer.Option("--max-layers", "--num-layers", metavar="N", min=1, help="Use only the first N layers."),
 ]
 AdapterPath = Annotated[
     str | None,
@@ -61,11 +61,11 @@ TokenFile = Annotated[
 ]
 Rows = Annotated[
     int | None,
-    typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows of a batch (see the defaults above)."),
+    typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows of a batch."),
 ]
 Length = Annotated[int, typer.Option("--seq-len", metavar="N", min=1, help="Tokens of each row.")]
 Output = Annotated[
-    str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Where the result is written.")
+    str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write the result to.")
 ]
 GradCheckpoint = Annotated[
     bool,
@@ -82,14 +82,14 @@ class Named:
         typer.Argument(
             metavar="MODEL",
             show_default=False,
-            help="Hugging Face folder or hub id, .gguf file, JSON config or the name of a ready one (random "
-            "weights); default smollm2-135m.",
+            help="Hugging Face folder or hub id, .gguf file, JSON config or name of a packaged config "
+            "(random weights); default smollm2-135m.",
         ),
     ] = None
     model_flag: str | None = flag("--model", "-m", metavar="MODEL", help="The same as MODEL.")
 
     def source(self, assignments: list[str] | None = None) -> str | RunConfig:
-        """The one source that was named, as `source_of` returns it."""
+        """Return the source that is named, as `source_of` returns it."""
         from einsum_transformer.loading.hub import DEFAULT_MODEL
 
         given = [name for name in astuple(self) if name is not None]
@@ -109,7 +109,7 @@ class NamedOrConfig(Named):
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """How files are found."""
+    """The search for the model's files."""
 
     revision: Revision = None
     offline: Offline = False
@@ -118,7 +118,7 @@ class Hub:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Which library computes, on how many threads."""
+    """The BLAS library and its threads."""
 
     blas: str = flag(default="auto", metavar="auto|numpy|mkl", help="BLAS library of the matrix products.")
     threads: int | None = flag(
@@ -128,10 +128,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Loading(Machine):
-    """How a model is loaded to generate with it."""
+    """The loading of a model for generation."""
 
     weight_budget: str | None = flag(
-        metavar="SIZE", help="Bytes of weights to hold in memory (500M, 2G); others are read when needed."
+        metavar="SIZE", help="Maximum size of weights in memory (500M, 2G); others are read when needed."
     )
     adapter_path: AdapterPath = None
     max_layers: MaxLayers = None
@@ -140,38 +140,38 @@ class Loading(Machine):
     def open(
         self, source: str | RunConfig, hub: Hub, seed: int | None, quiet: bool
     ) -> tuple[LoadedModel, float]:
-        """The model and the seconds it took to load, as `open_model` returns them."""
+        """Return the model and the seconds of loading, see `open_model`."""
         more = {"max_layers": self.max_layers, "adapter": self.adapter_path, "seed": seed}
         return open_model(source, hub, self, self.dtype, quiet, self.weight_budget, **more)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Which tokens are chosen, and how many; the fields are options of `generate`."""
+    """Sampling and length; the fields are options of `generate`."""
 
     max_new_tokens: int | None = flag(
         "--max-tokens", "-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate; default 128."
     )
     temperature: float | None = flag(
-        "--temp", "--temperature", metavar="X", min=0, help="0: always the most probable token."
+        "--temp", "--temperature", metavar="X", min=0, help="Sampling temperature; 0: greedy decoding."
     )
     top_k: int | None = flag(metavar="K", min=0, help="Sample from the K most probable tokens; 0: from all.")
     top_p: float | None = flag(
         metavar="P", min=0, max=1, help="Sample from the most probable tokens that sum to probability P."
     )
     min_p: float | None = flag(
-        metavar="P", min=0, max=1, help="Drop tokens below P times the highest probability."
+        metavar="P", min=0, max=1, help="Remove tokens below P times the highest probability."
     )
     repetition_penalty: float | None = flag(
-        metavar="X", help="Above 1: tokens that occurred become less probable."
+        metavar="X", help="Above 1: tokens of the text so far become less probable."
     )
     seed: Seed = None
-    stop: list[str] | None = flag(metavar="TEXT", help="End before this text; may be repeated.")
+    stop: list[str] | None = flag(metavar="TEXT", help="Stop before this text; may be repeated.")
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """How prompt and answer are read; the fields are options of `generate`."""
+    """Context size and prefill; the fields are options of `generate`."""
 
     ctx_size: int | None = flag(
         "--ctx-size", "-c", metavar="N", min=1, help="Maximum tokens of prompt and answer together."
@@ -186,29 +186,29 @@ class Drafting:
     """Speculative decoding; the fields are options of `generate`."""
 
     draft_model: str | None = flag(
-        metavar="MODEL", help="Speculative decoding: a small model of the same vocabulary drafts."
+        metavar="MODEL", help="Speculative decoding: draft with a small model with the same vocabulary."
     )
     draft_layers: int | None = flag(
-        metavar="N", min=1, help="Speculative decoding: the model's own first N layers draft."
+        metavar="N", min=1, help="Speculative decoding: draft with the first N layers of the model."
     )
     prompt_lookup: int | None = flag(
         "--prompt-lookup",
         metavar="N",
         min=1,
-        help="Speculative decoding: drafts are what followed the last N tokens earlier in the text.",
+        help="Speculative decoding: draft the continuation of the last N tokens earlier in the text.",
     )
     num_draft_tokens: int | None = flag(
-        "--num-draft-tokens", metavar="N", min=1, help="Tokens of a draft; default 4."
+        "--num-draft-tokens", metavar="N", min=1, help="Tokens per draft; default 4."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What is written besides the result."""
+    """The output besides the result."""
 
     json: Json = False
     quiet: bool = flag(
-        "--quiet", default=False, callback=silence, help="Only the result: no notes, no tables."
+        "--quiet", default=False, callback=silence, help="Write only the result: no notes, no tables."
     )
 
     @property
@@ -228,7 +228,7 @@ class MovedSizes:
 def generation_options(
     sampled: Sampled, context: Context, drafting: Drafting, loading: Loading, hub: Hub, quiet: bool
 ) -> GenerationOptions:
-    """The options of `generate` that the flags give; a draft model is loaded like the model."""
+    """Return the options of `generate` from the flags; a draft model is loaded like the model."""
     found: dict[str, Any] = asdict(sampled) | asdict(context) | asdict(drafting)
     found["stop"] = tuple(sampled.stop or ()) or None
     if drafting.draft_model is not None:
@@ -240,7 +240,7 @@ def generation_options(
 
 
 def source_of(source: str, assignments: list[str] | None = None) -> str | RunConfig:
-    """A run config as a RunConfig with `--set` applied; any other source as it is."""
+    """Return a run config as a RunConfig with `--set` applied; any other source unchanged."""
     from einsum_transformer.formats.files import read_json
     from einsum_transformer.formats.sniff import is_json
     from einsum_transformer.models.ready import ready_config
@@ -255,7 +255,7 @@ def source_of(source: str, assignments: list[str] | None = None) -> str | RunCon
         return override(parse_run_config(raw, source), assignments or [])
     if assignments:
         raise InputError(
-            f"--set {assignments[0]}: only a JSON config of this project has keys to set, {source} is none"
+            f"--set {assignments[0]}: {source} is not a run config; only the keys of a run config can be set"
         )
     return source
 
@@ -269,7 +269,7 @@ def open_model(
     weight_budget: str | None = None,
     **settings: Any,
 ) -> tuple[LoadedModel, float]:
-    """The model and the seconds it took to load; `settings` are arguments of `load`."""
+    """Return the model and the seconds of loading; `settings` are arguments of `load`."""
     from einsum_transformer.engine import blas
     from einsum_transformer.loading.load import load
     from einsum_transformer.models.run_config import RunConfig
@@ -288,11 +288,11 @@ def open_model(
 
 
 def parse_size(text: str, name: str) -> int:
-    """Bytes of `500M`, `2G`, `1.5GiB`: K, M, G and T are powers of 1000, KiB and so on of 1024."""
+    """Return the bytes of `500M`, `2G` or `1.5GiB`: K, M, G, T are powers of 1000, KiB etc. of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if match is None or (match[3] and not match[2]):
-        raise InputError(f"{name} {text!r}: write a size such as 500M, 2G or 1.5GiB")
+        raise InputError(f"{name} is {text!r}: expected a size such as 500M, 2G or 1.5GiB")
     size = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")
     if not 1 <= size < 1 << 60:
-        raise InputError(f"{name} {text!r}: from 1 byte to 1000000T")
+        raise InputError(f"{name} is {text!r}: expected 1 byte to 1000000T")
     return int(size)

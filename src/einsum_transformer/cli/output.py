@@ -1,4 +1,4 @@
-"""Where the commands write: results to stdout, everything else to stderr."""
+"""The output of the commands: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def silence(quiet: bool) -> bool:
-    """Drop the library's notes if `--quiet` is given."""
+    """Suppress the library's notes if `--quiet` is given."""
     LOGGER.setLevel(logging.ERROR if quiet else logging.WARNING)
     return quiet
 
 
 def console() -> Console:
-    """The console of stderr."""
+    """Return a console for stderr."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -41,13 +41,13 @@ def write(text: str) -> None:
 
 
 def write_line(result: str | Mapping[str, Any]) -> None:
-    """Write the result, as text or as one JSON object, and end the line."""
+    """Write the result, as text or as one JSON object, and a line end."""
     write((result if isinstance(result, str) else json.dumps(result)) + "\n")
 
 
 @contextmanager
 def announced(text: str, quiet: bool) -> Iterator[None]:
-    """Write what is being waited for if it takes longer than two seconds."""
+    """Write the text if the body takes longer than two seconds."""
     if quiet:
         yield
         return

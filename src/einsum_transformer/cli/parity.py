@@ -1,4 +1,4 @@
-"""`parity`: a model against the activations of another program."""
+"""`parity`: compare a model with the activations of another program."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parity(
 ) -> None:
     """Compare a model's activations with a reference and find the first step that differs.
 
-    The model runs on the reference's tokens (or those of --tokens); embedding, norms, the product of every
+    The model runs on the tokens of the reference or of --tokens; embedding, norms, the product of every
     matrix, attention, feed-forward, layers and logits are compared one by one. The reference names them as
     the checkpoint names its modules (model.layers.0.self_attn.q_proj), with `tokens` and `logits`;
     tools/dump_reference.py writes such a file from transformers. The exit code is 1 if a step differs. In

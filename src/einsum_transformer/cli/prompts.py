@@ -1,4 +1,4 @@
-"""Prompts from flags, files and stdin, as they are written."""
+"""Prompts from flags, files and stdin, without changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from einsum_transformer.errors import InputError
 
 
 def given_prompt(text: str | None, file: str | None, tokens: str | None) -> dict[str, Any]:
-    """The `text` or `tokens` that the flags name, both None without a flag, and their `source`."""
+    """Return the `text` or `tokens` of the prompt (both None without a flag), and its `source`."""
     flags = {"--prompt": text, "--prompt-file": file, "--tokens": tokens}
     named = [flag for flag, value in flags.items() if value is not None]
     if len(named) > 1:
@@ -21,14 +21,14 @@ def given_prompt(text: str | None, file: str | None, tokens: str | None) -> dict
     if file is not None:
         text = read_text(Path(file))
     elif text == "-":
-        # Bytes, since the text layer changes line ends; whatever a program puts in its place has text.
+        # Read bytes, because the text layer changes line ends; a replaced stdin contains text.
         piped = isinstance(sys.stdin, io.TextIOWrapper)
         text = decoded(sys.stdin.buffer.read(), "--prompt -") if piped else sys.stdin.read()
     return {"text": text, "tokens": None, "source": named[0] if named else None}
 
 
 def read_tokens(path: Path) -> Any:
-    """The token ids (b, t) in a .npy file; read through a map, so that its header cannot ask for memory."""
+    """Return the token ids (b, t) of a .npy file, as a map, so that its header cannot allocate memory."""
     import numpy as np
 
     from einsum_transformer.formats.sniff import kind_of
@@ -42,19 +42,19 @@ def read_tokens(path: Path) -> Any:
         array = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # whatever NumPy's parser makes of a header that is none
+    except Exception as error:  # NumPy's parser of the header raises many types of errors
         raise InputError(f"{path}: not a .npy file of numbers: {error}") from None
     if array.ndim not in (1, 2):
-        raise InputError(f"{path}: has shape {array.shape}; token ids are (time) or (batch, time)")
+        raise InputError(f"{path}: has shape {array.shape}, expected (time) or (batch, time)")
     return np.atleast_2d(array)
 
 
 def read_text(path: Path, name: str = "", most: int | None = None) -> str:
-    """A text file in UTF-8, its line ends as they are; of at most `most` bytes. name: for messages."""
+    """Return the text of a UTF-8 file with its line ends. most: maximum bytes. name: for messages."""
     name = name or str(path)
     try:
         if most is not None and path.stat().st_size > most:
-            raise InputError(f"{name}: more than {most} bytes")
+            raise InputError(f"{name}: has more than {most} bytes")
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror or error}") from None
@@ -62,8 +62,7 @@ def read_text(path: Path, name: str = "", most: int | None = None) -> str:
 
 
 def decoded(data: bytes, source: str) -> str:
-    """UTF-8 text, without the byte order mark that some editors begin a file with; InputError that names the
-    kind of anything else."""
+    """Return data as UTF-8 text without a byte order mark; InputError, with the kind of data, otherwise."""
     from einsum_transformer.formats.unsupported import not_text
 
     if words := not_text(data):

@@ -20,8 +20,8 @@ def pull(
 ) -> None:
     """Fetch a model from the hub, and print the path of its folder or file.
 
-    Files that are in the cache are not fetched again. Weights are fetched as safetensors; of a repository of
-    GGUF files the one that FILE names, by its file name or its quantization. In Python: et.pull.
+    Files that are in the cache are not fetched again. Weights are fetched as safetensors. From a repository
+    of GGUF files, FILE selects one by its file name or its quantization. In Python: et.pull.
 
     \b
     etx pull HuggingFaceTB/SmolLM2-135M-Instruct

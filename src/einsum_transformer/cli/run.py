@@ -1,4 +1,4 @@
-"""`run`: continue a prompt, and show where the time went."""
+"""`run`: continue a prompt, and show the time of each part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(
     ] = None,
     tokens: options.TokenFile = None,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Put the prompt into the chat template; default raw.")
+        bool | None, typer.Option("--chat/--raw", help="Apply the chat template to the prompt; default raw.")
     ] = None,
     template: ChatFlags,
     sampled: options.Sampled,
@@ -47,11 +47,11 @@ def run(
     hub: options.Hub,
     shown: options.Shown,
 ) -> None:
-    """Continue a prompt, and show where the time went.
+    """Continue a prompt, and show the time of each part.
 
-    The text goes to stdout, the table to stderr. Without a prompt a model is asked a short question; a
-    JSON config without a tokenizer runs on --batch-size rows of random tokens. Unless a flag or a config says
-    otherwise, decoding is greedy. In Python: et.profile, and et.generate or et.stream for the text alone.
+    The text goes to stdout, the table to stderr. The default prompt is a short question; a JSON config
+    without a tokenizer runs on --batch-size rows (default 1) of random tokens. Decoding is greedy unless a
+    flag or a config sets sampling. In Python: et.profile, and et.generate or et.stream for the text alone.
 
     \b
     etx run -p "The capital of France is" -n 8 --temp 0
@@ -68,7 +68,7 @@ def run(
         if value is not None and not chat:
             raise InputError(f"{name} needs --chat")
     if tokens is not None and chat:
-        raise InputError("--chat needs a prompt of text, --tokens has ids")
+        raise InputError("--chat needs a prompt of text, but --tokens gives token ids")
     given = given_prompt(prompt, prompt_file, tokens)
     loaded, load_seconds = loading.open(source, hub, sampled.seed, shown.silent)
     settings = options.generation_options(sampled, context, drafting, loading, hub, shown.silent)
@@ -98,7 +98,7 @@ def run(
 
 
 def _prompt(model: Model, given: dict[str, Any], chat: bool | None, template: ChatFlags) -> Any:
-    """The prompt for `profile`: token ids, a text, or None."""
+    """Return the prompt for `profile`: token ids, a text, or None."""
     from einsum_transformer.api.profile import DEFAULT_PROMPT
 
     if given["tokens"] is not None:
@@ -107,7 +107,7 @@ def _prompt(model: Model, given: dict[str, Any], chat: bool | None, template: Ch
     tokenizer = model.tokenizer
     if text is None and chat is not None:
         text = DEFAULT_PROMPT
-        note(f"no prompt given, so this one: {text}")
+        note(f"no prompt is given; the default: {text}")
     if text == "" and not chat and (tokenizer is None or not tokenizer.encode_once(text)):
         raise InputError(f"{given['source']}: the prompt is empty: give at least one character")
     if not chat or text is None:
@@ -118,14 +118,14 @@ def _prompt(model: Model, given: dict[str, Any], chat: bool | None, template: Ch
 
 
 def _write_text(model: Model, found: Profile, quiet: bool) -> None:
-    """What `profile` has not written while it ran: the end of the line, the rows of a batch, or token ids."""
+    """Write the result that was not streamed: the line end, the rows of a batch, or token ids."""
     rows = found.generations
     for row, result in enumerate(rows):
         name = f"row {row}: " if len(rows) > 1 else ""
         if found.likeliest_next is not None:
             token = found.likeliest_next[row]
             text = "" if model.tokenizer is None else f" {model.tokenizer.decode([token], False)!r}"
-            output.write_line(f"{name}likeliest next token: {token}{text}")
+            output.write_line(f"{name}most probable next token: {token}{text}")
         elif model.tokenizer is not None:
             output.write_line(f"{name}{result.text}" if len(rows) > 1 else "")
         else:

@@ -1,4 +1,4 @@
-"""`train`: change a model's weights, and show how the loss and the time went."""
+"""`train`: train a model, and show the loss and the time of each part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def train(
     named: options.NamedOrConfig,
     text: train_flags.TextFlags,
     steps: Annotated[
-        int, typer.Option("--steps", "--iters", metavar="N", min=1, help="Steps of training in all.")
+        int, typer.Option("--steps", "--iters", metavar="N", min=1, help="Total number of training steps.")
     ] = 10,
     lr: Annotated[
         float | None,
@@ -36,14 +36,15 @@ def train(
     adapters: train_flags.AdapterFlags,
     merge: Annotated[
         bool,
-        typer.Option("--merge", help="At the end also write --output/merged, the adapters in the weights."),
+        typer.Option("--merge", help="At the end also write --output/merged, with merged adapters."),
     ] = False,
     adapter_path: options.AdapterPath = None,
     keep: train_flags.KeepFlags,
     eval_every: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Validate every N steps, not only at both ends.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Validate every N steps, not only at the start and the end."),
     ] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the loss curve.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot the loss to this file.")] = None,
     cluster: train_flags.ClusterFlags,
     seed: options.Seed = None,
     machine: options.Machine,
@@ -53,15 +54,15 @@ def train(
     hub: options.Hub,
     shown: options.Shown,
 ) -> None:
-    """Train a model on text, or on random tokens, and show how the loss and the time went.
+    """Train a model on text or on random tokens, and show the loss and the time of each part.
 
-    Without --data all tokens are random; with --fix-batch all steps see one batch, whose loss a correct
+    Without --data all tokens are random; with --fix-batch all steps use one batch, whose loss a correct
     backward pass reduces. --lora, or a run config with use_lora, trains adapters and freezes all other
-    weights. A run config has no tokenizer: one of vocab_size tokens is trained on --data first.
+    weights. A run config has no tokenizer: one with vocab_size tokens is trained on --data first.
 
-    The log and metrics.jsonl are written to --output, or to a new folder under runs/. With --output a
-    checkpoint of the last step is kept: a model folder, or a PEFT folder of adapters, with the optimizer's
-    state. In Python: et.train.
+    The log and metrics.jsonl are written to --output, or to a new folder under runs/. --output also receives
+    a checkpoint of the last step: a model folder, or a PEFT folder of adapters, with the optimizer's state.
+    In Python: et.train.
 
     \b
     etx train fast_lora --lr 0.05 --steps 10 --max-layers 4 --fix-batch --seed 42
@@ -104,5 +105,5 @@ def train(
         terminal = output.console()
         for part in ("", *found.tables()):
             terminal.print(part)
-        kept = found.checkpoint or "nothing, as there is no --output"
-        terminal.print(f"log and metrics: {found.folder}; kept: {kept}")
+        saved = found.checkpoint or "none (no --output)"
+        terminal.print(f"log and metrics: {found.folder}; checkpoint: {saved}")

@@ -1,4 +1,4 @@
-"""The flags of `train`, and the settings that they stand for."""
+"""The flags of `train`, and their settings."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextFlags:
-    """What is learned; the fields are arguments of `train`."""
+    """The training data; the fields are arguments of `train`."""
 
     data: str | None = flag(metavar="FILE", help="Text, or JSON records of text, prompts or messages.")
-    valid: str | None = flag(metavar="FILE", help="Data to validate with.")
+    valid: str | None = flag(metavar="FILE", help="Validation data.")
     valid_share: float | None = flag(
-        metavar="X", help="Without --valid: the share of --data that is held out; default 0.05."
+        metavar="X", help="Without --valid: the share of --data to hold out; default 0.05."
     )
-    mask_prompt: bool = flag("--mask-prompt", default=False, help="Learn the answers only.")
-    pad: bool = flag("--pad", default=False, help="One row for each example instead of packed rows.")
+    mask_prompt: bool = flag("--mask-prompt", default=False, help="Train on the answers only.")
+    pad: bool = flag("--pad", default=False, help="One row per example instead of packed rows.")
     long: str = flag(
-        default="split", metavar="split|refuse", help="What to do with examples that are longer than a row."
+        default="split", metavar="split|refuse", help="Split or reject examples that are longer than a row."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerFlags:
-    """How weights follow their gradients."""
+    """The optimizer and its settings."""
 
     optimizer: str = flag(default="sgd", metavar="sgd|adamw", help="The optimizer.")
-    momentum: float = flag(default=0.0, metavar="X", help="Momentum of sgd.")
-    nesterov: bool = flag("--nesterov", default=False, help="Nesterov momentum of sgd.")
-    weight_decay: float | None = flag(metavar="X", help="Default 0 for sgd, 0.01 for adamw.")
+    momentum: float = flag(default=0.0, metavar="X", help="Momentum; sgd only.")
+    nesterov: bool = flag("--nesterov", default=False, help="Nesterov momentum; sgd only.")
+    weight_decay: float | None = flag(metavar="X", help="Weight decay; default 0 for sgd, 0.01 for adamw.")
     decay_matrices_only: bool = flag(
-        "--decay-matrices-only", default=False, help="No weight decay of norms and biases."
+        "--decay-matrices-only", default=False, help="No weight decay for norms and biases."
     )
     beta1: float | None = flag("--beta1", "--adam-beta1", metavar="X", help="adamw only; default 0.9.")
     beta2: float | None = flag("--beta2", "--adam-beta2", metavar="X", help="adamw only; default 0.999.")
     eps: float | None = flag("--eps", "--adam-epsilon", metavar="X", help="adamw only; default 1e-8.")
 
     def settings(self) -> SGD | AdamW:
-        """The optimizer; raises InputError for flags that do not go together."""
+        """Return the optimizer; InputError for contradictory flags."""
         from einsum_transformer.training.optimizers import OPTIMIZERS, SGD, AdamW
 
         name, decay = self.optimizer, self.weight_decay
         if name not in OPTIMIZERS:
-            raise InputError(f"--optimizer {name!r}: choose {' or '.join(OPTIMIZERS)}")
+            raise InputError(f"--optimizer is {name!r}: expected {' or '.join(OPTIMIZERS)}")
         of_adam = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
         given = {key: value for key, value in of_adam.items() if value is not None}
         if name == "sgd" and given:
-            raise InputError(f"--{next(iter(given))} belongs to adamw; sgd has --momentum")
+            raise InputError(f"--{next(iter(given))} is a setting of adamw; sgd has --momentum")
         if self.decay_matrices_only and not (name == "adamw" if decay is None else decay):
             raise InputError("--decay-matrices-only restricts --weight-decay, but that is 0")
         if name == "sgd":
             return SGD(self.momentum, self.nesterov, decay or 0.0, self.decay_matrices_only)
         if self.momentum or self.nesterov:
-            raise InputError("--momentum and --nesterov belong to sgd; adamw has --beta1 and --beta2")
+            raise InputError("--momentum and --nesterov are settings of sgd; adamw has --beta1 and --beta2")
         if self.eps == 0:
-            note("--eps 0: a weight whose gradients are all 0 becomes nan; 1e-8 is usual")
+            note("--eps is 0: a weight whose gradients are all 0 becomes nan; the default is 1e-8")
         if decay is not None:
             given["weight_decay"] = decay
         return AdamW(decay_matrices_only=self.decay_matrices_only, **given)
@@ -74,23 +74,27 @@ class OptimizerFlags:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleFlags:
-    """How the learning rate changes; the fields are arguments of `train`."""
+    """The learning rate schedule; the fields are arguments of `train`."""
 
     schedule: str = flag(
-        default="constant", metavar="constant|linear|cosine", help="How the learning rate goes to --min-lr."
+        default="constant", metavar="constant|linear|cosine", help="Schedule of the learning rate."
     )
-    min_lr: float | None = flag(metavar="X", min=0, help="Where linear and cosine schedules end; default 0.")
-    warmup_steps: int = flag(default=0, metavar="N", min=0, help="Steps of rising learning rate.")
+    min_lr: float | None = flag(
+        metavar="X", min=0, help="Final learning rate of linear and cosine schedules; default 0."
+    )
+    warmup_steps: int = flag(default=0, metavar="N", min=0, help="Steps of linear warm-up.")
 
 
 @dataclass(frozen=True, slots=True)
 class BatchFlags:
-    """What a step sees, and in which parts; the fields are arguments of `train`."""
+    """The batch of a step; the fields are arguments of `train`."""
 
-    batch_size: options.Rows = None
-    seq_len: int | None = flag(metavar="N", min=1, help="Tokens of a row; default 128.")
+    batch_size: int | None = flag(
+        "--batch-size", "-b", metavar="N", min=1, help="Rows of a batch; default: the config's, or 4."
+    )
+    seq_len: int | None = flag(metavar="N", min=1, help="Tokens of a row; default: the config's, or 128.")
     grad_accumulation_steps: int = flag(
-        default=1, metavar="N", min=1, help="Parts in which a batch is computed, one after the other."
+        default=1, metavar="N", min=1, help="Number of parts that a batch is computed in."
     )
     grad_checkpoint: options.GradCheckpoint = False
     fix_batch: bool = flag("--fix-batch", default=False, help="The same batch at every step.")
@@ -98,17 +102,19 @@ class BatchFlags:
 
 @dataclass(frozen=True, slots=True)
 class KeepFlags:
-    """Where checkpoints are, and which; the fields are arguments of `train`."""
+    """The checkpoints; the fields are arguments of `train`."""
 
     output: options.Output = None
     save_every: int | None = flag(metavar="N", min=1, help="Write a checkpoint to --output every N steps.")
-    keep_last: int = flag(default=2, metavar="N", min=1, help="Checkpoints to keep; older ones are removed.")
+    keep_last: int = flag(
+        default=2, metavar="N", min=1, help="Maximum number of checkpoints; older ones are removed."
+    )
     resume: bool = flag("--resume", default=False, help="Continue from the newest checkpoint in --output.")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFlags:
-    """Which adapters are trained."""
+    """The adapters to train."""
 
     lora: bool = flag("--lora", default=False, help="Train LoRA adapters and freeze all other weights.")
     lora_rank: int | None = flag(metavar="N", min=1, help="Rank; default 8.")
@@ -120,16 +126,18 @@ class AdapterFlags:
     rslora: bool = flag("--rslora", default=False, help="Scale by alpha / sqrt(rank).")
 
     def settings(self, keys: RunConfig | None, has_adapters: bool) -> LoRAConfig | None:
-        """What the flags and the run config ask for: None for its own, or no, adapters."""
+        """Return the config of new adapters; None if no flag of LoRA is given."""
         from einsum_transformer.models.lora_config import LoRAConfig
 
         given = self != AdapterFlags()
         if given and has_adapters:
-            raise InputError("--adapter-path already gives the adapter; --lora and its flags begin a new one")
+            raise InputError(
+                "--adapter-path gives the adapter, so --lora and its flags cannot create a new one"
+            )
         if not given:
             return None
         if not self.lora and not (keys and keys.use_lora):
-            raise InputError("flags of LoRA were given without --lora")
+            raise InputError("flags of LoRA are given without --lora")
         base = LoRAConfig() if keys is None else replace(keys, use_lora=True).lora
         assert base is not None
         changes = {"r": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
@@ -144,25 +152,27 @@ class ClusterFlags:
     """Workers of a Ray cluster."""
 
     ray_workers: int | None = flag(
-        metavar="N", min=1, help="Divide each batch over N Ray workers; threads are divided too."
+        metavar="N", min=1, help="Divide each batch and the threads over N Ray workers."
     )
     ray_address: str | None = flag(
-        metavar="HOST:PORT", help="Address of a Ray cluster; default: start one here."
+        metavar="HOST:PORT", help="Address of a Ray cluster; default: start a local one."
     )
     shard_optimizer: bool = flag(
-        "--shard-optimizer", default=False, help="Divide the optimizer's state over the workers too."
+        "--shard-optimizer", default=False, help="Divide the optimizer's state over the workers."
     )
-    worker_timeout: float = flag(default=600.0, metavar="SECONDS", help="Maximum time of a worker's answer.")
+    worker_timeout: float = flag(
+        default=600.0, metavar="SECONDS", help="Maximum time to wait for a worker's result."
+    )
 
     def settings(self, threads: int | None) -> RayWorkers | None:
-        """The workers, or None for this process alone."""
+        """Return the workers, or None to compute in this process."""
         if self.ray_workers is None:
             for name, given in (
                 ("--ray-address", self.ray_address),
                 ("--shard-optimizer", self.shard_optimizer),
             ):
                 if given:
-                    raise InputError(f"{name} needs --ray-workers, their number")
+                    raise InputError(f"{name} needs --ray-workers")
             return None
         from einsum_transformer.cluster.data_parallel import RayWorkers
 

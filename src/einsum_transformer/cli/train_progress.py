@@ -1,4 +1,4 @@
-"""What `train` shows while it runs: the costs, a line of progress, and messages."""
+"""The output of `train` while it runs: costs, progress and messages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LINE_EVERY = 1.0  # seconds between lines of progress without a terminal
 
 
 class TrainingProgress(TrainingObserver):
-    """A bar at a terminal, a line a second elsewhere, nothing if `silent`."""
+    """Shows a progress bar at a terminal, else a line per second; no output if `silent`."""
 
     def __init__(self, silent: bool) -> None:
         self.silent, self.steps = silent, 0
         self.written = 0.0
-        """When the last line of progress was written."""
+        """The time of the last line of progress."""
         self.live: Progress | None = None
         self.stack = ExitStack()
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from einsum_transformer.components.masks import Mask, add_mask, alibi_slopes
 from einsum_transformer.components.tiles import TILE_BYTES, Box, Tile, boxes, query_tiles
-from einsum_transformer.engine import asked_for, einsum, phase, tap, weight_grad
+from einsum_transformer.engine import einsum, phase, requested, tap, weight_grad
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 
@@ -63,7 +63,7 @@ class Mixing:
         mixed = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
         sums, shifts = np.empty_like(q[..., 0]), np.zeros_like(q[..., 0])
         slopes = self._slopes(q)
-        pattern = _empty_pattern(q, k) if asked_for("pattern") else None
+        pattern = _empty_pattern(q, k) if requested("pattern") else None
         scale = q.dtype.type(self.scale)
 
         def run(box: Box, tile: Tile) -> None:
@@ -89,7 +89,7 @@ class Mixing:
         # Above about a millisecond of work, one cache-sized tile per thread is faster than threaded BLAS.
         coarse = q[..., 0].size * k.shape[1] >= 1 << 20
         for_each(run, [(box, tile) for tile in tiles for box in parts], coarse)
-        if pattern is not None and (replaced := tap("pattern", pattern, asked=True)) is not pattern:
+        if pattern is not None and (replaced := tap("pattern", pattern, requested=True)) is not pattern:
             mixed = einsum("bkgts,bskh->btkgh", replaced, v)
         return mixed, Saved(q, k, v, mixed, sums, shifts, mask)
 

@@ -19,7 +19,7 @@ from einsum_transformer.engine import einsum, phase, tap, weight_grad
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.numerics.activations import sigmoid
 from einsum_transformer.numerics.softmax import softmax
-from einsum_transformer.numerics.top_k import top_k, without_all_but_best_groups
+from einsum_transformer.numerics.top_k import mask_groups, top_k
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -50,7 +50,7 @@ class Routing:
         probabilities (b, t, e)."""
         p = softmax(logits) if self.scoring == "softmax" else sigmoid(logits)
         limited = self.groups > 1 and self.top_groups < self.groups
-        candidates = without_all_but_best_groups(p, self.groups, self.top_groups) if limited else p
+        candidates = mask_groups(p, self.groups, self.top_groups) if limited else p
         chosen = top_k(candidates, self.top_k)
         w = np.take_along_axis(p, chosen, axis=-1)
         if self.normalize:
@@ -136,8 +136,8 @@ class MoE:
     def forward(self, x: Array) -> tuple[Array, Saved]:
         with phase("router"):
             chosen, w, p = self.routing.forward(einsum("btd,ed->bte", x, self.gate))
-            chosen, w = tap("gate.chosen", chosen, asked=True), tap("gate.weights", w, asked=True)
-            p = tap("gate.probabilities", p, asked=True)
+            chosen, w = tap("gate.chosen", chosen, requested=True), tap("gate.weights", w, requested=True)
+            p = tap("gate.probabilities", p, requested=True)
             plan = _Plan.of(chosen, len(self.experts))
         with phase("experts"):
             rows = _rows(x)

@@ -2,7 +2,7 @@
 
 from einsum_transformer.engine.contract import Gradients, Leaf, einsum, is_trained, weight_grad
 from einsum_transformer.engine.equation import Equation, EquationError
-from einsum_transformer.engine.recorder import Recorder, asked_for, phase, tap
+from einsum_transformer.engine.recorder import Recorder, phase, requested, tap
 from einsum_transformer.engine.shapes import ShapeArray
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "Leaf",
     "Recorder",
     "ShapeArray",
-    "asked_for",
     "einsum",
     "is_trained",
     "phase",
+    "requested",
     "tap",
     "weight_grad",
 ]

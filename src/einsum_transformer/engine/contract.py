@@ -81,16 +81,16 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         """Return part -> parameter name of the trained parts of this leaf at `path`."""
         return {}
 
-    def drawn(self, key: tuple[int, ...], first_row: int) -> Leaf:
+    def with_dropout(self, key: tuple[int, ...], first_row: int) -> Leaf:
         """Return the leaf for one pass over the rows of a batch from first_row on, with random numbers
         (dropout) determined by `key`."""
         return self
 
     def delta(self) -> Array | None:
-        """Return the array that an adapter adds to `bare`, or None for a leaf without an adapter."""
+        """Return the array that an adapter adds to `base_weight`, or None for a leaf without an adapter."""
         return None
 
-    def bare(self) -> Any:
+    def base_weight(self) -> Any:
         """Return the weight without its adapter and without the wrapper that freezes it."""
         return self
 

@@ -351,18 +351,19 @@ def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
     return _Phase(frame, name, layer, scope)
 
 
-def tap(name: str, value: Array, asked: bool = False) -> Array:
+def tap(name: str, value: Array, requested: bool = False) -> Array:
     """Return the value to use from here on: `value`, or a reader's replacement.
 
     name: relative to the scope of the enclosing phases, "" for the scope itself. Names follow the names of
-    weights and their modules. asked: only call the readers that request the value (see `asked_for`).
+    weights and their modules. requested: only call the readers that request the value (see the function
+    `requested`).
     """
     if not active:
         return value
     frame = _frame.get()
     if frame is None or not frame.recorder._value_readers:
         return value
-    return frame.recorder._replaced(_named(frame, name), value, name if asked else "")
+    return frame.recorder._replaced(_named(frame, name), value, name if requested else "")
 
 
 def tap_at(path: str, value: Array) -> Array:
@@ -371,7 +372,7 @@ def tap_at(path: str, value: Array) -> Array:
     return value if frame is None else frame.recorder._replaced(path, value)
 
 
-def asked_for(name: str) -> bool:
+def requested(name: str) -> bool:
     """Return whether a reader has a pattern that ends in this name: for values that are costly to compute or
     store, which the pattern `*` alone does not request."""
     if not active:
@@ -398,7 +399,7 @@ def reads_events() -> bool:
     return frame is not None and bool(frame.recorder._event_readers)
 
 
-def know_weights(owner: object, named: Callable[[], Iterable[tuple[str, Any]]]) -> None:
+def name_weights(owner: object, named: Callable[[], Iterable[tuple[str, Any]]]) -> None:
     """Let events name the weights of `owner` until the enclosing phase ends.
 
     named: returns (path, array or leaf) of each weight; called once per owner, and only if events are read.

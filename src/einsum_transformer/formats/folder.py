@@ -13,7 +13,7 @@ from einsum_transformer.errors import FormatError, InputError
 from einsum_transformer.formats import Names, Packed, TensorInfo, TensorSource
 from einsum_transformer.formats.files import atomic_file, read_json, sync
 from einsum_transformer.formats.gguf import GGUFFile
-from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
+from einsum_transformer.formats.links import BROKEN_LINK, inside, is_broken_link
 from einsum_transformer.formats.mapped import quoted, refuse_unknown
 from einsum_transformer.formats.safetensors import Entry, SafetensorsFile, describe, write_tensors
 from einsum_transformer.formats.sniff import kind_of
@@ -26,7 +26,7 @@ from einsum_transformer.formats.unsupported import (
     pickle_refused,
 )
 from einsum_transformer.notes import note
-from einsum_transformer.tables import some
+from einsum_transformer.tables import first_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def single_gguf(folder: Path, allow_links: bool = False) -> Path | None:
     if len(models) > 1:
         models = [path for path in models[:_MAX_SNIFFED] if _is_model(path, allow_links)] or models
     if len(models) > 1:
-        names = some([path.name for path in models], 8)
+        names = first_names([path.name for path in models], 8)
         raise FormatError(f"{folder}: contains several GGUF models: choose one of {names}")
     return inside(folder, models[0].name, allow_links) if models else None
 
@@ -103,8 +103,8 @@ class SafetensorsFolder:
         self._open: dict[str, SafetensorsFile] = {}
         self._failed: dict[str, str] = {}  # shard -> error, so that an invalid shard is read only once
         self._index = self.path / INDEX
-        if leads_nowhere(self.path / SINGLE):
-            raise FormatError(f"{self.path / SINGLE}: {LEADS_NOWHERE}")
+        if is_broken_link(self.path / SINGLE):
+            raise FormatError(f"{self.path / SINGLE}: {BROKEN_LINK}")
         if (self.path / SINGLE).is_file():  # takes precedence over an index
             single = SafetensorsFile(inside(self.path, SINGLE, allow_links))
             self._open[SINGLE] = single
@@ -113,8 +113,8 @@ class SafetensorsFolder:
             self._shard_of = read_index(self.path, allow_links)
             for shard in sorted(set(self._shard_of.values())):
                 if not (path := inside(self.path, shard, allow_links)).is_file():
-                    if leads_nowhere(path):
-                        raise FormatError(f"{path}: {LEADS_NOWHERE}")
+                    if is_broken_link(path):
+                        raise FormatError(f"{path}: {BROKEN_LINK}")
                     raise FormatError(
                         f"{self.path / shard}: this shard is missing, although {self._index} lists it"
                     )

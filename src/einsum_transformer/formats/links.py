@@ -4,10 +4,10 @@ from pathlib import Path
 
 from einsum_transformer.errors import FormatError
 
-LEADS_NOWHERE = "a broken link: its target does not exist; download the file again"
+BROKEN_LINK = "a broken link: its target does not exist; download the file again"
 
 
-def leads_nowhere(path: Path) -> bool:
+def is_broken_link(path: Path) -> bool:
     """Return whether a path is a link to a file that does not exist."""
     try:
         return path.is_symlink() and not path.exists()
@@ -25,7 +25,7 @@ def inside(folder: Path, name: str, allow_links: bool = False) -> Path:
     try:
         root, real = folder.resolve(), path.resolve()
     except (OSError, RuntimeError):  # a cycle of links
-        raise FormatError(f"{path}: {LEADS_NOWHERE}") from None
+        raise FormatError(f"{path}: {BROKEN_LINK}") from None
     allowed = allow_links or real.is_relative_to(root)
     if root.parent.name == "snapshots":
         repo = root.parent.parent

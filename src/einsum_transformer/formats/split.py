@@ -13,7 +13,7 @@ import numpy as np
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import TensorInfo
 from einsum_transformer.formats.gguf import GGUFFile
-from einsum_transformer.formats.links import LEADS_NOWHERE, inside, leads_nowhere
+from einsum_transformer.formats.links import BROKEN_LINK, inside, is_broken_link
 from einsum_transformer.formats.mapped import quoted
 
 _PART = re.compile(r"(?P<prefix>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
@@ -118,8 +118,8 @@ def _prefix(file: GGUFFile, count: int) -> str:
 
 def _part(path: Path, given: Path, number: int, count: int, allow_links: bool) -> GGUFFile:
     if not inside(path.parent, path.name, allow_links).is_file():
-        if leads_nowhere(path):
-            raise FormatError(f"{path}: {LEADS_NOWHERE}")
+        if is_broken_link(path):
+            raise FormatError(f"{path}: {BROKEN_LINK}")
         raise FormatError(f"{path}: this part is missing; {given.name} is one of {count} parts of a model")
     part = GGUFFile(path)
     for key, expected in ((_NO, number), (_COUNT, count)):

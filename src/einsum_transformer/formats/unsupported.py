@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from einsum_transformer.errors import FormatError
-from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
+from einsum_transformer.formats.links import BROKEN_LINK, is_broken_link
 from einsum_transformer.formats.sniff import kind_of, kind_of_bytes
-from einsum_transformer.tables import some
+from einsum_transformer.tables import first_names
 
 PICKLES = frozenset({".pt", ".pth", ".ckpt", ".pkl"})
 _HEAD = 4096
@@ -122,8 +122,8 @@ def kind_of_folder(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if not names:
         return ""
-    if links := [name for name in names if re.fullmatch(_WANTED, name) and leads_nowhere(folder / name)]:
-        return f"{links[0]}: {LEADS_NOWHERE}"
+    if links := [name for name in names if re.fullmatch(_WANTED, name) and is_broken_link(folder / name)]:
+        return f"{links[0]}: {BROKEN_LINK}"
     if pickles := [name for name in names if re.fullmatch(r"pytorch_model[.-].*", name)]:
         return f"{pickles[0]}: {_PICKLE}"  # first, since repositories contain several formats
     for is_it, words in _FOLDERS.items():
@@ -193,7 +193,7 @@ def _models_inside(folder: Path, names: list[str]) -> str:
     found = [str(path.relative_to(folder)) for path in paths if path.is_dir() and _contains_model(path)]
     if not found:
         return ""
-    return f"contains no model, but its subfolders do: choose one of {some(found, _MAX_LISTED)}"
+    return f"contains no model, but its subfolders do: choose one of {first_names(found, _MAX_LISTED)}"
 
 
 def _contains_model(folder: Path) -> bool:

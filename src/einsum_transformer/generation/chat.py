@@ -24,9 +24,9 @@ class Turn:
     prompt: str
     text: str
     cached_tokens: int
-    """Tokens of the conversation whose keys and values were reused from the previous turn."""
+    """Tokens of the conversation whose keys and values are reused from the previous turn."""
     prompt_tokens: int
-    """Tokens that were read in this turn."""
+    """Tokens of the prompt that are computed in this turn."""
     tokens: int
     """Tokens of the answer."""
     finish_reason: str | None
@@ -50,8 +50,8 @@ class Chat:
             print(piece, end="")
 
     system: the system message. tools, chat_template: as in `Tokenizer.apply_chat_template`. template_kwargs:
-    variables of the template, such as {"enable_thinking": False}. options: those of `generate`.
-    `messages` holds the conversation, `turns` the answers with their token counts.
+    variables of the template, such as {"enable_thinking": False}. options: as in `generate`.
+    `messages` is the conversation, `turns` are the answers with their token counts.
 
     Raises InputError for a model without tokenizer or chat template.
     """
@@ -79,7 +79,7 @@ class Chat:
         self.turns: list[Turn] = []
         self.messages: list[dict[str, str]] = []
         self._cached: list[int] = []
-        """Tokens of the conversation whose keys and values are in the cache."""
+        """Tokens whose keys and values are in the cache."""
         self._cache: KVCache | None = None
         self._length_note = LengthNote(model.config)
         self.reset()
@@ -98,7 +98,7 @@ class Chat:
     def stream(self, text: str) -> Iterator[str]:
         """Answer a message and yield the answer in pieces; `turns[-1]` describes it when it is complete.
 
-        A message whose answer is not read to its end is not part of the conversation.
+        If the iterator is not exhausted, the message does not become part of the conversation.
         """
         if not isinstance(text, str):
             raise InputError(f"`text` is a {type(text).__name__}, expected str")
@@ -106,7 +106,7 @@ class Chat:
         rendered = self.tokenizer.apply_chat_template(messages, **self.template_options)
         cache, reused = self._reused(rendered)
         result = Generation(rendered[reused:])
-        # An answer that ends early leaves the cache in an unknown state.
+        # If the caller stops early, the state of the cache is unknown.
         self._cached, self._cache = [], None
         started = time.perf_counter()
         sampling, settings, speculation = self._settings
@@ -125,27 +125,26 @@ class Chat:
         return {"model": self.model.source, "messages": self.messages, "turns": turns}
 
     def _reused(self, rendered: list[int]) -> tuple[KVCache, int]:
-        """(a cache, how many of these tokens it holds): the previous one, truncated to the common prefix."""
+        """Return a cache (the previous one, truncated to the common prefix, or a new one) and its length."""
         if self._cache is not None:
-            pairs = zip(self._cached, rendered[:-1])  # the last token is always read, for its logits
-            held = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
-            held = min(len(self._cached), len(rendered) - 1) if held is None else held
-            if held and self._truncated(self._cache, held):
-                return self._cache, held
+            pairs = zip(self._cached, rendered[:-1])  # the last token is always computed, for its logits
+            common = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
+            common = min(len(self._cached), len(rendered) - 1) if common is None else common
+            if common and self._truncated(self._cache, common):
+                return self._cache, common
         speculation = self._settings[2]
         slack = 0 if speculation is None else speculation.drafts + 1
         return self.model.cache(slack=slack), 0
 
-    def _truncated(self, cache: KVCache, held: int) -> bool:
-        """Truncate the cache to `held` tokens; False if it cannot be."""
-        if held == len(self._cached):
+    def _truncated(self, cache: KVCache, length: int) -> bool:
+        """Truncate the cache to `length` tokens; returns False if that is not possible."""
+        if length == len(self._cached):
             return True
-        # The frequencies of these depend on the length of the text, which may have been longer than it is
-        # now.
+        # These frequencies depend on the length of the text, which may have been longer before.
         if any(rope.rope_type in ("dynamic", "longrope") for rope in self.model.config.ropes):
             return False
         try:
-            cache.truncate(held)
-        except ValueError:  # a sliding window no longer holds the keys before
+            cache.truncate(length)
+        except ValueError:  # the ring of a sliding window has overwritten the keys before `length`
             return False
         return True

@@ -1,4 +1,4 @@
-"""Generation: prefill in chunks, then one token at a time, with the same forward."""
+"""Generation: prefill in chunks, then one token per step, with the same forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import LengthNote, context_limit
 from einsum_transformer.generation.keys import FILE, merged
 from einsum_transformer.generation.options import GenerationOptions
-from einsum_transformer.generation.rows import Generation, Row, Settings, lengthen, prefill, scores
+from einsum_transformer.generation.rows import Generation, Row, Settings, lengthen, next_logits, prefill
 from einsum_transformer.generation.sampling import Sampling
 from einsum_transformer.generation.speculative import Speculation, speculation
 from einsum_transformer.models.model import Model
@@ -33,20 +33,20 @@ def generate(model: Model, prompt: Any, **options: Unpack[GenerationOptions]) ->
     """Continue a prompt: a text, token ids, a list of messages, or a list of these (a batch).
 
     Returns a Generation, whose str() is the text, or a list of them for a batch. Options that are not given
-    come from the model's generation_config.json. Without any, decoding is greedy; a temperature above 0 or
-    `do_sample` samples.
+    come from the model's generation_config.json. Decoding is greedy by default, and samples with a
+    temperature above 0 or `do_sample`.
 
     Options: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and
-    `seed`, as in transformers. `stop`: one or several texts that end the answer and are not part of it
-    (special tokens count). `ctx_size`: maximum number of tokens of prompt and answer together.
+    `seed`, as in transformers. `stop`: one or several texts, or special tokens, that end the answer and are
+    not part of it. `ctx_size`: maximum number of tokens of prompt and answer together.
     `prefill_step_size`: prompt tokens per forward pass. `ignore_eos`: continue after end tokens.
-    Transformers' other names, such as `min_new_tokens`, `bad_words_ids` or `max_length`, are listed in
-    `GenerationOptions`.
+    `GenerationOptions` lists the other options of transformers, such as `min_new_tokens`, `bad_words_ids` or
+    `max_length`.
 
-    Speculative decoding of one prompt, with the same distribution of texts: `draft_model` (a smaller model of
-    the same vocabulary), `draft_layers` (the model's own first layers) or `prompt_lookup` (what followed the
-    same tokens earlier in the text; True, or the number of tokens to look up), with `num_draft_tokens` drafts
-    a round.
+    Speculative decoding of one prompt, with the same distribution of texts: `draft_model` (a smaller model
+    with the same vocabulary), `draft_layers` (the first layers of the model itself) or `prompt_lookup` (the
+    continuation of the same tokens earlier in the text; True, or the number of tokens to look up), with
+    `num_draft_tokens` drafts per round.
 
     Raises InputError for an option that is unknown, not supported, or has a wrong value.
     """
@@ -60,20 +60,19 @@ def generate(model: Model, prompt: Any, **options: Unpack[GenerationOptions]) ->
 def stream(model: Model, prompt: Any, **options: Unpack[GenerationOptions]) -> Iterator[str]:
     """Continue one prompt and yield its text in pieces as they are generated.
 
-    Prompt and options are those of `generate`. Raises InputError for a batch, and for a model without
-    tokenizer.
+    Prompt and options are as in `generate`. Raises InputError for a batch, and for a model without tokenizer.
     """
     if model.tokenizer is None:
-        raise InputError(f"{model.source}: has no tokenizer, so there is no text to stream; use generate")
+        raise InputError(f"{model.source}: has no tokenizer to stream text with; use generate")
     job = request(model, prompt, options)
     if not job.single:
-        raise InputError("stream takes one prompt, not a batch; use generate")
+        raise InputError("stream: expected one prompt, not a batch; use generate")
     return (text for _, text in job.run(model) if text)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The prompts of a call of `generate` and its settings."""
+    """The prompts and settings of a call of `generate`."""
 
     results: list[Generation]
     single: bool
@@ -83,14 +82,14 @@ class Request:
     speculation: Speculation | None
 
     def run(self, model: Model) -> Iterator[tuple[int, str]]:
-        """Fill the results, yielding (row, new text)."""
+        """Generate the results and yield (row, new text)."""
         return decode_batch(model, self.results, self.sampling, self.settings, speculation=self.speculation)
 
 
 def request(
     model: Model, prompt: Any, given: GenerationOptions, stated: Mapping[str, Any] | None = None
 ) -> Request:
-    """The prompts and settings of a call; stated as in `settings_of`."""
+    """Return the prompts and settings of a call; stated: as in `settings_of`."""
     settings = settings_of(model, given, stated)
     prompts, single = _prompts(model, prompt)
     return Request([Generation(tokens) for tokens in prompts], single, *settings)
@@ -99,7 +98,7 @@ def request(
 def settings_of(
     model: Model, given: GenerationOptions, stated: Mapping[str, Any] | None = None
 ) -> tuple[Sampling, Settings, Speculation | None]:
-    """The settings for these options. stated: replaces the contents of generation_config.json."""
+    """Return the settings for these options. stated: replaces the contents of generation_config.json."""
     own: dict[str, Any] = {**given}
     drafting = {name: own.pop(name, None) for name in _DRAFTING}
     sampling, settings = options(model, own, stated)
@@ -115,7 +114,7 @@ def settings_of(
         drafting["draft_layers"] = drafting["draft_layers"] or config.draft_layers
         if drafting["draft_layers"] is None:
             raise InputError(
-                f"{config.source}: speculative needs draft_layers, the number of layers that draft"
+                f"{config.source}: speculative needs draft_layers, the number of layers of the draft model"
             )
     names = {**(model.generation_config or {}), **others}
     found = speculation(
@@ -128,7 +127,7 @@ _DRAFTING = ("draft_model", "draft_layers", "prompt_lookup", "num_draft_tokens")
 
 
 def stated_options(model: Model) -> dict[str, Any]:
-    """What generation_config.json and the run config that the model was loaded from set, the latter first."""
+    """Return the options that generation_config.json and the model's run config set; the latter wins."""
     config, stated = model.run_config, dict(model.generation_config or {})
     if config is not None:
         stated |= {"do_sample": config.temperature > 0, "temperature": config.temperature}
@@ -139,16 +138,17 @@ def stated_options(model: Model) -> dict[str, Any]:
 def options(
     model: Model, given: Mapping[str, Any], stated: Mapping[str, Any] | None = None
 ) -> tuple[Sampling, Settings]:
-    """What is given where it is not None, else what generation_config.json (or `stated`, in its place) says.
+    """Return the settings from `given`, or for absent options from generation_config.json.
 
-    given: keywords of `generate`, those of speculative decoding aside.
+    given: keywords of `generate` without those of speculative decoding; None is absent. stated: replaces the
+    contents of generation_config.json.
     """
     values = merged(model.generation_config if stated is None else stated, given, model.source)
     if model.tokenizer is None and "stop_strings" in values and given.get("stop_strings") is None:
         note_once(f"{FILE}: stop_strings are not used: {model.source} has no tokenizer to find texts with")
         del values["stop_strings"]
     if given.get("eos_token_id") is None:
-        values.pop("eos_token_id", None)  # the file's are among the model's own
+        values.pop("eos_token_id", None)  # those of the file are among the model's end tokens
     return Sampling.of(values), Settings.of(values)
 
 
@@ -161,27 +161,28 @@ def decode_batch(
     speculation: Speculation | None = None,
     passed: LengthNote | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Fill the `results` of a batch, yielding (row, new text) as it comes; "" where no whole character is
-    ready.
+    """Generate the `results` of a batch and yield (row, new text); "" if no whole character is ready.
 
-    Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch
-    around it. A given cache is continued: its tokens precede the prompts' and belong to the text, for
-    penalties and lengths too. speculation: of one row. passed: notes once if the text grows long; default: of
-    this call alone.
+    Each row has its own random stream, so the continuation of a prompt does not depend on the other rows.
+    The tokens of a given cache precede the prompts and belong to the text, also for penalties and lengths.
+    speculation: for one row only. passed: notes once if the text exceeds the trained length; default: for
+    this call.
     """
     if speculation is not None and len(results) > 1:
-        raise InputError(f"speculative decoding takes one prompt at a time, here are {len(results)}")
+        raise InputError(f"speculative decoding: expected one prompt, got {len(results)}")
     with phase("setup"):
         limit = context_limit(model.config, settings.ctx_size)
         longest = max(len(result.prompt_tokens) for result in results)
         start = 0 if cache is None else cache.length
         if start + longest > limit:
-            raise InputError(f"the prompt has {start + longest} tokens, the context is {limit}: shorten it")
+            raise InputError(
+                f"the prompt has {start + longest} tokens, expected at most {limit} (the context)"
+            )
         tokens, pads = _left_padded([result.prompt_tokens for result in results])
         model.checked(tokens)
-        held = [[] for _ in results] if cache is None else _held(cache, len(results))
+        earlier = [[] for _ in results] if cache is None else _cached_tokens(cache, len(results))
         rows = [
-            Row(model, result, sampling, settings, index, held[index], limit)
+            Row(model, result, sampling, settings, index, earlier[index], limit)
             for index, result in enumerate(results)
         ]
         if cache is None:
@@ -212,14 +213,14 @@ def decode_batch(
 def _steps(
     model: Model, rows: list[Row], cache: KVCache, logits: Array, limit: int, passed: LengthNote
 ) -> Iterator[tuple[int, str]]:
-    """Continue all rows token by token, from the scores (b, v) after their prompts."""
+    """Continue all rows token by token, from the logits (b, v) of their last prompt tokens."""
     live = list(range(len(rows)))
     while True:
         next_tokens, keep, texts = [], [], []
         with phase("sampling"):
             for position, index in enumerate(live):
                 padding = 0 if cache.pads is None else int(cache.pads[position])
-                token, text = rows[index].step(logits[position], room=limit + padding - cache.length)
+                token, text = rows[index].step(logits[position], capacity=limit + padding - cache.length)
                 if text:
                     texts.append((index, text))
                 if rows[index].result.finish_reason is None:
@@ -235,12 +236,12 @@ def _steps(
             live = [live[position] for position in keep]
         with phase("decode"):
             lengthen(model, cache, 1)
-            logits = scores(model, np.array(next_tokens)[:, None], cache, "last", rows[0].repairs)[:, -1]
+            logits = next_logits(model, np.array(next_tokens)[:, None], cache, "last", rows[0].repairs)[:, -1]
         passed.grown(cache.length if cache.pads is None else cache.length - int(cache.pads.min()))
 
 
-def _held(cache: KVCache, rows: int) -> list[list[int]]:
-    """The tokens of each row that a cache holds, without padding."""
+def _cached_tokens(cache: KVCache, rows: int) -> list[list[int]]:
+    """Return the tokens of each row in a cache, without padding."""
     if not cache.length:
         return [[] for _ in range(rows)]
     pads = [0] * rows if cache.pads is None else cache.pads.tolist()
@@ -248,16 +249,16 @@ def _held(cache: KVCache, rows: int) -> list[list[int]]:
 
 
 def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
-    """(token ids of each row, whether one prompt was given rather than a batch)."""
+    """Return the token ids of each row, and whether one prompt was given instead of a batch."""
     if isinstance(prompt, str):
         return [encode(model, prompt)], True
     items = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
     if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
         kinds = "text, token ids, a list of messages, or a list of these"
-        raise InputError(f"the prompt is {type(prompt).__name__}: give {kinds}")
+        raise InputError(f"`prompt` has type {type(prompt).__name__}, expected {kinds}")
     if not items:
         raise InputError("the prompt is empty: give at least one token")
-    if not isinstance(items[0], (str, Sequence, np.ndarray)):  # of one prompt: messages or token ids
+    if not isinstance(items[0], (str, Sequence, np.ndarray)):  # one prompt: messages or token ids
         return [_row(model, items)], True
     rows = [_row(model, item) for item in items]
     if not all(rows):
@@ -274,7 +275,7 @@ def _row(model: Model, item: Any) -> list[int]:
 
 
 def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
-    """Token ids of a chat; as in transformers' pipelines, a last message of the assistant is continued."""
+    """Return the token ids of a chat; a last assistant message is continued, as in transformers."""
     if model.tokenizer is None:
         raise InputError(f"{model.source}: has no tokenizer; give token ids instead of messages")
     last = messages[-1]
@@ -286,18 +287,18 @@ def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
 
 
 def _token_row(items: Any) -> list[int]:
-    """One row of token ids, all of them integers."""
+    """Return one row of token ids; InputError unless all are integers."""
     row = items.tolist() if isinstance(items, np.ndarray) else items
     integers = isinstance(row, Sequence) and not isinstance(row, (bytes, bytearray))
     if not integers or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in row):
-        raise InputError("the prompt holds what is neither text nor a token id: token ids are integers")
+        raise InputError("the prompt contains an item that is neither a text nor an integer token id")
     return [int(each) for each in row]
 
 
 def encode(model: Model, text: str) -> list[int]:
-    """The prompt's token ids, special tokens added as the tokenizer is configured to, but no second BOS.
+    """Return the token ids of a prompt with the tokenizer's special tokens, but without a second BOS.
 
-    An empty text is the BOS of a tokenizer that adds one, and refused with any other.
+    An empty text gives BOS if the tokenizer adds one, else InputError.
     """
     if model.tokenizer is None:
         raise InputError(
@@ -310,7 +311,7 @@ def encode(model: Model, text: str) -> list[int]:
 
 
 def _left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:
-    """Prompts of any lengths as one array, padded at the left, and how much padding each has."""
+    """Return prompts as one array, padded on the left, and the padding of each."""
     longest = max(map(len, prompts))
     pads = np.array([longest - len(prompt) for prompt in prompts])
     return np.array([[0] * int(pad) + prompt for pad, prompt in zip(pads, prompts)]), pads

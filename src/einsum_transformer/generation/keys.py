@@ -162,7 +162,7 @@ SETTINGS: dict[str, Parser] = {
     "max_time": number(lambda x: x >= 0, "a number of seconds, 0 or more"),
     "eos_token_id": token_list,
 }
-OBEYED: dict[str, Parser] = SAMPLING | SETTINGS | {"do_sample": flag}
+APPLIED: dict[str, Parser] = SAMPLING | SETTINGS | {"do_sample": flag}
 
 OWN: dict[str, Parser] = {
     "stop": strings,
@@ -178,7 +178,7 @@ _MEMORY = "affects speed and memory only"
 _OUTPUT = "affects what transformers returns besides the text"
 _DRAFTS = "affects the drafts only, not the text"
 _ABOUT = "metadata of the file"
-NEUTRAL: dict[str, str] = {
+IGNORED: dict[str, str] = {
     "renormalize_logits": "a log-softmax at the end changes neither the order nor the distribution",
     "early_stopping": _BEAMS,
     "length_penalty": _BEAMS,
@@ -260,11 +260,11 @@ def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any], source: s
     _check_given(given)
     _note_unused({name: value for name, value in stated.items() if name not in given}, source)
     values = {
-        name: parsed(name, value, OBEYED[name], FILE)
+        name: parsed(name, value, APPLIED[name], FILE)
         for name, value in stated.items()
-        if name in OBEYED and name not in given
+        if name in APPLIED and name not in given
     }
-    own = OBEYED | OWN
+    own = APPLIED | OWN
     values |= {name: parsed(name, value, own[name]) for name, value in given.items() if name in own}
     if "min_new_tokens" in values:
         values.pop("min_length", None)
@@ -307,7 +307,7 @@ def _strategy(values: Mapping[str, Any], given: Mapping[str, Any], source: str) 
 
 def _check_given(given: Mapping[str, Any]) -> None:
     """Raise InputError for options that are unknown or not supported."""
-    known = [*OBEYED, *OWN, *NEUTRAL, *UNSUPPORTED]
+    known = [*APPLIED, *OWN, *IGNORED, *UNSUPPORTED]
     for name, value in given.items():
         if name not in known:
             raise InputError(f"generate has no option {name!r}{nearest(name, known)}")
@@ -324,7 +324,7 @@ def _changes_text(name: str, value: Any) -> bool:
 def _note_unused(stated: Mapping[str, Any], source: str) -> None:
     """Note all keys of a file that have an effect but are not used, in one line."""
     active = [f"{name} = {shown(value)}" for name, value in stated.items() if _changes_text(name, value)]
-    unknown = [name for name in stated if name not in {**OBEYED, **NEUTRAL, **UNSUPPORTED}]
+    unknown = [name for name in stated if name not in {**APPLIED, **IGNORED, **UNSUPPORTED}]
     reasons = [f"not supported: {', '.join(active)}"] * bool(active)
     reasons += [f"not known: {', '.join(map(shown, unknown))}"] * bool(unknown)
     if reasons:

@@ -105,10 +105,10 @@ def prefill(
         for start in range(0, tokens.shape[1] - chunk, chunk):
             model.decoder.forward(tokens[:, start : start + chunk], cache, "none")
     last = (tokens.shape[1] - 1) // chunk * chunk
-    return scores(model, tokens[:, last:], cache, "last", repaired)[:, -1]
+    return next_logits(model, tokens[:, last:], cache, "last", repaired)[:, -1]
 
 
-def scores(
+def next_logits(
     model: Model, tokens: Array, cache: KVCache, positions: Positions, repaired: bool = False
 ) -> Array:
     """Return the logits of new tokens (b, t) and extend the cache; positions as in `Decoder.forward`.
@@ -205,14 +205,14 @@ class Row:
         self.raw = None if tokenizer is None or not settings.stop else tokenizer.stream(False)
         self.matcher = StopMatcher(settings.stop)
 
-    def step(self, logits: Array, room: int) -> tuple[int, str]:
-        """Choose the next token; returns it and the text that is ready. room: tokens left in the context."""
+    def step(self, logits: Array, capacity: int) -> tuple[int, str]:
+        """Choose the next token; returns it and the text that is ready. capacity: tokens that still fit."""
         if len(self.result.tokens) >= self.budget:
             return -1, self._finish("length")
         token = self.sampling.choose(logits, self.history, self.rng)
-        return token, self.take(token, room)
+        return token, self.take(token, capacity)
 
-    def take(self, token: int, room: int) -> str:
+    def take(self, token: int, capacity: int) -> str:
         """Append this token; returns the text that is ready."""
         result = self.result
         if token in self.ends:
@@ -226,7 +226,7 @@ class Row:
             result.finish_reason = "stop"
             return text
         late = self.deadline is not None and time.monotonic() > self.deadline
-        if len(result.tokens) >= self.budget or room < 1 or late:
+        if len(result.tokens) >= self.budget or capacity < 1 or late:
             text += self._finish("length")
         return text
 

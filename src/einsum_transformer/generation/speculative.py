@@ -20,7 +20,7 @@ from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import context_limit
 from einsum_transformer.generation.keys import FILE, parsed, whole
-from einsum_transformer.generation.rows import Row, lengthen, prefill, scores, until_rope_changes
+from einsum_transformer.generation.rows import Row, lengthen, next_logits, prefill, until_rope_changes
 from einsum_transformer.generation.sampling import Sampler, draw
 from einsum_transformer.models.config import shown
 from einsum_transformer.models.model import Model
@@ -135,7 +135,7 @@ def first_layers(model: Model, layers: int) -> Model:
         most = model.config.num_hidden_layers - 1
         raise InputError(f"draft_layers is {layers}: expected 1 to {most}, fewer than the model has")
     decoder = replace(model.decoder, layers=model.decoder.layers[:layers])
-    return replace(model, config=model.config.cut(layers), decoder=decoder)
+    return replace(model, config=model.config.truncated(layers), decoder=decoder)
 
 
 @dataclass(slots=True)
@@ -212,7 +212,7 @@ class Speculation:
                 base = cache.length
                 lengthen(model, cache, 1)
                 tokens = np.array([[token, *draft.tokens]])
-                logits = scores(model, tokens, cache, "all", row.repairs)[0]
+                logits = next_logits(model, tokens, cache, "all", row.repairs)[0]
             with phase("sampling"):
                 accepted, token, text = self._verify(row, draft, logits, base, limit)
             cache.truncate(base + 1 + accepted)

@@ -22,7 +22,7 @@ class Frozen(Leaf):
         self.weight = weight
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
 
-    def bare(self) -> Any:
+    def base_weight(self) -> Any:
         return self.weight
 
     def array(self) -> Array:

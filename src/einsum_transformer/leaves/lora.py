@@ -87,11 +87,11 @@ class LoRA(Leaf):
     def trained_parts(self, path: str) -> dict[str, str]:
         return {"lora_A": f"{self.owner or path}.lora_A", "lora_B": f"{path}.lora_B"}
 
-    def drawn(self, key: tuple[int, ...], first_row: int) -> LoRA:
+    def with_dropout(self, key: tuple[int, ...], first_row: int) -> LoRA:
         dropout = replace(self.dropout, key=key, first_row=first_row)
         return self._with(dropout, self.base, self.a, self.b)
 
-    def bare(self) -> Any:
+    def base_weight(self) -> Any:
         return self.base
 
     def writable(self) -> LoRA:

@@ -11,7 +11,7 @@ import numpy as np
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.gguf import GGUFFile
-from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
+from einsum_transformer.formats.links import BROKEN_LINK, is_broken_link
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.unsupported import check_kind
 from einsum_transformer.loading.gguf import gguf_place
@@ -20,7 +20,7 @@ from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.families import FAMILIES, gguf
 from einsum_transformer.models.families.family import Family
-from einsum_transformer.tables import some
+from einsum_transformer.tables import first_names
 
 _FEW_EXPERTS = 256
 _TEXT_FILES = (
@@ -114,8 +114,8 @@ def check_beside(folder: Path) -> None:
     """Raise FormatError for tokenizer and generation files that are broken links or not text."""
     for name in _TEXT_FILES:
         path = folder / name
-        if leads_nowhere(path):
-            raise FormatError(f"{path}: {LEADS_NOWHERE}")
+        if is_broken_link(path):
+            raise FormatError(f"{path}: {BROKEN_LINK}")
         if path.is_file():
             check_kind(path, "JSON", "text", *(("empty",) if name.endswith((".txt", ".jinja")) else ()))
 
@@ -151,7 +151,7 @@ def _meaning(
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
-    return [f"{what}: {some([_name(name) for name in names], 8)}"] if names else []
+    return [f"{what}: {first_names([_name(name) for name in names], 8)}"] if names else []
 
 
 def _name(name: str) -> str:
@@ -172,7 +172,7 @@ def _wrong_shapes(held: Mapping[str, TensorInfo], stored: Mapping[str, tuple[int
         for name, info in held.items()
         if info.shape != stored[name] and 0 not in info.shape  # `_meaning` reports empty tensors
     ]
-    return [some(wrong, 8, "; ")] if wrong else []
+    return [first_names(wrong, 8, "; ")] if wrong else []
 
 
 def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]:

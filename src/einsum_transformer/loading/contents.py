@@ -144,7 +144,7 @@ def _look_into_run(found: Contents, run: RunConfig) -> None:
         look_into = _look_into_folder if isinstance(source, Folder) else _look_into_file
         look_into(found, source.path)
         if found.config is not None:
-            truncated = found.options.cut
+            truncated = found.options.truncated
             if differing := _contradictions(truncated(stated), truncated(found.config)):
                 raise ConfigError(f"{run.source}: contradicts {source.path}: {'; '.join(differing)}")
             found.config = replace(found.config, attention_block=run.block_size)

@@ -10,7 +10,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.formats.folder import INDEX, SINGLE, read_index
 from einsum_transformer.formats.split import first_parts, part_names
 from einsum_transformer.notes import note
-from einsum_transformer.tables import some
+from einsum_transformer.tables import first_names
 
 DEFAULT_MODEL = "smollm2-135m"
 _DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -162,7 +162,7 @@ def _is_folder(files: list[str]) -> bool:
 
 def _check_complete(repository: str, missing: list[str]) -> None:
     if missing:
-        raise InputError(f"{repository}: the repository lacks {some(missing, _MOST_LISTED)}")
+        raise InputError(f"{repository}: the repository lacks {first_names(missing, _MOST_LISTED)}")
 
 
 def _parts(model: Path) -> list[str]:
@@ -205,9 +205,9 @@ def _not_cached(cached: Path | None, file: str | None, missing: list[str]) -> st
     if cached is None:
         return "not in the cache"
     if missing != [file]:
-        return f"not completely in the cache (missing: {some(missing, _MOST_LISTED)})"
+        return f"not completely in the cache (missing: {first_names(missing, _MOST_LISTED)})"
     models = [path.name for path in _matching(_ggufs(cached), None)]
-    others = f"; it has {some(models, _MOST_LISTED)}" if models else ""
+    others = f"; it has {first_names(models, _MOST_LISTED)}" if models else ""
     return f"not in the cache (missing: {file}{others})"
 
 
@@ -252,7 +252,7 @@ def _chosen(paths: list[Path], file: str | None, repository: str) -> Path | None
     if not models:
         return None
     what = "has several GGUF models" if found else f"has no GGUF model {file!r}"
-    listed = some([path.name for path in found or models], _MOST_LISTED)
+    listed = first_names([path.name for path in found or models], _MOST_LISTED)
     name = repository.partition(":")[0]
     raise InputError(f"{repository}: {what}: choose one as {name}:Q4_K_M or {name}:FILE, from {listed}")
 

@@ -11,7 +11,7 @@ from einsum_transformer.loading.contents import look
 from einsum_transformer.loading.hub import DEFAULT_MODEL
 from einsum_transformer.loading.sources import Options, Source, find, name_of
 from einsum_transformer.loading.weights import random_weights, read_weights
-from einsum_transformer.models.adapter_text import with_own_text
+from einsum_transformer.models.adapter_text import with_adapter_tokenizer
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.run_config import RunConfig
@@ -55,13 +55,13 @@ def load(
     model = _model(found, options)
     if isinstance(found, RunConfig):
         model = replace(model, run_config=found)
-    return model if adapter is None else with_own_text(with_adapter(model, adapter), adapter)
+    return model if adapter is None else with_adapter_tokenizer(with_adapter(model, adapter), adapter)
 
 
 def _model(source: Source, options: Options) -> Model:
     found = look(source, options)
     assert found.config is not None
-    config = options.cut(found.config)
+    config = options.truncated(found.config)
     if found.tensors is None or found.places is None:
         if options.weight_budget is not None:
             raise InputError(f"`weight_budget`: {name_of(source)} has random weights, and no file of them")

@@ -8,7 +8,7 @@ from typing import Any
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import single_gguf
-from einsum_transformer.formats.links import LEADS_NOWHERE, leads_nowhere
+from einsum_transformer.formats.links import BROKEN_LINK, is_broken_link
 from einsum_transformer.formats.sniff import is_json
 from einsum_transformer.loading import hub
 from einsum_transformer.models.config import ModelConfig
@@ -38,11 +38,11 @@ class Options:
         if self.max_layers is not None and self.max_layers < 1:
             raise InputError(f"max_layers is {self.max_layers}: expected 1 or more")
 
-    def cut(self, config: ModelConfig) -> ModelConfig:
+    def truncated(self, config: ModelConfig) -> ModelConfig:
         """Return the config truncated to its first `max_layers` layers."""
         if self.max_layers is None or self.max_layers >= config.num_hidden_layers:
             return config
-        return config.cut(self.max_layers)
+        return config.truncated(self.max_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ def resolve(source: str | Path, options: Options) -> Path:
             return single_gguf(path, options.allow_links) or path
         if path.exists():
             return path
-        if leads_nowhere(path):
-            raise InputError(f"{path}: {LEADS_NOWHERE}")
+        if is_broken_link(path):
+            raise InputError(f"{path}: {BROKEN_LINK}")
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:

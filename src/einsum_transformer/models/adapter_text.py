@@ -12,7 +12,7 @@ from einsum_transformer.text.folder import templates_in
 from einsum_transformer.text.tokenizer import Tokenizer
 
 
-def with_own_text(model: Model, folder: str | Path) -> Model:
+def with_adapter_tokenizer(model: Model, folder: str | Path) -> Model:
     """The model with the tokenizer and chat template of an adapter folder: those used for its training.
 
     A note names what differs from the base model's. One with more tokens than the model is ignored.

@@ -57,7 +57,7 @@ def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
         a = _initial_a(path, planned.rank, spec.stored[1], seed)
         return a, np.zeros((spec.stored[0], planned.rank))
 
-    return put_on(model, config, plan(model, config.for_training()), draw)
+    return add_adapters(model, config, plan(model, config.for_training()), draw)
 
 
 def plan(model: Model, config: LoRAConfig) -> dict[str, Planned]:
@@ -123,7 +123,7 @@ def no_matrix(model: Model, names: list[str]) -> InputError:
     )
 
 
-def put_on(model: Model, config: LoRAConfig, planned: Mapping[str, Planned], draw: Draw) -> Model:
+def add_adapters(model: Model, config: LoRAConfig, planned: Mapping[str, Planned], draw: Draw) -> Model:
     """The model with the planned adapters, with A and B from `draw`, and every other weight frozen."""
     if model.lora is not None:
         raise InputError(f"{model.source}: the model already has an adapter; merge it first")
@@ -184,8 +184,8 @@ def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, 
             return leaf
         delta = leaf.delta()
         if delta is None:
-            return leaf.bare()
-        exact = np.asarray(leaf.bare()).astype(np.float64)
+            return leaf.base_weight()
+        exact = np.asarray(leaf.base_weight()).astype(np.float64)
         delta = delta.astype(np.float64)
         exact += sign * delta
         stored = rounded(exact.astype(leaf.dtype), dtype)

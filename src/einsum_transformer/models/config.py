@@ -245,7 +245,7 @@ class ModelConfig:
                 "config keys disagree: layer_types contains sliding_attention, but sliding_window is null"
             )
 
-    def cut(self, layers: int) -> ModelConfig:
+    def truncated(self, layers: int) -> ModelConfig:
         """The config truncated to its first `layers` layers."""
         return replace(
             self,

@@ -14,7 +14,7 @@ from einsum_transformer.components.head import Head
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import Leaf, phase, tap
-from einsum_transformer.engine.recorder import know_weights
+from einsum_transformer.engine.recorder import name_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.blocks import AnyBlock, Norm
 from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
@@ -70,7 +70,7 @@ class Decoder:
         cache: KV cache of earlier tokens, to which these are appended. keep: also return the activations that
         `backward` needs. recompute: save only the input of each block; `backward` recomputes the rest.
         """
-        know_weights(self, self._weights)
+        name_weights(self, self._weights)
         with phase("embedding"):
             token_positions, contexts = self._contexts(tokens, cache)
             x, saved_embedding = self.embed_tokens.forward(tokens)
@@ -115,7 +115,7 @@ class Decoder:
 
     def backward(self, dlogits: Array, saved: Saved) -> Decoder:
         """The gradient of a loss with respect to every weight, given that of the logits (b, t, v)."""
-        know_weights(self, self._weights)
+        name_weights(self, self._weights)
         with phase("head"):
             dx, dhead = self.head.backward(dlogits, saved.lm_head)
             dx, dnorm = self.norm.backward(dx, saved.norm)

@@ -105,7 +105,7 @@ class Model:
                 f"targets have shape {targets.shape}, tokens {tokens.shape}: expected equal shapes"
             )
         self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
-        if added := unapplied_settings(self.config, losses_alone=True):
+        if added := unapplied_settings(self.config, losses_only=True):
             note_once(f"{self.source}: the loss excludes the load-balancing loss of {', '.join(added)}")
         loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
         return loss, self._named(gradient)
@@ -198,7 +198,7 @@ class Model:
                 continue
             if path in adapters and leaf is adapters[path]:
                 pairs[path] = _own_pair(adapters[path])
-            base = leaf.bare() if isinstance(leaf, Leaf) else leaf
+            base = leaf.base_weight() if isinstance(leaf, Leaf) else leaf
             # With tied embeddings the head exists only for adapters; it is not a separate parameter.
             if path != HEAD or not self.config.tie_word_embeddings:
                 array = base.array() if isinstance(base, Leaf) else base

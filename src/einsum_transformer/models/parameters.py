@@ -54,10 +54,10 @@ def gradients_by_name(decoder: Any, gradient: Any) -> dict[str, Array]:
     return found
 
 
-def drawn(decoder: Any, key: tuple[int, ...], first_row: int) -> Any:
+def with_dropout(decoder: Any, key: tuple[int, ...], first_row: int) -> Any:
     """The decoder with the same weights and the dropout masks of `key`, for the rows of a batch from
     first_row on."""
-    return map_named(lambda _, w: w.drawn(key, first_row) if isinstance(w, Leaf) else w, decoder)
+    return map_named(lambda _, w: w.with_dropout(key, first_row) if isinstance(w, Leaf) else w, decoder)
 
 
 def writable(decoder: Any) -> Any:

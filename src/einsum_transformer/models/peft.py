@@ -18,7 +18,7 @@ from einsum_transformer.formats.files import write_json
 from einsum_transformer.formats.mapped import quoted
 from einsum_transformer.formats.safetensors import SafetensorsFile, write_safetensors
 from einsum_transformer.models import mlx_adapter
-from einsum_transformer.models.adapters import Planned, matrices_of, no_matrix, planned_stack, put_on
+from einsum_transformer.models.adapters import Planned, add_adapters, matrices_of, no_matrix, planned_stack
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
 from einsum_transformer.models.peft_config import CONFIG, config_dict, note_base, read_config
@@ -71,7 +71,7 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
             outputs, inputs = matrices[path].stored
             module = model.family.module_name(path)
             _check_shapes(module, pairs[path], (own.rank, inputs), (outputs, own.rank))
-        return put_on(model, config, planned, lambda path, *_: pairs[path])
+        return add_adapters(model, config, planned, lambda path, *_: pairs[path])
     except (ConfigError, FormatError):
         raise
     except InputError as error:

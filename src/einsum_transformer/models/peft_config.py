@@ -16,11 +16,11 @@ from einsum_transformer.notes import note
 
 CONFIG = "adapter_config.json"
 
-OBEYED = frozenset(
+APPLIED = frozenset(
     {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters"}
     | {"rank_pattern", "alpha_pattern"}
 )
-NEUTRAL = {
+IGNORED = {
     "task_type": "the class of transformers that was adapted",
     "auto_mapping": "how to import that class",
     "base_model_name_or_path": "compared with the model (`note_base`)",
@@ -40,7 +40,7 @@ NEUTRAL = {
     "runtime_config": "the device that PEFT computes on",
 }
 """Keys that do not change what an adapter computes, whatever their value, and why."""
-REFUSED = {
+UNSUPPORTED = {
     "bias": ("none",),
     "use_dora": (),
     "lora_bias": (),
@@ -103,10 +103,10 @@ def read_raw(path: Path) -> dict[str, Any]:
 
 
 def _check_key(path: Path, key: str, value: Any) -> None:
-    if key in OBEYED or key in NEUTRAL or not value:
+    if key in APPLIED or key in IGNORED or not value:
         return
-    if key in REFUSED:
-        if value not in REFUSED[key]:
+    if key in UNSUPPORTED:
+        if value not in UNSUPPORTED[key]:
             raise ConfigError(f"{path}: {key} = {shown(value)} is not supported")
     elif key in NOTED:
         note(f"{path}: {key} is ignored: {NOTED[key]}")

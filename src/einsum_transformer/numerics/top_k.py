@@ -12,7 +12,7 @@ def top_k(scores: Array, k: int) -> Array:
     return np.sort(np.argpartition(-scores, k - 1, axis=-1)[..., :k], axis=-1)
 
 
-def without_all_but_best_groups(scores: Array, groups: int, kept: int) -> Array:
+def mask_groups(scores: Array, groups: int, kept: int) -> Array:
     """Return the scores with 0 outside of the `kept` groups of adjacent entries with the largest maxima."""
     grouped = scores.reshape(*scores.shape[:-1], groups, -1)
     best = top_k(grouped.max(axis=-1), kept)

@@ -9,7 +9,7 @@ from einsum_transformer.notes import note
 from einsum_transformer.text.chat_template import template_variables
 
 # Keyword -> (values that have no effect, what to do instead of using another value).
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenize": ((True, False), "apply_chat_template returns token ids or text"),
     "return_dict": ((False,), "apply_chat_template returns a list of ids"),
     "return_tensors": ((None,), "apply_chat_template returns a list of ids; numpy.array converts it"),
@@ -27,12 +27,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def check_options(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords that are template variables; InputError for an unsupported keyword."""
-    for name, (unused, advice) in REFUSED.items():
+    for name, (unused, advice) in UNSUPPORTED.items():
         if name in variables and not any(variables[name] == value for value in unused):
             raise InputError(f"{name}={variables[name]!r} is not supported: {advice}")
     if "conversation" in variables:
         raise InputError("conversation: give the messages as the first argument")
-    return {name: value for name, value in variables.items() if name not in REFUSED}
+    return {name: value for name, value in variables.items() if name not in UNSUPPORTED}
 
 
 def choose_template(templates: Mapping[str, str], wanted: str | None, tools: bool, source: str) -> str:

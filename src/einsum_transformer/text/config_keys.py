@@ -11,7 +11,7 @@ from einsum_transformer.notes import note
 from einsum_transformer.text.added_tokens import NAMES, is_typed
 from einsum_transformer.text.classes import COMPLETE
 
-OBEYED = frozenset(
+APPLIED = frozenset(
     {
         *NAMES,
         *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
@@ -24,7 +24,7 @@ OBEYED = frozenset(
     }
 )
 
-NEUTRAL = frozenset(
+IGNORED = frozenset(
     {
         # Batches, padding and truncation; texts are encoded one at a time and never truncated.
         *("model_max_length", "max_len", "max_length", "padding_side", "truncation_side", "stride"),
@@ -84,7 +84,7 @@ NOTED = {
     "fix_mistral_regex": "the pre-tokenizer of tokenizer.json is used unchanged",
 }
 
-GGUF_OBEYED = frozenset(
+GGUF_APPLIED = frozenset(
     {
         *("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"),
         *("tokenizer.ggml.scores", "tokenizer.ggml.merges", "tokenizer.ggml.precompiled_charsmap"),
@@ -100,7 +100,7 @@ GGUF_OBEYED = frozenset(
     }
 )
 
-GGUF_NEUTRAL = frozenset(
+GGUF_IGNORED = frozenset(
     {
         # Infilling, which is not supported; the tokens themselves are in the vocabulary.
         *(f"tokenizer.ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
@@ -120,14 +120,14 @@ GGUF_NOTED = {
 def note_config_keys(config: Mapping[str, Any], path: str) -> None:
     """Note the keys of a tokenizer_config.json that are not used but may change the result."""
     named = {key for key, value in config.items() if _is_named_token(key, value)}
-    _note_keys(config, OBEYED | NEUTRAL | CONVERTED | named, NOTED, path)
+    _note_keys(config, APPLIED | IGNORED | CONVERTED | named, NOTED, path)
 
 
 def note_gguf_keys(metadata: Mapping[str, Any], path: str) -> None:
     """Note the same for the `tokenizer.*` keys of a GGUF file."""
     own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     templates = {key for key in own if key.startswith("tokenizer.chat_template.")}
-    _note_keys(own, GGUF_OBEYED | GGUF_NEUTRAL | templates, GGUF_NOTED, path)
+    _note_keys(own, GGUF_APPLIED | GGUF_IGNORED | templates, GGUF_NOTED, path)
 
 
 def _note_keys(

@@ -33,7 +33,7 @@ from einsum_transformer.text.bounds import (
 MAX_SOURCE = 200_000  # characters; the longest published templates have about a tenth of this
 WATCHED = frozenset({"<template>", __file__})  # jinja2 calls compiled templates "<template>"
 # Filters and methods that can run for hours on a malicious string, or return bytes; prompts do not need them.
-_REFUSED = frozenset({"striptags", "urlize", "wordwrap", "encode", "to_bytes"})
+_UNSUPPORTED = frozenset({"striptags", "urlize", "wordwrap", "encode", "to_bytes"})
 _JINJA_ARGUMENTS = frozenset({"_loop_vars", "_block_vars"})  # jinja2 adds them to calls and removes them
 
 
@@ -94,7 +94,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         method = getattr(obj, "__wrapped__", obj)  # str.format arrives wrapped by the sandbox
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if name in _REFUSED:
+        if name in _UNSUPPORTED:
             raise SecurityError(f"the method {name!r} is not supported")
         if isinstance(owner, str) and name in METHOD_SIZES:
             if name == "join":
@@ -237,7 +237,9 @@ def environment() -> ChatEnvironment:
     )
     env.filters.update(tojson=_tojson, sum=_sum, join=_join_filter)
     env.filters = {
-        name: _bound_filter(name, function) for name, function in env.filters.items() if name not in _REFUSED
+        name: _bound_filter(name, function)
+        for name, function in env.filters.items()
+        if name not in _UNSUPPORTED
     }
     del env.globals["lipsum"]
     env.globals.update(

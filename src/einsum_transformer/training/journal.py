@@ -1,4 +1,4 @@
-"""The folder of a training: run.json, train.log, metrics.jsonl, and the checkpoints beside them."""
+"""The folder of a training: run.json, train.log, metrics.jsonl and the checkpoints."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ ABOUT, LOG, METRICS = "run.json", "train.log", "metrics.jsonl"
 
 
 class Journal:
-    """What a training writes while it runs: nothing if `folder` is None. A folder holds one training, which
-    is
-    continued only on request."""
+    """Writes the files of a training while it runs, or nothing if `folder` is None.
+
+    A folder contains one training; `resume` continues it."""
 
     def __init__(self, folder: str | Path | None, resume: bool = False) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
         metrics = self.folder / METRICS
-        begun = metrics.exists() and metrics.stat().st_size > 0
-        if not resume and (begun or state.checkpoints(self.folder)):
-            raise InputError(f"{self.folder}: holds a training already; `resume` continues it")
+        started = metrics.exists() and metrics.stat().st_size > 0
+        if not resume and (started or state.checkpoints(self.folder)):
+            raise InputError(f"{self.folder}: already contains a training; continue it with `resume`")
         self.folder.mkdir(parents=True, exist_ok=True)
         state.clean(self.folder)
         self._log = (self.folder / LOG).open("a", encoding="utf-8")
@@ -44,19 +44,19 @@ class Journal:
             return
         last = () if error is None else (partial(self.note, f"ended by {type(error).__name__}: {error}"),)
         for action in (*last, self._log.close, self._metrics.close):
-            # Where the disk is full this fails as well; told is then what failed first.
+            # If the disk is full, this fails too; the first error is the one to raise.
             with nullcontext() if error is None else suppress(OSError):
                 action()
 
     def about(self, facts: Mapping[str, Any]) -> None:
-        """Write run.json: what is trained, how, on what."""
+        """Write run.json: model, settings and data."""
         if self.folder is None:
             return
         with _named(self.folder / ABOUT):
             write_json(self.folder / ABOUT, facts)
 
     def note(self, text: str) -> None:
-        """A line of train.log, with the time."""
+        """Write a line with the time to train.log."""
         if self.folder is None:
             return
         with _named(self.folder / LOG):
@@ -64,7 +64,7 @@ class Journal:
             self._log.flush()
 
     def metrics(self, numbers: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Write a line to metrics.jsonl."""
         if self.folder is None:
             return
         with _named(self.folder / METRICS):
@@ -72,7 +72,7 @@ class Journal:
             self._metrics.flush()
 
     def forget_after(self, steps: int) -> None:
-        """Remove the metrics of steps that a resumed training does again, and a line that was cut off."""
+        """Remove the metrics of steps that a resumed training repeats, and an incomplete last line."""
         if self.folder is None:
             return
         kept = []
@@ -88,7 +88,7 @@ class Journal:
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
 
     def commit(self) -> None:
-        """Bring log and metrics to the disk, as is done for a checkpoint."""
+        """Flush log and metrics to the disk."""
         if self.folder is None:
             return
         for file in (self._log, self._metrics):
@@ -98,7 +98,7 @@ class Journal:
 
 
 def new_run_folder(source: str) -> Path:
-    """A folder under runs/ that does not exist yet, named by the model and the time."""
+    """Return a new path under runs/, named after the model and the time."""
     first = Path("runs") / f"{Path(source.split(' (')[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = first, 1
     while folder.exists():
@@ -109,7 +109,7 @@ def new_run_folder(source: str) -> Path:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say in the system's error, which a failed write does not, what could not be written."""
+    """Add the path to an OSError, which a failed write does not name."""
     try:
         yield
     except OSError as error:

@@ -21,7 +21,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.families.config_keys import unapplied_settings
 from einsum_transformer.models.finite import FirstBad
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.parameters import drawn, frozen, gradients_by_name, trainable, writable
+from einsum_transformer.models.parameters import frozen, gradients_by_name, trainable, with_dropout, writable
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
 from einsum_transformer.training.data import Batch, Batches
@@ -37,9 +37,9 @@ Array = np.ndarray
 class TrainingSettings:
     """How a model is trained.
 
-    clip_norm: gradients are scaled so that the norm of all of them together is at most this. recompute: keep
-    what enters each block and no more, and run blocks again for the backward pass. max_bad_steps: how many
-    steps in a row may be left out because a number was not finite.
+    clip_norm: maximum norm of all gradients together; larger ones are scaled. recompute: save only the input
+    of each block, and compute the block again in the backward pass. max_bad_steps: maximum number of
+    successive steps that are skipped because a value is not finite.
     """
 
     schedule: Schedule
@@ -51,13 +51,13 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"clip_norm is {self.clip_norm}: a number above 0 is expected")
+            raise InputError(f"`clip_norm` is {self.clip_norm}: expected a number above 0")
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did. step: counted from 0; loss: the mean over its targets, before the update; norm: of
-    all gradients, before clipping."""
+    """The result of one step. step: from 0; loss: the mean over its targets, before the update; norm: of all
+    gradients together, before clipping."""
 
     step: int
     loss: float
@@ -66,39 +66,39 @@ class StepReport:
     targets: int
     seconds: float
     fault: str | None = None
-    """Why nothing was updated, or None: where the first number was that is not finite."""
+    """Why the step was skipped (the origin of the first value that is not finite), or None."""
 
 
 class TrainingFailed(InputError):
-    """Too many steps in a row gave numbers that are not finite."""
+    """Too many successive steps were not finite."""
 
 
 class Compute(Protocol):
-    """Who computes gradients and changes the weights: this process, or the workers of a cluster."""
+    """Computes gradients and updates weights, in this process or with the workers of a cluster."""
 
     def gradients(self, parts: list[Batch], count: int, step: int) -> tuple[float, dict[str, Array]]:
-        """The loss of a batch, divided by `count`, and its gradient by every trained array."""
+        """Return the loss of a batch, divided by `count`, and its gradient by every trained array."""
         ...
 
     def update(self, gradients: dict[str, Array], lr: float, step: int, scale: float) -> None:
-        """Change the weights, in place, and the optimizer's state."""
+        """Update the weights and the optimizer's state in place."""
         ...
 
     def moments(self) -> dict[str, dict[str, Array]]:
-        """The optimizer's state, by moment and name; to be read only."""
+        """Return the optimizer's state by moment and name, read-only."""
         ...
 
     def restore(self, moments: dict[str, dict[str, Array]]) -> None:
-        """Go on from this state, with the weights as they are now."""
+        """Replace the optimizer's state; the weights do not change."""
         ...
 
     def close(self) -> None:
-        """End what was started for it."""
+        """Stop the workers, if any."""
         ...
 
 
 class Local:
-    """This process computes."""
+    """Computation in this process."""
 
     def __init__(self, model: Model, settings: TrainingSettings) -> None:
         keep_freed()
@@ -123,11 +123,11 @@ class Local:
                 np.copyto(self.state[moment][name], array)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Nothing to stop."""
 
 
 def numbered(parts: list[Batch]) -> list[tuple[int, Array, Array]]:
-    """(number of its first row in the whole batch, tokens, targets) of each part."""
+    """Return (index of its first row in the whole batch, tokens, targets) of each part."""
     firsts = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
     return [(int(first), tokens, targets) for first, (tokens, targets) in zip(firsts, parts)]
 
@@ -139,7 +139,7 @@ def batch_gradients(
     key: tuple[int, ...],
     settings: TrainingSettings,
 ) -> tuple[float, dict[str, Array]]:
-    """The loss and the gradients of numbered parts, summed in their order; key: what dropout depends on."""
+    """Return the loss and the gradients of numbered parts, summed in order; key: the seed of dropout."""
     loss, total = 0.0, {}
     for part in parts:
         for part_loss, gradients in _sliced(decoder, part, count, key, settings.recompute):
@@ -153,13 +153,13 @@ def batch_gradients(
 def _sliced(
     decoder: Any, part: tuple[int, Array, Array], count: int, key: tuple[int, ...], recompute: bool
 ) -> list[tuple[float, dict[str, Array]]]:
-    """Loss and gradients of a part's rows: of all at once, or of a slice of them on each thread."""
+    """Return loss and gradients of a part: of all rows at once, or of one slice of rows per thread."""
     first_row, tokens, targets = part
     slices = min(blas.free_threads(), len(tokens)) if _slices_pay(decoder, tokens.size) else 1
     found: list[Any] = [None] * slices
 
     def compute(i: int, first_row: int, tokens: Array, targets: Array) -> None:
-        own = drawn(decoder, key, first_row)
+        own = with_dropout(decoder, key, first_row)
         loss, gradient = own.loss_and_gradient(tokens, targets, count, recompute)
         found[i] = loss, gradients_by_name(own, gradient)
 
@@ -169,12 +169,12 @@ def _sliced(
 
 
 def _slices_pay(decoder: Any, tokens: int) -> bool:
-    """Whether threads that take some rows each are faster than threads that share each product.
+    """Return whether one slice of rows per thread is faster than threads that share each product.
 
-    They are: nobody waits between products, and what is no product runs side by side too. But every thread
-    has a gradient of its own, which must be written, read and added: about 1.2 ns for each trained number
-    where a number of the model takes 0.03 ns a token. Where that is more than 4 %, as where all weights
-    are trained on less than 1,000 tokens, the products are shared.
+    Slices avoid waits between products, and parallelize the elementwise work too. But every thread then has
+    its own gradient, which is written, read and added: about 1.2 ns per trained parameter, while a parameter
+    of the model takes 0.03 ns per token. The products are shared if that is more than 4 %, e.g. if all
+    weights are trained on less than 1,000 tokens.
     """
     if reads_values():
         return False
@@ -184,10 +184,10 @@ def _slices_pay(decoder: Any, tokens: int) -> bool:
 
 
 class Trainer:
-    """A model in training. Its weights change in place; those of a read-only file are copied first.
+    """Trains a model. Its weights change in place; those of a read-only file are copied first.
 
-    What is trained is what the model says: every array, or with adapters (`with_lora`) their matrices alone.
-    compute: makes of the model and the settings what computes; this process by default.
+    Every array of the model is trained, or only the matrices of its adapters if it has any (`with_lora`).
+    compute: returns the `Compute` for the model and the settings; by default this process computes.
     """
 
     def __init__(
@@ -205,29 +205,29 @@ class Trainer:
         self.compute = compute(self.model, settings)
         self.steps_done = 0
         self.bad_steps = 0
-        """Steps left out in all, because a number was not finite."""
+        """Total number of steps that were skipped because a value was not finite."""
         self.bad_in_a_row = 0
 
     @cached_property
     def frozen_crc(self) -> int:
-        """A check sum of the weights that are not trained, and so are in no checkpoint."""
+        """The checksum of the frozen weights, which checkpoints do not contain."""
         crc = 0
         for part in frozen(self.model.decoder).values():
             weight = np.asarray(part)
-            # In the order of memory, so that nothing is copied; the layout follows from how it was loaded.
+            # In memory order, so that nothing is copied; the loader determines the layout.
             flat = weight.transpose(np.argsort(weight.strides, kind="stable")[::-1])
             crc = zlib.crc32(np.ascontiguousarray(flat).reshape(-1).view(np.uint8).data, crc)
         return crc
 
     def run(self, steps: int) -> Iterator[StepReport]:
-        """Steps until `steps` are done, counted from the start of the training."""
+        """Yield the reports of the steps up to `steps`, counted from the start of the training."""
         while self.steps_done < steps:
             yield self.step()
 
-    # What overflows is found below and told in the report; NumPy's warnings would say it less well.
+    # The report names overflows, so NumPy's warnings are not needed.
     @np.errstate(over="ignore", invalid="ignore")
     def step(self) -> StepReport:
-        """One step; the weights are as they were if a number in it is not finite."""
+        """Run one step; the weights do not change if a value in it is not finite."""
         begin, number = time.perf_counter(), self.steps_done
         with phase("batch"):
             parts = self.batches.batch(number)
@@ -239,7 +239,7 @@ class Trainer:
         fault = None
         if math.isfinite(loss) and math.isfinite(norm):
             clip = self.settings.clip_norm
-            # Scaling happens inside the update; the gradients are not passed over once more.
+            # The update scales the gradients, which saves a pass over them.
             scale = 1.0 if clip is None or norm <= clip else clip / norm
             with phase("update"):
                 self.compute.update(gradients, lr, number, scale)
@@ -251,21 +251,21 @@ class Trainer:
             if self.bad_in_a_row > self.settings.max_bad_steps:
                 raise TrainingFailed(
                     f"step {number + 1}: {fault}; {self.bad_in_a_row} steps in a row were not finite: "
-                    "lower the learning rate, or clip the gradients"
+                    "lower the learning rate, or clip the gradients with `clip_norm`"
                 )
         self.steps_done += 1
         return StepReport(number, loss, norm, lr, count, time.perf_counter() - begin, fault)
 
     def _fault(self, parts: list[Batch], gradients: dict[str, Array]) -> str:
-        """Where the first number stands that is not finite, in the forward or else the backward pass."""
+        """Return the origin of the first value that is not finite: in the forward, else the backward pass."""
         bad = FirstBad()
         with Recorder(spans=False).on_value(bad):
             for tokens, _ in parts:
                 if not bad.name:
                     self.model.decoder.forward(tokens)
         if bad.name:
-            return f"{bad.name} gives a number that is not finite"
-        # The backward pass goes from the last layer to the first.
+            return f"{bad.name} has a value that is not finite"
+        # The backward pass runs from the last layer to the first.
         for name in reversed(gradients):
             if not np.isfinite(gradients[name]).all():
                 return f"the gradient of {name} is not finite"

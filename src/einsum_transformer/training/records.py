@@ -12,7 +12,7 @@ import numpy as np
 
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
-from einsum_transformer.tables import some
+from einsum_transformer.tables import first_names
 from einsum_transformer.text.chat_template import check_messages
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.training import record_keys as keys
@@ -126,7 +126,7 @@ class _Reader:
         if self.not_located:
             note(f"{path}: {self.not_located} of {count} records are skipped: {why}")
         if self.unused:
-            named = some([f"{name} ({number})" for name, number in self.unused.most_common()], 12)
+            named = first_names([f"{name} ({number})" for name, number in self.unused.most_common()], 12)
             note(f"{path}: ignored keys, with the number of records that contain them: {named}")
         if self.last_only:
             which = "conversations" if self.last_only > 1 else "conversation"

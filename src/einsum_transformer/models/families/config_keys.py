@@ -10,9 +10,9 @@ from typing import Any
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig, shown
 from einsum_transformer.notes import note
-from einsum_transformer.tables import some
+from einsum_transformer.tables import first_names
 
-NEUTRAL = frozenset(
+IGNORED = frozenset(
     {
         # Name and origin of the model.
         "_name_or_path",
@@ -102,7 +102,7 @@ NEUTRAL = frozenset(
 )
 """Keys that do not affect the forward pass."""
 
-REFUSED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
@@ -154,22 +154,22 @@ def check_unread(keys: Keys) -> tuple[tuple[str, Any], ...]:
     for name in keys.left_over():
         value = _value(keys.raw, name)
         key = next((name.removeprefix(inner) for inner in _INNER if name.startswith(inner)), name)
-        if value is None or key in NEUTRAL or value in SWITCHED_OFF.get(key, ()):
+        if value is None or key in IGNORED or value in SWITCHED_OFF.get(key, ()):
             continue
-        if key in REFUSED:
-            if value not in REFUSED[key]:
+        if key in UNSUPPORTED:
+            if value not in UNSUPPORTED[key]:
                 raise ConfigError(f"{keys.source}: {name} = {shown(value)} is not supported")
         elif key in TRAINING or key in LOSS_WEIGHTS:
             training.append((name, value))
         else:
             unknown.append(name if len(name) <= 60 else f"{name[:57]}...")
     if unknown:
-        note(f"{keys.source}: keys that are not used: {some(unknown, 8)}")
+        note(f"{keys.source}: keys that are not used: {first_names(unknown, 8)}")
     return tuple(training)
 
 
-def unapplied_settings(config: ModelConfig, losses_alone: bool = False) -> list[str]:
-    """Training settings that are not applied, as `key = value`; losses_alone: only those that add a loss."""
+def unapplied_settings(config: ModelConfig, losses_only: bool = False) -> list[str]:
+    """Training settings that are not applied, as `key = value`; losses_only: only those that add a loss."""
     training = dict(config.training)
     found = []
     for name, value in config.training:
@@ -178,7 +178,7 @@ def unapplied_settings(config: ModelConfig, losses_alone: bool = False) -> list[
             continue  # the weight of its loss is 0
         switches = TRAINING if key in TRAINING else {"aux_loss_alpha": LOSS_WEIGHTS["aux_loss_alpha"]}
         adds_loss = key in ("output_router_logits", "aux_loss_alpha")
-        if key in switches and value not in switches[key] and (adds_loss or not losses_alone):
+        if key in switches and value not in switches[key] and (adds_loss or not losses_only):
             found.append(f"{name} = {shown(value)}")
     return found
 

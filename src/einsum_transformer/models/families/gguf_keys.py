@@ -1,8 +1,8 @@
 """GGUF metadata that a family does not read: keys without effect, and rejected values.
 
-The keys are those of the GGUF specification and of llama.cpp, without the prefix `{arch}.`. NEUTRAL lists the
-values with which a key does not change the arithmetic; any other value is an error. Keys that are in no table
-are named in one note.
+The keys are those of the GGUF specification and of llama.cpp, without the prefix `{arch}.`. UNSUPPORTED lists
+the values with which a key does not change the arithmetic; any other value is an error. One note names the
+keys that are in no table.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig, shown
 from einsum_transformer.notes import note
-from einsum_transformer.tables import some
+from einsum_transformer.tables import first_names
 
 OFF: tuple[Any, ...] = (0, False, "")
 ONE: tuple[Any, ...] = (0, 1)
@@ -72,7 +72,7 @@ SIZES = frozenset(
 )
 """Sizes of tensors, whose shapes are checked: a part that a family does not have is an unexpected tensor."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
             "attention.max_alibi_bias",
@@ -175,7 +175,7 @@ def check_unread(keys: Keys, architecture: str, config: ModelConfig) -> None:
         value = keys.raw.get(name)
         if name == "attention.sliding_window" and isinstance(value, int):
             value = 0 if value >= config.max_position_embeddings else value
-        allowed = own.get(name, ()) + NEUTRAL.get(name, ())
+        allowed = own.get(name, ()) + UNSUPPORTED.get(name, ())
         if not allowed:
             unknown.append(f"{architecture}.{name}")
         elif not all(_is(each, allowed) for each in (value if isinstance(value, list) else [value])):
@@ -184,7 +184,7 @@ def check_unread(keys: Keys, architecture: str, config: ModelConfig) -> None:
                 f"not supported for {config.model_type}"
             )
     if unknown:
-        note(f"{keys.source}: metadata that is not used: {some(unknown, 8)}")
+        note(f"{keys.source}: metadata that is not used: {first_names(unknown, 8)}")
 
 
 def _is_without_effect(name: str, config: ModelConfig) -> bool:
@@ -232,7 +232,7 @@ _SAMPLING = {
     "penalty_repeat": "repetition_penalty",
 }
 """llama.cpp's name of a sampling setting, after `general.sampling.` -> its name in generation_config.json."""
-_NEUTRAL_SAMPLING = {"xtc_probability": OFF, "xtc_threshold": (), "mirostat": OFF, "penalty_last_n": (-1,)}
+_IGNORED_SAMPLING = {"xtc_probability": OFF, "xtc_threshold": (), "mirostat": OFF, "penalty_last_n": (-1,)}
 _MIROSTAT_KEYS = ("mirostat_tau", "mirostat_eta")
 
 
@@ -250,7 +250,7 @@ def sampling_settings(metadata: Mapping[str, Any], source: str) -> dict[str, Any
         given = {key: value for key, value in given.items() if key not in _MIROSTAT_KEYS}
     if given.get("xtc_probability", 0) in OFF:
         given.pop("xtc_threshold", None)
-    unused = [f"{prefix}{key}" for key in given if not _is(given[key], _NEUTRAL_SAMPLING.get(key, ()))]
+    unused = [f"{prefix}{key}" for key in given if not _is(given[key], _IGNORED_SAMPLING.get(key, ()))]
     if unused:
         note(f"{source}: sampling settings that are not used: {', '.join(unused)}")
     temperature = found.get("temperature")
