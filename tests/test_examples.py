@@ -36,7 +36,7 @@ def test_all_are_found() -> None:
     assert len(SCRIPTS) >= 10
 
 
-@pytest.mark.parametrize("script", map(marked, SCRIPTS))
+@pytest.mark.parametrize("script", [marked(script) for script in SCRIPTS])
 def test_runs(script: Path, tmp_path: Path) -> None:
     """The script ends without error and prints something; a training takes ten steps."""
     before = os.times()
