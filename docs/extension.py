@@ -1,4 +1,4 @@
-"""A Sphinx extension for this site: `etx --help` as a page, docstrings in plain text, links to the repository."""
+"""Sphinx extension of this site: `etx --help` as a page, docstrings as plain text, repository links."""
 
 import inspect
 import re
