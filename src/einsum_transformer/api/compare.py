@@ -43,9 +43,9 @@ def explain(
     """The program of a model for `batch` rows of `tokens` tokens: every equation, its cost, and how it runs.
 
     The Python that runs the model runs over arrays that have only a shape: no weight is read, so a config of
-    any size is enough. backward: also the gradient equations. adapter: a LoRA folder to put on the model.
-    Adapters count as in a real pass, also those that a run config trains (`use_lora`); frozen weights have no
-    gradient.
+    any size is enough. source: a model, its config, or what `load` takes. backward: also the gradient
+    equations. adapter: a LoRA folder to put on the model. Adapters count as in a real pass, also those that a
+    run config trains (`use_lora`); frozen weights have no gradient. offline, allow_links: as in `load`.
 
     Returns a Program: `str()` prints it, `.steps` lists the equations, `.flops` is their sum.
     """
@@ -64,7 +64,9 @@ def diff(
 ) -> Comparison:
     """Two models side by side: settings, parameters, equations, FLOPs, bytes and KV cache.
 
-    Only configs are read, so models of any size can be compared. `str()` of the result prints the tables.
+    a, b: models, their configs, or what `load` takes. Only configs are read, so models of any size can be
+    compared. batch, tokens: rows of a batch and tokens of a row. offline, allow_links: as in `load`. `str()`
+    of the result prints the tables.
     """
     configs = [described(source, None, offline, allow_links) for source in (a, b)]
     short = [Path(_name(source)).stem for source in (a, b)]
@@ -89,7 +91,8 @@ def inspect(
     """What a checkpoint contains, without loading it: tensors, types, sizes, and what each is in the model.
 
     `.used`, `.defaulted` and `.ignored` list the keys of its config. `.problems` lists every reason for which
-    `load` would reject it; it is empty for a checkpoint that loads. `str()` prints the tables.
+    `load` would reject it; it is empty for a checkpoint that loads. `str()` prints the tables. source,
+    revision, offline, allow_links: as in `load`.
     """
     options = Options(revision=revision, offline=offline, allow_links=allow_links)
     return inspection.inspect(find(source, options), options)
@@ -105,9 +108,9 @@ def parity(
 ) -> Parity:
     """Compare a model's activations with those of another program, and find the first that differs.
 
-    The model runs on the reference's tokens; embedding, norms, the product of every matrix, attention,
-    feed-forward, layers and logits are compared one by one. reference: a .npz or .safetensors file (or a
-    folder with one) whose arrays are named as the checkpoint names its modules
+    source: a model, or what `load` takes. It runs on the reference's tokens; embedding, norms, the product of
+    every matrix, attention, feed-forward, layers and logits are compared one by one. reference: a .npz or
+    .safetensors file (or a folder with one) whose arrays are named as the checkpoint names its modules
     (`model.layers.0.self_attn.q_proj`), with `tokens` and `logits`; tools/dump_reference.py writes one from
     transformers. tokens: token ids (b, t), if the reference has none. tolerance: maximum relative error of a
     step.
@@ -141,7 +144,8 @@ def gradcheck(
     adapters are checked. tokens, targets: (b, t) token ids, with -100 where there is no target; default:
     `batch_size` rows of `seq_len` random tokens. parameters: a regular expression; only parameters in whose
     name it is found. tolerance: maximum relative error. grad_checkpoint: check the backward pass that
-    recomputes blocks. progress: called with the number of parameters that are done, and of all.
+    recomputes blocks. seed: seed of random weights, tokens and directions. max_layers: load only the first
+    layers. progress: called with the number of parameters that are done, and of all.
 
     `.passed` is True if all agree; `.rows` lists the comparisons.
     """

@@ -72,7 +72,8 @@ def merge(
     source: a model with adapters, or a model (or what `load` takes) with `adapter`, the folder of one.
     output: write the result there, with a record of the adapter, so that the same adapter is not merged
     twice. dtype: the type that the weights are stored in; they are rounded to it. unmerge: subtract an
-    adapter that was merged; the base comes back up to the rounding of the stored type.
+    adapter that was merged; the base comes back up to the rounding of the stored type. revision, offline,
+    allow_links: as in `load`.
 
     Returns a Merge: `.model` is the merged model, `.tensors` lists the weights that changed.
     """

@@ -37,9 +37,10 @@ Array = np.ndarray
 class TrainingSettings:
     """How a model is trained.
 
-    clip_norm: gradients are scaled so that the norm of all of them together is at most this. recompute: keep
-    what enters each block and no more, and run blocks again for the backward pass. max_bad_steps: how many
-    steps in a row may be left out because a number was not finite.
+    schedule: the learning rate of each step. optimizer: SGD or AdamW. seed: seed of dropout. clip_norm:
+    gradients are scaled so that the norm of all of them together is at most this. recompute: keep what enters
+    each block and no more, and run blocks again for the backward pass. max_bad_steps: how many steps in a row
+    may be left out because a number was not finite.
     """
 
     schedule: Schedule
@@ -187,7 +188,8 @@ class Trainer:
     """A model in training. Its weights change in place; those of a read-only file are copied first.
 
     What is trained is what the model says: every array, or with adapters (`with_lora`) their matrices alone.
-    compute: makes of the model and the settings what computes; this process by default.
+    batches: RandomTokens, TextBatches, or another source of batches. compute: makes of the model and the
+    settings what computes; this process by default.
     """
 
     def __init__(
