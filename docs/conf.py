@@ -14,6 +14,7 @@ release = version = einsum_transformer.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "extension"]
 exclude_patterns = ["_build", "reference/_commands.md"]
 default_role = "code"
+smartquotes = False  # it makes one dash of the two of an option
 
 myst_enable_extensions = ["deflist", "fieldlist"]
 myst_heading_anchors = 4

@@ -1,4 +1,4 @@
-"""A Sphinx extension for this site: `etx --help` as a page, docstrings in plain text, links to the repository."""
+"""A Sphinx extension for this site: the text of `etx --help`, docstrings in plain text, links to files."""
 
 import inspect
 import re

@@ -136,19 +136,25 @@ def words(hint: Any) -> str:
     """Return an annotation in words: `int or None`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return _alternatives(dict.fromkeys(map(words, inner)))
+        return _alternatives(dict.fromkeys(name for each in inner for name in _names(each)))
     if origin is Annotated:
         return words(inner[0])
     if origin is Literal:
-        return _alternatives(map(repr, inner))
+        return _alternatives(_names(hint))
     if hint in (None, NoneType):
         return "None"
     if origin is Callable:
         return "a function"
     if isinstance(origin, type):
-        elements = [words(each) for each in inner if each is not Ellipsis]
-        return f"{origin.__name__.lower()} of {' to '.join(dict.fromkeys(elements))}"
+        elements = dict.fromkeys(words(each) for each in inner if each not in (Ellipsis, Any))
+        name = origin.__name__.lower()
+        return f"{name} of {' to '.join(elements)}" if elements and origin.__name__ != "Mapping" else name
     return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _names(hint: Any) -> list[str]:
+    """Of a Literal its values, else the annotation in words."""
+    return list(map(repr, get_args(hint))) if get_origin(hint) is Literal else [words(hint)]
 
 
 def _alternatives(names: Iterable[str]) -> str:

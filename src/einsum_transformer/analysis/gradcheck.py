@@ -60,6 +60,7 @@ class GradCheck:
 
     @property
     def passed(self) -> bool:
+        """Whether no error exceeds the tolerance."""
         return all(row.error <= self.tolerance for row in (self.whole, *self.rows))
 
     def to_dict(self) -> dict[str, Any]:

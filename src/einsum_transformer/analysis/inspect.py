@@ -11,17 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.files import read_json
 from einsum_transformer.loading.configs import bounded
 from einsum_transformer.loading.contents import Contents, look
 from einsum_transformer.loading.places import Place
 from einsum_transformer.loading.sources import Options, Source, name_of
 from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
+from einsum_transformer.models.ready import written_keys
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.tables import columns, quantity
 
@@ -90,7 +89,7 @@ def inspect(source: Source, options: Options) -> Inspection:
     problems: list[str] = []
     found = look(source, options, problems)
     config, tensors, places = found.config, found.tensors, found.places or {}
-    stated = read_json(Path(source.source)) if isinstance(source, RunConfig) else found.keys
+    stated = written_keys(source) if isinstance(source, RunConfig) else found.keys
     keys = {name: stated[name] for name in sorted(stated) if not name.startswith("//")}
     ignored, defaulted = ((), ()) if config is None else (config.ignored, config.defaulted)
     roles, missing = _roles(places), ()

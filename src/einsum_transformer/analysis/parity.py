@@ -66,10 +66,12 @@ class Parity:
 
     @property
     def first_diverging(self) -> Step | None:
+        """The first step whose error exceeds the tolerance, or None."""
         return next((step for step in self.steps if not step.passed), None)
 
     @property
     def passed(self) -> bool:
+        """Whether no step differs."""
         return self.first_diverging is None
 
     def to_dict(self) -> dict[str, Any]:

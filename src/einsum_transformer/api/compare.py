@@ -41,10 +41,10 @@ def explain(
 ) -> Program:
     """Return the program of a model for `batch` rows of `tokens` tokens: each equation and its cost.
 
-    The model runs on arrays that have only a shape. No weight is read, so models of any size work.
-    backward: also the gradient equations. adapter: a folder of LoRA adapters to add to the model. Adapters
-    count as in a real pass, also those that a run config trains (`use_lora`); frozen weights have no
-    gradient.
+    The model runs on arrays that have only a shape. No weight is read, so models of any size work. source: a
+    model, its config, or what `load` takes. backward: also the gradient equations. adapter: a folder of LoRA
+    adapters to add to the model. Adapters count as in a real pass, also those that a run config trains
+    (`use_lora`); frozen weights have no gradient. offline, allow_links: as in `load`.
 
     Returns a Program: `str()` is a table, `.steps` lists the equations, `.flops` is their sum.
     """
@@ -63,7 +63,9 @@ def diff(
 ) -> Comparison:
     """Compare two models: settings, parameters, equations, FLOPs, bytes and KV cache.
 
-    Only configs are read, so models of any size can be compared. `str()` of the result is a set of tables.
+    a, b: models, their configs, or what `load` takes. Only configs are read, so models of any size can be
+    compared. batch, tokens: rows of a batch and tokens of a row. offline, allow_links: as in `load`. `str()`
+    of the result is a set of tables.
     """
     configs = [described(source, None, offline, allow_links) for source in (a, b)]
     short = [Path(_name(source)).stem for source in (a, b)]
@@ -88,7 +90,8 @@ def inspect(
     """List the contents of a checkpoint without loading it: tensors, types, sizes, weights of the model.
 
     `.used`, `.defaulted` and `.ignored` list the keys of its config. `.problems` lists every reason for which
-    `load` rejects it; it is empty for a checkpoint that loads. `str()` is a set of tables.
+    `load` rejects it; it is empty for a checkpoint that loads. `str()` is a set of tables. source, revision,
+    offline, allow_links: as in `load`.
     """
     options = Options(revision=revision, offline=offline, allow_links=allow_links)
     return inspection.inspect(find(source, options), options)
@@ -104,9 +107,9 @@ def parity(
 ) -> Parity:
     """Compare a model's activations with those of another program, and find the first that differs.
 
-    The model runs on the tokens of the reference; embedding, norms, the product of every matrix, attention,
-    feed-forward, layers and logits are compared one by one. reference: a .npz or .safetensors file (or a
-    folder with one) whose arrays are named as the checkpoint names its modules
+    source: a model, or what `load` takes. It runs on the reference's tokens; embedding, norms, the product of
+    every matrix, attention, feed-forward, layers and logits are compared one by one. reference: a .npz or
+    .safetensors file (or a folder with one) whose arrays are named as the checkpoint names its modules
     (`model.layers.0.self_attn.q_proj`), with `tokens` and `logits`; tools/dump_reference.py writes one from
     transformers. tokens: token ids (b, t) if the reference does not contain any. tolerance: maximum relative
     error of a step.
@@ -140,8 +143,8 @@ def gradcheck(
     `use_lora`, the adapters are checked. tokens, targets: (b, t) token ids, -100 for positions without a
     target; default: `batch_size` rows of `seq_len` random tokens. parameters: check only parameters whose
     name this regular expression is found in. tolerance: maximum relative error. grad_checkpoint: check the
-    backward pass that recomputes blocks. progress: called with the number of checked parameters and of all
-    parameters.
+    backward pass that recomputes blocks. seed: seed of random weights, tokens and directions. max_layers:
+    load only the first layers. progress: called with the number of checked parameters and of all parameters.
 
     `.passed` is True if all agree; `.rows` lists the comparisons.
     """

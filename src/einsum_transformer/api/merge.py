@@ -72,7 +72,8 @@ def merge(
     source: a model with adapters, or a model (or any source that `load` takes) with `adapter`, the folder of
     an adapter. output: the folder to write the result to, with a record of the adapter, so that it is not
     merged twice. dtype: the storage type, to which the weights are rounded. unmerge: subtract an adapter that
-    was merged; the base weights are restored up to the rounding of the storage type.
+    was merged; the base weights are restored up to the rounding of the storage type. revision, offline,
+    allow_links: as in `load`.
 
     Returns a Merge: `.model` is the merged model, `.tensors` lists the weights that changed.
     """

@@ -61,7 +61,13 @@ TokenFile = Annotated[
 ]
 Rows = Annotated[
     int | None,
-    typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows of a batch."),
+    typer.Option(
+        "--batch-size",
+        "-b",
+        metavar="N",
+        min=1,
+        help="Rows of a batch; default 1 (gradcheck 2, train 4), or the config's.",
+    ),
 ]
 Length = Annotated[int, typer.Option("--seq-len", metavar="N", min=1, help="Tokens of each row.")]
 Output = Annotated[

@@ -48,7 +48,8 @@ def pull(repo: str = DEFAULT_MODEL, revision: str | None = None, offline: bool =
     """Fetch a model from the Hugging Face hub; returns the path of its folder, or of its .gguf file.
 
     repo: `owner/name`, `owner/name:FILE` for one of several GGUF files (by file name or quantization), or the
-    default model. Files that are in the cache are not fetched again. offline: use the cache only.
+    default model. revision: branch, tag or commit. Files that are in the cache are not fetched again.
+    offline: use the cache only.
     """
     return default_model(offline) if repo.lower() == DEFAULT_MODEL else download(repo, revision, offline)
 

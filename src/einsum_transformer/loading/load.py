@@ -34,16 +34,16 @@ def load(
 ) -> Model:
     """Load a model from a Hugging Face folder, a hub id, a .gguf file or a config JSON (random weights).
 
-    The default is SmolLM2-135M-Instruct. The type of a file is determined from its contents. A split GGUF
-    model can be given by any of its parts, a single GGUF model by its folder, and one of several GGUF models
-    in a hub repository as `owner/name:Q4_K_M`.
+    The default source is SmolLM2-135M-Instruct. The type of a file is determined from its contents. A split
+    GGUF model can be given by any of its parts, a single GGUF model by its folder, and one of several GGUF
+    models in a hub repository as `owner/name:Q4_K_M`.
 
     dtype: float32 or float64, the type of the computation. max_layers: load only the first layers. seed: seed
     of random weights. weight_budget: maximum bytes of weights in memory; the rest is read from the file
     whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
     (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base model.
     revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
-    lead out of the model's folder, as in shared stores.
+    lead out of the model's folder, as in shared stores. quantization: only None is supported.
     Errors: a one-line InputError; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
     if quantization is not None:

@@ -44,8 +44,9 @@ class Planned:
 def with_lora(model: Model, config: LoRAConfig, seed: int = 0) -> Model:
     """Return the model with a LoRA adapter on each target and every other weight frozen.
 
-    A is initialized as in PEFT: uniform in +-1 / sqrt(inputs), standard normal for an embedding, with a
-    separate random stream per tensor. B is zero, so the model's output equals the base model's bit for bit.
+    config: targets, ranks and scaling. seed: seed of A, which is initialized as in PEFT: uniform in +-1 /
+    sqrt(inputs), standard normal for an embedding, with a separate random stream per tensor. B is zero, so
+    the model's output equals the base model's bit for bit.
 
     With tied embeddings, an adapter applies to the targeted role only, embedding or head; the other role uses
     the unchanged matrix (as in PEFT). If transformers stores the experts of a layer as stacked parameters and

@@ -25,7 +25,8 @@ _PATTERN_BYTES = 1 << 20
 class LoRAConfig:
     """The target matrices, ranks and scaling of LoRA adapters.
 
-    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. target_modules: suffixes of module
+    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. lora_dropout: dropout probability of
+    the adapters' inputs in training. target_modules: suffixes of module
     names ("q_proj"), or one regular expression for whole module names, or "all-linear". rank_pattern and
     alpha_pattern: regular expressions for suffixes of module names -> rank or alpha; the first match applies.
     target_parameters: suffixes of parameter names, for parameters that are not modules: stacked experts

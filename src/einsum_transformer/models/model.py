@@ -52,6 +52,7 @@ class Model:
 
     @property
     def family(self) -> Family:
+        """How checkpoints of this architecture are read and written."""
         return FAMILIES[self.config.model_type]
 
     @property

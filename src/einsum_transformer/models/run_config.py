@@ -17,7 +17,8 @@ from einsum_transformer.models.unsupported import check_layers, other_json
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """All keys of a config file, with their defaults. Lengths are in tokens; README.md explains each key."""
+    """All keys of a config file, with their defaults. Lengths are in tokens; docs/reference/configs.md
+    explains each key."""
 
     arch: str
     d_model: int = 512

@@ -16,7 +16,8 @@ from einsum_transformer.models.run_config import RunConfig, override, parse_run_
 
 
 def read_run_config(path: str | Path) -> RunConfig:
-    """Read a RunConfig from a JSON file, or the packaged config of that name (see `available_configs`)."""
+    """Read a RunConfig from the JSON file at `path`, or the packaged config of that name (see
+    `available_configs`)."""
     if (ready := ready_config(path)) is not None:
         return ready
     file = Path(path)
@@ -26,12 +27,12 @@ def read_run_config(path: str | Path) -> RunConfig:
 
 
 def enable_gqa(config: RunConfig, kv_heads: int) -> RunConfig:
-    """Grouped-query attention with kv_heads key/value heads, a divisor of n_heads."""
+    """Return the config with grouped-query attention: kv_heads key/value heads, a divisor of n_heads."""
     return _random(config, use_gqa=True, use_mqa=False, n_kv_heads=kv_heads)
 
 
 def enable_mqa(config: RunConfig) -> RunConfig:
-    """Multi-query attention: all query heads share one key/value head."""
+    """Return the config with multi-query attention: all query heads share one key/value head."""
     return _random(config, use_mqa=True, n_kv_heads=None)
 
 
@@ -42,7 +43,7 @@ def enable_moe(
     moe_d_ff: int | None = None,
     shared_d_ff: int | None = None,
 ) -> RunConfig:
-    """A mixture of experts in place of the feed-forward, with top_k experts per token.
+    """Return the config with num_experts experts in place of the feed-forward, top_k of them per token.
 
     moe_d_ff: hidden size of each expert; default: the config's moe_d_ff, else the feed-forward's (for an
     architecture with experts: its default). shared_d_ff: hidden size of a shared expert, which processes
@@ -53,17 +54,21 @@ def enable_moe(
 
 
 def enable_quantization(config: RunConfig, scheme: str) -> RunConfig:
-    """Quantized weights and activations, such as "W8A8"."""
+    """Return the config with quantized weights and activations; scheme: such as "W8A8"."""
     return replace(config, quantization=scheme)
 
 
 def enable_prefill_decode_split(config: RunConfig) -> RunConfig:
-    """Stop after the prefill; prefill and decode are always separate phases of a run."""
+    """Return the config with prefill_only: a run stops after the prefill.
+
+    Prefill and decode are separate phases of every run.
+    """
     return replace(config, prefill_only=True)
 
 
 def enable_speculative_decoding(config: RunConfig, draft_layers: int) -> RunConfig:
-    """Self-speculative decoding: the first draft_layers layers draft tokens, the full model verifies them."""
+    """Return the config with self-speculative decoding: the first draft_layers layers draft tokens, the full
+    model verifies them."""
     if not 1 <= draft_layers < config.n_layers:
         raise InputError(
             f"draft_layers is {draft_layers}: expected 1 to {config.n_layers - 1}, fewer than n_layers"

@@ -40,7 +40,9 @@ class Batches(Protocol):
 class RandomTokens:
     """Uniformly random tokens with next-token targets, so a model can only memorize them.
 
-    fixed: use the same batch at every step; the loss must then fall if the optimizer works.
+    vocab_size: ids are smaller than it. batch_size, length: rows of a batch and tokens of a row.
+    accumulation: number of micro-batches of a step. seed and step determine the batch. fixed: use the same
+    batch at every step; the loss must then fall if the optimizer works.
     """
 
     vocab_size: int
@@ -55,12 +57,14 @@ class RandomTokens:
         _check_positive(length=self.length)
 
     def batch(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step."""
         rng = np.random.default_rng([self.seed, 0 if self.fixed else step])
         tokens = rng.integers(0, self.vocab_size, (self.batch_size, self.length + 1))
         parts = np.array_split(tokens, self.accumulation)
         return [(part[:, :-1], part[:, 1:]) for part in parts]
 
     def description(self) -> dict[str, Any]:
+        """Return everything that determines the batches, in JSON types."""
         return {"kind": "random tokens"} | asdict(self)
 
 
@@ -151,7 +155,8 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
 class TextBatches:
     """Batches of rows, shuffled by seed in every epoch; the step number alone determines the batch.
 
-    fixed: use the first batch at every step.
+    rows: the tokens and targets, from `arrange`. batch_size: rows of a batch. accumulation: number of
+    micro-batches of a step. fixed: use the first batch at every step.
     """
 
     rows: Rows
@@ -168,6 +173,7 @@ class TextBatches:
             )
 
     def batch(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step."""
         start = 0 if self.fixed else step * self.batch_size
         positions = [divmod(index, len(self.rows)) for index in range(start, start + self.batch_size)]
         orders = {epoch: _order(self.seed, epoch, len(self.rows)) for epoch, _ in positions}
@@ -181,6 +187,7 @@ class TextBatches:
         return digest.hexdigest()
 
     def description(self) -> dict[str, Any]:
+        """Return everything that determines the batches, in JSON types."""
         settings = {name: getattr(self, name) for name in ("batch_size", "seed", "accumulation", "fixed")}
         return {"kind": "text", "sha256": self._digest, "rows": list(self.rows.tokens.shape)} | settings
 

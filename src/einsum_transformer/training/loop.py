@@ -37,9 +37,10 @@ Array = np.ndarray
 class TrainingSettings:
     """How a model is trained.
 
-    clip_norm: maximum norm of all gradients together; larger ones are scaled. recompute: save only the input
-    of each block, and compute the block again in the backward pass. max_bad_steps: maximum number of
-    successive steps that are skipped because a value is not finite.
+    schedule: the learning rate of each step. optimizer: SGD or AdamW. clip_norm: maximum norm of all
+    gradients together; larger ones are scaled. seed: seed of dropout. recompute: save only the input of each
+    block, and compute the block again in the backward pass. max_bad_steps: maximum number of successive steps
+    that are skipped because a value is not finite.
     """
 
     schedule: Schedule
@@ -187,7 +188,8 @@ class Trainer:
     """Trains a model. Its weights change in place; those of a read-only file are copied first.
 
     Every array of the model is trained, or only the matrices of its adapters if it has any (`with_lora`).
-    compute: returns the `Compute` for the model and the settings; by default this process computes.
+    batches: RandomTokens, TextBatches, or another source of batches. compute: returns the `Compute` for the
+    model and the settings; by default this process computes.
     """
 
     def __init__(

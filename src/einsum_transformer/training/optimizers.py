@@ -72,7 +72,8 @@ class SGD(Optimizer):
     """Stochastic gradient descent, as torch.optim.SGD with dampening 0.
 
     g += weight_decay w; without momentum w -= lr g; with it m = momentum m + g (m = g at the first step) and
-    w -= lr m, or with nesterov w -= lr (g + momentum m).
+    w -= lr m, or with nesterov w -= lr (g + momentum m). decay_matrices_only: no weight decay of norms and
+    biases.
     """
 
     momentum: float = 0.0
@@ -114,8 +115,9 @@ class SGD(Optimizer):
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019; torch.optim.AdamW), with t = step + 1:
 
-    w -= lr weight_decay w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
-    w -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps).
+    w -= lr weight_decay w; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
+    w -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps). decay_matrices_only: no weight decay of norms
+    and biases.
     """
 
     beta1: float = 0.9

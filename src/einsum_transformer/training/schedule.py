@@ -16,9 +16,9 @@ SHAPES = ("constant", "linear", "cosine")
 class Schedule:
     """The learning rate as a function of the step, 0 to steps - 1.
 
-    Warm-up: lr (step + 1) / warmup_steps while step < warmup_steps. Then, with p rising from 0 to 1 over the
-    remaining steps: constant lr; linear lr + (final_lr - lr) p; cosine
-    final_lr + (lr - final_lr) (1 + cos(pi p)) / 2.
+    shape: "constant", "linear" or "cosine". Warm-up: lr (step + 1) / warmup_steps while step < warmup_steps.
+    Then, with p rising from 0 to 1 over the remaining steps: constant lr; linear lr + (final_lr - lr) p;
+    cosine final_lr + (lr - final_lr) (1 + cos(pi p)) / 2.
     """
 
     lr: float
