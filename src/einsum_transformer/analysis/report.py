@@ -174,7 +174,7 @@ def _line(key: Key) -> Key:
 
 
 def _rows(samples: dict[Key, list[float]], seconds: float) -> Iterator[Row]:
-    """Yield the stages, then the tree of lines; a line whose only child is its own time has no child."""
+    """Yield the stages, then the tree of lines; own time that is the only child of a line is omitted."""
     keys = {*samples, *_ALWAYS} - _STAGES
     alone = {key for key in keys if key[-1] == OWN and sum(other[:-1] == key[:-1] for other in keys) == 1}
     keys -= alone

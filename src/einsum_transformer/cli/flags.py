@@ -25,11 +25,11 @@ def flag(*names: str, default: Any = None, **options: Any) -> Any:
 def moved(name: str, to: str) -> Any:
     """Return a field for a flag that was renamed: using it is an error that gives the new name."""
 
-    def refuse(value: Any) -> None:
+    def fail(value: Any) -> None:
         if value is not None:
             raise typer.BadParameter(f"this flag is now {to}", param_hint=name)
 
-    return flag(name, metavar="X", hidden=True, callback=refuse)
+    return flag(name, metavar="X", hidden=True, callback=fail)
 
 
 def ungrouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -31,7 +31,7 @@ _COARSE = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How router logits become the weights of the `top_k` selected experts."""
+    """Settings of the top-k selection of experts and of their weights."""
 
     top_k: int = 2
     scoring: Scoring = "softmax"

@@ -150,8 +150,8 @@ def numpy_provider() -> Provider:
 def _setter(library: Any) -> Callable[[int], None]:
     """Return the function that sets a library's thread count and works from any thread.
 
-    For an OpenBLAS with its own thread pool, threadpoolctl only obeys the first thread that calls it and
-    silently ignores all others; the functions here hold a lock, so they call the library directly.
+    For an OpenBLAS with its own thread pool, threadpoolctl has an effect only in the first thread that calls
+    it; the callers here hold a lock, so they call the library directly.
     """
     if library.internal_api == "openblas" and library.info().get("threading_layer") != "openmp":
         symbols = ctypes.CDLL(library.filepath)

@@ -27,7 +27,7 @@ Run = Callable[..., Array]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one equation runs for operands of given shapes, strides and types."""
+    """The computation of one equation for operands of given shapes, strides and types."""
 
     run: Run
     how: str

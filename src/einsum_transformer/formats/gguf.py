@@ -173,12 +173,12 @@ class _Header:
         self.alignment = self._alignment()
         self.tensors = self._tensors(tensor_count)
 
-    def _refuse(self, reason: str) -> NoReturn:
+    def _fail(self, reason: str) -> NoReturn:
         raise FormatError(f"{self.path}: {reason} (at byte {self.pos})")
 
     def _take(self, nbytes: int) -> bytes:
         if nbytes > self.size - self.pos:
-            self._refuse(f"expected {nbytes} bytes, but the file ends after {self.size - self.pos}")
+            self._fail(f"expected {nbytes} bytes, but the file ends after {self.size - self.pos}")
         self.pos += nbytes
         return self.data[self.pos - nbytes : self.pos]
 
@@ -189,7 +189,7 @@ class _Header:
         """Read a 64-bit count of items of at least `min_bytes` bytes each; raise if they exceed the file."""
         count = self._uint(8)
         if count * min_bytes > self.size - self.pos:
-            self._refuse(f"{count} {what} cannot fit into the {self.size - self.pos} bytes that are left")
+            self._fail(f"{count} {what} cannot fit into the {self.size - self.pos} bytes that are left")
         return count
 
     def _counts(self) -> tuple[int, int]:
@@ -212,7 +212,7 @@ class _Header:
         for _ in range(count):
             key = self._string()
             if key in pairs:
-                self._refuse(f"the key {quoted(key)} occurs twice")
+                self._fail(f"the key {quoted(key)} occurs twice")
             pairs[key] = self._value(self._uint(4))
         return pairs
 
@@ -222,28 +222,28 @@ class _Header:
         if code == _ARRAY:
             return self._array(1)
         if code not in _NUMBERS:
-            self._refuse(f"metadata type {code} is unknown")
+            self._fail(f"metadata type {code} is unknown")
         return self._numbers(code, 1)[0]
 
     def _array(self, depth: int) -> list[Any]:
         code = self._uint(4)
         if code not in _MIN_VALUE:
-            self._refuse(f"metadata type {code} is unknown")
+            self._fail(f"metadata type {code} is unknown")
         count = self._count("array elements", _MIN_VALUE[code])
         if count > _MAX_ARRAY:
-            self._refuse(f"an array of {count} elements exceeds the limit of {_MAX_ARRAY}")
+            self._fail(f"an array of {count} elements exceeds the limit of {_MAX_ARRAY}")
         if code == _STRING:
             return self._strings(count)
         if code != _ARRAY:
             return self._numbers(code, count)
         if depth == _MAX_NESTING:
-            self._refuse(f"arrays are nested more than {_MAX_NESTING} deep")
+            self._fail(f"arrays are nested more than {_MAX_NESTING} deep")
         return [self._array(depth + 1) for _ in range(count)]
 
     def _numbers(self, code: int, count: int) -> list[Any]:
         raw = self._take(count * _MIN_VALUE[code])
         if code == _BOOL and raw.strip(b"\0\1"):
-            self._refuse("a bool is neither 0 nor 1")
+            self._fail("a bool is neither 0 nor 1")
         return np.frombuffer(raw, _NUMBERS[code]).tolist()
 
     def _string(self) -> str:
@@ -259,12 +259,12 @@ class _Header:
                 start = pos + 8
                 pos = start + length_at(data, pos)[0]
                 if pos > size:
-                    self._refuse(f"a string at byte {start - 8} is longer than the rest of the file")
+                    self._fail(f"a string at byte {start - 8} is longer than the rest of the file")
                 strings.append(data[start:pos].decode())
         except struct.error:
-            self._refuse("expected a string, but the file ends")
+            self._fail("expected a string, but the file ends")
         except UnicodeDecodeError:
-            self._refuse(f"the string at byte {start - 8} is not UTF-8")
+            self._fail(f"the string at byte {start - 8} is not UTF-8")
         self.pos = pos
         return strings
 
@@ -284,12 +284,12 @@ class _Header:
         for _ in range(count):
             name = self._string()
             if _BAD_NAME.search(name):
-                self._refuse(f"{quoted(name)} is not a valid tensor name")
+                self._fail(f"{quoted(name)} is not a valid tensor name")
             if name in entries:
-                self._refuse(f"the tensor {quoted(name)} occurs twice")
+                self._fail(f"the tensor {quoted(name)} occurs twice")
             dims = self._uint(4)
             if dims > _MAX_DIMS:
-                self._refuse(f"tensor {quoted(name)} has {dims} dimensions, more than {_MAX_DIMS}")
+                self._fail(f"tensor {quoted(name)} has {dims} dimensions, more than {_MAX_DIMS}")
             shape = tuple(self._uint(8) for _ in range(dims))[::-1]
             entries[name] = shape, self._uint(4), self._uint(8)
         start = -(-self.pos // self.alignment) * self.alignment
@@ -302,19 +302,19 @@ class _Header:
         return tensors
 
     def _tensor(self, name: str, shape: tuple[int, ...], code: int, offset: int, start: int) -> TensorInfo:
-        def refuse(reason: str) -> NoReturn:
+        def fail(reason: str) -> NoReturn:
             raise FormatError(f"{self.path}: tensor {quoted(name)}: {reason}")
 
         if code not in _TYPES:
-            refuse(f"ggml type number {code} is unknown")
+            fail(f"ggml type number {code} is unknown")
         dtype, elements, block_bytes = _TYPES[code]
         if 0 in shape:
-            refuse(f"shape {shape} has a dimension of 0")
+            fail(f"shape {shape} has a dimension of 0")
         if elements > 1 and (not shape or shape[-1] % elements):
-            refuse(f"shape {shape} does not consist of whole {dtype} blocks of {elements} elements")
+            fail(f"shape {shape} does not consist of whole {dtype} blocks of {elements} elements")
         if offset % self.alignment:
-            refuse(f"its offset {offset} is not a multiple of the alignment {self.alignment}")
+            fail(f"its offset {offset} is not a multiple of the alignment {self.alignment}")
         nbytes = math.prod(shape) // elements * block_bytes
         if start + offset + nbytes > self.size:
-            refuse(f"its {nbytes} bytes at offset {offset} of the data extend beyond the end of the file")
+            fail(f"its {nbytes} bytes at offset {offset} of the data extend beyond the end of the file")
         return TensorInfo(name, shape, dtype, nbytes, self.path, start + offset)

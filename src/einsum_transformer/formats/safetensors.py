@@ -78,24 +78,24 @@ def _read_header(path: Path, data: mmap.mmap) -> tuple[dict[str, TensorInfo], di
 
 
 def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
-    def refuse(reason: str) -> FormatError:
+    def fail(reason: str) -> FormatError:
         return FormatError(f"{path}: tensor {quoted(name)}: {reason}")
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse("its header entry must have exactly dtype, shape and data_offsets")
+        raise fail("its header entry must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(f"dtype {quoted(str(dtype))} is not one of {', '.join(DTYPES)}")
+        raise fail(f"dtype {quoted(str(dtype))} is not one of {', '.join(DTYPES)}")
     if not _are_counts(shape) or len(shape) > _MAX_DIMS:
-        raise refuse(f"shape must be a list of at most {_MAX_DIMS} integers in 0 ... 2^63-1")
+        raise fail(f"shape must be a list of at most {_MAX_DIMS} integers in 0 ... 2^63-1")
     if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
-        raise refuse(f"data_offsets must be [begin, end] inside the {size - start} bytes of data")
+        raise fail(f"data_offsets must be [begin, end] inside the {size - start} bytes of data")
     itemsize = DTYPES[dtype][1]
     if math.prod(max(size, 1) for size in shape) * itemsize >= 1 << 63:
-        raise refuse(f"shape {shape} is too large for an array")
+        raise fail(f"shape {shape} is too large for an array")
     nbytes = math.prod(shape) * itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise refuse(
+        raise fail(
             f"{dtype} {shape} takes {nbytes} bytes, but its data_offsets span {offsets[1] - offsets[0]}"
         )
     return TensorInfo(name, tuple(shape), dtype, nbytes, path, start + offsets[0])

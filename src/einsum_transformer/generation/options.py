@@ -9,7 +9,7 @@ from einsum_transformer.models.model import Model
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How text is generated. None means: as generation_config.json sets it, or the default."""
+    """Options of `generate`. None: the value in generation_config.json, or the default."""
 
     max_new_tokens: int | None
     do_sample: bool | None

@@ -19,7 +19,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen, with the names and meanings of transformers.
+    """Settings of the choice of the next token, with the names and meanings of transformers.
 
     With temperature 0 the most probable token is chosen (greedy), without filters. The defaults disable
     everything else.

@@ -21,7 +21,7 @@ EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How a weight is read, and the required shapes of the tensors it is read from."""
+    """The location of a weight, and the required shapes of the tensors that contain it."""
 
     stored: Stored
     shapes: Mapping[str, Shape]

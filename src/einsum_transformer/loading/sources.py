@@ -20,7 +20,7 @@ DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a model is found and loaded: the arguments of `load`. Raises InputError for invalid values."""
+    """The arguments of `load`. Raises InputError for invalid values."""
 
     dtype: str = "float32"
     max_layers: int | None = None

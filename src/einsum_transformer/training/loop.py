@@ -35,7 +35,7 @@ Array = np.ndarray
 @checked
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """How a model is trained.
+    """Settings of a training.
 
     schedule: the learning rate of each step. optimizer: SGD or AdamW. clip_norm: maximum norm of all
     gradients together; larger ones are scaled. seed: seed of dropout. recompute: save only the input of each

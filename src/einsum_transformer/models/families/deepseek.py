@@ -5,13 +5,13 @@ from typing import Any
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import Keys, ModelConfig, MoEConfig
 from einsum_transformer.models.families import gguf
-from einsum_transformer.models.families.family import Family, refuse
+from einsum_transformer.models.families.family import Family, check_allowed
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def read_experts(keys: Keys, **settings: Any) -> MoEConfig:
     """Read the expert keys shared by the DeepSeek models. Shared experts become one of their total size."""
-    refuse(keys, "scoring_func", str, "softmax")
+    check_allowed(keys, "scoring_func", str, "softmax")
     size = keys.get("moe_intermediate_size", int, 1407)
     first, step = keys.get("first_k_dense_replace", int, 0), keys.get("moe_layer_freq", int, 1)
     if step < 1:

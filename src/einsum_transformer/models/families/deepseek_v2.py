@@ -9,16 +9,16 @@ from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.models.config import Keys, LatentConfig, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.deepseek import read_experts, read_gguf_experts, write_experts
-from einsum_transformer.models.families.family import Family, read_rope, refuse
+from einsum_transformer.models.families.family import Family, check_allowed, read_rope
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
 
 def _read(keys: Keys) -> ModelConfig:
     # For normalized expert weights, the model's own code and transformers differ.
-    refuse(keys, "norm_topk_prob", bool, False)
-    refuse(keys, "mlp_bias", bool, False)
-    refuse(keys, "moe_layer_freq", int, 1)
-    refuse(keys, "topk_method", str, "greedy", "group_limited_greedy")
+    check_allowed(keys, "norm_topk_prob", bool, False)
+    check_allowed(keys, "mlp_bias", bool, False)
+    check_allowed(keys, "moe_layer_freq", int, 1)
+    check_allowed(keys, "topk_method", str, "greedy", "group_limited_greedy")
     latent = LatentConfig(
         keys.get("kv_lora_rank", int, 512),
         keys.get("qk_nope_head_dim", int, 128),
@@ -87,9 +87,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
-    refuse(keys, "expert_weights_norm", bool, False)
-    refuse(keys, "expert_gating_func", int, 0, 1)
-    refuse(keys, "rope.scaling.attn_factor", float, 1.0)
+    check_allowed(keys, "expert_weights_norm", bool, False)
+    check_allowed(keys, "expert_gating_func", int, 0, 1)
+    check_allowed(keys, "rope.scaling.attn_factor", float, 1.0)
     rotated = keys.get("rope.dimension_count", int)
     latent = LatentConfig(
         keys.get("attention.kv_lora_rank", int),

@@ -280,7 +280,7 @@ def read_layer_types(keys: Keys, default: Callable[[int], list[LayerType]]) -> t
     return tuple(found)
 
 
-def refuse(keys: Keys, name: str, kind: type | tuple[type, ...], *allowed: Any) -> None:
+def check_allowed(keys: Keys, name: str, kind: type | tuple[type, ...], *allowed: Any) -> None:
     """Raise ConfigError unless a key is absent, null, or one of the allowed values."""
     value = keys.get(name, kind, None)
     if value is not None and value not in allowed:

@@ -6,7 +6,7 @@ from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
-from einsum_transformer.models.families.family import Family, refuse
+from einsum_transformer.models.families.family import Family, check_allowed
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
 DEFAULTS: dict[str, Any] = {
@@ -22,7 +22,7 @@ TANH = "gelu_pytorch_tanh"
 
 def read_common(keys: Keys, model_type: str, defaults: dict[str, Any], **settings: Any) -> ModelConfig:
     """Read the keys shared by the generations of Gemma."""
-    refuse(keys, "use_bidirectional_attention", bool, False)
+    check_allowed(keys, "use_bidirectional_attention", bool, False)
     hidden = keys.get("hidden_size", int, defaults.get("hidden_size", ...))
     return read_shared(
         keys,

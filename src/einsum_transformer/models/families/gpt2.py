@@ -5,7 +5,7 @@ from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
-from einsum_transformer.models.families.family import Family, refuse
+from einsum_transformer.models.families.family import Family, check_allowed
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
 _NAMES = {
@@ -41,7 +41,7 @@ _FIXED: dict[str, Any] = {
 
 
 def _read(keys: Keys) -> ModelConfig:
-    refuse(keys, "add_cross_attention", bool, False)
+    check_allowed(keys, "add_cross_attention", bool, False)
     keys.get("reorder_and_upcast_attn", bool, False)  # no difference in float32
     scaled = keys.get("scale_attn_weights", bool, True)
     own = keys.renamed(_NAMES)

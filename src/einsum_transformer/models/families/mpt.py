@@ -6,7 +6,7 @@ from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
-from einsum_transformer.models.families.family import Family, refuse
+from einsum_transformer.models.families.family import Family, check_allowed
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
 _NAMES = {
@@ -35,18 +35,18 @@ _FIXED: dict[str, Any] = {
 
 
 def _read(keys: Keys) -> ModelConfig:
-    refuse(keys, "no_bias", bool, True)
-    refuse(keys, "logit_scale", (float, str))
+    check_allowed(keys, "no_bias", bool, True)
+    check_allowed(keys, "logit_scale", (float, str))
     keys.get("learned_pos_emb", bool, True)  # without effect with ALiBi
     own = keys.renamed(_NAMES)
     hidden = own.get("hidden_size", int, _DEFAULTS["hidden_size"])
     heads = own.get("num_attention_heads", int, _DEFAULTS["num_attention_heads"])
     attention = Keys(keys.get("attn_config", dict, {}), f"{keys.source}: attn_config")
     # transformers ignores these keys; the variants they select in the model's own code are not supported.
-    refuse(attention, "attn_type", str, "multihead_attention")
-    refuse(attention, "alibi", bool, True)
+    check_allowed(attention, "attn_type", str, "multihead_attention")
+    check_allowed(attention, "alibi", bool, True)
     for name in ("qk_ln", "prefix_lm", "attn_uses_sequence_id"):
-        refuse(attention, name, bool, False)
+        check_allowed(attention, name, bool, False)
     config = read_shared(
         own,
         "mpt",

@@ -5,7 +5,7 @@ from typing import Any
 
 from einsum_transformer.models.config import Keys, ModelConfig
 from einsum_transformer.models.families import gguf
-from einsum_transformer.models.families.family import Family, refuse
+from einsum_transformer.models.families.family import Family, check_allowed
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
 _DEFAULTS = {"layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5}
@@ -20,7 +20,7 @@ _FIXED: dict[str, Any] = {
 
 
 def _read(keys: Keys) -> ModelConfig:
-    refuse(keys, "qk_layernorm", bool, False)
+    check_allowed(keys, "qk_layernorm", bool, False)
     return read_shared(keys, "phi", _DEFAULTS, eps="layer_norm_eps", **_FIXED)
 
 
