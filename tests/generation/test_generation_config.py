@@ -185,18 +185,18 @@ class TestSampledOrGreedy:
         assert options(model, {"do_sample": False})[0] == Sampling()
         assert not caplog.records
         assert options(model, {"do_sample": False, "temperature": 0.7})[0] == Sampling()
-        assert "temperature has no effect" in caplog.text
+        assert "`temperature` has no effect" in caplog.text
 
     def test_temperature_zero_with_do_sample_is_greedy_and_noted(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         assert options(with_file(MODEL, do_sample=True, temperature=0.0), {})[0] == Sampling()
-        assert "the text is greedy" in caplog.text
+        assert "decoding is greedy" in caplog.text
 
     def test_filters_without_a_temperature_are_noted(self, caplog: pytest.LogCaptureFixture) -> None:
         options(MODEL, {"top_p": 0.9, "top_k": 0, "min_p": 0.1, "typical_p": 1.0})
         assert [record.message for record in caplog.records] == [
-            "top_p, min_p: no effect on greedy text; give a temperature above 0 to sample"
+            "`top_p`, `min_p`: no effect on greedy decoding; set `temperature` above 0 to sample"
         ]
         caplog.clear()
         options(with_file(MODEL, top_p=0.9, top_k=3), {})
@@ -223,7 +223,7 @@ class TestWhatIsNotObeyed:
         et.generate(with_file(COUNTER, **{name: value}), [1], max_new_tokens=1)
         assert name in caplog.text
         caplog.clear()
-        with pytest.raises(InputError, match=f"^{name} is .* not supported"):
+        with pytest.raises(InputError, match=f"^`{name}` is .* not supported"):
             et.generate(COUNTER, [1], **{name: value})
         for off in keys.UNSUPPORTED[name]:
             et.generate(with_file(COUNTER, **{name: off}), [1], max_new_tokens=1, **{name: off})

@@ -65,7 +65,7 @@ def open_gguf(path: Path, allow_links: bool = False) -> GGUFFile:
     parts = [file]
     try:
         if type(count) is not int or not 1 < count < 1 << 16:
-            raise FormatError(f"{path}: {_COUNT} is {count!r:.40}; it must be a number of files")
+            raise FormatError(f"{path}: {_COUNT} is {count!r:.40}, expected a number of files")
         prefix = _prefix(file, count)
         parts.clear()
         for number in range(count):

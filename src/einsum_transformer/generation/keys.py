@@ -102,9 +102,9 @@ def biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
 
 
 _any_number = number(lambda x: True, "a number")
-_positive = number(lambda x: x > 0, "above 0")
-_share = number(lambda x: 0 <= x <= 1, "from 0 to 1")
-_positive_share = number(lambda x: 0 < x <= 1, "above 0 and at most 1")
+_positive = number(lambda x: x > 0, "a number above 0")
+_share = number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_positive_share = number(lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
 def decay(value: Any) -> tuple[int, float]:
@@ -125,12 +125,12 @@ def strings(value: Any) -> tuple[str, ...]:
     if any(not isinstance(each, str) for each in items):
         raise ValueError("a string or a list of strings")
     if "" in items:
-        raise ValueError("without empty strings: an empty stop string would stop every text")
+        raise ValueError("texts that are not empty: an empty stop string would stop every text")
     return tuple(items)
 
 
 SAMPLING: dict[str, Parser] = {
-    "temperature": number(lambda x: x >= 0, "0 or more"),
+    "temperature": number(lambda x: x >= 0, "a number, 0 or more"),
     "top_k": whole(0),
     "top_p": _share,
     "min_p": _share,
@@ -254,7 +254,7 @@ def merged(stated: Mapping[str, Any] | None, given: Mapping[str, Any], source: s
     given = {name: value for name, value in given.items() if value is not None}
     for group in _TOGETHER:
         if all(name in given for name in group) and "stop" in group:
-            raise InputError("stop and stop_strings are the same: give one of them")
+            raise InputError("`stop` and `stop_strings` are the same option: give one of them")
         if any(name in given for name in group):
             stated = {name: value for name, value in stated.items() if name not in group}
     _check_given(given)
@@ -278,8 +278,8 @@ def parsed(name: str, value: Any, parser: Parser, source: str = "") -> Any:
     try:
         return parser(value)
     except ValueError as error:
-        where = f"{source}: key {name!r}" if source else name
-        raise InputError(f"{where} is {shown(value)}: it must be {error}") from None
+        where = f"{source}: key {name!r}" if source else f"`{name}`"
+        raise InputError(f"{where} is {shown(value)}: expected {error}") from None
 
 
 def _strategy(values: Mapping[str, Any], given: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -289,17 +289,17 @@ def _strategy(values: Mapping[str, Any], given: Mapping[str, Any], source: str) 
     if not ("do_sample" in given or "temperature" in given):
         temperature = temperature if sampled else 0.0
     elif given.get("do_sample") is False and temperature and "temperature" in given:
-        note("do_sample is false: the text is greedy, and temperature has no effect")
+        note("`do_sample` is false: decoding is greedy, and `temperature` has no effect")
         temperature = 0.0
     elif "do_sample" in given:
         temperature = temperature if sampled else 0.0
     if sampled and temperature == 0 and "temperature" not in given:
-        note_once(f"{FILE}: temperature is 0: the text is greedy, although do_sample is true", source)
+        note_once(f"{FILE}: temperature is 0: decoding is greedy, although do_sample is true", source)
     if temperature == 0 and "temperature" not in given and "do_sample" not in given:
         off = {"top_p": 1, "typical_p": 1}
-        unused = [name for name in _FILTERS if name in given and values[name] != off.get(name, 0)]
+        unused = [f"`{name}`" for name in _FILTERS if name in given and values[name] != off.get(name, 0)]
         if unused:
-            note(f"{', '.join(unused)}: no effect on greedy text; give a temperature above 0 to sample")
+            note(f"{', '.join(unused)}: no effect on greedy decoding; set `temperature` above 0 to sample")
     if sampled and temperature > 0 and "top_k" not in values:
         return {"temperature": temperature, "top_k": TOP_K}
     return {"temperature": temperature}
@@ -312,7 +312,7 @@ def _check_given(given: Mapping[str, Any]) -> None:
         if name not in known:
             raise InputError(f"generate has no option {name!r}{nearest(name, known)}")
         if _changes_text(name, value):
-            raise InputError(f"{name} is {shown(value)}: not supported; omit it")
+            raise InputError(f"`{name}` is {shown(value)}, which is not supported; omit it")
 
 
 def _changes_text(name: str, value: Any) -> bool:
