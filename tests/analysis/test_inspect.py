@@ -132,7 +132,7 @@ def test_an_adapter_is_one_problem(
     problems = refused_by_both(tmp_path, capsys)
     assert len(problems) == 1
     assert "an adapter" in problems[0]
-    assert "--adapter-path" in problems[0]
+    assert "`adapter`" in problems[0]
 
 
 def test_a_tensor_that_no_weight_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,9 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a \.npz or \.safetensors file, or a folder"):
         open_reference(tmp_path / "reference.json")
     np.savez(tmp_path / "bare.npz", **{"transformer.wte": np.zeros((1, 2, 4), np.float32)})
-    with pytest.raises(InputError, match=r"has no array 'tokens'; give the token ids with --tokens"):
+    with pytest.raises(
+        InputError, match=r"does not contain an array 'tokens'; give the token ids as `tokens`"
+    ):
         parity(model, open_reference(tmp_path / "bare.npz"))
     cut = replace(model, decoder=replace(model.decoder, layers=model.decoder.layers[:1]))
     cut = replace(cut, config=model.config.truncated(1))

@@ -70,8 +70,8 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert etx("base", "--adapter-path", "adapter", "-o", "whole", "--quiet") == 0
     for arguments, message in (
         (["whole", "--adapter-path", "adapter", "-o", "x"], "is already merged into it"),
-        (["base", "--adapter-path", "adapter", "-o", "x", "--unmerge"], "was not merged into it"),
-        (["base", "--adapter-path", "adapter", "-o", "base"], "is the model itself"),
+        (["base", "--adapter-path", "adapter", "-o", "x", "--unmerge"], "is not merged into it"),
+        (["base", "--adapter-path", "adapter", "-o", "base"], "is the folder of the model"),
         (["base", "--adapter-path", "adapter"], "--adapter-path and --output are needed"),
         (["base", "--adapter-path", "base", "-o", "x"], "does not contain adapter_config.json"),
         (

@@ -148,7 +148,7 @@ def test_a_changed_training_of_adapters_names_the_way_out(
 ) -> None:
     told(capsys, *text, "--lora", "--steps", "2")
     assert etx(*text, "--lora", "--lr", "0.5", "--resume", "--steps", "3", "--quiet") == 2
-    assert "--adapter-path out/step-00000002 and another output folder (-o), without --resume" in (
+    assert "pass out/step-00000002 as --adapter-path and another folder as --output, without --resume" in (
         capsys.readouterr().err
     )
 
@@ -158,7 +158,7 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
     told(capsys, *text, "--steps", "2")
     for flags, message in (
         ([], "out: already contains a training; continue it with --resume"),
-        (["--resume", "--steps", "2"], "all 2 steps are done already"),
+        (["--resume", "--steps", "2"], "all 2 steps are done; increase"),
         (
             ["--resume", "--seed", "1", "--steps", "3"],
             "checkpoint of another training: .*seed is 0 in the checkpoint and 1 now",
@@ -166,7 +166,7 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--resume", "--lr", "0.5", "--steps", "3"], "schedule.lr is 0.01 in the checkpoint and 0.5 now"),
         (
             ["--resume", "--lr", "0.5", "--steps", "3"],
-            "pass out/step-00000002 as the model and another output",
+            "pass out/step-00000002 as the model and another folder as --output",
         ),
         (["--resume", "--data", "b.txt", "--steps", "3"], "the data or their token ids differ"),
         (
@@ -204,8 +204,11 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
         (["--schedule", "step"], "--schedule is 'step', expected 'constant', 'linear' or 'cosine'"),
         (["--warmup-steps", "11"], "--warmup-steps is 11: expected at most the number of steps, 10"),
         (["--clip-norm", "0"], "--clip-norm is 0"),
-        (["--seq-len", "100000"], "--seq-len 100000: the maximum is 2048"),
-        (["--grad-accumulation-steps", "5"], "accumulation is 5: at most the batch size, 4,"),
+        (["--seq-len", "100000"], "--seq-len is 100000: expected at most 2048"),
+        (
+            ["--grad-accumulation-steps", "5"],
+            "--grad-accumulation-steps is 5: expected at most the batch size, 4",
+        ),
         (["--lr", "1e30", "--set", "n_layers=1"], "not finite"),
         (["--resume"], "--resume and --save-every need --output"),
         (["--data", "none.txt"], "none.txt: cannot be read: No such file"),
@@ -251,7 +254,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(
 ) -> None:
     for path in ("missing/loss.png", "."):
         assert etx("--config", config, "--plot", path) == 2
-        assert f"--plot {path}: a file in a folder" in capsys.readouterr().err
+        assert f"--plot {path}: expected a file in a folder" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert etx("--config", config, "--plot", "loss.png") == 2
     assert 'pip install "einsum-transformer[plot]"' in capsys.readouterr().err
@@ -298,7 +301,7 @@ def test_four_examples_are_enough(chats: str, capsys: pytest.CaptureFixture[str]
     assert "validation loss" not in err
     assert etx(chats, "--data", "chats.jsonl", *MASKED, "--valid-share", "0.25") == 0
     err = capsys.readouterr().err
-    assert "note: chats.jsonl: gives 3 rows of 128 tokens, so a batch has 3, not 4" in err
+    assert "note: chats.jsonl: yields 3 rows of 128 tokens, so the batch size is 3 instead of 4" in err
     assert "validation loss" in err
     assert etx(chats, "--data", "chats.jsonl", *MASKED, "-b", "3") == 0
     err = capsys.readouterr().err
@@ -360,7 +363,7 @@ def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str
         (["--data", "."], ".: a folder without train.jsonl; pass the file itself"),
         (["--pad"], "--pad needs --data"),
         (["--valid-share", "0.1"], "--valid-share needs --data"),
-        (["--ray-workers", "5"], "the data yields 4 rows, too few for 5 Ray workers"),
+        (["--ray-workers", "5"], "4 rows cannot be divided over 5 Ray workers"),
         (["--ray-workers", "3", "--grad-accumulation-steps", "2"], "2 rows cannot be divided over 3"),
         (
             ["--data", "chats.jsonl", "--pad", "-b", "9", "--ray-workers", "5"],
@@ -387,7 +390,7 @@ def test_one_line_for_a_mistake_with_data(
         (["--lora-alpha", "0"], "flags of LoRA are given without --lora"),
         (["--lora-dropout", "0"], "flags of LoRA are given without --lora"),
         (["--lora-targets", ""], "flags of LoRA are given without --lora"),
-        (["--lora", "--lora-targets", ""], "LoRA targets '': names"),
+        (["--lora", "--lora-targets", ""], "LoRA targets are '': expected names"),
         (["--merge", "-o", "new"], "--merge: the model has no adapter"),
     ],
 )
@@ -404,7 +407,10 @@ def test_resumed_without_its_adapters(text: list[str], capsys: pytest.CaptureFix
     assert etx(*text, "--steps", "2", "--resume", "--quiet") == 2
     told = capsys.readouterr().err
     assert "lora is of rank 8 in the checkpoint and None now" in told
-    assert "--adapter-path out/step-00000001 and another output folder (-o), without --resume and" in told
+    assert (
+        "pass out/step-00000001 as --adapter-path and another folder as --output, without --resume and"
+        in told
+    )
     assert "{" not in told
     assert "frozen" not in told
 
@@ -414,7 +420,7 @@ def test_resumed_with_new_adapters(text: list[str], capsys: pytest.CaptureFixtur
     assert etx(*text, "--lora", "--steps", "2", "--resume", "--quiet") == 2
     told = capsys.readouterr().err
     assert "lora is None in the checkpoint and of rank 8 now; to start" in told
-    assert "pass out/step-00000001 as the model and another output folder" in told
+    assert "pass out/step-00000001 as the model and another folder as --output" in told
     assert "{" not in told
 
 
@@ -424,7 +430,7 @@ def test_parts_of_a_small_batch(text: list[str], capsys: pytest.CaptureFixture[s
     assert etx(*text, *flags, "--steps", "1", "--seq-len", "30", "-b", "4") == 0
     told = capsys.readouterr().err
     assert re.search(r"yields ([1-3]) rows? of 30 tokens, so the batch size is \1 instead of 4", told)
-    assert re.search("steps 4: the batch is computed in [1-3] part", told)
+    assert re.search("steps is 4: the batch is computed in [1-3] part", told)
 
 
 def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> None:

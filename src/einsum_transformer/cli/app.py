@@ -79,7 +79,8 @@ def with_flags(message: str, arguments: Sequence[str]) -> str:
     commands: Any = get_command(_application())
     command = commands.commands.get(arguments[0]) if arguments else None
     known = {each.name: each.opts[0] for each in command.params if each.opts[0][:1] == "-"} if command else {}
-    known |= {"adapter": "--adapter-path", "workers": "--ray-workers"}
+    known |= {"adapter": "--adapter-path", "workers": "--ray-workers", "output": "--output"}
+    known |= {"accumulation": "--grad-accumulation-steps", "length": "--seq-len"}
     message = re.sub(r"^\w+\(\): (?=`)", "", message)
     return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), message)
 

@@ -212,7 +212,7 @@ def _check_counts(batch_size: int, accumulation: int, seed: int) -> None:
     if seed < 0:
         raise InputError(f"`seed` is {seed}: expected 0 or more")
     if batch_size < accumulation:
-        raise InputError(f"accumulation is {accumulation}: expected at most the batch size, {batch_size}")
+        raise InputError(f"`accumulation` is {accumulation}: expected at most the batch size, {batch_size}")
 
 
 def _check_positive(**counts: int) -> None:
