@@ -72,7 +72,7 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["whole", "--adapter-path", "adapter", "-o", "x"], "is already merged into it"),
         (["base", "--adapter-path", "adapter", "-o", "x", "--unmerge"], "is not merged into it"),
         (["base", "--adapter-path", "adapter", "-o", "base"], "is the folder of the model"),
-        (["base", "--adapter-path", "adapter"], "--adapter-path and --output are needed"),
+        (["base", "--adapter-path", "adapter"], "--adapter-path and --output are required"),
         (["base", "--adapter-path", "base", "-o", "x"], "does not contain adapter_config.json"),
         (
             ["base", "--adapter-path", "adapter", "-o", "x", "--save-dtype", "f16"],
