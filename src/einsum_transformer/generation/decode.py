@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """Generation: prefill in chunks, then one token at a time, with the same forward."""
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def decode_batch(
             raise InputError(f"the prompt has {start + longest} tokens, the context is {limit}: shorten it")
         tokens, pads = _left_padded([result.prompt_tokens for result in results])
         model.checked(tokens)
-        held = [[] for _ in results] if cache is None else _held(cache, len(results))
+        held: list[list[int]] = [[] for _ in results] if cache is None else _held(cache, len(results))
         rows = [
             Row(model, result, sampling, settings, index, held[index], limit)
             for index, result in enumerate(results)
@@ -215,7 +216,9 @@ def _steps(
     """Continue all rows token by token, from the scores (b, v) after their prompts."""
     live = list(range(len(rows)))
     while True:
-        next_tokens, keep, texts = [], [], []
+        next_tokens: list[int] = []
+        keep: list[int] = []
+        texts: list[tuple[int, str]] = []
         with phase("sampling"):
             for position, index in enumerate(live):
                 padding = 0 if cache.pads is None else int(cache.pads[position])
@@ -247,11 +250,11 @@ def _held(cache: KVCache, rows: int) -> list[list[int]]:
     return [row[pad:] for row, pad in zip(cache.tokens.tolist(), pads, strict=True)]
 
 
-def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
+def _prompts(model: Model, prompt: Sequence[Any] | Array) -> tuple[list[list[int]], bool]:
     """(token ids of each row, whether one prompt was given rather than a batch)."""
     if isinstance(prompt, str):
         return [encode(model, prompt)], True
-    items = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    items: Sequence[Any] = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
     if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
         kinds = "text, token ids, a list of messages, or a list of these"
         raise InputError(f"the prompt is {type(prompt).__name__}: give {kinds}")
@@ -265,7 +268,7 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
     return rows, False
 
 
-def _row(model: Model, item: Any) -> list[int]:
+def _row(model: Model, item: Sequence[Any] | Array) -> list[int]:
     if isinstance(item, str):
         return encode(model, item)
     if isinstance(item, Sequence) and item and isinstance(item[0], Mapping):
@@ -273,7 +276,7 @@ def _row(model: Model, item: Any) -> list[int]:
     return _token_row(item)
 
 
-def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
+def _chat(model: Model, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Token ids of a chat; as in transformers' pipelines, a last message of the assistant is continued."""
     if model.tokenizer is None:
         raise InputError(f"{model.source}: has no tokenizer; give token ids instead of messages")
@@ -285,9 +288,9 @@ def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
     return model.tokenizer.apply_chat_template(messages)
 
 
-def _token_row(items: Any) -> list[int]:
+def _token_row(items: Sequence[Any] | Array) -> list[int]:
     """One row of token ids, all of them integers."""
-    row = items.tolist() if isinstance(items, np.ndarray) else items
+    row: Sequence[Any] = items.tolist() if isinstance(items, np.ndarray) else items
     integers = isinstance(row, Sequence) and not isinstance(row, (bytes, bytearray))
     if not integers or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in row):
         raise InputError("the prompt holds what is neither text nor a token id: token ids are integers")
