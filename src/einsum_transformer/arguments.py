@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """Checks the arguments of public functions against their annotations: a mistake is one line that names the
 argument.
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache, wraps
 from types import NoneType, UnionType
@@ -112,7 +113,7 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _elements_fit(value: Any, inner: tuple[Any, ...]) -> bool:
+def _elements_fit(value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ...]) -> bool:
     if isinstance(value, Mapping):
         return len(inner) != 2 or all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if not isinstance(value, (list, tuple)) or not inner:

@@ -174,7 +174,8 @@ class _Comparing:
         # so written that a NaN fails
         self.steps.append(Step(name, theirs.shape, largest, relative, relative <= self.tolerance))
         if name == LOGITS:
-            self.same_choice = float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))
+            same: Array = ours.argmax(-1) == theirs.argmax(-1)
+            self.same_choice = float(np.mean(same))
 
     def _read(self, name: str, ours: Array) -> Array:
         """The reference's numbers; its axes may be joined or split, as those of heads are."""

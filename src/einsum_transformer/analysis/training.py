@@ -50,7 +50,7 @@ class StepTimes:
     """The seconds of every phase, step by step: spans are folded into them, and a long training keeps few."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps: int = 0
         self.by_path: defaultdict[Key, dict[int, float]] = defaultdict(dict)
 
     def add(self, spans: list[Span]) -> dict[str, float]:

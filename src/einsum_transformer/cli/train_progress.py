@@ -20,11 +20,12 @@ class TrainingProgress(TrainingObserver):
     """A bar at a terminal, a line a second elsewhere, nothing if `silent`."""
 
     def __init__(self, silent: bool) -> None:
-        self.silent, self.steps = silent, 0
-        self.written = 0.0
+        self.silent: bool = silent
+        self.steps: int = 0
+        self.written: float = 0.0
         """When the last line of progress was written."""
         self.live: Progress | None = None
-        self.stack = ExitStack()
+        self.stack: ExitStack = ExitStack()
 
     def __enter__(self) -> TrainingProgress:
         return self
