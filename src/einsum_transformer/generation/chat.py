@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """A conversation whose KV cache is reused from one turn to the next."""
 
 from __future__ import annotations
@@ -5,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from einsum_transformer.arguments import checked
 from einsum_transformer.components.kv_cache import KVCache
@@ -15,6 +16,7 @@ from einsum_transformer.generation.decode import decode_batch, settings_of, stat
 from einsum_transformer.generation.options import GenerationOptions
 from einsum_transformer.generation.rows import Generation
 from einsum_transformer.models.model import Model
+from einsum_transformer.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,10 @@ class Chat:
         tokenizer = model.tokenizer
         if tokenizer is None or (not tokenizer.chat_templates and chat_template is None):
             raise InputError(f"{model.source}: has no chat template; use generate (`etx run`) for plain text")
-        self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.template_options = {
+        self.model: Model = model
+        self.tokenizer: Tokenizer = tokenizer
+        self.system: str | None = system
+        self.template_options: dict[str, Any] = {
             **(template_kwargs or {}),
             **({} if tools is None else {"tools": tools}),
             **({} if chat_template is None else {"chat_template": chat_template}),
@@ -103,7 +107,7 @@ class Chat:
         if not isinstance(text, str):
             raise InputError(f"`text` is a {type(text).__name__}, expected str")
         messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(messages, **self.template_options)
+        rendered = cast("list[int]", self.tokenizer.apply_chat_template(messages, **self.template_options))
         cache, reused = self._reused(rendered)
         result = Generation(rendered[reused:])
         # If the caller stops early, the state of the cache is unknown.

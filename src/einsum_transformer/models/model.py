@@ -191,7 +191,8 @@ class Model:
 
     def _named(self, decoder: Decoder) -> dict[str, Array]:
         """The leaves of a decoder, or of a gradient, by checkpoint name."""
-        specs, adapters, found = self.weights, self.adapters, {}
+        specs, adapters = self.weights, self.adapters
+        found: dict[str, Array] = {}
         pairs: dict[str, tuple[Array | None, Array]] = {}
         for path, leaf in named_leaves(decoder):
             if isinstance(leaf, Gradients):
