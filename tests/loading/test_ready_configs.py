@@ -1,4 +1,5 @@
-"""Ready configs: part of the package, used by name wherever a model is named, unless a file has that name."""
+"""Packaged configs: part of the package, used by name wherever a model is named, unless a file has that
+name."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tiny_models import write_config, write_tiny
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("fast_lora", "gemma", "llama", "lora_test", "mistral", "mixtral", "phi", "qwen", "qwen2_moe")
-LISTED = f"ready configs: {', '.join(NAMES)}"
+LISTED = f"packaged configs: {', '.join(NAMES)}"
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ def test_a_path_is_no_name(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(et.InputError) as error:
         et.load(named)
-    assert "ready configs" not in str(error.value)
+    assert "packaged configs" not in str(error.value)
 
 
 def test_hub_ids_stay_hub_ids(monkeypatch: pytest.MonkeyPatch, empty_folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Arguments of np.einsum other than an equation and its operands: sublists and keywords.
 
 The functions here check these arguments and convert them to an equation, arrays and a path; they do not
-contract anything. docs/notation.md lists the differences between `einsum` and `np.einsum`.
+contract anything. docs/concepts/notation.md lists the differences between `einsum` and `np.einsum`.
 """
 
 from __future__ import annotations

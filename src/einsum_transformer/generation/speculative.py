@@ -2,7 +2,7 @@
 
 A draft token x from a distribution q is accepted with probability min(1, p(x) / q(x)), where p is the model's
 distribution; the first rejected token is replaced by a sample from the positive part of p - q. The output is
-distributed as p (docs/derivations/speculative.md); with greedy decoding, the text is the same.
+distributed as p (docs/concepts/derivations/speculative.md); with greedy decoding, the text is the same.
 """
 
 from __future__ import annotations

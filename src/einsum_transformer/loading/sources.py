@@ -117,7 +117,7 @@ def resolve(source: str | Path, options: Options) -> Path:
     if "/" not in named:
         raise InputError(
             f"{named!r}: no such file or folder, and a hub repository is written owner/name; "
-            f"ready configs: {', '.join(available_configs())}"
+            f"packaged configs: {', '.join(available_configs())}"
         )
     path = hub.download(named, options.revision, options.offline)
     return (path.is_dir() and single_gguf(path, options.allow_links)) or path

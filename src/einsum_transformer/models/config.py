@@ -257,7 +257,7 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each axis letter (docs/notation.md) that occurs in the shapes of weights."""
+        """The size of each axis letter (docs/concepts/notation.md) that occurs in the shapes of weights."""
         return {
             "v": self.vocab_size,
             "d": self.hidden_size,

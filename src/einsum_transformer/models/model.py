@@ -153,7 +153,7 @@ class Model:
         """Write a folder that transformers loads: config, weights, tokenizer, generation settings.
 
         dtype: storage dtype of the weights ("float32", "bfloat16"), by default the computation dtype. Errors:
-        InputError for a model with adapters: merge them, or write only them (`write_adapter`).
+        InputError for a model with adapters: merge them, or write only them (`save_adapter`).
         """
         folder = Path(folder)
         if self.lora is not None:

@@ -1,4 +1,4 @@
-"""The ready configs: JSON files that are part of the package, used by name."""
+"""The packaged configs: JSON files that are part of the package, used by name."""
 
 import os
 from dataclasses import fields
@@ -14,14 +14,14 @@ _FOLDER = files("einsum_transformer") / "configs"
 
 
 def available_configs() -> tuple[str, ...]:
-    """The names of the ready configs, sorted."""
+    """The names of the packaged configs, sorted."""
     names = (each.name for each in _FOLDER.iterdir())
     return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
 
 
 def ready_config(source: str | Path) -> RunConfig | None:
-    """The ready config called `source`; None if there is no such config, or a file or folder of that name in
-    the working directory."""
+    """The packaged config called `source`; None if there is no such config, or a file or folder of that name
+    in the working directory."""
     keys = _ready_keys(str(source))
     return None if keys is None else parse_run_config(keys, str(source))
 
@@ -38,7 +38,7 @@ def written_keys(config: RunConfig) -> dict[str, Any]:
 
 
 def _ready_keys(name: str) -> dict[str, Any] | None:
-    """The JSON object of the ready config called `name`, as `ready_config` selects it."""
+    """The JSON object of the packaged config called `name`, as `ready_config` selects it."""
     if name not in available_configs() or os.path.lexists(name):
         return None
     return parse_json(Path(name), "config", (_FOLDER / f"{name}{_SUFFIX}").read_bytes())

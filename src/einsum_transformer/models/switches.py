@@ -22,7 +22,7 @@ def read_run_config(path: str | Path) -> RunConfig:
         return ready
     file = Path(path)
     if file.name == str(path) and not file.suffix and not file.exists():
-        raise InputError(f"{path!r}: no such file; ready configs: {', '.join(available_configs())}")
+        raise InputError(f"{path!r}: no such file; packaged configs: {', '.join(available_configs())}")
     return parse_run_config(read_json(file), str(path))
 
 
