@@ -221,5 +221,5 @@ def test_links_need_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str
     folder = write_folder(tmp_path / "model", golden.config, golden.weights)
     (folder / "model.safetensors").rename(tmp_path / "weights")
     (folder / "model.safetensors").symlink_to(tmp_path / "weights")
-    assert "--allow-links" in refused_by_both(folder, capsys)[0]
+    assert "`allow_links`" in refused_by_both(folder, capsys)[0]
     assert told(capsys, str(folder), "--allow-links")[0] == 0

@@ -142,7 +142,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`tolerance` is nan"):
         parity(model, dump, float("nan"))
     (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match=r"holds 0 \.npz and \.safetensors files"):
+    with pytest.raises(InputError, match=r"contains 0 \.npz and \.safetensors files"):
         open_reference(tmp_path / "none")
     with pytest.raises(InputError, match=r"a \.npz or \.safetensors file, or a folder"):
         open_reference(tmp_path / "reference.json")

@@ -252,7 +252,7 @@ def test_token_ids_from_a_file(etx: Etx, speller: Path, tmp_path: Path) -> None:
 def test_without_a_prompt_a_chat_model_is_asked_a_question(etx: Etx, speller: Path) -> None:
     code, out, err = etx("run", speller, "-n", 3)
     assert (code, out) == (0, ";<=\n")
-    assert f"no prompt given, so this one as a chat: {DEFAULT_PROMPT}" in err
+    assert f"no prompt is given; the default as a chat: {DEFAULT_PROMPT}" in err
     assert etx("run", speller, "-n", 3, "--raw", "--quiet") == (0, "@AB\n", "")
 
 
@@ -302,12 +302,12 @@ def test_flags_and_set_override_a_config(etx: Etx, config: Path) -> None:
 def test_lora_is_said_to_be_ignored(etx: Etx, config: Path) -> None:
     code, _, err = etx("run", config, "-n", 1, "--set", "use_lora=true")
     assert code == 0
-    assert "use_lora concerns training; this run does not use an adapter" in err
+    assert "use_lora applies to training only; this run does not use an adapter" in err
 
 
 def test_prefill_only(etx: Etx, speller: Path, config: Path) -> None:
     code, out, err = etx("run", speller, "-p", "abc", "--prefill-only")
-    assert (code, out) == (0, "likeliest next token: 100 'd'\n")
+    assert (code, out) == (0, "most probable next token: 100 'd'\n")
     assert "first token" not in err
     told = json.loads(etx("run", config, "--set", "prefill_only=true", "--json")[1])
     assert told["finish_reason"] == ["prefill", "prefill"]
@@ -318,7 +318,7 @@ def test_prefill_only(etx: Etx, speller: Path, config: Path) -> None:
 def test_chat_answers_each_line(etx: Etx, speller: Path) -> None:
     code, out, err = etx("chat", speller, "-n", 3, stdin="hello\n\n  \n/exit\nnever\n")
     assert (code, out) == (0, ";<=\n")
-    assert "[0 tokens reused, 10 read, 3 generated" in err
+    assert "[0 tokens reused, 10 new, 3 generated" in err
 
 
 def test_chat_shows_what_was_answered_before_an_error(etx: Etx, speller: Path) -> None:
@@ -345,7 +345,7 @@ def test_chat_keeps_its_cache_and_answers_as_without_it(etx: Etx, babbler: Path)
         "chat", babbler, "-n", 6, "--temp", 0, "--json", stdin="one\ntwo\n/reset\n/bad\nthree\n"
     )
     told = json.loads(out)
-    assert (code, err) == (0, "/bad: no such command; /system TEXT, /reset, /exit\n")
+    assert (code, err) == (0, "/bad: unknown command; expected /system TEXT, /reset or /exit\n")
     first, second, third = told["turns"]
     # The last token of an answer is in the text but was not yet fed.
     assert (first["cached_tokens"], second["cached_tokens"]) == (
@@ -455,13 +455,13 @@ def test_template_flags(command: str, etx: Etx, tmp_path: Path, speller: Path) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--chat-template", "nowhere"], "--chat-template 'nowhere': no such file, no jinja template"),
+        (["--chat-template", "nowhere"], "--chat-template 'nowhere': expected a file, a Jinja template"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: not valid JSON"),
         (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: expected a JSON object"),
-        (["--chat-template-kwargs", '{"messages": []}'], "messages is no variable of a template"),
+        (["--chat-template-kwargs", '{"messages": []}'], "messages cannot be set as a template variable"),
         (
             ["--chat-template-kwargs", '{"continue_final_message": true}'],
-            "continue_final_message is no variable of a template",
+            "continue_final_message cannot be set as a template variable",
         ),
         (["--chat-template-kwargs", '{"enable_thinking": true}', "--no-thinking"], "contradict each other"),
         (["--tools", "nowhere.json"], "--tools nowhere.json: cannot be read"),

@@ -69,7 +69,7 @@ def test_bf16_says_what_it_loses(folder: Path, capsys: pytest.CaptureFixture[str
 def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert etx("base", "--adapter-path", "adapter", "-o", "whole", "--quiet") == 0
     for arguments, message in (
-        (["whole", "--adapter-path", "adapter", "-o", "x"], "is merged into it already"),
+        (["whole", "--adapter-path", "adapter", "-o", "x"], "is already merged into it"),
         (["base", "--adapter-path", "adapter", "-o", "x", "--unmerge"], "was not merged into it"),
         (["base", "--adapter-path", "adapter", "-o", "base"], "is the model itself"),
         (["base", "--adapter-path", "adapter"], "--adapter-path and --output are needed"),

@@ -157,7 +157,7 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
     Path("b.txt").write_text(TEXT.replace("cat", "dog"))
     told(capsys, *text, "--steps", "2")
     for flags, message in (
-        ([], "out: holds a training already; --resume continues it"),
+        ([], "out: already contains a training; continue it with --resume"),
         (["--resume", "--steps", "2"], "all 2 steps are done already"),
         (
             ["--resume", "--seed", "1", "--steps", "3"],
@@ -187,20 +187,23 @@ def test_a_folder_holds_one_training(text: list[str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optimizer", "lion"], "--optimizer 'lion': choose sgd or adamw"),
-        (["--optimizer", "adamw", "--momentum", "0.9"], "belong to sgd"),
+        (["--optimizer", "lion"], "--optimizer is 'lion': expected sgd or adamw"),
+        (["--optimizer", "adamw", "--momentum", "0.9"], "are settings of sgd"),
         (["--nesterov"], "nesterov requires a momentum"),
-        (["--beta2", "0.95"], "--beta2 belongs to adamw; sgd has --momentum"),
-        (["--optimizer", "adamw", "--beta2", "1"], "beta2 is 1.0: a value from 0 to less than 1"),
-        (["--min-lr", "1e-5"], "--min-lr is where a schedule ends: choose --schedule cosine or linear"),
-        (["--min-lr", "1", "--schedule", "cosine"], "--min-lr 1.0: more than the learning rate, 0.01"),
+        (["--beta2", "0.95"], "--beta2 is a setting of adamw; sgd has --momentum"),
+        (["--optimizer", "adamw", "--beta2", "1"], "--beta2 is 1.0: expected a number from 0 to below 1"),
+        (["--min-lr", "1e-5"], "--min-lr is the end of a linear or cosine --schedule"),
+        (
+            ["--min-lr", "1", "--schedule", "cosine"],
+            "--min-lr is 1.0: expected at most the learning rate, 0.01",
+        ),
         (
             ["--decay-matrices-only"],
             "--decay-matrices-only restricts --weight-decay, but that is 0",
         ),
         (["--schedule", "step"], "--schedule is 'step', expected 'constant', 'linear' or 'cosine'"),
-        (["--warmup-steps", "11"], "warmup_steps is 11 of 10"),
-        (["--clip-norm", "0"], "clip_norm is 0"),
+        (["--warmup-steps", "11"], "--warmup-steps is 11: expected at most the number of steps, 10"),
+        (["--clip-norm", "0"], "--clip-norm is 0"),
         (["--seq-len", "100000"], "--seq-len 100000: the maximum is 2048"),
         (["--grad-accumulation-steps", "5"], "accumulation is 5: at most the batch size, 4,"),
         (["--lr", "1e30", "--set", "n_layers=1"], "not finite"),
@@ -259,7 +262,7 @@ def test_merged_at_the_end(text: list[str], capsys: pytest.CaptureFixture[str]) 
     assert etx(*text, "--lora", "--merge", "--steps", "3", "--quiet") == 0
     assert Path("out/merged/model.safetensors").exists()
     assert etx(*text, "--merge", "--quiet", "-o", "full", "--steps", "1") == 2
-    assert "there is no adapter to merge" in capsys.readouterr().err
+    assert "the model has no adapter" in capsys.readouterr().err
 
 
 TEMPLATE = (
@@ -290,7 +293,7 @@ def test_four_examples_are_enough(chats: str, capsys: pytest.CaptureFixture[str]
     """All of them are a batch, so nothing is held out; fewer are a smaller batch."""
     assert etx(chats, "--data", "chats.jsonl", *MASKED) == 0
     err = capsys.readouterr().err
-    assert "note: chats.jsonl: too little for a batch and more, so nothing is held out" in err
+    assert "note: chats.jsonl: too short for a batch and validation data, so no data is held out" in err
     assert "a batch has" not in err
     assert "validation loss" not in err
     assert etx(chats, "--data", "chats.jsonl", *MASKED, "--valid-share", "0.25") == 0
@@ -315,8 +318,9 @@ def test_one_conversation_is_learnt_to_its_end(chats: str, capsys: pytest.Captur
 
 def test_examples_longer_than_a_row_are_noted(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert etx(chats, "--data", "chats.jsonl", *MASKED, "--seq-len", "8") == 0
-    assert "4 of 4 examples are longer than a row of 8 tokens and are split over several; --seq-len" in (
-        capsys.readouterr().err
+    assert (
+        "4 of 4 examples are longer than a row of 8 tokens and are split over several rows; the longest fits "
+        in (capsys.readouterr().err)
     )
 
 
@@ -331,7 +335,7 @@ def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str
     assert "validation loss" in err
     assert "note" not in err
     assert etx(chats, "--data", "chats.jsonl", "--valid", "a.txt", "--steps", "1") == 0
-    assert "note: a.txt: unlike --data" in capsys.readouterr().err
+    assert "note: a.txt: one of --valid and --data is text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -339,22 +343,28 @@ def test_a_folder_as_mlx_lm_has_it(chats: str, capsys: pytest.CaptureFixture[str
     [
         (
             ["--data", "chats.jsonl", "--valid-share", "1"],
-            "--valid-share 1.0: a number from 0 to less than 1",
+            "--valid-share is 1.0: expected a number from 0 to below 1",
         ),
-        (["--data", "chats.jsonl", "--valid-share", "-0.5"], "--valid-share -0.5: a number from 0"),
-        (["--data", "chats.jsonl", "--valid-share", "nan"], "--valid-share nan: a number from 0"),
-        (["--data", "chats.jsonl", "--valid", "a.txt", "--valid-share", "0.1"], "with --valid nothing is"),
+        (
+            ["--data", "chats.jsonl", "--valid-share", "-0.5"],
+            "--valid-share is -0.5: expected a number from 0",
+        ),
+        (["--data", "chats.jsonl", "--valid-share", "nan"], "--valid-share is nan: expected a number from 0"),
+        (
+            ["--data", "chats.jsonl", "--valid", "a.txt", "--valid-share", "0.1"],
+            "but --valid gives the validation data",
+        ),
         (["--data", "chats.jsonl", "--valid", "x.parquet"], "x.parquet: a Parquet file"),
         (["--data", "empty.txt"], "empty.txt: contains no text: the file is empty"),
         (["--data", "chats.jsonl", "--valid", "empty.txt"], "empty.txt: contains no text: the file is empty"),
         (["--data", "."], ".: a folder without train.jsonl; pass the file itself"),
         (["--pad"], "--pad needs --data"),
         (["--valid-share", "0.1"], "--valid-share needs --data"),
-        (["--ray-workers", "5"], "4 rows cannot be divided over 5 Ray workers"),
+        (["--ray-workers", "5"], "the data yields 4 rows, too few for 5 Ray workers"),
         (["--ray-workers", "3", "--grad-accumulation-steps", "2"], "2 rows cannot be divided over 3"),
         (
             ["--data", "chats.jsonl", "--pad", "-b", "9", "--ray-workers", "5"],
-            "4 rows cannot be divided over 5",
+            "the data yields 4 rows, too few for 5",
         ),
     ],
 )
@@ -374,11 +384,11 @@ def test_one_line_for_a_mistake_with_data(
     ("flags", "message"),
     [
         (["--lora", "--lora-alpha", "0"], "lora_alpha is 0"),
-        (["--lora-alpha", "0"], "flags of LoRA were given without --lora"),
-        (["--lora-dropout", "0"], "flags of LoRA were given without --lora"),
-        (["--lora-targets", ""], "flags of LoRA were given without --lora"),
+        (["--lora-alpha", "0"], "flags of LoRA are given without --lora"),
+        (["--lora-dropout", "0"], "flags of LoRA are given without --lora"),
+        (["--lora-targets", ""], "flags of LoRA are given without --lora"),
         (["--lora", "--lora-targets", ""], "LoRA targets '': names"),
-        (["--merge", "-o", "new"], "--merge: there is no adapter to merge"),
+        (["--merge", "-o", "new"], "--merge: the model has no adapter"),
     ],
 )
 def test_a_zero_is_no_missing_flag(
@@ -413,19 +423,19 @@ def test_parts_of_a_small_batch(text: list[str], capsys: pytest.CaptureFixture[s
     flags = ["--data", "short.txt", "--valid-share", "0", "--grad-accumulation-steps", "4"]
     assert etx(*text, *flags, "--steps", "1", "--seq-len", "30", "-b", "4") == 0
     told = capsys.readouterr().err
-    assert re.search(r"gives ([1-3]) rows? of 30 tokens, so a batch has \1, not 4", told)
+    assert re.search(r"yields ([1-3]) rows? of 30 tokens, so the batch size is \1 instead of 4", told)
     assert re.search("steps 4: the batch is computed in [1-3] part", told)
 
 
 def test_a_plot_is_a_png(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert etx("--config", config, "--plot", "loss.txt") == 2
-    assert "--plot loss.txt: a PNG image is written" in capsys.readouterr().err
+    assert "--plot loss.txt: expected a file name that ends in .png" in capsys.readouterr().err
     assert not Path("loss.txt").exists()
 
 
 def test_an_eps_of_zero_is_noted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     etx("--config", config, "--optimizer", "adamw", "--eps", "0", "--steps", "1")
-    assert "note: --eps 0: a weight whose gradients are all 0" in capsys.readouterr().err
+    assert "note: --eps is 0: a weight whose gradients are all 0" in capsys.readouterr().err
 
 
 def test_a_large_file_is_announced(

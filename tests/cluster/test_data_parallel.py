@@ -190,7 +190,7 @@ def test_close_ends_the_workers(ray: Any) -> None:
 
 def test_wrong_addresses_are_rejected() -> None:
     for address in ("ray://head:10001", "head", "a b:1"):
-        with pytest.raises(InputError, match="auto or host:port is expected"):
+        with pytest.raises(InputError, match="expected auto or host:port"):
             Connection(address, 2, 0)
 
 

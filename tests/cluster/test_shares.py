@@ -107,10 +107,10 @@ def test_weights_are_sent_contiguous_and_uncopied() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"workers": 0}, "^0 Ray workers: at least 1"),
-        ({"workers": 1, "shard_optimizer": True}, "at least 2 Ray workers"),
-        ({"workers": 2, "threads": 0}, "^0 threads"),
-        ({"workers": 2, "timeout": 0.0}, "timeout of 0.0 s"),
+        ({"workers": 0}, "^`workers` is 0: expected 1"),
+        ({"workers": 1, "shard_optimizer": True}, "at least 2 Ray `workers`"),
+        ({"workers": 2, "threads": 0}, "^`threads` is 0"),
+        ({"workers": 2, "timeout": 0.0}, "timeout of Ray workers is 0.0 s"),
     ],
 )
 def test_wrong_settings_are_rejected(given: dict[str, Any], message: str) -> None:

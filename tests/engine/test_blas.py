@@ -158,7 +158,7 @@ def test_a_provider_that_is_not_installed() -> None:
         "try:\n    blas.use('mkl')\nexcept InputError as error:\n    print(blas.current() == before, error)"
     )
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert child.stdout.startswith("True --blas mkl")
+    assert child.stdout.startswith("True `blas` mkl")
 
 
 def test_importing_the_package_starts_nothing() -> None:

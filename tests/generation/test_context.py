@@ -48,7 +48,7 @@ def test_learned_positions_are_the_only_bound(caplog: pytest.LogCaptureFixture) 
     assert not caplog.records
     check_length(ROPE, 17, "--seq-len")
     assert caplog.text.count("trained length of 16 tokens") == 1
-    with pytest.raises(InputError, match="--seq-len 17: the maximum is 16 learned positions"):
+    with pytest.raises(InputError, match="--seq-len is 17: expected at most 16 learned positions"):
         check_length(LEARNED, 17, "--seq-len")
     with pytest.raises(InputError, match="--seq-len 17: the maximum is 16 tokens"):
         check_length(ROPE, 17, "--seq-len", strict=True)
@@ -75,7 +75,7 @@ def test_training_beyond_the_stated_length(tmp_path: Path, capsys: pytest.Captur
     write_folder(tmp_path / "learned", golden.config, golden.weights)
     for name, code, words in (
         ("rope", 0, "trained length of 16 tokens"),
-        ("learned", 2, "--seq-len 48: the maximum is 40 learned positions"),
+        ("learned", 2, "--seq-len is 48: expected at most 40 learned positions"),
     ):
         flags = ["--seq-len", "48", "--steps", "1", "--batch-size", "1", "--json"]
         with pytest.raises(SystemExit) as left:

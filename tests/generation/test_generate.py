@@ -193,7 +193,9 @@ class TestContext:
                 et.generate(learned, prompt, max_new_tokens=1)
 
     def test_ctx_size_beyond_the_learned_positions(self, learned: et.Model) -> None:
-        with pytest.raises(et.InputError, match="ctx_size is 41: the model has 40 learned positions"):
+        with pytest.raises(
+            et.InputError, match="`ctx_size` is 41: expected at most the 40 learned positions"
+        ):
             et.generate(learned, [3], max_new_tokens=1, ctx_size=41)
         assert len(et.generate(learned, [3], max_new_tokens=100, ctx_size=40).tokens) == 40
 
@@ -450,7 +452,7 @@ def test_bytes_and_bools_are_no_token_ids(prompt: Any, tmp_path: Path) -> None:
 
 def test_a_draft_model_is_a_model(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path)[0]
-    with pytest.raises(et.InputError, match="draft_model is PosixPath: expected a model"):
+    with pytest.raises(et.InputError, match="`draft_model` has type PosixPath, expected a model"):
         et.generate(et.load(folder), [1, 2], draft_model=folder)
 
 

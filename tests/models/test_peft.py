@@ -654,7 +654,7 @@ def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
     assert "is a file; an adapter is a folder" in refusal(tmp_path / "lora.gguf")
     golden = load_golden("llama_gqa")
     write_folder(tmp_path / "model", golden.config, golden.weights)
-    assert "it is a whole model: give it as --model" in refusal(tmp_path / "model")
+    assert "it is a whole model: give it as the model" in refusal(tmp_path / "model")
 
 
 def tokenizer_of(text: str, template: str | None) -> Tokenizer:

@@ -72,7 +72,7 @@ def test_prompts_are_masked_on_request(tmp_path: Path, tokenizer: Tokenizer) -> 
     [
         ("{", "line 2 is not valid JSON"),
         ("[1]", "line 2 is not a JSON object"),
-        ('{"text": 1}', "line 2: 'text' is int, a string is expected"),
+        ('{"text": 1}', "line 2: 'text' is int, expected a string"),
         ('{"txt": "a"}', "line 2: expected text, prompt and completion, or messages, got txt"),
         ('{"prompt": "a"}', "line 2: expected text"),
         ('{"messages": []}', "line 2: messages: empty"),

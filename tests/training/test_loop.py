@@ -176,7 +176,7 @@ def test_steps_that_are_not_finite_change_nothing(
             report = trainer.step()
     else:
         report = trainer.step()
-    assert report.fault == f"{module} gives a number that is not finite"
+    assert report.fault == f"{module} has a value that is not finite"
     for name, array in trainer.weights.items():
         np.testing.assert_array_equal(array, frozen[name])
         np.testing.assert_array_equal(trainer.compute.moments()["m"][name], moments[name])

@@ -166,7 +166,7 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
             {"messages": CHAT, "chat_template_kwargs": {"messages": []}},
             "'messages' is not a template variable",
         ),
-        ({"messages": CHAT, "chat_template_kwargs": [1]}, "an object is expected, not list"),
+        ({"messages": CHAT, "chat_template_kwargs": [1]}, "expected an object, got list"),
         ({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, r"messages\[1\]: 'weight' is 0.5: 0 or 1"),
         ({"messages": [CHAT[0], CHAT[1] | {"train": "no"}]}, r"messages\[1\]: 'train' is \"no\""),
         (
@@ -177,7 +177,7 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ({"prompt": CHAT[:1], "completion": [CHAT[1] | {"weight": 0}]}, r"completion\[0\]: weights"),
         ({"conversations": [{"from": "bard", "value": "a"}]}, r"conversations\[0\]: 'from' is \"bard\""),
         ({"conversations": [{"from": "gpt", "role": "user", "value": "a"}]}, "has both from and value"),
-        ({"conversations": CHAT, "system": 1}, "'system': a string is expected"),
+        ({"conversations": CHAT, "system": 1}, "'system': expected a string"),
         ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "no system message in addition"),
         ({"prompt": "a", "completion": "b", "system": "c"}, "'system': used by chat templates only"),
     ],

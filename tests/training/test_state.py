@@ -178,7 +178,7 @@ def test_a_manifest_cannot_name_other_places(tmp_path: Path) -> None:
         (folder / "manifest.json").write_text(json.dumps({"files": {name: {}}}))
         with pytest.raises(InputError, match=r"plain name|missing"):
             state.restore(trainer(lora), folder)
-    with pytest.raises(InputError, match=r"contains no manifest\.json"):
+    with pytest.raises(InputError, match=r"does not contain manifest\.json"):
         state.restore(trainer(lora), tmp_path)
 
 

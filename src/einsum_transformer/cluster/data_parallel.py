@@ -49,17 +49,15 @@ class RayWorkers:
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise InputError(f"{self.workers} Ray workers: at least 1 is expected")
+            raise InputError(f"`workers` is {self.workers}: expected 1 or more")
         if self.shard_optimizer and self.workers < 2:
             raise InputError(
-                "a sharded optimizer requires at least 2 Ray workers, for two copies of each shard"
+                "`shard_optimizer` requires at least 2 Ray `workers`, for two copies of each shard"
             )
         if self.threads is not None and self.threads < 1:
-            raise InputError(
-                f"{self.threads} threads for the Ray workers of a machine: at least 1 is expected"
-            )
+            raise InputError(f"`threads` is {self.threads}: expected 1 or more per machine")
         if not self.timeout > 0:
-            raise InputError(f"Ray timeout of {self.timeout} s: a number above 0 is expected")
+            raise InputError(f"timeout of Ray workers is {self.timeout} s: expected a number above 0")
 
     def compute(self) -> Callable[[Model, TrainingSettings], DataParallel]:
         """The argument `compute` of `Trainer`."""

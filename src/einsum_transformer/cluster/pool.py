@@ -52,7 +52,7 @@ class Connection:
     def __init__(self, address: str | None, workers: int, store_bytes: int) -> None:
         self.ray: Any = import_ray(local=address is None)
         if address is not None and not _ADDRESS.fullmatch(address):
-            raise InputError(f"Ray address {address!r}: auto or host:port is expected")
+            raise InputError(f"Ray address is {address!r}: expected auto or host:port")
         self.ours: bool = not self.ray.is_initialized()
         explicit = None if address == "auto" else address
         if not self.ours:

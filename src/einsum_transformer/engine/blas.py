@@ -53,7 +53,7 @@ def use(name: str) -> Provider:
     if name == "auto":
         name = "mkl" if _mkl_library() is not None and _is_intel() else "numpy"
     if name not in ("numpy", "mkl"):
-        raise InputError(f"--blas {name!r}: choose auto, numpy or mkl")
+        raise InputError(f"`blas` is {name!r}: expected auto, numpy or mkl")
     with _lock:
         threads = current().get_threads()  # 1 inside `one_thread`, which restores the count at its end
         _current = numpy_provider() if name == "numpy" else mkl_provider()
@@ -71,7 +71,7 @@ def set_threads(count: int) -> None:
     """Set the number of threads of the current BLAS."""
     global _restored_count
     if count < 1:
-        raise InputError(f"--threads {count}: must be at least 1")
+        raise InputError(f"`threads` is {count}: expected 1 or more")
     with _lock:
         if _regions:
             _restored_count = count
@@ -166,7 +166,7 @@ def mkl_provider() -> Provider:
     """Return Intel MKL from the wheel `mkl`, called through ctypes (which releases the GIL)."""
     library = _mkl_library()
     if library is None:
-        raise InputError("--blas mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
+        raise InputError("`blas` mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
 
     def set_threads(count: int) -> None:
         # A thread-local limit (threadpoolctl leaves one behind) would take precedence over the global one.
@@ -198,7 +198,7 @@ def _mkl_library() -> Any:
     try:
         return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise InputError(f"--blas mkl: {found[0].name} cannot be loaded: {error}") from None
+        raise InputError(f"`blas` mkl: {found[0].name} cannot be loaded: {error}") from None
 
 
 def _is_intel() -> bool:

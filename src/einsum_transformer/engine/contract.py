@@ -151,7 +151,7 @@ def einsum(equation: Any, *operands: Any, **keywords: Unpack[calls.Keywords]) ->
     found by opt_einsum. Sublists, einsum(a, [0, 1], b, [1, 2]), can replace the equation.
     order, out, dtype, casting, optimize: as in np.einsum; with the default order "K" the engine chooses the
     memory layout of the result.
-    The section "Where einsum and np.einsum differ" of docs/concepts/notation.md lists the differences.
+    The section "Where einsum and np.einsum differ" of docs/concepts/notation.md lists them.
     Raises EquationError, which names the equation, the operand, the letter and both sizes.
     """
     if len(operands) == 2 and not keywords and not recorder.active_for_events:

@@ -178,7 +178,7 @@ class _Header:
 
     def _take(self, nbytes: int) -> bytes:
         if nbytes > self.size - self.pos:
-            self._refuse(f"{nbytes} bytes are expected, but the file ends after {self.size - self.pos}")
+            self._refuse(f"expected {nbytes} bytes, but the file ends after {self.size - self.pos}")
         self.pos += nbytes
         return self.data[self.pos - nbytes : self.pos]
 
@@ -262,7 +262,7 @@ class _Header:
                     self._refuse(f"a string at byte {start - 8} is longer than the rest of the file")
                 strings.append(data[start:pos].decode())
         except struct.error:
-            self._refuse("the file ends where a string is expected")
+            self._refuse("expected a string, but the file ends")
         except UnicodeDecodeError:
             self._refuse(f"the string at byte {start - 8} is not UTF-8")
         self.pos = pos

@@ -33,6 +33,6 @@ def inside(folder: Path, name: str, allow_links: bool = False) -> Path:
     if not allowed:
         raise FormatError(
             f"{path}: a link out of the folder, to {real}; copy the file into the folder, or follow the link "
-            "with --allow-links (in Python allow_links=True)"
+            "with `allow_links`"
         )
     return path

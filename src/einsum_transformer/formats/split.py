@@ -128,9 +128,7 @@ def _part(path: Path, given: Path, number: int, count: int, allow_links: bool) -
         found = part.metadata.get(key, expected if key == _COUNT else None)
         if found != expected:
             part.close()
-            raise FormatError(
-                f"{path}: {key} is {found!r:.40}, but {expected} is expected for a file of this name"
-            )
+            raise FormatError(f"{path}: {key} is {found!r:.40}, expected {expected} for a file of this name")
     return part
 
 

@@ -166,7 +166,7 @@ _FOLDERS: Mapping[str, str] = {
     r".*\.(mlmodelc|mlpackage)": "a Core ML model: use the original model",
     r"(source_|shared_)?vocabulary\.(json|txt)": "a CTranslate2 model: use the original model",
     r"adapter_model\.(safetensors|bin)|adapters\.safetensors": "an adapter, not a model: pass the base model "
-    "and give the adapter as --adapter-path",
+    "and give the adapter as `adapter`",
     r"modules\.json|config_sentence_transformers\.json": "a sentence-transformers model, which computes "
     "embeddings, not text",
 }

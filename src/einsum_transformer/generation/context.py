@@ -15,7 +15,7 @@ def context_limit(config: ModelConfig, ctx_size: int | None = None) -> int:
         return UNBOUNDED if ctx_size is None else ctx_size
     learned = config.max_position_embeddings
     if ctx_size is not None and ctx_size > learned:
-        raise InputError(f"ctx_size is {ctx_size}: the model has {learned} learned positions")
+        raise InputError(f"`ctx_size` is {ctx_size}: expected at most the {learned} learned positions")
     return learned if ctx_size is None else ctx_size
 
 
@@ -24,7 +24,7 @@ def check_length(config: ModelConfig, length: int, what: str, strict: bool = Fal
     exceeds the trained length of another model. strict: max_position_embeddings is a limit for any model."""
     learned = " learned positions" if config.learned_positions else " tokens"
     if length > (config.max_position_embeddings if strict else context_limit(config)):
-        raise InputError(f"{what} {length}: the maximum is {config.max_position_embeddings}{learned}")
+        raise InputError(f"{what} is {length}: expected at most {config.max_position_embeddings}{learned}")
     LengthNote(config).grown(length)
 
 

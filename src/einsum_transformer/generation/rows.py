@@ -92,7 +92,7 @@ class Settings:
         if self.max_length <= prompt_length:
             raise InputError(
                 f"the prompt has {prompt_length} tokens and max_length is {self.max_length}: "
-                "give max_new_tokens (--max-tokens) or a larger max_length"
+                "give `max_new_tokens` or a larger max_length"
             )
         return self.max_length - prompt_length
 
@@ -101,7 +101,7 @@ def prefill(
     model: Model, tokens: Array, cache: KVCache, chunk: int = PREFILL_CHUNK, repaired: bool = False
 ) -> Array:
     """Extend the cache by the prompt (b, t), `chunk` tokens at a time; returns the logits (b, v) of its last
-    token. repaired: allow logits that are not finite (see `scores`)."""
+    token. repaired: allow logits that are not finite (see `next_logits`)."""
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, tokens.shape[1] - chunk, chunk):
             model.decoder.forward(tokens[:, start : start + chunk], cache, "none")
@@ -205,7 +205,7 @@ class Row:
         self.rng: np.random.Generator = np.random.default_rng(None if seed is None else [seed, index])
         tokenizer = model.tokenizer
         if tokenizer is None and settings.stop:
-            raise InputError(f"stop: {model.source} has no tokenizer, so text cannot be matched; omit stop")
+            raise InputError(f"`stop` needs a tokenizer, which {model.source} does not have; omit it")
         self.decoder: StreamDecoder | None = None if tokenizer is None else tokenizer.stream()
         self.raw: StreamDecoder | None = (
             None if tokenizer is None or not settings.stop else tokenizer.stream(False)

@@ -27,7 +27,7 @@ _FIRST_EXPERTS = 8
 
 
 _PURPOSES = {
-    "adapter": "give the base model, and the adapter as a PEFT folder (--adapter-path); GGUF adapters are "
+    "adapter": "give the base model, and the adapter as a PEFT folder (`adapter`); GGUF adapters are "
     "not supported",
     "mmproj": "a projector of images or sound; give the GGUF file of the language model",
     "imatrix": "an importance matrix for quantizing a model; give the GGUF file of the model itself",

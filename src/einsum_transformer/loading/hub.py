@@ -81,7 +81,7 @@ def download(repository: str, revision: str | None = None, offline: bool = False
         return _from_cache(cached, file, repository)
     if offline:
         raise InputError(
-            f"{repository}: {_not_cached(cached, file, missing)}, and --offline (or HF_HUB_OFFLINE) forbids "
+            f"{repository}: {_not_cached(cached, file, missing)}, and `offline` (or HF_HUB_OFFLINE) forbids "
             "downloading it"
         )
     try:

@@ -64,7 +64,9 @@ def _model(source: Source, options: Options) -> Model:
     config = options.truncated(found.config)
     if found.tensors is None or found.places is None:
         if options.weight_budget is not None:
-            raise InputError(f"`weight_budget`: {name_of(source)} has random weights, and no file of them")
+            raise InputError(
+                f"`weight_budget` needs weights in files, but those of {name_of(source)} are random"
+            )
         seed = options.seed or 0
         decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source))
         return Model(config, decoder, source=f"{name_of(source)} (random weights, seed {seed})")

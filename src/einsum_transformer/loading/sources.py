@@ -32,11 +32,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype is {self.dtype!r}: expected {' or '.join(DTYPES)}")
+            raise InputError(f"`dtype` is {self.dtype!r}: expected {' or '.join(DTYPES)}")
         if self.weight_budget is not None and self.weight_budget < 0:
-            raise InputError(f"weight_budget is {self.weight_budget}: expected a number of bytes, 0 or more")
+            raise InputError(
+                f"`weight_budget` is {self.weight_budget}: expected a number of bytes, 0 or more"
+            )
         if self.max_layers is not None and self.max_layers < 1:
-            raise InputError(f"max_layers is {self.max_layers}: expected 1 or more")
+            raise InputError(f"`max_layers` is {self.max_layers}: expected 1 or more")
 
     def truncated(self, config: ModelConfig) -> ModelConfig:
         """Return the config truncated to its first `max_layers` layers."""

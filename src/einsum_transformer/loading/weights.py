@@ -57,7 +57,7 @@ def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str)
     """Return normally distributed weights (std: initializer_range), norms that scale by 1 and zero biases;
     each tensor has a separate random stream."""
     if seed < 0:
-        raise InputError(f"seed is {seed}: expected 0 or more")
+        raise InputError(f"`seed` is {seed}: expected 0 or more")
     weights = weights_of(config)
     needed = sum(math.prod(weight.stored) for weight in weights) * dtype.itemsize
     if needed > (present := memory()):

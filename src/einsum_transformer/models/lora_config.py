@@ -66,7 +66,7 @@ class LoRAConfig:
         expression."""
         names = tuple(part.strip() for part in text.split(","))
         if not all(names):
-            raise InputError(f"LoRA targets {text!r}: names with commas between them are expected")
+            raise InputError(f"LoRA targets are {text!r}: expected names with commas between them")
         plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
         return names if plain and text != ALL_LINEAR else text
 

@@ -90,7 +90,7 @@ class Model:
         if found.weight:
             reason = f"the weight {self.family.checkpoint_name(found.weight)} contains nan or inf"
         else:
-            reason = "its weights are finite, so values overflowed (--dtype float64 has a larger range)"
+            reason = "its weights are finite, so values overflowed (`dtype` float64 has a larger range)"
         return InputError(f"{self.source}: {'nan' if found.nan else 'inf'} appears first in {step}: {reason}")
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:

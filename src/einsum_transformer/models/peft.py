@@ -82,7 +82,7 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
 def _checked_folder(folder: str | Path) -> Path:
     """The path of an adapter folder. Errors: InputError that describes what the path is instead."""
     if not str(folder):
-        raise InputError("the path of the adapter (--adapter-path) is empty: give its folder")
+        raise InputError("`adapter` is an empty path: expected the folder of an adapter")
     folder = Path(folder)
     if not folder.exists():
         hint = ""
@@ -95,7 +95,7 @@ def _checked_folder(folder: str | Path) -> Path:
             + (" (GGUF adapters are not supported)" if folder.suffix.lower() == ".gguf" else "")
         )
     if not (folder / CONFIG).is_file():
-        whole = ", it is a whole model: give it as --model" if (folder / "config.json").is_file() else ""
+        whole = ", it is a whole model: give it as the model" if (folder / "config.json").is_file() else ""
         raise InputError(
             f"{folder}: does not contain {CONFIG}{whole}; expected a folder written by PEFT or `etx train`"
         )

@@ -1,5 +1,5 @@
 """PEFT's adapter_config.json. Reading: every key is applied, known to have no effect, rejected, or noted.
-Writing: a config with which PEFT puts the same adapters on the same weights."""
+Writing: a config with which PEFT adds the same adapters to the same weights."""
 
 import re
 from collections.abc import Mapping

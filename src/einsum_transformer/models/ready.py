@@ -20,8 +20,8 @@ def available_configs() -> tuple[str, ...]:
 
 
 def ready_config(source: str | Path) -> RunConfig | None:
-    """The packaged config called `source`; None if there is no such config, or a file or folder of that name
-    in the working directory."""
+    """The packaged config of this name; None if there is no such config, or a file or folder of that name in
+    the working directory."""
     keys = _ready_keys(str(source))
     return None if keys is None else parse_run_config(keys, str(source))
 

@@ -110,10 +110,7 @@ def adapter(raw: Mapping[str, Any]) -> str:
     by = " of mlx-lm" if mlx else ""
     if mlx and raw.get("fine_tune_type", "lora") != "lora":
         return f"an adapter{of}{by}, not a model: merge it with `mlx_lm.fuse` and give the result"
-    name = base if of else "BASE"
-    return f"an adapter{of}{by}, not a model: name the base model and give the adapter as --adapter-path" + (
-        f" (in Python load({name!r:.120}, adapter=...))"
-    )
+    return f"an adapter{of}{by}, not a model: give the base model, and the adapter as `adapter`"
 
 
 def adapter_in(folder: Path) -> str:

@@ -39,24 +39,22 @@ def choose_template(templates: Mapping[str, str], wanted: str | None, tools: boo
     """Return the template `wanted` (a name or a template), or else the one that transformers selects."""
     if wanted is not None:
         if not isinstance(wanted, str):
-            raise InputError(f"chat_template: expected a string, got {type(wanted).__name__}")
+            raise InputError(f"`chat_template` has type {type(wanted).__name__}, expected a string")
         if wanted in templates or "{" in wanted:
             return templates.get(wanted, wanted)
         raise InputError(
-            f"chat_template {wanted!r} is neither a Jinja template nor the name of one; "
+            f"`chat_template` {wanted!r} is neither a Jinja template nor the name of one; "
             f"{source} has {_names(templates)}"
         )
     if not templates:
         raise InputError(
-            f"{source} has no chat template; give a plain prompt instead, or a template with chat_template "
-            f"(--chat-template)"
+            f"{source} has no chat template; give a plain prompt, or a template as `chat_template`"
         )
     if tools and "tool_use" in templates:
         return templates["tool_use"]
     if "default" not in templates:
         raise InputError(
-            f"{source} has no default chat template: choose one of {_names(templates)} with "
-            "apply_chat_template(messages, chat_template=NAME) or --chat-template NAME"
+            f"{source} has no default chat template: choose one of {_names(templates)} as `chat_template`"
         )
     return templates["default"]
 

@@ -182,7 +182,7 @@ def _byte_level_bpe(data: Metadata) -> GgufVocab:
     if splits is None:
         refusal = (
             f"tokenizer.ggml.pre: {name!r} is not a known pre-tokenizer; without it, text would be split "
-            f"into wrong tokens, so give token ids (--tokens)"
+            "into wrong tokens, so give token ids (--tokens)"
         )
         note(f"{data.source}: tokenizer.ggml.pre {name!r} is not known, so text cannot be encoded")
     keeps_words = name in BEGINS_AND_KEEPS_WORDS

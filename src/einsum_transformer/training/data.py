@@ -114,7 +114,7 @@ def arrange(examples: Sequence[Example], length: int, pack: bool = True, split_l
 
 
 def _split(example: Example, length: int) -> Iterator[Batch]:
-    """Rows of tokens and their targets; rows without a target are left out."""
+    """Rows of tokens and their targets; rows without a target are dropped."""
     following = np.where(example.trained, example.tokens, IGNORE_INDEX)
     for start in range(0, len(example.tokens) - 1, length):
         tokens, targets = np.zeros(length, np.int32), np.full(length, IGNORE_INDEX, np.int32)
@@ -130,7 +130,7 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
     A single conversation or completion is not split: nothing is held out, and a note reports it.
     """
     if not 0 < share < 1:
-        raise InputError(f"the validation share is {share}: a number between 0 and 1 is expected")
+        raise InputError(f"the validation share is {share}: expected a number between 0 and 1")
     if len(examples) > 1:
         count = min(len(examples) - 1, max(1, round(share * len(examples))))
         chosen = set(np.random.default_rng([seed, 0x5E1D]).permutation(len(examples))[:count].tolist())
@@ -169,7 +169,7 @@ class TextBatches:
         _check_counts(self.batch_size, self.accumulation, self.seed)
         if self.batch_size > len(self.rows):
             raise InputError(
-                f"batch_size is {self.batch_size}, the data has {len(self.rows)} rows: use a smaller batch"
+                f"`batch_size` is {self.batch_size}: expected at most the rows of the data, {len(self.rows)}"
             )
 
     def batch(self, step: int) -> list[Batch]:
@@ -210,12 +210,12 @@ def mean_loss(model: Model, rows: Rows, batch_size: int) -> float:
 def _check_counts(batch_size: int, accumulation: int, seed: int) -> None:
     _check_positive(batch_size=batch_size, accumulation=accumulation)
     if seed < 0:
-        raise InputError(f"seed is {seed}: it must be at least 0")
+        raise InputError(f"`seed` is {seed}: expected 0 or more")
     if batch_size < accumulation:
-        raise InputError(f"accumulation is {accumulation}: at most the batch size, {batch_size}, is expected")
+        raise InputError(f"accumulation is {accumulation}: expected at most the batch size, {batch_size}")
 
 
 def _check_positive(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
-            raise InputError(f"{name} is {value}: at least 1 is expected")
+            raise InputError(f"`{name}` is {value}: expected 1 or more")

@@ -33,9 +33,9 @@ _CONVERT = {
     "Parquet": "a Parquet file; convert it to JSONL first (datasets: Dataset.to_json)",
     "Arrow": "an Arrow file; convert it to JSONL first (datasets: Dataset.to_json)",
     "Git LFS pointer": "a Git LFS pointer, not the data itself; get it with git lfs pull",
-    "safetensors": "a weights file; text or JSONL is expected",
-    "GGUF": "a weights file; text or JSONL is expected",
-    "GGML": "a weights file; text or JSONL is expected",
+    "safetensors": "a weights file; expected text or JSONL",
+    "GGUF": "a weights file; expected text or JSONL",
+    "GGML": "a weights file; expected text or JSONL",
     "PDF": "a PDF file; extract its text first (pdftotext)",
 }
 
@@ -141,7 +141,7 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
     if kind in COMPRESSED:
         raise InputError(f"{path}: a compressed file ({kind}); unpack it first")
     found = "a binary file" if kind == "binary" else f"a {kind} file"
-    raise InputError(f"{path}: {_CONVERT.get(kind, f'{found}; text or JSONL is expected')}")
+    raise InputError(f"{path}: {_CONVERT.get(kind, f'{found}; expected text or JSONL')}")
 
 
 def _decoded(raw: bytes, path: str) -> str:

@@ -243,4 +243,4 @@ def _check_range(settings: Any, **bounds: tuple[float, float]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(settings, name)
         if not low <= value < high:
-            raise InputError(f"{name} is {value}: a value from {low} to less than {high} is expected")
+            raise InputError(f"`{name}` is {value}: expected a number from {low} to below {high}")

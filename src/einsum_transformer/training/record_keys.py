@@ -172,7 +172,7 @@ def form_of(raw: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         value = raw.get(key, "")
         conversational = key != "text" and isinstance(value, list)
         if not isinstance(value, str) and not conversational and (value is not None or len(present) == 0):
-            raise InputError(f"{key!r} is {type(value).__name__}, a string is expected")
+            raise InputError(f"{key!r} is {type(value).__name__}, expected a string")
     form = _form(present)
     if form is None:
         for names, advice in OTHER_FORMS:
@@ -193,7 +193,7 @@ def _form(present: Mapping[str, Any]) -> str | None:
     if "prompt" in present and "completion" in present:
         lists = [isinstance(present[key], list) for key in ("prompt", "completion")]
         if lists[0] != lists[1]:
-            raise InputError("prompt and completion: two strings or two lists of messages are expected")
+            raise InputError("prompt and completion: expected two strings or two lists of messages")
         return "chat completion" if lists[0] else "completion"
     return "text" if "text" in present else None
 
@@ -251,7 +251,7 @@ def plain_messages(value: Any, where: str) -> list[dict[str, Any]]:
     """The messages of a prompt or a completion, without flags; InputError for other values, and for flags
     that exclude a message from the loss (the split into prompt and completion determines that)."""
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise InputError(f"{where}: a list of messages is expected")
+        raise InputError(f"{where}: expected a list of messages")
     for i, message in enumerate(value):
         if chosen(message, f"{where}[{i}]") is False:
             raise InputError(
@@ -267,7 +267,7 @@ def messages_of(raw: Mapping[str, Any], form: str) -> Any:
         return with_system(raw, raw["messages"])
     found = raw["conversations"]
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-        raise InputError("conversations: a list of messages is expected")
+        raise InputError("conversations: expected a list of messages")
     return with_system(raw, [_renamed(message, f"conversations[{i}]") for i, message in enumerate(found)])
 
 
@@ -278,7 +278,7 @@ def with_system(raw: Mapping[str, Any], messages: Any) -> Any:
         return messages
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     if not isinstance(system, str) or first.get("role") == "system":
-        raise InputError("'system': a string is expected, and no system message in addition")
+        raise InputError("'system': expected a string, without a system message in addition")
     return [{"role": "system", "content": system}, *messages]
 
 
@@ -289,7 +289,7 @@ def _renamed(message: dict[str, Any], where: str) -> dict[str, Any]:
     if role == "function_call":
         raise InputError(f"{where}: function_call: write a message of role assistant with tool_calls")
     if not isinstance(role, str) or role.lower() not in _SHAREGPT:
-        raise InputError(f"{where}: 'from' is {_shown(role)}; one of {', '.join(_SHAREGPT)} is expected")
+        raise InputError(f"{where}: 'from' is {_shown(role)}; expected one of {', '.join(_SHAREGPT)}")
     if "role" in message or ("value" in message and "content" in message):
         raise InputError(f"{where}: has both from and value, and role and content; write one pair")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
@@ -304,7 +304,7 @@ def variables_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not variables:
         variables = {}
     if not isinstance(variables, dict):
-        raise InputError(f"chat_template_kwargs: an object is expected, not {type(variables).__name__}")
+        raise InputError(f"chat_template_kwargs: expected an object, got {type(variables).__name__}")
     for name in variables:
         if name in _ARGUMENTS or not name.isidentifier():
             raise InputError(f"chat_template_kwargs: {name!r} is not a template variable")
@@ -320,7 +320,7 @@ def objects_of(raw: Mapping[str, Any], key: str) -> list[Any] | None:
             return None
         value = parse_json(Path(key), "the string", b'{"value": ' + value.encode() + b"}")["value"]
     if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
-        raise InputError(f"{key}: a list of objects, or a JSON string of such a list, is expected")
+        raise InputError(f"{key}: expected a list of objects, or a JSON string of such a list")
     return value
 
 
@@ -338,7 +338,7 @@ def chosen(message: Mapping[str, Any], where: str) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise InputError(f"{where}: {key!r} is {_shown(value)}: 0 or 1 (false or true) is expected")
+            raise InputError(f"{where}: {key!r} is {_shown(value)}: expected 0 or 1 (false or true)")
         if key != "weight" or not value:
             found.add(bool(value))
     if len(found) > 1:

@@ -120,7 +120,7 @@ class _Reader:
         if self.not_located == count:
             raise InputError(
                 f"{path}: {why}, so the prompt cannot be masked; train on whole conversations (without "
-                '--mask-prompt), write {"prompt": ..., "completion": ...}, or use a template with '
+                '`mask_prompt`), write {"prompt": ..., "completion": ...}, or use a template with '
                 "{% generation %} blocks"
             )
         if self.not_located:

@@ -29,14 +29,14 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
-            raise InputError(f"schedule is {self.shape!r}: one of {', '.join(SHAPES)} is expected")
+            raise InputError(f"`schedule` is {self.shape!r}: expected {' or '.join(SHAPES)}")
         for name in ("lr", "final_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}: a number of at least 0 is expected")
+                raise InputError(f"`{name}` is {value}: expected a number, 0 or more")
         if self.steps < 1 or not 0 <= self.warmup_steps <= self.steps:
             raise InputError(
-                f"warmup_steps is {self.warmup_steps} of {self.steps} steps: at most all of them is expected"
+                f"`warmup_steps` is {self.warmup_steps}: expected at most the number of steps, {self.steps}"
             )
 
     def __call__(self, step: int) -> float:

@@ -100,16 +100,16 @@ def restore(trainer: Trainer, folder: str | Path) -> list[str]:
     differing = _training_differences(state.get("training"), description(trainer))
     if differing:
         adapter = (folder / peft.TENSORS).is_file()
-        start = f"pass --adapter-path {folder}" if adapter else f"pass {folder} as the model"
+        start = f"pass {folder} as `adapter`" if adapter else f"pass {folder} as the model"
         raise InputError(
             f"{folder}: checkpoint of another training: {'; '.join(differing)}; to start a new training with "
-            f"its weights, {start} and another output folder (-o), without --resume"
-            f"{' and without --lora' * adapter}"
+            f"its weights, {start} and another folder as `output`, without `resume`"
+            f"{' and `lora`' * adapter}"
         )
     counts = {key: state.get(key) for key in _COUNTS}
     for key, count in counts.items():
         if type(count) is not int or count < 0:
-            raise FormatError(f"{folder / STATE}: {key} is {count!r}, an integer of at least 0 is expected")
+            raise FormatError(f"{folder / STATE}: {key} is {count!r}, expected an integer, 0 or more")
     _read_weights(trainer, folder)
     moments = trainer.compute.moments()
     if moments:
@@ -127,7 +127,7 @@ def restore(trainer: Trainer, folder: str | Path) -> list[str]:
 def verify(folder: Path) -> None:
     """Check the presence, size and sha256 of every file in the manifest; raises InputError."""
     if not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: contains no {MANIFEST}; a checkpoint folder is expected")
+        raise InputError(f"{folder}: does not contain {MANIFEST}; expected the folder of a checkpoint")
     files = read_json(folder / MANIFEST, MANIFEST).get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise FormatError(f"{folder / MANIFEST}: has no list of files")
@@ -238,7 +238,7 @@ def _tensor(source: TensorSource, name: str, like: Array) -> Array:
     if tensor.size != like.size or tensor.dtype != like.dtype:
         raise FormatError(
             f"{source.path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
-            f"{like.dtype} {list(like.shape)} is expected"
+            f"expected {like.dtype} {list(like.shape)}"
         )
     return tensor.reshape(like.shape)
 

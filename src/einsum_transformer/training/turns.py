@@ -74,7 +74,7 @@ class Conversation:
     def prefix(self, messages: Sequence[Message], prompt: bool) -> str:
         """Render the first messages; raises Rewritten if the whole text does not begin with the result.
 
-        EOS at its end is left out if the template writes it after the last message only.
+        EOS at its end is omitted if the template writes it after the last message only.
         """
         try:
             text = self.render(messages, prompt)[0] if messages else ""
