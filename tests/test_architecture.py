@@ -7,11 +7,13 @@ check that it fails.
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from einsum_transformer import _HOMES
 from einsum_transformer.engine.equation import LEGEND, Equation
 from einsum_transformer.models.families import FAMILIES
 
@@ -286,6 +288,13 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
         for module in free:
             del left[module]
     return sorted(left)
+
+
+def test_public_modules_are_checked_strictly() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    strict = pyproject["tool"]["pyright"]["strict"]
+    assert {f"{HOME}{module.replace('.', '/')}.py" for module in _HOMES.values()} <= set(strict)
+    assert all((ROOT / path).is_file() for path in strict)
 
 
 def test_no_import_cycles() -> None:

@@ -25,7 +25,7 @@ from command_line import Ran, etx, save_with_tokenizer
 from einsum_transformer.cli.app import _application
 from einsum_transformer.loading import hub
 from einsum_transformer.models.parameters import trainable
-from einsum_transformer.models.peft import write_adapter
+from einsum_transformer.models.peft import save_adapter
 from golden_files import FOLDER, load_golden, write_folder
 from tiny_models import tiny_model
 
@@ -119,7 +119,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     rng = np.random.default_rng(1)
     for array in trainable(adapted.decoder).values():
         array[...] = rng.standard_normal(array.shape) * 0.1
-    write_adapter(adapted, top / "adapter")
+    save_adapter(adapted, top / "adapter")
     text = top / "notes.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 8, encoding="utf-8")
     golden = load_golden("gpt2_plain")

@@ -13,7 +13,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.adapters import matrices_of, merged, with_lora
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.peft import places_of, read_config, with_adapter, write_adapter
+from einsum_transformer.models.peft import places_of, read_config, save_adapter, with_adapter
 from einsum_transformer.models.peft_names import stack_name
 from einsum_transformer.models.stacked import stacks_of
 from golden_files import (
@@ -106,7 +106,7 @@ def test_loss_and_gradients(bench: Bench, recompute: bool, monkeypatch: pytest.M
 def test_written_folder(bench: Bench, tmp_path: Path) -> None:
     """The matrices equal peft's bit for bit, and the logits are the same after reading them."""
     model = with_adapter(et.load(bench.base), bench.folder)
-    write_adapter(model, tmp_path / "out")
+    save_adapter(model, tmp_path / "out")
     written = et.load(bench.base, adapter=tmp_path / "out")
     parameters = written.adapter_parameters()
     assert {f"{PREFIX}{name}" for name in parameters} == bench.adapter.tensors.keys()
@@ -163,7 +163,7 @@ def test_adapters_on_each_expert(bench: Bench, tmp_path: Path) -> None:
     assert_logits(model.logits(bench.golden.tokens), bench.adapter.logits)
     parameters = model.adapter_parameters()
     assert {f"{PREFIX}{name}" for name in parameters} == bench.adapter.tensors.keys()
-    write_adapter(model, tmp_path)
+    save_adapter(model, tmp_path)
     again = et.load(bench.base, adapter=tmp_path)
     np.testing.assert_array_equal(again.logits(bench.golden.tokens), model.logits(bench.golden.tokens))
 
@@ -192,7 +192,7 @@ def test_the_head_of_gpt_neox_has_two_names(target: str, golden_folder: Folders,
     model = with_lora(et.load(base), LoRAConfig(2, 3.0, (target,), rank_pattern={"embed_out": 3}))
     for array in model.adapter_parameters().values():
         array[...] = 0.25
-    write_adapter(model, tmp_path / "now")
+    save_adapter(model, tmp_path / "now")
     assert read_config(tmp_path / "now").target_modules == ("lm_head",)
     tensors = {f"{PREFIX}{name}": array for name, array in model.adapter_parameters().items()}
     assert {name: array.shape for name, array in tensors.items()} == {

@@ -1,4 +1,4 @@
-"""Check with peft that an adapter folder written by `write_adapter` loads and gives reference logits."""
+"""Check with peft that an adapter folder written by `save_adapter` loads and gives reference logits."""
 
 import argparse
 import os

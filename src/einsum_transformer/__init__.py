@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from einsum_transformer.engine.contract import einsum
     from einsum_transformer.engine.recorder import Recorder
     from einsum_transformer.errors import ConfigError, FormatError, InputError
-    from einsum_transformer.generation.chat import Chat
+    from einsum_transformer.generation.chat import Chat, Turn
     from einsum_transformer.generation.decode import generate, stream
     from einsum_transformer.generation.options import GenerationOptions
     from einsum_transformer.generation.rows import Generation
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from einsum_transformer.models.config import ModelConfig
     from einsum_transformer.models.lora_config import LoRAConfig
     from einsum_transformer.models.model import Model
+    from einsum_transformer.models.peft import save_adapter
     from einsum_transformer.models.ready import available_configs
     from einsum_transformer.models.run_config import RunConfig
     from einsum_transformer.models.switches import (
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     )
     from einsum_transformer.text.tokenizer import Tokenizer
     from einsum_transformer.training.data import RandomTokens, TextBatches
-    from einsum_transformer.training.loop import Trainer, TrainingSettings
+    from einsum_transformer.training.loop import StepReport, Trainer, TrainingSettings
     from einsum_transformer.training.optimizers import SGD, AdamW
     from einsum_transformer.training.schedule import Schedule
 
@@ -69,12 +70,14 @@ __all__ = [
     "Recorder",
     "RunConfig",
     "Schedule",
+    "StepReport",
     "TextBatches",
     "Tokenizer",
     "Trainer",
     "Training",
     "TrainingObserver",
     "TrainingSettings",
+    "Turn",
     "available_configs",
     "diff",
     "einsum",
@@ -94,6 +97,7 @@ __all__ = [
     "profile",
     "pull",
     "read_run_config",
+    "save_adapter",
     "stream",
     "train",
     "with_lora",
@@ -131,12 +135,14 @@ _HOMES = {
     "RunConfig": "models.run_config",
     "SGD": "training.optimizers",
     "Schedule": "training.schedule",
+    "StepReport": "training.loop",
     "TextBatches": "training.data",
     "Tokenizer": "text.tokenizer",
     "Trainer": "training.loop",
     "Training": "api.train",
     "TrainingObserver": "api.train",
     "TrainingSettings": "training.loop",
+    "Turn": "generation.chat",
     "diff": "api.compare",
     "available_configs": "models.ready",
     "einsum": "engine.contract",
@@ -156,6 +162,7 @@ _HOMES = {
     "profile": "api.profile",
     "pull": "loading.hub",
     "read_run_config": "models.switches",
+    "save_adapter": "models.peft",
     "stream": "generation.decode",
     "train": "api.train",
     "with_lora": "models.adapters",

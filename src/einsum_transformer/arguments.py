@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """Checks of arguments of public functions against their annotations.
 
 Error messages are one line, with the argument in backticks, which the command line replaces by the flag.
@@ -8,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache, wraps
 from types import NoneType, UnionType
@@ -111,7 +112,7 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _elements_fit(value: Any, inner: tuple[Any, ...]) -> bool:
+def _elements_fit(value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ...]) -> bool:
     if isinstance(value, Mapping):
         return len(inner) != 2 or all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if not isinstance(value, (list, tuple)) or not inner:

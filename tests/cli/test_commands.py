@@ -533,10 +533,10 @@ def test_explain_and_diff_count_adapters(etx: Etx, config: Path, tmp_path: Path)
     """Those of a folder and those that a config trains; frozen weights have no gradients."""
     from einsum_transformer.models.adapters import with_lora
     from einsum_transformer.models.lora_config import LoRAConfig
-    from einsum_transformer.models.peft import write_adapter
+    from einsum_transformer.models.peft import save_adapter
 
     model = with_lora(et.load(config), LoRAConfig(8, 16.0, ("q_proj", "v_proj")))
-    write_adapter(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     expected = str(et.explain(model, tokens=8, backward=True))
     size = ("--seq-len", 8, "--backward")
     assert etx("explain", config, *size, "--adapter-path", tmp_path / "adapter") == (0, f"{expected}\n", "")

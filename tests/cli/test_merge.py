@@ -13,7 +13,7 @@ from einsum_transformer.cli.app import main
 from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.parameters import trainable
-from einsum_transformer.models.peft import write_adapter
+from einsum_transformer.models.peft import save_adapter
 from golden_files import load_expert_adapter, load_golden, write_adapter_folder, write_folder
 from tiny_models import write_tiny
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = np.random.default_rng(1)
     for array in trainable(model.decoder).values():
         array[...] = rng.standard_normal(array.shape) * 0.1
-    write_adapter(model, "adapter")
+    save_adapter(model, "adapter")
     return tmp_path
 
 

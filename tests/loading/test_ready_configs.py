@@ -1,4 +1,5 @@
-"""Ready configs: part of the package, used by name wherever a model is named, unless a file has that name."""
+"""Packaged configs: part of the package, used by name wherever a model is named, unless a file has that
+name."""
 
 from __future__ import annotations
 

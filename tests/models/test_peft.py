@@ -20,8 +20,8 @@ from einsum_transformer.models.peft import (
     adapter_digest,
     config_dict,
     read_config,
+    save_adapter,
     with_adapter,
-    write_adapter,
 )
 from einsum_transformer.models.peft_config import APPLIED, IGNORED, NOTED, UNSUPPORTED
 from einsum_transformer.text.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def refusal(folder: Path, model: et.Model | None = None) -> str:
 def test_round_trip(targets: Any, tied: bool, dtype: str, tmp_path: Path) -> None:
     """Matrices, settings and logits are bit for bit what was written; writing again gives the same files."""
     model = adapted(dtype, tied, target_modules=targets, use_rslora=True, lora_alpha=3.0)
-    write_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a")
     again = with_adapter(tiny_model(dtype, tie_word_embeddings=tied), tmp_path / "a")
     ours, theirs = model.adapter_parameters(), again.adapter_parameters()
     assert ours.keys() == theirs.keys()
@@ -92,7 +92,7 @@ def test_round_trip(targets: Any, tied: bool, dtype: str, tmp_path: Path) -> Non
         assert array.dtype == theirs[name].dtype == dtype
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
     np.testing.assert_array_equal(model.logits(TOKENS), again.logits(TOKENS))
-    write_adapter(again, tmp_path / "b")
+    save_adapter(again, tmp_path / "b")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
@@ -105,7 +105,7 @@ def test_settings_round_trip(tmp_path: Path) -> None:
     """Patterns, dropout and numbers that JSON writes as integers."""
     patterns = {"rank_pattern": {r"layers\.1\..*q_proj": 3}, "alpha_pattern": {"v_proj": 7.0}}
     model = adapted(lora_alpha=5, lora_dropout=0.25, **patterns)
-    write_adapter(model, tmp_path)
+    save_adapter(model, tmp_path)
     assert read_config(tmp_path) == model.lora
     np.testing.assert_array_equal(with_adapter(tiny_model(), tmp_path).logits(TOKENS), model.logits(TOKENS))
 
@@ -125,7 +125,7 @@ def test_targets_need_not_be_understood(tmp_path: Path) -> None:
     config = CONFIG | {"target_modules": r"^(?!.*vision).*q_proj$"}
     model = with_adapter(tiny_model(), write_adapter_folder(tmp_path, config, q_tensors()))
     assert len(tensors_of(model)) == 2
-    write_adapter(model, tmp_path / "again")
+    save_adapter(model, tmp_path / "again")
     assert read_config(tmp_path / "again").target_modules == ("model.layers.0.self_attn.q_proj",)
 
 
@@ -153,7 +153,7 @@ def test_b_of_zeros_gives_the_base_bit_for_bit(targets: Any, tied: bool, tmp_pat
     base = tiny_model(tie_word_embeddings=tied)
     fresh = with_lora(base, LoRAConfig(target_modules=targets))
     np.testing.assert_array_equal(fresh.logits(TOKENS), base.logits(TOKENS))
-    write_adapter(fresh, tmp_path)
+    save_adapter(fresh, tmp_path)
     np.testing.assert_array_equal(with_adapter(base, tmp_path).logits(TOKENS), base.logits(TOKENS))
 
 
@@ -318,7 +318,7 @@ def test_a_copy_of_the_embedding_must_be_the_models(name: str, tied: bool, tmp_p
 def test_models_without_or_with_an_adapter_are_refused(tmp_path: Path) -> None:
     """There is nothing to write or merge, there is one already, and a whole model is no place for one."""
     with pytest.raises(InputError, match="has no adapter to write"):
-        write_adapter(tiny_model(), tmp_path)
+        save_adapter(tiny_model(), tmp_path)
     with pytest.raises(InputError, match="no adapter to merge"):
         merged(tiny_model())
     write_adapter_folder(tmp_path, CONFIG, q_tensors())
@@ -341,7 +341,7 @@ def test_merging_and_taking_out_again(targets: Any, tied: bool, tmp_path: Path) 
     np.testing.assert_allclose(whole.logits(TOKENS), model.logits(TOKENS), rtol=0, atol=1e-5)
     assert len(report) == len(model.adapter_parameters()) / 2
     assert all(0 < one.relative < 1e-5 for one in report)
-    write_adapter(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     whole.save(tmp_path / "merged")
     again = et.load(tmp_path / "merged")
     np.testing.assert_array_equal(again.logits(TOKENS), whole.logits(TOKENS))
@@ -453,7 +453,7 @@ def test_ranks_above_the_smaller_side(rank: int, tmp_path: Path) -> None:
     model = adapted("float64", r=rank, target_modules="all-linear")
     whole, _ = merged(model, "float64")
     np.testing.assert_allclose(whole.logits(TOKENS), model.logits(TOKENS), rtol=0, atol=1e-10)
-    write_adapter(model, tmp_path)
+    save_adapter(model, tmp_path)
     again = with_adapter(tiny_model("float64"), tmp_path)
     np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
 
@@ -466,7 +466,7 @@ def test_adapters_of_a_model_without_a_head(prefix: str, tmp_path: Path) -> None
     config = CONFIG | {"rank_pattern": {rf"^{prefix}layers\.0\..*": 2}, "r": 5, "lora_alpha": 4}
     other = with_adapter(tiny_model(), write_adapter_folder(tmp_path / "b", config, renamed))
     np.testing.assert_array_equal(other.logits(TOKENS), plain.logits(TOKENS))
-    write_adapter(other, tmp_path / "c")
+    save_adapter(other, tmp_path / "c")
     again = with_adapter(tiny_model(), tmp_path / "c")
     np.testing.assert_array_equal(again.logits(TOKENS), plain.logits(TOKENS))
 
@@ -481,7 +481,7 @@ def test_adapters_of_multimodal_models(prefix: str, golden_folder: Folders, tmp_
     model = random_pairs(
         with_lora(et.load(base), LoRAConfig(2, 3.0, ("q_proj", "down_proj", "embed_tokens")))
     )
-    write_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     tensors = {
         name.replace(f"{PREFIX}model.", f"{PREFIX}{prefix}"): array
@@ -556,7 +556,7 @@ def test_scalings_of_zero_and_below_are_read(alpha: float, changes: str, tmp_pat
     delta = tensors[f"{Q}.lora_B.weight"] @ tensors[f"{Q}.lora_A.weight"]
     expected = base.named_parameters()[name] + scaling * delta
     np.testing.assert_allclose(merged(model)[0].named_parameters()[name], expected, rtol=0, atol=1e-6)
-    write_adapter(model, tmp_path / "b")
+    save_adapter(model, tmp_path / "b")
     again = with_adapter(tiny_model(), tmp_path / "b")
     np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
     assert model.lora is not None
@@ -592,7 +592,7 @@ def test_adapters_of_mlx_lm(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = base.named_parameters()[name] + 20 * (a @ b).T
     np.testing.assert_allclose(merged(model)[0].named_parameters()[name], expected, rtol=0, atol=1e-5)
-    write_adapter(model, tmp_path / "peft")
+    save_adapter(model, tmp_path / "peft")
     again = with_adapter(tiny_model(), tmp_path / "peft")
     np.testing.assert_array_equal(again.logits(TOKENS), model.logits(TOKENS))
 

@@ -183,7 +183,7 @@ def _table(title: str, names: tuple[str, str], rows: list[tuple[str, ...]]) -> I
     yield from columns([(title, *names, "B / A"), *rows], right=(1, 2, 3))
 
 
-def _short(value: Any) -> str:
+def _short(value: list[Any] | tuple[Any, ...] | str | float | None) -> str:
     if isinstance(value, (list, tuple)):
         kinds = list(dict.fromkeys(value))
         return (

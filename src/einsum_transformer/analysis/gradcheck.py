@@ -117,7 +117,7 @@ def gradcheck(
         def check(name: str, what: str, directions: dict[str, Array]) -> Checked:
             analytic = sum(float(np.sum(gradients[key] * v)) for key, v in directions.items())
             step = (_STEP if len(directions) == 1 else _STEP_OF_ALL) * _scale(weights, directions)
-            found = []
+            found: list[Checked] = []
             for h in (step, step / 8, step / 64):
                 numeric = _difference(model, tokens, targets, weights, directions, h)
                 floor = 1e6 * _ROUNDING * max(1.0, abs(loss)) / h
@@ -129,7 +129,7 @@ def gradcheck(
 
         everywhere = {name: rng.standard_normal(w.shape) for name, w in chosen.items()}
         whole = check("all parameters", "direction", everywhere)
-        rows = []
+        rows: list[Checked] = []
         for done, name in enumerate(chosen):
             for what, v in _directions(gradients[name], rng):
                 rows.append(check(name, what, {name: v}))

@@ -171,7 +171,7 @@ def _table(tensors: tuple[Tensor, ...], every: bool) -> Iterator[str]:
     yield from columns(rows, right=(1, 4))
 
 
-def _short(value: Any) -> str:
+def _short(value: dict[str, Any] | list[Any] | str | float | None) -> str:
     """Return a config value in at most 40 characters, or a dict of such values."""
     if isinstance(value, dict) and value:
         return "{" + ", ".join(f"{key}: {_short(each)}" for key, each in list(value.items())[:8]) + "}"

@@ -178,7 +178,8 @@ class _Comparing:
         # This comparison is False for NaN.
         self.steps.append(Step(name, theirs.shape, largest, relative, relative <= self.tolerance))
         if name == LOGITS:
-            self.same_choice = float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))
+            same: Array = ours.argmax(-1) == theirs.argmax(-1)
+            self.same_choice = float(np.mean(same))
 
     def _read(self, name: str, ours: Array) -> Array:
         """Read an array of the reference; its axes may be joined or split, e.g. those of heads."""

@@ -50,7 +50,7 @@ class StepTimes:
     """The seconds of every phase per step. Spans are summed and dropped, so that memory stays small."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps: int = 0
         self.by_path: defaultdict[Key, dict[int, float]] = defaultdict(dict)
 
     def add(self, spans: list[Span]) -> dict[str, float]:

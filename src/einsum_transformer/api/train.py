@@ -263,9 +263,9 @@ class _Run:
     batch_size: int
     observer: TrainingObserver
     on_step: Callable[[StepReport], Any] | None
-    losses: dict[int, float] = field(default_factory=dict)
-    validated: dict[int, float] = field(default_factory=dict)
-    reports: list[StepReport] = field(default_factory=list)
+    losses: dict[int, float] = field(default_factory=dict[int, float])
+    validated: dict[int, float] = field(default_factory=dict[int, float])
+    reports: list[StepReport] = field(default_factory=list[StepReport])
     times: StepTimes = field(default_factory=StepTimes)
 
     def begin(self, resume: bool) -> None:

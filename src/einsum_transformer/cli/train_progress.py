@@ -20,11 +20,12 @@ class TrainingProgress(TrainingObserver):
     """Shows a progress bar at a terminal, else a line per second; no output if `silent`."""
 
     def __init__(self, silent: bool) -> None:
-        self.silent, self.steps = silent, 0
-        self.written = 0.0
+        self.silent: bool = silent
+        self.steps: int = 0
+        self.written: float = 0.0
         """The time of the last line of progress."""
         self.live: Progress | None = None
-        self.stack = ExitStack()
+        self.stack: ExitStack = ExitStack()
 
     def __enter__(self) -> TrainingProgress:
         return self

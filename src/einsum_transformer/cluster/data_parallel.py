@@ -79,15 +79,19 @@ class DataParallel(AbstractContextManager["DataParallel"]):
         threads: int | None,
         timeout: float,
     ) -> None:
-        self.model, self.settings, self.workers = model, settings, workers
-        self.weights = trainable(model.decoder)
+        self.model: Model = model
+        self.settings: TrainingSettings = settings
+        self.workers: int = workers
+        self.weights: Arrays = trainable(model.decoder)
         entries, constant = model.weights, frozen(model.decoder)
-        self.shapes = Shapes(
+        self.shapes: Shapes = Shapes(
             {name: array.shape for name, array in self.weights.items()},
             {name: entries[name].stored if name in entries else w.shape for name, w in self.weights.items()},
         )
-        self.connection = Connection(address, workers, _store_bytes(self.weights, constant, workers))
-        self.ray = self.connection.ray
+        self.connection: Connection = Connection(
+            address, workers, _store_bytes(self.weights, constant, workers)
+        )
+        self.ray: Any = self.connection.ray
         self.trained: Any = None
         """Reference to the weights of the current step in the object store, until its update."""
         try:
@@ -96,14 +100,14 @@ class DataParallel(AbstractContextManager["DataParallel"]):
                 for name, w in constant.items()
             }
             plan = Plan(shapes_of(model.decoder), references, settings, blas.current().name)
-            self.pool = Pool(self.ray, plan, workers, threads, timeout)
+            self.pool: Pool = Pool(self.ray, plan, workers, threads, timeout)
             self._begin()
         except BaseException:
             self.connection.close()
             raise
 
     def _begin(self) -> None:
-        self.local = Local(self.model, self.settings)
+        self.local: Local = Local(self.model, self.settings)
 
     def gradients(self, parts: list[Batch], count: int, step: int) -> tuple[float, Arrays]:
         self.pool.replaced = 0
@@ -149,13 +153,15 @@ class Sharded(DataParallel):
     """
 
     def _begin(self) -> None:
-        self.shards = _balanced({name: array.size for name, array in self.weights.items()}, self.workers)
+        sizes = {name: array.size for name, array in self.weights.items()}
+        self.shards: list[list[str]] = _balanced(sizes, self.workers)
         trained = self._put(self.weights)
         self._give(lambda actor, shard: actor.begin.remote(shard, trained, self.shards[shard]))
         self.pool.recovered = self._recover
 
     def update(self, gradients: Arrays, lr: float, step: int, scale: float) -> None:
-        trained, self.trained = self.trained, None
+        trained = self.trained
+        self.trained: Any = None
         parts = [self._put({name: gradients[name] for name in names}) for names in self.shards]
         scalars, actors = (lr, step, scale), self.pool.actors
         answers = self.pool.ask(lambda i: actors[i].update.remote(i, trained, parts[i], *scalars))
@@ -175,7 +181,7 @@ class Sharded(DataParallel):
         return {moment: {name: arrays[name] for name in self.weights} for moment, arrays in found.items()}
 
     def restore(self, moments: Moments) -> None:
-        copies = []
+        copies: list[Any] = []
         for names in self.shards:
             shard = {moment: self._as_weights(moments[moment], names) for moment in moments}
             copies.append(self.ray.put((-1, shard)))

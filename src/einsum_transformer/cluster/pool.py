@@ -50,10 +50,10 @@ class Connection:
     """
 
     def __init__(self, address: str | None, workers: int, store_bytes: int) -> None:
-        self.ray = import_ray(local=address is None)
+        self.ray: Any = import_ray(local=address is None)
         if address is not None and not _ADDRESS.fullmatch(address):
             raise InputError(f"Ray address is {address!r}: expected auto or host:port")
-        self.ours = not self.ray.is_initialized()
+        self.ours: bool = not self.ray.is_initialized()
         explicit = None if address == "auto" else address
         if not self.ours:
             used = self.ray.get_runtime_context().gcs_address
@@ -102,11 +102,13 @@ class Pool:
     """
 
     def __init__(self, ray: Any, plan: Plan, count: int, threads: int | None, timeout: float) -> None:
-        self.ray, self.plan, self.timeout = ray, ray.put(plan), timeout
+        self.ray: Any = ray
+        self.plan: Any = ray.put(plan)
+        self.timeout: float = timeout
         self.recovered: Callable[[int], None] = lambda worker: None
         """Called with the index of a worker that was replaced, before any other call to the new actor."""
         errors = ray.exceptions
-        self.lost = (
+        self.lost: tuple[Any, ...] = (
             errors.RayActorError,
             errors.ActorUnschedulableError,
             errors.NodeDiedError,
@@ -114,11 +116,11 @@ class Pool:
             errors.OutOfMemoryError,
             errors.WorkerCrashedError,
         )
-        self.replaced = 0
+        self.replaced: int = 0
         """The number of workers replaced in the current step."""
         self.places: list[Place] = []
         first = max(1, (threads or 1) // count)
-        self.actors = [self._actor(first, cpus=1) for _ in range(count)]
+        self.actors: list[Any] = [self._actor(first, cpus=1) for _ in range(count)]
         try:
             self._wait_for_start(threads)
         except BaseException:
@@ -146,7 +148,9 @@ class Pool:
             seen[place.node] += 1
         order = sorted(range(len(places)), key=ranks.__getitem__)
         self.actors, self.places = [self.actors[i] for i in order], [places[i] for i in order]
-        self.threads = [max(1, (threads or place.cores) // seen[place.node]) for place in self.places]
+        self.threads: list[int] = [
+            max(1, (threads or place.cores) // seen[place.node]) for place in self.places
+        ]
         self.ray.get([actor.set_threads.remote(n) for actor, n in zip(self.actors, self.threads)])
 
     def _actor(self, threads: int, cpus: int) -> Any:

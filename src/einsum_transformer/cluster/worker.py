@@ -75,7 +75,7 @@ class Worker:
         blas.use("mkl" if plan.blas == "mkl" else "numpy")
         blas.set_threads(threads)
         self.plan = plan
-        self.frozen = dict(zip(plan.frozen, ray.get(list(plan.frozen.values()))))
+        self.frozen: dict[str, Any] = dict(zip(plan.frozen, ray.get(list(plan.frozen.values()))))
         self.shards: dict[int, tuple[int, Moments]] = {}
         """Index of a shard -> (the last step applied to it, the moments of its weights)."""
 

@@ -26,7 +26,7 @@ class LayerCache(ABC):
     """The KV cache of one layer."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length: int = 0
         """Number of tokens appended so far, padding included."""
         self._keys: Array | None = None
         self._values: Array | None = None
@@ -88,7 +88,7 @@ class GrowingCache(LayerCache):
             slots = max(end, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
             self._allocate(k, v, slots + _PADDING, slice(0, self.length))
         keys, values = self._store(self.length, k, v)
-        self.length = end
+        self.length: int = end
         return keys, values, np.arange(end)
 
     def truncate(self, length: int) -> None:
@@ -108,7 +108,7 @@ class RingCache(LayerCache):
         new, old, window = k.shape[1], self.length, self.window
         end = old + new
         self._reserve(k, v, min(end, window))
-        self.length = end
+        self.length: int = end
         if end <= window:
             return *self._store(old, k, v), np.arange(end)
         assert self._keys is not None
@@ -149,7 +149,8 @@ class LineCache(LayerCache):
 
     def __init__(self, window: int, slack: int) -> None:
         super().__init__()
-        self.window, self.slack = window, slack
+        self.window: int = window
+        self.slack: int = slack
         self._start = 0
         """Position of the first slot."""
 
@@ -162,7 +163,7 @@ class LineCache(LayerCache):
             self._start = first
         keys, values = self._store(self.length - self._start, k, v)
         first = max(0, self.length - self.window + 1 - self._start)
-        self.length = end
+        self.length: int = end
         return keys[:, first:], values[:, first:], np.arange(self._start + first, end)
 
     def truncate(self, length: int) -> None:
@@ -211,10 +212,12 @@ class KVCache:
         horizon: int = 0,
         slack: int = 0,
     ) -> None:
-        self.layers = tuple(layer_cache(window, capacity, slack) for window in windows)
+        self.layers: tuple[LayerCache, ...] = tuple(
+            layer_cache(window, capacity, slack) for window in windows
+        )
         self.slack = slack
         self.pads = pads
-        self.horizon = horizon
+        self.horizon: int = horizon
         self._tokens = np.empty((0, 0), np.int64)
         """(b, slots), of which the first `_used` contain tokens."""
         self._used = 0

@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """einsum(): resolve the operands, run the cached plan, notify the recorder."""
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Gradients:
     __slots__ = ("parts",)
 
     def __init__(self, **parts: Array) -> None:
-        self.parts = parts
+        self.parts: dict[str, Array] = parts
 
 
 # Globals of the fast path of einsum, to save attribute lookups.
@@ -216,7 +217,7 @@ def _broadcast_grad(weight: Any, equation: str, operands: Sequence[Any]) -> Any:
     return gradient if isinstance(weight, Leaf) else gradient.reshape(weight.shape)
 
 
-def take_rows(weight: Any, indices: Array) -> Array:
+def take_rows(weight: Array | Leaf, indices: Array) -> Array:
     """Return the rows of a matrix (v, d) at `indices` (b, t) -> (b, t, d), in a projection's memory layout.
 
     Positions are innermost in memory, so that elementwise operations run over long contiguous lines.
@@ -248,7 +249,7 @@ def lowering(equation: str, *operands: Any) -> str:
     """Describe how `einsum` runs this call: its matrix product and the operands it copies."""
     if len(operands) > 2:
         raise EquationError(f"einsum {equation}: three or more operands run as several products, not one")
-    arrays = [
+    arrays: list[Any] = [
         operand if isinstance(operand, Array) else np.empty(operand.shape, operand.dtype)
         for operand in operands
     ]
@@ -338,7 +339,7 @@ def _best_path(equation: Equation, arrays: Sequence[Any]) -> Any:
 
 @lru_cache(maxsize=1024)
 def _found_path(equation: str, shapes: tuple[tuple[int, ...], ...]) -> Any:
-    from opt_einsum import contract_path
+    from opt_einsum import contract_path  # pyright: ignore[reportMissingTypeStubs]
 
     return contract_path(equation, *shapes, shapes=True, optimize="auto")[0]
 

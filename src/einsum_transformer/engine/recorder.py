@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false
 """Record a running program: phases with their seconds, einsum events, values by name.
 
 Nothing is recorded unless a `Recorder` is active. It is active in the context (see `contextvars`) that
@@ -12,7 +13,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -228,7 +229,7 @@ class _Weights:
         ranges: dict[int, tuple[int, str]] = {}
         for name, weight in self._leaves:
             if isinstance(weight, (Array, ShapeArray)):
-                low, high = _bounds(weight)
+                low, high = _bounds(weight)  # pyright: ignore[reportUnknownArgumentType]
                 ranges.setdefault(low, (high, name))
         self._ranges = ranges
         self._starts = sorted(ranges)
@@ -239,7 +240,7 @@ class _Weights:
             return found
         if not isinstance(weight, (Array, ShapeArray)):
             return None
-        address = _address(weight)
+        address = _address(weight)  # pyright: ignore[reportUnknownArgumentType]
         before = bisect_right(self._starts, address) - 1
         if before < 0:
             return None
@@ -274,9 +275,9 @@ class _Frame:
 
 _frame: ContextVar[_Frame | None] = ContextVar("einsum_transformer_recorder", default=None)
 """The position in the program for the active recorder, None without one."""
-active = 0
+active: int = 0
 """The number of active recorders in all threads; at 0, `phase` and `tap` return at once."""
-active_for_events = 0
+active_for_events: int = 0
 """The number of active recorders with readers of events."""
 _lock = threading.Lock()
 
@@ -417,7 +418,7 @@ def name_weights(owner: object, named: Callable[[], Iterable[tuple[str, Any]]]) 
 
 
 @contextmanager
-def _using(frame: _Frame, name: str, gradient: bool) -> Iterator[None]:
+def _using(frame: _Frame, name: str, gradient: bool) -> Generator[None]:
     _frame.set(replace(frame, weight=name, gradient=gradient))
     try:
         yield
@@ -479,8 +480,8 @@ class _Tally:
         """Split the wall time over the phases in proportion to their seconds: consecutive spans, inner phases
         before outer ones."""
         busy = sum(seconds for (inner, _), seconds in self._seconds.items() if len(inner) == 1)
-        begins = defaultdict(lambda: start)
-        placed = []
+        begins: defaultdict[Path, float] = defaultdict(lambda: start)
+        placed: list[Span] = []
         for (inner, layer), seconds in sorted(self._seconds.items(), key=lambda item: len(item[0][0])):
             outer = inner[:-1]
             span = Span((*self.outer.path, *inner), layer, begins[outer], wall * seconds / busy)
@@ -491,7 +492,7 @@ class _Tally:
 
 
 @contextmanager
-def parallel() -> Iterator[None]:
+def parallel() -> Generator[None]:
     """Context manager for tasks on several threads: the wall time is split over their phases in proportion to
     the seconds summed over the threads."""
     frame = _frame.get()

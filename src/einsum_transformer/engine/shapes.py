@@ -20,7 +20,7 @@ class ShapeArray(NDArrayOperatorsMixin):
     __slots__ = ("dummy",)
 
     def __init__(self, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
-        self.dummy = np.broadcast_to(np.zeros((), dtype), shape)
+        self.dummy: np.ndarray = np.broadcast_to(np.zeros((), dtype), shape)
 
     def _view(self, dummy: np.ndarray) -> ShapeArray:
         """Return a view of this array, which has the same address."""
@@ -106,7 +106,9 @@ class ShapeArray(NDArrayOperatorsMixin):
     def sum(self, axis: Any = None, keepdims: bool = False) -> ShapeArray:
         return ShapeArray(_reduced(self.shape, axis, keepdims), self.dtype)
 
-    mean = max = min = sum
+    mean = sum
+    max = sum
+    min = sum
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         if options.get("out"):

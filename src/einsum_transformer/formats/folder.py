@@ -98,7 +98,7 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: str | Path, allow_links: bool = False) -> None:
-        self.path = Path(folder)
+        self.path: Path = Path(folder)
         self._allow_links = allow_links
         self._open: dict[str, SafetensorsFile] = {}
         self._failed: dict[str, str] = {}  # shard -> error, so that an invalid shard is read only once

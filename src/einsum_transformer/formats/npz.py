@@ -23,7 +23,7 @@ class NpzFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         try:
             self._zip = zipfile.ZipFile(self.path)
         except OSError as error:

@@ -7,6 +7,7 @@ metadata is in the first part, which may contain no tensors; later parts may lac
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class SplitGGUF(GGUFFile):
     """All parts of a split GGUF as one TensorSource; each tensor's `info` names the file that contains it."""
 
     def __init__(self, parts: list[GGUFFile]) -> None:
-        self.path, self.metadata = parts[0].path, parts[0].metadata
+        self.path: Path = parts[0].path
+        self.metadata: dict[str, Any] = parts[0].metadata
         self._parts = parts
         self._part_of: dict[str, GGUFFile] = {}
         for part in parts:

@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """A conversation whose KV cache is reused from one turn to the next."""
 
 from __future__ import annotations
@@ -5,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from einsum_transformer.arguments import checked
 from einsum_transformer.components.kv_cache import KVCache
@@ -15,6 +16,7 @@ from einsum_transformer.generation.decode import decode_batch, settings_of, stat
 from einsum_transformer.generation.options import GenerationOptions
 from einsum_transformer.generation.rows import Generation
 from einsum_transformer.models.model import Model
+from einsum_transformer.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +71,17 @@ class Chat:
         tokenizer = model.tokenizer
         if tokenizer is None or (not tokenizer.chat_templates and chat_template is None):
             raise InputError(f"{model.source}: has no chat template; use generate (`etx run`) for plain text")
-        self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.template_options = {
+        self.model: Model = model
+        self.tokenizer: Tokenizer = tokenizer
+        self.system: str | None = system
+        self.template_options: dict[str, Any] = {
             **(template_kwargs or {}),
             **({} if tools is None else {"tools": tools}),
             **({} if chat_template is None else {"chat_template": chat_template}),
         }
         self._settings = settings_of(model, options, stated_options(model))
         self.turns: list[Turn] = []
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self._cached: list[int] = []
         """Tokens whose keys and values are in the cache."""
         self._cache: KVCache | None = None
@@ -89,21 +93,31 @@ class Chat:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self._cached, self._cache, self._length_note = [], None, LengthNote(self.model.config)
 
-    def send(self, text: str) -> Turn:
-        """Answer a message."""
-        for _ in self.stream(text):
+    @checked
+    def send(self, message: str | Mapping[str, Any]) -> Turn:
+        """Answer a message.
+
+        message: the text of the user, or a message with another role, such as the result of a tool:
+        `{"role": "tool", "content": "21 degrees"}`.
+        """
+        for _ in self.stream(message):
             pass
         return self.turns[-1]
 
-    def stream(self, text: str) -> Iterator[str]:
+    @checked
+    def stream(self, message: str | Mapping[str, Any]) -> Iterator[str]:
         """Answer a message and yield the answer in pieces; `turns[-1]` describes it when it is complete.
 
-        If the iterator is not exhausted, the message does not become part of the conversation.
+        message: as for `send`. If the iterator is not exhausted, the message does not become part of the
+        conversation.
         """
-        if not isinstance(text, str):
-            raise InputError(f"`text` is a {type(text).__name__}, expected str")
-        messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(messages, **self.template_options)
+        return self._answer(
+            {"role": "user", "content": message} if isinstance(message, str) else dict(message)
+        )
+
+    def _answer(self, message: dict[str, Any]) -> Iterator[str]:
+        messages = [*self.messages, message]
+        rendered = cast("list[int]", self.tokenizer.apply_chat_template(messages, **self.template_options))
         cache, reused = self._reused(rendered)
         result = Generation(rendered[reused:])
         # If the caller stops early, the state of the cache is unknown.
@@ -117,7 +131,9 @@ class Chat:
         self._cache, self._cached = cache, [*rendered, *result.tokens][: cache.length]
         self.messages = [*messages, {"role": "assistant", "content": result.text}]
         counts = (reused, len(result.prompt_tokens), len(result.tokens))
-        self.turns.append(Turn(text, result.text, *counts, result.finish_reason, seconds))
+        self.turns.append(
+            Turn(str(message.get("content", "")), result.text, *counts, result.finish_reason, seconds)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Model, messages and turns in JSON types."""

@@ -43,7 +43,7 @@ class LengthNote:
 
     def __init__(self, config: ModelConfig, length: int = 0) -> None:
         trained = made_for(config)
-        self.bound = UNBOUNDED if config.learned_positions or length > trained else trained
+        self.bound: int = UNBOUNDED if config.learned_positions or length > trained else trained
 
     def grown(self, length: int) -> None:
         """Update the length of the text."""

@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """Generation: prefill in chunks, then one token per step, with the same forward pass."""
 
 from __future__ import annotations
@@ -180,7 +181,9 @@ def decode_batch(
             )
         tokens, pads = _left_padded([result.prompt_tokens for result in results])
         model.checked(tokens)
-        earlier = [[] for _ in results] if cache is None else _cached_tokens(cache, len(results))
+        earlier: list[list[int]] = (
+            [[] for _ in results] if cache is None else _cached_tokens(cache, len(results))
+        )
         rows = [
             Row(model, result, sampling, settings, index, earlier[index], limit)
             for index, result in enumerate(results)
@@ -216,7 +219,9 @@ def _steps(
     """Continue all rows token by token, from the logits (b, v) of their last prompt tokens."""
     live = list(range(len(rows)))
     while True:
-        next_tokens, keep, texts = [], [], []
+        next_tokens: list[int] = []
+        keep: list[int] = []
+        texts: list[tuple[int, str]] = []
         with phase("sampling"):
             for position, index in enumerate(live):
                 padding = 0 if cache.pads is None else int(cache.pads[position])
@@ -248,11 +253,11 @@ def _cached_tokens(cache: KVCache, rows: int) -> list[list[int]]:
     return [row[pad:] for row, pad in zip(cache.tokens.tolist(), pads, strict=True)]
 
 
-def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
+def _prompts(model: Model, prompt: Sequence[Any] | Array) -> tuple[list[list[int]], bool]:
     """Return the token ids of each row, and whether one prompt was given instead of a batch."""
     if isinstance(prompt, str):
         return [encode(model, prompt)], True
-    items = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    items: Sequence[Any] = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
     if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
         kinds = "text, token ids, a list of messages, or a list of these"
         raise InputError(f"`prompt` has type {type(prompt).__name__}, expected {kinds}")
@@ -266,7 +271,7 @@ def _prompts(model: Model, prompt: Any) -> tuple[list[list[int]], bool]:
     return rows, False
 
 
-def _row(model: Model, item: Any) -> list[int]:
+def _row(model: Model, item: Sequence[Any] | Array) -> list[int]:
     if isinstance(item, str):
         return encode(model, item)
     if isinstance(item, Sequence) and item and isinstance(item[0], Mapping):
@@ -274,7 +279,7 @@ def _row(model: Model, item: Any) -> list[int]:
     return _token_row(item)
 
 
-def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
+def _chat(model: Model, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the token ids of a chat; a last assistant message is continued, as in transformers."""
     if model.tokenizer is None:
         raise InputError(f"{model.source}: has no tokenizer; give token ids instead of messages")
@@ -286,7 +291,7 @@ def _chat(model: Model, messages: Sequence[Any]) -> list[int]:
     return model.tokenizer.apply_chat_template(messages)
 
 
-def _token_row(items: Any) -> list[int]:
+def _token_row(items: Sequence[Any] | Array) -> list[int]:
     """Return one row of token ids; InputError unless all are integers."""
     row = items.tolist() if isinstance(items, np.ndarray) else items
     integers = isinstance(row, Sequence) and not isinstance(row, (bytes, bytearray))

@@ -13,12 +13,13 @@ from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import UNBOUNDED
 from einsum_transformer.generation.keys import OWN, SETTINGS, parsed
-from einsum_transformer.generation.sampling import Sampling
+from einsum_transformer.generation.sampling import Sampler, Sampling
 from einsum_transformer.generation.stopping import StopMatcher
 from einsum_transformer.models.decoder import Positions
 from einsum_transformer.models.families.family import token_ids
 from einsum_transformer.models.finite import is_finite
 from einsum_transformer.models.model import Model
+from einsum_transformer.text.streaming import StreamDecoder
 
 Array = np.ndarray
 
@@ -34,7 +35,7 @@ class Generation:
     context)."""
 
     prompt_tokens: list[int]
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list[int])
     text: str = ""
     finish_reason: str | None = None
     kv_cache_bytes: int = 0
@@ -187,23 +188,29 @@ class Row:
         limit: int = UNBOUNDED,
     ) -> None:
         self.result = result
-        self.history = [*before, *result.prompt_tokens]
+        self.history: list[int] = [*before, *result.prompt_tokens]
         start = len(self.history)
-        self.budget = settings.budget(start)
-        self.ends = frozenset() if settings.ignore_eos else end_tokens(model, settings.eos_token_id)
+        self.budget: int = settings.budget(start)
+        self.ends: frozenset[int] = (
+            frozenset() if settings.ignore_eos else end_tokens(model, settings.eos_token_id)
+        )
         ends = sorted(end for end in self.ends if 0 <= end < model.config.vocab_size)
-        self.repairs = sampling.remove_invalid_values
+        self.repairs: bool = sampling.remove_invalid_values
         # The last token is not stored in the cache and does not count towards the context.
-        self.sampling = sampling.sampler(self.history, ends, min(start + self.budget, limit + 1))
-        self.deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
+        self.sampling: Sampler = sampling.sampler(self.history, ends, min(start + self.budget, limit + 1))
+        self.deadline: float | None = (
+            None if settings.max_time is None else time.monotonic() + settings.max_time
+        )
         seed = settings.seed
-        self.rng = np.random.default_rng(None if seed is None else [seed, index])
+        self.rng: np.random.Generator = np.random.default_rng(None if seed is None else [seed, index])
         tokenizer = model.tokenizer
         if tokenizer is None and settings.stop:
             raise InputError(f"`stop` needs a tokenizer, which {model.source} does not have; omit it")
-        self.decoder = None if tokenizer is None else tokenizer.stream()
-        self.raw = None if tokenizer is None or not settings.stop else tokenizer.stream(False)
-        self.matcher = StopMatcher(settings.stop)
+        self.decoder: StreamDecoder | None = None if tokenizer is None else tokenizer.stream()
+        self.raw: StreamDecoder | None = (
+            None if tokenizer is None or not settings.stop else tokenizer.stream(False)
+        )
+        self.matcher: StopMatcher = StopMatcher(settings.stop)
 
     def step(self, logits: Array, capacity: int) -> tuple[int, str]:
         """Choose the next token; returns it and the text that is ready. capacity: tokens that still fit."""

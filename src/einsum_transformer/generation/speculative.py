@@ -91,9 +91,10 @@ class ModelDrafter(Drafter):
     """
 
     def __init__(self, model: Model, slack: int, vocab_size: int | None = None) -> None:
-        self.model, self.slack = model, slack
-        self.vocab_size = vocab_size or model.config.vocab_size
-        self.cache = model.cache(slack=slack)
+        self.model: Model = model
+        self.slack: int = slack
+        self.vocab_size: int = vocab_size or model.config.vocab_size
+        self.cache: KVCache = model.cache(slack=slack)
 
     def propose(
         self, history: Sequence[int], count: int, sampling: Sampler, rng: np.random.Generator

@@ -20,7 +20,8 @@ class Frozen(Leaf):
 
     def __init__(self, weight: Any) -> None:
         self.weight = weight
-        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        self.shape: tuple[int, ...] = tuple(weight.shape)
+        self.dtype: np.dtype = weight.dtype
 
     def base_weight(self) -> Any:
         return self.weight

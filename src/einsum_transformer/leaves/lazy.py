@@ -25,8 +25,8 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.held = 0
-        self.peak = 0
+        self.held: int = 0
+        self.peak: int = 0
         self._loaded: OrderedDict[str, Array] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -56,7 +56,9 @@ class LazyTensor(Leaf):
     def __init__(
         self, tensors: TensorSource, stored: Stored, shape: tuple[int, ...], dtype: Any, budget: Budget
     ) -> None:
-        self.name, self.shape, self.dtype = stored.name, shape, np.dtype(dtype)
+        self.name: str = stored.name
+        self.shape: tuple[int, ...] = shape
+        self.dtype: np.dtype = np.dtype(dtype)
         self._tensors, self._stored, self._budget = tensors, stored, budget
         self._key = f"{stored.name}[{stored.first_row}]"
 

@@ -69,10 +69,17 @@ class LoRA(Leaf):
         stack: str = "",
         owner: str = "",
     ) -> None:
-        self.name, self.base, self.a, self.b = name, base, a, b
-        self.scaling, self.out_axes, self.dropout = scaling, out_axes, dropout or Dropout()
-        self.stack, self.owner = stack, owner
-        self.shape, self.dtype = tuple(base.shape), base.dtype
+        self.name: str = name
+        self.base: Any = base
+        self.a: Array = a
+        self.b: Array = b
+        self.scaling: float = scaling
+        self.out_axes: int = out_axes
+        self.dropout: Dropout = dropout or Dropout()
+        self.stack: str = stack
+        self.owner: str = owner
+        self.shape: tuple[int, ...] = tuple(base.shape)
+        self.dtype: np.dtype = base.dtype
 
     @property
     def rank(self) -> int:

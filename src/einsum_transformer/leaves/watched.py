@@ -18,8 +18,11 @@ class Watched(Leaf):
     """A matrix whose product with its input, plus the bias, is passed to readers as the value `path`."""
 
     def __init__(self, path: str, weight: Any, bias: Any = None) -> None:
-        self.path, self.weight, self.bias = path, weight, bias
-        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        self.path: str = path
+        self.weight: Any = weight
+        self.bias: Any = bias
+        self.shape: tuple[int, ...] = tuple(weight.shape)
+        self.dtype: np.dtype = weight.dtype
 
     def array(self) -> Array:
         return np.asarray(self.weight)

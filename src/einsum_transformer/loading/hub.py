@@ -98,7 +98,7 @@ class _Unreachable(Exception):
 
 def _cached(name: str, revision: str | None) -> Path | None:
     """Return the folder in the cache, complete or not; None if it does not exist."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     try:
         # No file is requested: `_missing` decides from the index whether the folder is complete.
@@ -113,7 +113,7 @@ def _downloaded(
 ) -> Path:
     """Return the folder or GGUF file after downloading what is not cached. The model is selected from the
     hub's list of files, so that the result does not depend on the cache."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     files = _files_of(name, revision)

@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """LoRA on a model: adding adapters, and merging them into the weights."""
 
 import math
@@ -25,7 +26,7 @@ from einsum_transformer.tree import map_named
 
 Array = np.ndarray
 
-Draw = Callable[[str, "Planned", WeightSpec], tuple[Any, Any]]
+Draw = Callable[[str, "Planned", WeightSpec], tuple[Array, Array]]
 """(path, planned adapter, spec of the weight) -> A and B."""
 
 
@@ -217,7 +218,7 @@ def read_merged(folder: Path) -> list[str]:
     path = folder / _MERGED
     if not path.is_file():
         return []
-    digests = read_json(path, "the list of adapters", 1 << 20).get("sha256")
+    digests: list[Any] | None = read_json(path, "the list of adapters", 1 << 20).get("sha256")
     if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
         raise FormatError(f"{path}: sha256 must be a list of digests")
     return digests

@@ -335,7 +335,8 @@ class Keys:
     """Typed reads from a JSON object, which record the keys that were read, missing and left over."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
-        self.raw, self.source = raw, source
+        self.raw: Mapping[str, Any] = raw
+        self.source: str = source
         self.seen: set[str] = set()
         self.defaulted: list[str] = []
         self.unused: list[str] = []

@@ -52,8 +52,8 @@ def origin(
 class FirstBad:
     """A reader of values that stores the name of the first with nan or inf."""
 
-    name = ""
-    nan = True
+    name: str = ""
+    nan: bool = True
 
     def __call__(self, name: str, value: Array) -> None:
         if not self.name and not is_finite(value):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import re2
+import re2  # pyright: ignore[reportMissingTypeStubs]
 
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
@@ -39,8 +39,8 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = ("q_proj", "v_proj")
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -120,11 +120,12 @@ def _end_of_name(pattern: str) -> str:
 @lru_cache(maxsize=2 * _MOST_PATTERNS)
 def _compiled(pattern: str) -> Any:
     """A regular expression that is matched in linear time, because it may come from an untrusted file."""
-    options = re2.Options()
+    engine: Any = re2  # a module without types
+    options = engine.Options()
     options.max_mem, options.log_errors = _PATTERN_BYTES, False
     try:
-        return re2.compile(pattern, options)
-    except (re2.error, UnicodeEncodeError) as error:
-        reason = error.args[0] if isinstance(error, re2.error) else error
+        return engine.compile(pattern, options)
+    except (engine.error, UnicodeEncodeError) as error:
+        reason = error.args[0] if isinstance(error, engine.error) else error
         reason = reason.decode(errors="replace") if isinstance(reason, bytes) else reason
         raise InputError(f"LoRA: {pattern!r} is not a valid RE2 regular expression: {reason}") from None

@@ -153,7 +153,7 @@ class Model:
         """Write a folder that transformers loads: config, weights, tokenizer, generation settings.
 
         dtype: storage dtype of the weights ("float32", "bfloat16"), by default the computation dtype. Errors:
-        InputError for a model with adapters: merge them, or write only them (`write_adapter`).
+        InputError for a model with adapters: merge them, or write only them (`save_adapter`).
         """
         folder = Path(folder)
         if self.lora is not None:
@@ -191,7 +191,8 @@ class Model:
 
     def _named(self, decoder: Decoder) -> dict[str, Array]:
         """The leaves of a decoder, or of a gradient, by checkpoint name."""
-        specs, adapters, found = self.weights, self.adapters, {}
+        specs, adapters = self.weights, self.adapters
+        found: dict[str, Array] = {}
         pairs: dict[str, tuple[Array | None, Array]] = {}
         for path, leaf in named_leaves(decoder):
             if isinstance(leaf, Gradients):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats.files import write_json
 from einsum_transformer.formats.mapped import quoted
@@ -266,8 +267,13 @@ def _check_copy(file: SafetensorsFile, name: str, paths: dict[str, str], model: 
         )
 
 
-def write_adapter(model: Model, folder: str | Path) -> None:
-    """Write the adapters of a model as a folder that PEFT loads; each file is replaced atomically."""
+@checked
+def save_adapter(model: Model, folder: str | Path) -> None:
+    """Write the adapters of a model as a folder that PEFT loads; each file is replaced atomically.
+
+    model: a model with adapters, from `with_lora`, `train` or `load(adapter=...)`. folder: created if it does
+    not exist. `Model.save` writes whole models.
+    """
     folder = Path(folder)
     if model.lora is None:
         raise InputError(f"{folder}: the model has no adapter to write")

@@ -40,7 +40,7 @@ IGNORED = {
     "runtime_config": "the device that PEFT computes on",
 }
 """Keys that do not change what an adapter computes, whatever their value, and why."""
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (),
     "lora_bias": (),

@@ -211,7 +211,9 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     return parse_run_config(raw, source)
 
 
-def _checked(key: str, value: Any, declared: str, source: str) -> Any:
+def _checked(
+    key: str, value: dict[str, Any] | list[Any] | str | float | None, declared: str, source: str
+) -> Any:
     """Return `value` if it has the declared type of the field, else raise ConfigError."""
     optional = declared.endswith("| None")
     kind = declared.removesuffix(" | None")
@@ -223,7 +225,7 @@ def _checked(key: str, value: Any, declared: str, source: str) -> Any:
         return float(value)
     if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return tuple(value)
-    kinds = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
+    kinds: dict[str, type[Any]] = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
     if kind in kinds and isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool)):
         return value
     names = {"tuple[str, ...]": "a list of names", "dict[str, Any]": "an object"}

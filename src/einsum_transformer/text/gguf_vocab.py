@@ -20,7 +20,7 @@ from einsum_transformer.text.pre_tokenizers import BEGINS_AND_KEEPS_WORDS, pre_t
 
 T = TypeVar("T")
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)  # tokenizer.ggml.token_type; 5 is "unused"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 _NAMES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -51,14 +51,15 @@ class Metadata:
     """Reads and checks `tokenizer.ggml.*` keys; every error names the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self._values, self.source = values, source
+        self._values = values
+        self.source: str = source
         self.out_of_range: dict[str, int] = {}
-        self.tokens = self.texts("tokens")
+        self.tokens: list[str] = self.texts("tokens")
         types = self.numbers("token_type", np.int64)
-        self.types = np.full(len(self.tokens), NORMAL) if types is None else types
+        self.types: np.ndarray = np.full(len(self.tokens), NORMAL) if types is None else types
         if self.types.min() < NORMAL or self.types.max() > BYTE:
             raise self.error("token_type", f"values must be {NORMAL} to {BYTE}")
-        self.ids = dict(zip(self.tokens, range(len(self.tokens))))
+        self.ids: dict[str, int] = dict(zip(self.tokens, range(len(self.tokens))))
         if len(self.ids) != len(self.tokens):
             twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
             raise self.error("tokens", f"token {twice!r} occurs twice")

@@ -78,10 +78,10 @@ class ChatCodeGenerator(CodeGenerator):
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """jinja2's immutable sandbox in which every operation that creates a value is bounded."""
 
-    intercepted_binops = frozenset(OPERATOR_SIZES)
-    code_generator_class = ChatCodeGenerator
-    concat = staticmethod(_join)
-    keep = staticmethod(keep)
+    intercepted_binops: frozenset[str] = frozenset(OPERATOR_SIZES)
+    code_generator_class: type[CodeGenerator] = ChatCodeGenerator
+    concat: Any = staticmethod(_join)
+    keep: Any = staticmethod(keep)
 
     def concatenate(self, context: Context, parts: tuple[Any, ...]) -> str:
         """Join the operands of `~`."""
@@ -110,7 +110,7 @@ class GenerationTag(Extension):
     The start and end of a block are reported to `EDGE`, which the rendering function sets.
     """
 
-    tags = {"generation"}  # noqa: RUF012
+    tags: set[str] = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

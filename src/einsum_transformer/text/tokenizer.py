@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from tokenizers import Encoding, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -55,7 +55,7 @@ class Tokenizer:
     """Special tokens by name (`bos_token`, `image_token`, ...); chat templates get them as variables."""
     end_of_generation_ids: frozenset[int]
     chat_templates: Mapping[str, str]
-    edges: Mapping[str, bool] = field(default_factory=dict)
+    edges: Mapping[str, bool] = field(default_factory=dict[str, bool])
     """`add_bos_token` and `add_eos_token` of a GGUF file; {} if tokenizer.json configures them."""
     clean_up: bool = False
     """Whether decoding removes the spaces before punctuation (`clean_up_tokenization_spaces`)."""
@@ -257,12 +257,13 @@ class Tokenizer:
         if add_generation_prompt is None:
             add_generation_prompt = not options.get("continue_final_message", False)
         template = choose_template(self.chat_templates, chat_template, tools is not None, self.source)
+        variables: dict[str, Any] = {**self.named, **check_options(options)}
         return render_chat_spans(
             template,
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
-            **{**self.named, **check_options(options)},
+            **variables,
         )
 
     @overload
@@ -312,7 +313,7 @@ class Tokenizer:
     ) -> list[int]:
         """Deprecated since 0.2: use `apply_chat_template`."""
         warnings.warn("encode_chat is deprecated, use apply_chat_template", DeprecationWarning, stacklevel=2)
-        return self.apply_chat_template(messages, tools, add_generation_prompt, **options)
+        return cast("list[int]", self.apply_chat_template(messages, tools, add_generation_prompt, **options))
 
     def save(self, folder: Path, model_type: str | None = None) -> None:
         """Write the files from which `from_folder` and transformers' AutoTokenizer load this tokenizer.

@@ -24,7 +24,7 @@ class Journal:
     A folder contains one training; `resume` continues it."""
 
     def __init__(self, folder: str | Path | None, resume: bool = False) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder: Path | None = None if folder is None else Path(folder)
         if self.folder is None:
             return
         metrics = self.folder / METRICS

@@ -18,6 +18,7 @@ from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.engine.recorder import reads_values
 from einsum_transformer.errors import InputError
+from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families.config_keys import unapplied_settings
 from einsum_transformer.models.finite import FirstBad
 from einsum_transformer.models.model import Model
@@ -103,9 +104,10 @@ class Local:
 
     def __init__(self, model: Model, settings: TrainingSettings) -> None:
         keep_freed()
-        self.decoder, self.settings = model.decoder, settings
-        self.weights = trainable(model.decoder)
-        self.state = start(settings.optimizer, self.weights)
+        self.decoder: Decoder = model.decoder
+        self.settings: TrainingSettings = settings
+        self.weights: dict[str, Array] = trainable(model.decoder)
+        self.state: dict[str, dict[str, Array]] = start(settings.optimizer, self.weights)
 
     def gradients(self, parts: list[Batch], count: int, step: int) -> tuple[float, dict[str, Array]]:
         return batch_gradients(
@@ -201,14 +203,15 @@ class Trainer:
     ) -> None:
         if unapplied := unapplied_settings(model.config):
             note(f"{model.source}: training does not apply {', '.join(unapplied)}")
-        self.model = replace(model, decoder=writable(model.decoder))
-        self.batches, self.settings = batches, settings
-        self.weights = trainable(self.model.decoder)
-        self.compute = compute(self.model, settings)
-        self.steps_done = 0
-        self.bad_steps = 0
+        self.model: Model = replace(model, decoder=writable(model.decoder))
+        self.batches: Batches = batches
+        self.settings: TrainingSettings = settings
+        self.weights: dict[str, Array] = trainable(self.model.decoder)
+        self.compute: Compute = compute(self.model, settings)
+        self.steps_done: int = 0
+        self.bad_steps: int = 0
         """Total number of steps that were skipped because a value was not finite."""
-        self.bad_in_a_row = 0
+        self.bad_in_a_row: int = 0
 
     @cached_property
     def frozen_crc(self) -> int:

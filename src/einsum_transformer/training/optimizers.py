@@ -157,7 +157,7 @@ class AdamW(Optimizer):
         return change
 
 
-OPTIMIZERS = {"sgd": SGD, "adamw": AdamW}
+OPTIMIZERS: dict[str, type[SGD] | type[AdamW]] = {"sgd": SGD, "adamw": AdamW}
 
 
 def global_norm(gradients: Arrays) -> float:

@@ -187,7 +187,7 @@ def _write(trainer: Trainer, folder: Path) -> None:
     if trainer.model.lora is None:
         trainer.model.save(folder)
     else:
-        peft.write_adapter(trainer.model, folder)
+        peft.save_adapter(trainer.model, folder)
     moments = trainer.compute.moments()
     if moments:
         named = {f"{moment}.{name}": w for moment, arrays in moments.items() for name, w in arrays.items()}
