@@ -138,7 +138,7 @@ MISTAKES = {
     "run tiny.json --temp hot": "--temp",
     "run tiny.json --temperature -1": "--temperature",
     "run tiny.json --top-p 1.5": "--top-p",
-    "run tiny.json --repetition-penalty 0": "repetition_penalty is 0.0: it must be above 0",
+    "run tiny.json --repetition-penalty 0": "--repetition-penalty is 0.0: it must be above 0",
     "run tiny.json -n -1": "--max-tokens",
     "run tiny.json --threads 0": "--threads",
     "run tiny.json --seed -1": "--seed",

@@ -408,13 +408,13 @@ def test_the_file_s_length_of_a_draft(name: str) -> None:
 def test_mistakes() -> None:
     model = MODELS["plain"]
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"draft_layers": 3}, "draft_layers is 3"),
-        ({"draft_layers": 0}, "draft_layers is 0"),
+        ({"draft_layers": 3}, "`draft_layers` is 3"),
+        ({"draft_layers": 0}, "`draft_layers` is 0"),
         ({"draft_model": SMALL}, "vocabulary of 4"),
         ({"draft_layers": 1, "prompt_lookup": True}, "choose one"),
         ({"num_draft_tokens": 3}, "needs"),
-        ({"draft_layers": 1, "num_draft_tokens": 0}, "num_draft_tokens is 0"),
-        ({"prompt_lookup": -1}, "prompt_lookup is -1"),
+        ({"draft_layers": 1, "num_draft_tokens": 0}, "`num_draft_tokens` is 0"),
+        ({"prompt_lookup": -1}, "`prompt_lookup` is -1"),
     ]
     for settings, words in wrong:
         with pytest.raises(InputError, match=words):

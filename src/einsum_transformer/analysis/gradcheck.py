@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import gradients_by_name, trainable
@@ -44,6 +45,7 @@ class Checked:
     error: float
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class GradCheck:
     """All comparisons; whole: along one direction through every parameter at once."""

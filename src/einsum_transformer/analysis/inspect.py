@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.loading.configs import bounded
 from einsum_transformer.loading.contents import Contents, look
@@ -39,6 +40,7 @@ class Tensor:
     """What it is in the model (several, where one tensor holds many); nothing where the model has no use."""
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """A checkpoint or a config as it lies there."""

@@ -31,6 +31,7 @@ DEFAULT_PROMPT = "What is the capital of France?"
 _RANDOM_TOKENS = 128
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Profile:
     """What a run generated and where the time went. `str()` is the table."""

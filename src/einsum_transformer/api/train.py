@@ -54,6 +54,7 @@ class TrainingObserver:
         """Called for everything else that is worth a line: validation, checkpoints, what was resumed."""
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Training:
     """The result of a training. `str()` is the report."""

@@ -278,7 +278,7 @@ def parsed(name: str, value: Any, parser: Parser, source: str = "") -> Any:
     try:
         return parser(value)
     except ValueError as error:
-        where = f"{source}: key {name!r}" if source else name
+        where = f"{source}: key {name!r}" if source else f"`{name}`"
         raise InputError(f"{where} is {shown(value)}: it must be {error}") from None
 
 
@@ -312,7 +312,7 @@ def _check_given(given: Mapping[str, Any]) -> None:
         if name not in known:
             raise InputError(f"generate has no option {name!r}{nearest(name, known)}")
         if _changes_text(name, value):
-            raise InputError(f"{name} is {shown(value)}: not supported; omit it")
+            raise InputError(f"`{name}` is {shown(value)}: not supported; omit it")
 
 
 def _changes_text(name: str, value: Any) -> bool:

@@ -58,7 +58,7 @@ class PromptLookup(Drafter):
 
     def __init__(self, longest: int = LOOKUP) -> None:
         if longest < 1:
-            raise InputError(f"prompt_lookup is {longest}: expected the length of an n-gram, 1 or more")
+            raise InputError(f"`prompt_lookup` is {longest}: expected the length of an n-gram, 1 or more")
         self.longest = longest
 
     def propose(
@@ -133,7 +133,7 @@ def first_layers(model: Model, layers: int) -> Model:
     """Return the model's first layers with its embedding, norm and head as a draft model."""
     if not 1 <= layers < model.config.num_hidden_layers:
         most = model.config.num_hidden_layers - 1
-        raise InputError(f"draft_layers is {layers}: expected 1 to {most}, fewer than the model has")
+        raise InputError(f"`draft_layers` is {layers}: expected 1 to {most}, fewer than the model has")
     decoder = replace(model.decoder, layers=model.decoder.layers[:layers])
     return replace(model, config=model.config.cut(layers), decoder=decoder)
 
@@ -295,26 +295,22 @@ def speculation(
     stated: mapping with num_assistant_tokens, prompt_lookup_num_tokens and max_matching_ngram_size; default:
     generation_config.json.
     """
-    if draft_model is not None and not isinstance(draft_model, Model):
-        raise InputError(
-            f"draft_model is {type(draft_model).__name__}: expected a model, such as et.load returns"
-        )
     stated = (model.generation_config or {}) if stated is None else stated
     lookup = int(prompt_lookup)
     if prompt_lookup is True:
         lookup = _stated(model, stated, "max_matching_ngram_size", LOOKUP)
     ways = {"draft_model": draft_model, "draft_layers": draft_layers, "prompt_lookup": lookup or None}
-    selected = [name for name, value in ways.items() if value is not None]
+    selected = [f"`{name}`" for name, value in ways.items() if value is not None]
     if len(selected) > 1:
         raise InputError(f"{' and '.join(selected)} are mutually exclusive: choose one")
     if not selected:
         if num_draft_tokens is not None:
-            raise InputError("num_draft_tokens needs draft_model, draft_layers or prompt_lookup")
+            raise InputError("`num_draft_tokens` needs `draft_model`, `draft_layers` or `prompt_lookup`")
         return None
     name = "prompt_lookup_num_tokens" if lookup else "num_assistant_tokens"
     drafts = num_draft_tokens if num_draft_tokens is not None else _stated(model, stated, name, DRAFTS)
     if not isinstance(drafts, int) or not 1 <= drafts <= 256:
-        raise InputError(f"num_draft_tokens is {drafts!r}: expected an integer from 1 to 256")
+        raise InputError(f"`num_draft_tokens` is {drafts!r}: expected an integer from 1 to 256")
     if lookup:
         return Speculation(PromptLookup(lookup), drafts)
     drafting = draft_model if draft_model is not None else first_layers(model, draft_layers or 0)

@@ -184,6 +184,7 @@ def _slices_pay(decoder: Any, tokens: int) -> bool:
     return 1000 * trained <= everything * tokens
 
 
+@checked
 class Trainer:
     """A model in training. Its weights change in place; those of a read-only file are copied first.
 
