@@ -71,7 +71,7 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["whole", "--adapter-path", "adapter", "-o", "x"], "is merged into it already"),
         (["base", "--adapter-path", "adapter", "-o", "x", "--unmerge"], "was not merged into it"),
-        (["base", "--adapter-path", "adapter", "-o", "base"], "is the model itself"),
+        (["base", "--adapter-path", "adapter", "-o", "base"], "error: --output base: is the model itself"),
         (["base", "--adapter-path", "adapter"], "--adapter-path and --output are needed"),
         (["base", "--adapter-path", "base", "-o", "x"], "does not contain adapter_config.json"),
         (
