@@ -44,17 +44,30 @@ def checked(called: Called) -> Called:
     return _checking(called, called)  # type: ignore[return-value]
 
 
-def _checking(function: Callable[..., Any], owner: Callable[..., Any]) -> Callable[..., Any]:
+def checked_config(called: Called) -> Called:
+    """Like `checked`, for a dataclass that is also built from files: it checks fields with a Literal type
+    itself (`check_choices`), with an error about the file."""
+    called.__init__ = _checking(called.__init__, called, literals=False)  # type: ignore[misc]
+    return called
+
+
+def _checking(
+    function: Callable[..., Any], owner: Callable[..., Any], literals: bool = True
+) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        _check(function, owner, args, kwargs)
+        _check(function, owner, args, kwargs, literals)
         return function(*args, **kwargs)
 
     return call
 
 
 def _check(
-    function: Callable[..., Any], owner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any],
+    owner: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    literals: bool,
 ) -> None:
     signature, hints, any_keyword = _declared(function, owner)
     name = owner.__name__
@@ -66,8 +79,8 @@ def _check(
     except TypeError as error:
         raise ArgumentError(f"{name}(): {error}") from None
     for argument, value in bound.arguments.items():
-        if argument in hints:
-            check_type(name, argument, value, hints[argument])
+        if argument in hints and not fits(value, hints[argument], literals):
+            raise _mismatch(name, argument, value, hints[argument])
 
 
 @cache
@@ -88,18 +101,18 @@ def check_type(name: str, argument: str, value: Any, hint: Any) -> None:
         raise _mismatch(name, argument, value, hint)
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any, literals: bool = True) -> bool:
     """Return whether a value has the type of an annotation. Elements of lists, tuples and mappings are
-    checked too; a value fits an annotation that cannot be checked."""
+    checked too; a value fits an annotation that cannot be checked. literals: check the values of Literals."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin in (Union, UnionType):
-        return any(fits(value, each) for each in inner)
+        return any(fits(value, each, literals) for each in inner)
     if origin is Annotated:
-        return fits(value, inner[0])
+        return fits(value, inner[0], literals)
     if origin is Literal:
-        return value in inner
+        return not literals or value in inner
     if hint in (None, NoneType):
         return value is None
     if hint is bool:
@@ -112,20 +125,23 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type):
         if not isinstance(value, origin) or isinstance(value, (str, bytes)):
             return False
-        return _elements_fit(value, inner)
+        return _elements_fit(value, inner, literals)
     if isinstance(hint, type) and not is_typeddict(hint) and _can_be_tested(hint):
         return isinstance(value, hint)
     return True
 
 
-def _elements_fit(value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ...]) -> bool:
+def _elements_fit(
+    value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ...], literals: bool
+) -> bool:
     if isinstance(value, Mapping):
-        return len(inner) != 2 or all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+        pairs = value.items() if len(inner) == 2 else ()
+        return all(fits(k, inner[0], literals) and fits(v, inner[1], literals) for k, v in pairs)
     if not isinstance(value, (list, tuple)) or not inner:
         return True
     if isinstance(value, tuple) and len(inner) == len(value) and Ellipsis not in inner:
-        return all(map(fits, value, inner))
-    return all(fits(each, inner[0]) for each in value)
+        return all(fits(each, hint, literals) for each, hint in zip(value, inner))
+    return all(fits(each, inner[0], literals) for each in value)
 
 
 def _can_be_tested(hint: type) -> bool:

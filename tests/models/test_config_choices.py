@@ -51,7 +51,7 @@ def test_only_what_exists(name: str) -> None:
 
 
 def test_text_is_no_list_of_layer_types() -> None:
-    with pytest.raises(et.ConfigError, match="layer_types 'f' is not supported"):
+    with pytest.raises(et.InputError, match="`layer_types` is 'full_attention'"):
         replace(config_of(), layer_types=LAYER_TYPES[0])
 
 
