@@ -293,7 +293,7 @@ def _chat(model: Model, messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _token_row(items: Sequence[Any] | Array) -> list[int]:
     """Return one row of token ids; InputError unless all are integers."""
-    row: Any = items.tolist() if isinstance(items, np.ndarray) else items
+    row: Sequence[Any] = items.tolist() if isinstance(items, np.ndarray) else items
     integers = isinstance(row, Sequence) and not isinstance(row, (bytes, bytearray))
     if not integers or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in row):
         raise InputError("the prompt contains an item that is neither a text nor an integer token id")
