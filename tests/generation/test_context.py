@@ -50,7 +50,7 @@ def test_learned_positions_are_the_only_bound(caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("trained length of 16 tokens") == 1
     with pytest.raises(InputError, match="--seq-len is 17: expected at most 16 learned positions"):
         check_length(LEARNED, 17, "--seq-len")
-    with pytest.raises(InputError, match="--seq-len 17: the maximum is 16 tokens"):
+    with pytest.raises(InputError, match="--seq-len is 17: expected at most 16 tokens"):
         check_length(ROPE, 17, "--seq-len", strict=True)
 
 

@@ -95,7 +95,7 @@ def test_numbers_that_grow_too_large(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", golden.config, weights)
     error = error_of(lambda: et.load(folder).logits(golden.tokens))
     assert "inf appears first in model.layers.1.mlp.up_proj: its weights are finite" in error
-    assert "--dtype float64" in error
+    assert "`dtype` float64" in error
     assert np.isfinite(et.load(folder, dtype="float64").logits(golden.tokens)).all()
 
 

@@ -749,5 +749,5 @@ def test_chat_templates_in_any_file_of_the_folder(
 def test_an_empty_path_is_named() -> None:
     """It is not the folder at hand."""
     for function in (lambda: with_adapter(tiny_model(), ""), lambda: adapter_digest("")):
-        with pytest.raises(InputError, match=r"the path of the adapter \(--adapter-path\) is empty"):
+        with pytest.raises(InputError, match=r"`adapter` is an empty path"):
             function()
