@@ -393,6 +393,16 @@ def test_gradcheck(files: Files, tolerance: float, code: int) -> None:
     assert found["rows"]
 
 
+def test_gradcheck_of_given_tokens(files: Files) -> None:
+    """As lists, with a target that is ignored."""
+    found = et.gradcheck(files.model, [[1, 2, 3]], [[2, 3, -100]], parameters="norm")
+    assert found.passed
+    with pytest.raises(et.InputError, match="id 128 is outside"):
+        et.gradcheck(files.model, [[1, 128]], [[2, 3]])
+    with pytest.raises(et.InputError, match=r"`targets` have shape \(1, 1\)"):
+        et.gradcheck(files.model, [[1, 2]], [[2]])
+
+
 def test_gradcheck_of_a_packaged_config() -> None:
     flags = ["--max-layers", 1, "--parameters", "self_attn.q_proj", "--seq-len", 3]
     ran = etx("gradcheck", "fast_lora", *flags, "--json")

@@ -60,14 +60,14 @@ def _check(
     name = owner.__name__
     for keyword in () if any_keyword else kwargs:
         if keyword not in hints:
-            raise ArgumentError(f"{name}() has no argument `{keyword}`{_nearest(keyword, hints)}")
+            raise ArgumentError(f"{name}() has no argument `{keyword}`{nearest(keyword, hints)}")
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"{name}(): {error}") from None
     for argument, value in bound.arguments.items():
-        if argument in hints and not fits(value, hints[argument]):
-            raise _mismatch(name, argument, value, hints[argument])
+        if argument in hints:
+            check_type(name, argument, value, hints[argument])
 
 
 @cache
@@ -80,6 +80,12 @@ def _declared(
     parameters = signature.parameters.values()
     named = {each.name: hints.get(each.name, Any) for each in parameters if each.kind not in _VARIADIC}
     return signature, named, any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+
+
+def check_type(name: str, argument: str, value: Any, hint: Any) -> None:
+    """Raise ArgumentError if the value of an argument of `name` does not have the type of the annotation."""
+    if not fits(value, hint):
+        raise _mismatch(name, argument, value, hint)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -104,10 +110,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Callable:
         return callable(value)
     if isinstance(origin, type):
-        if not isinstance(value, origin) or (isinstance(value, str) and hint is not str):
+        if not isinstance(value, origin) or isinstance(value, (str, bytes)):
             return False
         return _elements_fit(value, inner)
-    if isinstance(hint, type) and not is_typeddict(hint) and not _is_protocol(hint):
+    if isinstance(hint, type) and not is_typeddict(hint) and _can_be_tested(hint):
         return isinstance(value, hint)
     return True
 
@@ -122,8 +128,9 @@ def _elements_fit(value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ..
     return all(fits(each, inner[0]) for each in value)
 
 
-def _is_protocol(hint: type) -> bool:
-    return bool(vars(hint).get("_is_protocol"))
+def _can_be_tested(hint: type) -> bool:
+    """False for a protocol that is not `runtime_checkable`."""
+    return not vars(hint).get("_is_protocol") or bool(vars(hint).get("_is_runtime_protocol"))
 
 
 def _mismatch(name: str, argument: str, value: Any, hint: Any) -> ArgumentError:
@@ -163,6 +170,7 @@ def _alternatives(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the known name that is most similar, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""

@@ -452,7 +452,7 @@ def test_bytes_and_bools_are_no_token_ids(prompt: Any, tmp_path: Path) -> None:
 
 def test_a_draft_model_is_a_model(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path)[0]
-    with pytest.raises(et.InputError, match="`draft_model` has type PosixPath, expected a model"):
+    with pytest.raises(et.InputError, match=r"`draft_model` is .*, expected Model or None"):
         et.generate(et.load(folder), [1, 2], draft_model=folder)
 
 

@@ -120,9 +120,9 @@ def test_other_switches(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda c: et.enable_gqa(c, 3), "3"),
-        (lambda c: et.enable_gqa(c, 2.0), "n_kv_heads.* an integer"),
+        (lambda c: et.enable_gqa(c, 2.0), "`kv_heads` is 2.0 .*expected int"),
         (lambda c: et.enable_moe(c, 2, 3), "3"),
-        (lambda c: et.enable_moe(c, 4, 2.5), "top_k.* an integer"),
+        (lambda c: et.enable_moe(c, 4, 2.5), "`top_k` is 2.5 .*expected int"),
         (lambda c: et.enable_speculative_decoding(c, 8), "draft_layers is 8: expected 1 to 7"),
     ],
 )

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from einsum_transformer.analysis.explain import Program, explain
+from einsum_transformer.arguments import checked
 from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.model import Model
@@ -33,6 +34,7 @@ class StepPair:
     flops: tuple[int, int]
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The differences between two models and the costs of each. Bytes are for float32."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
@@ -61,6 +62,7 @@ class Step:
         return max(1, len(self.layers))
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Program:
     """The equations of a model for `batch` rows of `tokens` tokens. str() is text, to_dict() is for JSON."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import gradients_by_name, trainable
@@ -45,6 +46,7 @@ class Checked:
     error: float
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class GradCheck:
     """All comparisons; whole: along one direction in all parameters at once."""

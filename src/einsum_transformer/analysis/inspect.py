@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.loading.configs import bounded
 from einsum_transformer.loading.contents import Contents, look
@@ -39,6 +40,7 @@ class Tensor:
     """The weights of the model that are read from it; empty if the model does not use it."""
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """The contents of a checkpoint or a config."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import TensorSource
@@ -48,6 +49,7 @@ class Step:
     passed: bool
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Parity:
     """The steps that both have, in program order."""

@@ -156,6 +156,7 @@ def gradcheck(
         raise InputError("`tokens` and `targets` must be given together")
     if tokens is None:
         tokens, targets = _random_rows(model.config.vocab_size, batch_size, seq_len, seed)
+    tokens, targets = model.checked_pair(tokens, targets)
     return gradients.gradcheck(
         model, tokens, targets, tolerance, parameters, grad_checkpoint, seed, progress or _nothing
     )

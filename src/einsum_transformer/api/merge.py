@@ -16,6 +16,7 @@ from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.tables import as_text, terminal_table
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Merge:
     """A model with merged adapters, and the rounding error of each weight. `str()` is the table."""

@@ -31,6 +31,7 @@ DEFAULT_PROMPT = "What is the capital of France?"
 _RANDOM_TOKENS = 128
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Profile:
     """The result of a run and the time of each part. `str()` is the table."""

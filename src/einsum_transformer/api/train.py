@@ -54,6 +54,7 @@ class TrainingObserver:
         """Called with each other message: validation, checkpoints, resuming."""
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Training:
     """The result of a training. `str()` is the report."""

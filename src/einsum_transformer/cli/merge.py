@@ -16,8 +16,9 @@ _TYPES = {"f32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The storage type of the weights."""
+    """Where the weights are written, and in which type."""
 
+    output: options.Output = None
     save_dtype: str = flag(default="float32", metavar="float32|bfloat16", help="Type of the stored weights.")
     moved_dtype: str | None = moved("--dtype", "--save-dtype float32|bfloat16")
 
@@ -26,7 +27,6 @@ def merge(
     *,
     named: options.Named,
     adapter_path: options.AdapterPath = None,
-    folder: options.Output = None,
     stored: Stored,
     unmerge: Annotated[
         bool, typer.Option("--unmerge", help="Subtract an adapter that was merged into the weights.")
@@ -47,6 +47,7 @@ def merge(
     """
     from einsum_transformer.api.merge import merge as call
 
+    folder = stored.output
     if adapter_path is None or folder is None:
         raise InputError("--adapter-path and --output are required: the adapter, and the folder to write")
     if stored.save_dtype not in _TYPES:

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from einsum_transformer.arguments import nearest
 from einsum_transformer.engine.equation import EquationError, OperandTypeError
 from einsum_transformer.engine.shapes import ShapeArray
 
@@ -34,7 +35,8 @@ class Keywords(TypedDict, total=False):
 def checked(keywords: Keywords) -> tuple[str, Any, Any, str, list[tuple[int, ...]] | None]:
     """Return (order, out, dtype, casting, path) with NumPy's defaults and checks; path None: search one."""
     if unknown := keywords.keys() - Keywords.__annotations__.keys():
-        raise OperandTypeError(f"einsum: unknown keyword {min(unknown)!r}")
+        name = min(unknown)
+        raise OperandTypeError(f"einsum: unknown keyword {name!r}{nearest(name, Keywords.__annotations__)}")
     order, out, dtype = keywords.get("order"), keywords.get("out"), keywords.get("dtype")
     casting, optimize = keywords.get("casting", "safe"), keywords.get("optimize", True)
     order = "K" if order is None else order

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.engine.shapes import ShapeArray
 
 Array = np.ndarray
@@ -96,6 +97,7 @@ class _Readers:
         return found
 
 
+@checked
 class Recorder:
     """A context manager that calls its readers (callbacks) while it is active.
 

@@ -9,7 +9,7 @@ from typing import Any, Unpack, overload
 
 import numpy as np
 
-from einsum_transformer.arguments import checked
+from einsum_transformer.arguments import check_type, checked
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import phase
 from einsum_transformer.errors import InputError
@@ -102,6 +102,8 @@ def settings_of(
     """Return the settings for these options. stated: replaces the contents of generation_config.json."""
     own: dict[str, Any] = {**given}
     drafting = {name: own.pop(name, None) for name in _DRAFTING}
+    for name, value in drafting.items():
+        check_type("generate", name, value, _DRAFTING[name])
     sampling, settings = options(model, own, stated)
     others = {name: value for name, value in own.items() if value is not None}
     lookup = drafting["prompt_lookup"] or "prompt_lookup_num_tokens" in others
@@ -124,7 +126,13 @@ def settings_of(
     return sampling, settings, found
 
 
-_DRAFTING = ("draft_model", "draft_layers", "prompt_lookup", "num_draft_tokens")
+_DRAFTING = {
+    "draft_model": Model | None,
+    "draft_layers": int | None,
+    "prompt_lookup": int | bool | None,
+    "num_draft_tokens": int | None,
+}
+"""The options of speculative decoding, with their types."""
 
 
 def stated_options(model: Model) -> dict[str, Any]:
@@ -296,7 +304,7 @@ def _token_row(items: Sequence[Any] | Array) -> list[int]:
     row: Sequence[Any] = items.tolist() if isinstance(items, np.ndarray) else items
     integers = isinstance(row, Sequence) and not isinstance(row, (bytes, bytearray))
     if not integers or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in row):
-        raise InputError("the prompt contains an item that is neither a text nor an integer token id")
+        raise InputError("`prompt` contains an item that is neither a text nor an integer token id")
     return [int(each) for each in row]
 
 

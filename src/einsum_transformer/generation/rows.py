@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import UNBOUNDED
@@ -29,6 +30,7 @@ DEFAULT_BUDGET = 128
 """Default maximum of new tokens."""
 
 
+@checked
 @dataclass(slots=True)
 class Generation:
     """One prompt's continuation. finish_reason: "stop" (end token or stop string) or "length" (budget or

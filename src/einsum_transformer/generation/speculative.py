@@ -296,19 +296,14 @@ def speculation(
     stated: mapping with num_assistant_tokens, prompt_lookup_num_tokens and max_matching_ngram_size; default:
     generation_config.json.
     """
-    if draft_model is not None and not isinstance(draft_model, Model):
-        raise InputError(
-            f"`draft_model` has type {type(draft_model).__name__}, expected a model as et.load returns"
-        )
     stated = (model.generation_config or {}) if stated is None else stated
     lookup = int(prompt_lookup)
     if prompt_lookup is True:
         lookup = _stated(model, stated, "max_matching_ngram_size", LOOKUP)
     ways = {"draft_model": draft_model, "draft_layers": draft_layers, "prompt_lookup": lookup or None}
-    selected = [name for name, value in ways.items() if value is not None]
+    selected = [f"`{name}`" for name, value in ways.items() if value is not None]
     if len(selected) > 1:
-        names = " and ".join(f"`{name}`" for name in selected)
-        raise InputError(f"{names} are mutually exclusive: choose one")
+        raise InputError(f"{' and '.join(selected)} are mutually exclusive: choose one")
     if not selected:
         if num_draft_tokens is not None:
             raise InputError("`num_draft_tokens` needs `draft_model`, `draft_layers` or `prompt_lookup`")

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.choices import check_choices
 from einsum_transformer.components.latent_attention import Form
 from einsum_transformer.components.moe import Scoring
@@ -106,6 +107,7 @@ class LatentConfig:
         _check_range("norm_eps", self.norm_eps, 1)
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The settings of a decoder. Windows and lengths are in tokens."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import Gradients, Leaf
 from einsum_transformer.errors import InputError
@@ -35,6 +36,7 @@ Array = np.ndarray
 __all__ = ["EMBEDDING", "HEAD", "POSITIONS", "Model"]
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Model:
     """A decoder with its config, its tokenizer and the checkpoint names of its weights."""
@@ -62,10 +64,12 @@ class Model:
         config = replace(self.config, tie_word_embeddings=self.decoder.lm_head is None)
         return {weight.path: weight for weight in weights_of(config)}
 
+    @checked
     def module(self, path: str) -> str:
         """Checkpoint name of the module whose weight is at `path`, such as "model.layers.0.mlp.up_proj"."""
         return self.family.checkpoint_name(path).removesuffix(".weight")
 
+    @checked
     def logits(self, tokens: Any) -> Array:
         """Token ids (b, t) -> next-token logits (b, t, v). Errors: InputError for logits with nan or inf; it
         names the step that first produces them."""
@@ -93,6 +97,7 @@ class Model:
             reason = "its weights are finite, so values overflowed (`dtype` float64 has a larger range)"
         return InputError(f"{self.source}: {'nan' if found.nan else 'inf'} appears first in {step}: {reason}")
 
+    @checked
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[float, dict[str, Array]]:
         """Mean cross-entropy over the targets != -100, and parameter name -> gradient, in checkpoint layout.
         For a model with adapters: of the adapters' matrices only, with PEFT's names and layout. A router's
@@ -100,16 +105,21 @@ class Model:
 
         tokens, targets: (b, t) token ids; `targets[b, t]` is the token that follows `tokens[b, t]`.
         """
-        tokens, targets = self.checked(tokens), _integers(targets, "targets")
-        if targets.shape != tokens.shape:
-            raise InputError(
-                f"targets have shape {targets.shape}, tokens {tokens.shape}: expected equal shapes"
-            )
-        self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "targets")
+        tokens, targets = self.checked_pair(tokens, targets)
         if added := unapplied_settings(self.config, losses_only=True):
             note_once(f"{self.source}: the loss excludes the load-balancing loss of {', '.join(added)}")
         loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
         return loss, self._named(gradient)
+
+    def checked_pair(self, tokens: Any, targets: Any) -> tuple[Array, Array]:
+        """`tokens` and `targets` as (b, t) arrays; targets may be -100."""
+        tokens, targets = self.checked(tokens), _integers(targets, "`targets`")
+        if targets.shape != tokens.shape:
+            raise InputError(
+                f"`targets` have shape {targets.shape}, `tokens` {tokens.shape}: expected equal shapes"
+            )
+        self.checked(np.where(targets == IGNORE_INDEX, 0, targets), "`targets`")
+        return tokens, targets
 
     def named_parameters(self) -> dict[str, Array]:
         """Checkpoint name -> array in checkpoint layout (a view of the weight in use, if it is in memory),
@@ -121,6 +131,7 @@ class Model:
         experts, which are copies (see `set_adapter_parameters`)."""
         return self._pairs({path: _own_pair(leaf) for path, leaf in self.adapters.items()})
 
+    @checked
     def set_adapter_parameters(self, arrays: Mapping[str, Array]) -> None:
         """Copy arrays into the adapters in use; names and shapes are those of `adapter_parameters`."""
         for name, array in self.adapter_parameters().items():
@@ -139,6 +150,7 @@ class Model:
         """Path -> LoRA adapter of every weight that has one."""
         return adapters_of(self.decoder)
 
+    @checked
     def cache(
         self, capacity: int = 0, pads: Array | None = None, horizon: int = 0, slack: int = 0
     ) -> KVCache:
@@ -147,6 +159,7 @@ class Model:
         time."""
         return KVCache(self.config.windows, capacity, pads, horizon, slack)
 
+    @checked
     def save(
         self, folder: str | Path, max_shard_bytes: int = 5_000_000_000, dtype: str | None = None
     ) -> None:
@@ -178,7 +191,7 @@ class Model:
         # Last: if the weights cannot be written, config.json still describes the weights of an earlier save.
         write_json(folder / "config.json", head | config | {"dtype": dtype})
 
-    def checked(self, tokens: Any, what: str = "tokens") -> Array:
+    def checked(self, tokens: Any, what: str = "`tokens`") -> Array:
         """`tokens` as a (b, t) array of ids that are in the vocabulary."""
         tokens = _integers(tokens, what)
         if tokens.ndim != 2 or tokens.size == 0:

@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """Adapter folders of PEFT: adapter_config.json and adapter_model.safetensors.
 
 Tensors are named `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], those of an
@@ -72,7 +73,7 @@ def with_adapter(model: Model, folder: str | Path) -> Model:
             outputs, inputs = matrices[path].stored
             module = model.family.module_name(path)
             _check_shapes(module, pairs[path], (own.rank, inputs), (outputs, own.rank))
-        return add_adapters(model, config, planned, lambda path, *_: pairs[path])
+        return add_adapters(model, config, planned, lambda path, _planned, _spec: pairs[path])
     except (ConfigError, FormatError):
         raise
     except InputError as error:
@@ -107,9 +108,12 @@ def places_of(model: Model) -> dict[str, str]:
 
     Names have any prefix of the family's files, or none if the adapted model had no head (AutoModel).
     """
-    family, found = model.family, {}
+    family = model.family
+    found: dict[str, str] = {}
     matrices = matrices_of(model)
-    experts = {path.rpartition(".")[0] for path in stacks_of(matrices)} if family.stacked_experts else set()
+    experts: set[str] = (
+        {path.rpartition(".")[0] for path in stacks_of(matrices)} if family.stacked_experts else set()
+    )
     for prefix in family.prefixes:
         other = replace(family, prefix=prefix)
         outer = re.sub(r"(^|\.)model\.$", r"\1", prefix)

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.formats.files import parse_json, read_json
 from einsum_transformer.models.run_config import RunConfig, parse_run_config
 
@@ -13,6 +14,7 @@ _SUFFIX = ".json"
 _FOLDER = files("einsum_transformer") / "configs"
 
 
+@checked
 def available_configs() -> tuple[str, ...]:
     """The names of the packaged configs, sorted."""
     names = (each.name for each in _FOLDER.iterdir())

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, nearest, shown
 from einsum_transformer.models.families import family_of
@@ -15,6 +16,7 @@ from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.unsupported import check_layers, other_json
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """All keys of a config file, with their defaults. Lengths are in tokens; docs/reference/configs.md

@@ -9,12 +9,14 @@ Each function returns a new RunConfig, validated like one from a file::
 from dataclasses import replace
 from pathlib import Path
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.models.ready import available_configs, ready_config
 from einsum_transformer.models.run_config import RunConfig, override, parse_run_config
 
 
+@checked
 def read_run_config(path: str | Path) -> RunConfig:
     """Read a RunConfig from the JSON file at `path`, or the packaged config of that name (see
     `available_configs`)."""
@@ -26,16 +28,19 @@ def read_run_config(path: str | Path) -> RunConfig:
     return parse_run_config(read_json(file), str(path))
 
 
+@checked
 def enable_gqa(config: RunConfig, kv_heads: int) -> RunConfig:
     """Return the config with grouped-query attention: kv_heads key/value heads, a divisor of n_heads."""
     return _random(config, use_gqa=True, use_mqa=False, n_kv_heads=kv_heads)
 
 
+@checked
 def enable_mqa(config: RunConfig) -> RunConfig:
     """Return the config with multi-query attention: all query heads share one key/value head."""
     return _random(config, use_mqa=True, n_kv_heads=None)
 
 
+@checked
 def enable_moe(
     config: RunConfig,
     num_experts: int,
@@ -53,11 +58,13 @@ def enable_moe(
     return _random(config, use_moe=True, num_experts=num_experts, top_k=top_k, **sizes)
 
 
+@checked
 def enable_quantization(config: RunConfig, scheme: str) -> RunConfig:
     """Return the config with quantized weights and activations; scheme: such as "W8A8"."""
     return replace(config, quantization=scheme)
 
 
+@checked
 def enable_prefill_decode_split(config: RunConfig) -> RunConfig:
     """Return the config with prefill_only: a run stops after the prefill.
 
@@ -66,6 +73,7 @@ def enable_prefill_decode_split(config: RunConfig) -> RunConfig:
     return replace(config, prefill_only=True)
 
 
+@checked
 def enable_speculative_decoding(config: RunConfig, draft_layers: int) -> RunConfig:
     """Return the config with self-speculative decoding: the first draft_layers layers draft tokens, the full
     model verifies them."""

@@ -11,6 +11,7 @@ from tokenizers import Encoding, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import note
 from einsum_transformer.text.added_tokens import NAMES
@@ -20,7 +21,7 @@ from einsum_transformer.text.class_build import builds_another
 from einsum_transformer.text.classes import BACKEND, COMPLETE, class_name
 from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_folder
 from einsum_transformer.text.gguf_vocab import has_gguf_tokenizer, read_gguf_vocab
-from einsum_transformer.text.native import checked
+from einsum_transformer.text.native import checked as run_native
 from einsum_transformer.text.streaming import StreamDecoder, clean_up, stream_decoder
 
 _SMALLEST_VOCABULARY = 257
@@ -45,6 +46,7 @@ _TURN_ENDS = (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the special token ids and the chat templates of a checkpoint."""
@@ -63,14 +65,15 @@ class Tokenizer:
     """Why text cannot be encoded, None if it can; ids can always be decoded."""
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    @checked
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read tokenizer.json, or vocab.json and merges.txt, and the optional files of a tokenizer's folder.
 
         The optional files are tokenizer_config.json, special_tokens_map.json, added_tokens.json,
         chat_template.jinja and additional_chat_templates/NAME.jinja, read as by transformers' AutoTokenizer.
         Raises InputError that names the invalid file.
         """
-        read = read_folder(folder)
+        read = read_folder(Path(folder))
         ends = _end_ids(read.backend, read.named)
         return cls(read.backend, str(folder), read.named, ends, read.chat_templates, clean_up=read.clean_up)
 
@@ -103,6 +106,7 @@ class Tokenizer:
         )
 
     @classmethod
+    @checked
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
         """Train a byte-level BPE of `vocab_size` tokens on texts; its EOS is `<|endoftext|>`, id 0."""
         if vocab_size < _SMALLEST_VOCABULARY:
@@ -118,7 +122,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        checked("cannot train a tokenizer", lambda: backend.train_from_iterator(texts, trainer))
+        run_native("cannot train a tokenizer", lambda: backend.train_from_iterator(texts, trainer))
         return cls(backend, "trained on the data", {"eos_token": "<|endoftext|>"}, frozenset({0}), {})
 
     @property
@@ -141,6 +145,7 @@ class Tokenizer:
         """The checkpoint's default Jinja chat template, or None."""
         return self.chat_templates.get("default")
 
+    @checked
     def token(self, token_id: int) -> str:
         """Return the token of an id as spelled in the vocabulary; raises InputError for an unknown id."""
         token = self.backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
@@ -148,6 +153,7 @@ class Tokenizer:
             raise InputError(f"{self.source}: token id {token_id} is not in the vocabulary")
         return token
 
+    @checked
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode `text`; `add_special_tokens` adds BOS and EOS if the checkpoint configures them."""
         return self._encoded(text, add_special_tokens).ids
@@ -161,11 +167,12 @@ class Tokenizer:
             ) from None
         if self.refusal is not None and text:
             raise InputError(f"{self.source}: {self.refusal}")
-        return checked(
+        return run_native(
             f"{self.source}: cannot encode the text",
             lambda: self.backend.encode(text, add_special_tokens=add_special_tokens),
         )
 
+    @checked
     def encode_once(self, text: str, end: bool = False) -> list[int]:
         """Encode a prompt or a document like `encode`, without adding a BOS or EOS that the text already has.
 
@@ -200,14 +207,16 @@ class Tokenizer:
         parts = (text,) if len(text) <= 2 * _END_CHARS else (text[:_END_CHARS], text[-_END_CHARS:])
         return [i for part in parts for i in self.encode(part, add_special_tokens=False)]
 
+    @checked
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Decode `ids`; ids without a token, as in a padded embedding, give no text."""
-        text = checked(
+        text = run_native(
             f"{self.source}: cannot decode the ids",
             lambda: self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens),
         )
         return clean_up(text) if self.clean_up else text
 
+    @checked
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """Return a decoder for ids that arrive one by one, as in generation."""
         # `tokenizers` compares the token string of an id, which a normalizer may have changed.
@@ -215,6 +224,7 @@ class Tokenizer:
         skipped = frozenset(token.content for token in added if token.special)
         return stream_decoder(self.backend, skipped, self.clean_up, self.source)
 
+    @checked
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -286,6 +296,7 @@ class Tokenizer:
         tokenize: Literal[False],
         **options: Any,
     ) -> str: ...
+    @checked
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -315,13 +326,15 @@ class Tokenizer:
         warnings.warn("encode_chat is deprecated, use apply_chat_template", DeprecationWarning, stacklevel=2)
         return cast("list[int]", self.apply_chat_template(messages, tools, add_generation_prompt, **options))
 
-    def save(self, folder: Path, model_type: str | None = None) -> None:
+    @checked
+    def save(self, folder: str | Path, model_type: str | None = None) -> None:
         """Write the files from which `from_folder` and transformers' AutoTokenizer load this tokenizer.
 
         model_type: `model_type` of the folder's config.json. For some types (qwen2) AutoTokenizer builds the
         tokenizer from the vocabulary alone; a note warns if the result differs from this tokenizer. Raises
         InputError if the tokenizer cannot be saved.
         """
+        folder = Path(folder)
         if self.refusal is not None:
             raise InputError(f"{self.source}: the tokenizer cannot be saved: {self.refusal}")
         stated = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -342,7 +355,7 @@ class Tokenizer:
             every = named if self.chat_template is None else {"default": self.chat_template, **named}
             config["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
         files = {
-            "tokenizer.json": checked(f"{self.source}: cannot save the tokenizer", self.backend.to_str),
+            "tokenizer.json": run_native(f"{self.source}: cannot save the tokenizer", self.backend.to_str),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         if kind != BACKEND and builds_another(kind, files["tokenizer.json"], self.source):

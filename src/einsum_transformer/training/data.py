@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ Batch = tuple[Array, Array]
 """tokens and targets, both (b, t) ints; targets[b, t] is the token after tokens[b, t], or -100."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """A source of batches, one for each step."""
 
@@ -151,6 +152,7 @@ def held_out(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[
     ]
 
 
+@checked
 @dataclass(frozen=True)
 class TextBatches:
     """Batches of rows, shuffled by seed in every epoch; the step number alone determines the batch.

@@ -186,6 +186,7 @@ def _slices_pay(decoder: Any, tokens: int) -> bool:
     return 1000 * trained <= everything * tokens
 
 
+@checked
 class Trainer:
     """Trains a model. Its weights change in place; those of a read-only file are copied first.
 
