@@ -620,11 +620,11 @@ def test_models_that_are_no_decoders_are_named(keys: dict[str, Any], kind: str, 
         ({"peft_type": "LORA", "base_model_name_or_path": "o/base"}, "an adapter of 'o/base', not a model"),
         (
             {"fine_tune_type": "lora", "model": "o/base"},
-            "an adapter of 'o/base' of mlx-lm, not a model: name the base",
+            "an adapter of 'o/base' of mlx-lm, not a model: give the base",
         ),
         (
             {"lora_parameters": {}},
-            "an adapter of mlx-lm, not a model: name the base model and give the adapter",
+            "an adapter of mlx-lm, not a model: give the base model, and the adapter",
         ),
         ({"fine_tune_type": "full", "model": "o/base"}, "merge it with `mlx_lm.fuse`"),
         ({"weight_map": {}}, "an index of shards, not a config"),

@@ -147,7 +147,7 @@ def test_every_row_comes_once_an_epoch_and_by_number() -> None:
     fixed = TextBatches(rows, 3, fixed=True)
     np.testing.assert_array_equal(fixed.batch(0)[0][0], fixed.batch(5)[0][0])
     assert batches.description() != TextBatches(Rows(rows.tokens + 1, rows.targets), 3, 1, 2).description()
-    with pytest.raises(InputError, match="batch_size is 11, the data has 10 rows"):
+    with pytest.raises(InputError, match="`batch_size` is 11: expected at most the rows of the data, 10"):
         TextBatches(rows, 11)
 
 

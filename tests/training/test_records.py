@@ -156,7 +156,7 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ({"messages": CHAT, "images": ["a.png"]}, "'images': images are not supported"),
         ({"messages": CHAT, "functions": [TOOL]}, "'functions': .*write tools"),
         ({"messages": CHAT, "weight": 0.5}, "'weight' is 0.5: weights are not supported"),
-        ({"messages": CHAT, "tools": {"a": 1}}, "tools: a list of objects"),
+        ({"messages": CHAT, "tools": {"a": 1}}, "tools: expected a list of objects"),
         ({"messages": CHAT, "tools": "[1"}, "tools: the string is not valid JSON"),
         (
             {"messages": CHAT, "chat_template_kwargs": {"seconds": 9e9}},
@@ -167,7 +167,10 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
             "'messages' is not a template variable",
         ),
         ({"messages": CHAT, "chat_template_kwargs": [1]}, "expected an object, got list"),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, r"messages\[1\]: 'weight' is 0.5: 0 or 1"),
+        (
+            {"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]},
+            r"messages\[1\]: 'weight' is 0.5: expected 0 or 1",
+        ),
         ({"messages": [CHAT[0], CHAT[1] | {"train": "no"}]}, r"messages\[1\]: 'train' is \"no\""),
         (
             {"messages": [CHAT[0], CHAT[1] | {"weight": 0, "train": True}]},
@@ -178,7 +181,10 @@ def test_messages_can_be_chosen(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ({"conversations": [{"from": "bard", "value": "a"}]}, r"conversations\[0\]: 'from' is \"bard\""),
         ({"conversations": [{"from": "gpt", "role": "user", "value": "a"}]}, "has both from and value"),
         ({"conversations": CHAT, "system": 1}, "'system': expected a string"),
-        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "no system message in addition"),
+        (
+            {"messages": [{"role": "system", "content": "a"}], "system": "b"},
+            "without a system message in addition",
+        ),
         ({"prompt": "a", "completion": "b", "system": "c"}, "'system': used by chat templates only"),
     ],
 )

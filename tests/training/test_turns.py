@@ -310,7 +310,7 @@ def test_a_conversation_without_a_block_is_skipped_where_the_template_has_them(
     examples = read(tmp_path, tokenizer, {"messages": LONGER[:5]}, {"messages": LONGER})
     assert len(examples) == 1
     assert "1 of 2 records are skipped" in caplog.text
-    with pytest.raises(InputError, match="without --mask-prompt"):
+    with pytest.raises(InputError, match="without `mask_prompt`"):
         read(tmp_path, tokenizer, {"messages": LONGER})
 
 
@@ -366,7 +366,7 @@ def test_conversations_without_locatable_answers_are_skipped(
     )
     tokenizer = with_template(BYTES, template)
     with pytest.raises(
-        InputError, match=r"a\.jsonl: the assistant's messages cannot be located .*without --mask-prompt"
+        InputError, match=r"a\.jsonl: the assistant's messages cannot be located .*without `mask_prompt`"
     ):
         read(tmp_path, tokenizer, {"messages": CHAT})
     examples = read(tmp_path, tokenizer, {"messages": CHAT}, {"prompt": "a", "completion": "b"})
