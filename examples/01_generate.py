@@ -15,4 +15,4 @@ assert model.tokenizer is not None
 tokens = model.tokenizer.encode("The capital of France is")
 scores = model.logits([tokens])[0, -1]
 best = np.argsort(scores)[::-1][:5]
-print("likeliest next tokens:", [model.tokenizer.decode([i]) for i in best])
+print("most probable next tokens:", [model.tokenizer.decode([i]) for i in best])

@@ -102,7 +102,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # OpenBLAS's worker threads wait for their next product in a busy loop, by default for 2^26 clock ticks, and
-# take the processor from the threads that work on attention tiles meanwhile. It reads the variable when NumPy
+# take the processor from the threads that work on attention tiles. It reads the variable when NumPy
 # is imported, which the names above do (docs/decisions.md).
 os.environ["OPENBLAS_THREAD_TIMEOUT"] = os.environ.get("OPENBLAS_THREAD_TIMEOUT", "22")
 

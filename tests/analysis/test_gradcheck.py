@@ -94,7 +94,7 @@ def test_what_makes_no_sense_is_said() -> None:
     for arguments, message in (
         ({"tolerance": 0.0}, "tolerance is 0.0"),
         ({"parameters": "w1"}, "'w1' matches no parameter"),
-        ({"parameters": "("}, "is no regular expression"),
+        ({"parameters": "("}, "is not a regular expression"),
     ):
         with pytest.raises(InputError, match=message):
             gradcheck(model, IDS, TARGETS, **arguments)

@@ -307,7 +307,7 @@ def test_lora_is_said_to_be_ignored(etx: Etx, config: Path) -> None:
 
 def test_prefill_only(etx: Etx, speller: Path, config: Path) -> None:
     code, out, err = etx("run", speller, "-p", "abc", "--prefill-only")
-    assert (code, out) == (0, "likeliest next token: 100 'd'\n")
+    assert (code, out) == (0, "most probable next token: 100 'd'\n")
     assert "first token" not in err
     told = json.loads(etx("run", config, "--set", "prefill_only=true", "--json")[1])
     assert told["finish_reason"] == ["prefill", "prefill"]
@@ -458,10 +458,10 @@ def test_template_flags(command: str, etx: Etx, tmp_path: Path, speller: Path) -
         (["--chat-template", "nowhere"], "--chat-template 'nowhere': no such file, no jinja template"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: not valid JSON"),
         (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: expected a JSON object"),
-        (["--chat-template-kwargs", '{"messages": []}'], "messages is no variable of a template"),
+        (["--chat-template-kwargs", '{"messages": []}'], "messages is not a variable of a template"),
         (
             ["--chat-template-kwargs", '{"continue_final_message": true}'],
-            "continue_final_message is no variable of a template",
+            "continue_final_message is not a variable of a template",
         ),
         (["--chat-template-kwargs", '{"enable_thinking": true}', "--no-thinking"], "contradict each other"),
         (["--tools", "nowhere.json"], "--tools nowhere.json: cannot be read"),

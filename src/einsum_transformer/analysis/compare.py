@@ -100,7 +100,7 @@ def _moved(totals: dict[str, int]) -> int:
 
 
 def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Pair]]:
-    """One of the two may be None: then every field of the other differs that says something."""
+    """One of the two may be None: then every field of the other that is set differs."""
     for field in fields(a if a is not None else b):
         one, other = (None if each is None else getattr(each, field.name) for each in (a, b))
         if field.name in _ASIDE or one == other or {one, other} <= {None, False, ()}:

@@ -50,7 +50,7 @@ class Step:
     calls: int
     """Calls in one layer: 1, or one for each tile of the attention."""
     flops: int
-    """Of all calls in one layer, as are the bytes: each operand read once, each result written once."""
+    """FLOPs of all calls in one layer. The bytes count each operand read once, each result written once."""
     bytes_read: int
     bytes_written: int
     lowering: str
@@ -58,7 +58,7 @@ class Step:
 
     @property
     def times(self) -> int:
-        """How often the step stands in the whole program."""
+        """How often the step occurs in the whole program."""
         return max(1, len(self.layers))
 
 
@@ -201,7 +201,7 @@ def _role(event: Event, matrices: Collection[str]) -> str:
 
 
 def _in_layer(path: str) -> str:
-    """The path of a weight without the number of its layer, which the dry run counts anew."""
+    """The path of a weight without the number of its layer, which the dry run counts separately."""
     return re.sub(r"^layers\.\d+\.", "", path)
 
 

@@ -6,8 +6,9 @@ Along a direction v the derivative is <gradient, v>, and by differences of fourt
 
 Their relative error is |a - n| / max(|a|, |n|, floor). The loss is a float64 near 10 with a rounding error of
 about 1e-15, so the quotient cannot be known better than 1e-15 / h; the floor is a million times that, below
-which 1e-6 cannot be told from rounding. Where the loss bends much, or breaks off because a router chooses
-other experts, smaller steps are tried: those of a right gradient converge to it, those of a wrong one do not.
+which 1e-6 cannot be distinguished from rounding. Where the loss bends much, or breaks off because a router
+chooses other experts, smaller steps are tried: those of a right gradient converge to it, those of a wrong one
+do not.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def gradcheck(
     try:
         chosen = {name: w for name, w in weights.items() if re.search(parameters, name)}
     except re.error as error:
-        raise InputError(f"{parameters!r} is no regular expression: {error}") from None
+        raise InputError(f"{parameters!r} is not a regular expression: {error}") from None
     if not chosen:
         raise InputError(f"{parameters!r} matches no parameter; one is {next(iter(weights))!r}")
     kept = {name: w.copy(order="K") for name, w in weights.items()}

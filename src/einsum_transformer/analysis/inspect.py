@@ -1,5 +1,5 @@
-"""What a checkpoint holds, without loading it: its tensors, what they are in the model, and what its config
-says, leaves out, or says in vain."""
+"""The contents of a checkpoint, without loading it: its tensors, their weights in the model, and the keys of
+its config that are used, absent or ignored."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ class Tensor:
 @checked
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint or a config as it lies there."""
+    """The contents of a checkpoint or a config."""
 
     source: str
     model_type: str | None
     config: Mapping[str, Any] | None
     """The switches that were read, None where the config cannot be read."""
     used: Mapping[str, Any]
-    """Keys of the config that were read, with what they say; all of them where it cannot be read."""
+    """Keys of the config that were read, with their values; all keys if the config cannot be read."""
     defaulted: tuple[str, ...]
     """Keys that are absent or null, so that the family's default holds."""
     ignored: tuple[str, ...]
-    """Keys that nobody read."""
+    """Keys that were not used."""
     tensors: tuple[Tensor, ...]
     missing: tuple[str, ...]
-    """Tensors that the config asks for and no file holds."""
+    """Tensors that the config requires and no file contains."""
     problems: tuple[str, ...]
-    """Why it would not load, as far as it is seen here."""
+    """The reasons for which `load` would reject it."""
     parameters: int | None
-    """Of the model that the config describes; None where it cannot be read, or the file has other layers."""
+    """Parameters of the config's model; None if the config cannot be read or the file has other layers."""
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
@@ -84,7 +84,7 @@ class Inspection:
 
 
 def inspect(source: Source, options: Options) -> Inspection:
-    """What a source holds; all that `load` would refuse is among the problems.
+    """The contents of a source; everything that `load` would reject is among the problems.
 
     Raises InputError if the keys of the config cannot be read.
     """
@@ -117,7 +117,7 @@ def inspect(source: Source, options: Options) -> Inspection:
 
 
 def _parameters(found: Contents) -> int | None:
-    """Of the model; not of a config that the file contradicts by far: it may have millions of weights."""
+    """Parameters of the model; None for a config that the file contradicts (it may be very large)."""
     if found.config is None or (found.tensors is not None and found.places is None):
         return None
     with suppress(InputError):
@@ -135,8 +135,8 @@ def _roles(places: Mapping[str, Place]) -> dict[str, list[str]]:
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    aside = ("defaulted", "ignored", "training", "attention_block")
-    return {name: value for name, value in asdict(config).items() if name not in aside}
+    omitted = ("defaulted", "ignored", "training", "attention_block")
+    return {name: value for name, value in asdict(config).items() if name not in omitted}
 
 
 def render(found: Inspection, every: bool = False) -> str:

@@ -64,7 +64,7 @@ class Parity:
     not_compared: tuple[str, ...]
     """What only the reference has."""
     same_choice: float | None
-    """Share of places where both have the same likeliest token, None without logits."""
+    """Share of positions where both have the same most probable token, None without logits."""
 
     @property
     def first_diverging(self) -> Step | None:
@@ -104,7 +104,7 @@ def open_reference(path: Path) -> TensorSource:
         return NpzFile(path)
     words = "" if kind in ("text", "JSON") else named(kind).replace(", not a model", "")
     if path.suffix == ".npz" and not words:
-        return NpzFile(path)  # which says what is wrong
+        return NpzFile(path)  # raises an error that names the problem
     wanted = "a .npz or .safetensors file, or a folder that holds one, is expected"
     raise InputError(f"{path}: {wanted}{words and f': {words}'}")
 
@@ -135,8 +135,8 @@ def parity(model: Model, reference: TensorSource, tolerance: float = TOLERANCE, 
             f"{reference.path}: holds no step of the model, none of {named}, ...; what it holds: "
             f"{', '.join(reference.names()[:3])}, ... (tools/dump_reference.py writes such files)"
         )
-    aside = {step.name for step in found.steps} | {TOKENS}
-    others = tuple(name for name in reference.names() if name not in aside)
+    compared = {step.name for step in found.steps} | {TOKENS}
+    others = tuple(name for name in reference.names() if name not in compared)
     return Parity(
         model.source,
         str(reference.path),
@@ -153,9 +153,9 @@ class _Comparing:
     """Reads values: each is compared as it comes and not kept."""
 
     def __init__(
-        self, reference: TensorSource, named: Callable[[str], str], tolerance: float, aside: tuple[str, ...]
+        self, reference: TensorSource, named: Callable[[str], str], tolerance: float, ignored: tuple[str, ...]
     ) -> None:
-        self.reference, self.named, self.tolerance, self.aside = reference, named, tolerance, aside
+        self.reference, self.named, self.tolerance, self.ignored = reference, named, tolerance, ignored
         self.steps: list[Step] = []
         self.missing: list[str] = []
         self.same_choice: float | None = None
@@ -163,7 +163,7 @@ class _Comparing:
 
     def __call__(self, place: str, ours: Array) -> None:
         name = self.named(place)
-        if name in self.aside:
+        if name in self.ignored:
             return
         if name not in self.held:
             self.missing.append(name)
@@ -237,7 +237,7 @@ def render(found: Parity, every: bool = True) -> str:
     if found.not_compared:
         lines.append(f"only in the reference: {some(found.not_compared, 4)}")
     if found.same_choice is not None:
-        lines.append(f"likeliest next token: the same in {100 * found.same_choice:.1f} % of places")
+        lines.append(f"most probable next token: the same at {100 * found.same_choice:.1f} % of positions")
     if first is None:
         lines.append(f"equal: no step differs by more than {found.tolerance:g} of its size")
     else:

@@ -49,7 +49,7 @@ _ALWAYS = {line for line in _ORDER if line[-1] not in _SOMETIMES}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the spans of a run do not say. Seconds are of time.perf_counter, lengths are in tokens."""
+    """Facts of a run that its spans do not contain. Times are of time.perf_counter, lengths in tokens."""
 
     config: ModelConfig
     started: float
@@ -202,7 +202,7 @@ def _row(name: str, depth: int, part: bool, values: list[float], whole: float) -
 
 
 def _first_token(spans: Sequence[Span]) -> float | None:
-    """When the first token was chosen: the end of the first sampling, less the text written meanwhile."""
+    """When the first token was chosen: the end of the first sampling, without the writing of text."""
     for i, span in enumerate(spans):
         if span.path == ("sampling",):
             written = sum(inner.seconds for inner in spans[:i] if inner.path[:-1] == span.path)
@@ -276,7 +276,8 @@ def speculation_lines(numbers: dict[str, Any] | None) -> list[str]:
     rounds = f"{numbers['rounds']} round{'s'[: numbers['rounds'] != 1]}"
     line = (
         f"speculation: {rounds} of draft and check gave {numbers['new_tokens']} tokens, "
-        f"{numbers['tokens_per_round']:.2f} a round; {accepted} of {drafted} drafts kept (by place: {places})"
+        f"{numbers['tokens_per_round']:.2f} a round; {accepted} of {drafted} drafts accepted "
+        f"(per position: {places})"
     )
     speeds = [
         f"{numbers[name]:.2f}x {what}"
@@ -295,7 +296,7 @@ def _sum_line(found: Report) -> str:
 
 
 def rope_line(facts: dict[str, Any]) -> str:
-    """One line that shows how positions are told."""
+    """One line that describes the position encoding."""
     low, high = facts["positions"]
     if facts["scheme"] != "RoPE":
         return f"positions: {facts['scheme']}; {low}-{high}"

@@ -19,9 +19,9 @@ class LayerRouting:
 
     layer: int
     choices: tuple[int, ...]
-    """Of each expert."""
+    """Number of choices of each expert."""
     mean_weight: tuple[float, ...]
-    """Of each expert, over the tokens that went to it; 0 where none did."""
+    """Mean weight of each expert over the tokens that were sent to it; 0 if there were none."""
     entropy: float
     """Mean entropy of the router's probabilities in bits, at most log2 of the number of experts."""
 

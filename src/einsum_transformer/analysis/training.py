@@ -41,7 +41,7 @@ _TABLES: dict[str, tuple[Key, ...]] = {
 
 
 def _label(path: Key) -> str:
-    """The name of a line where the lines around it do not say what it is a part of, without remarks."""
+    """The name of a line, with the name of the part that contains it if it is ambiguous, without remarks."""
     name = PASS[path].partition(" (")[0]
     return f"{PASS[ATTENTION]}: {name}" if path[:-1] == ATTENTION else name
 
@@ -82,7 +82,7 @@ class Stage:
 
 
 _NUMBERS = ("mean", "p50", "p99", "seconds", "share")
-"""Of a stage."""
+"""The fields of a Stage that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def training_report(
     """From the seconds of all phases, and what each step reported.
 
     random_vocabulary: the size of the vocabulary if every step drew random tokens from it, which cannot be
-    learnt.
+    learned.
     """
     losses, seconds = [report.loss for report in reports], [report.seconds for report in reports]
     weights, moments, clip = trainer.weights.values(), trainer.compute.moments(), trainer.settings.clip_norm
@@ -158,7 +158,7 @@ def training_report(
 
 
 def _parameters(model: Model) -> int:
-    """Of a model without its adapters."""
+    """The number of parameters of a model without its adapters."""
     own = model.adapter_parameters()
     return sum(array.size for name, array in model.named_parameters().items() if name not in own)
 
@@ -192,7 +192,7 @@ def _optimizer_parts(times: StepTimes) -> tuple[Stage, ...]:
 def _advice(
     losses: np.ndarray, step: Stage, skipped: int, clipped: int, random_vocabulary: int | None
 ) -> list[str]:
-    """What the run itself says should be changed."""
+    """Advice that follows from the measurements of the run."""
     found = []
     if skipped:
         found.append(
@@ -205,7 +205,7 @@ def _advice(
         if random_vocabulary is not None:
             floor = math.log(random_vocabulary)
             found.append(
-                f"random tokens, new in every step, cannot be learnt below log({random_vocabulary}) = "
+                f"random tokens, new in every step, cannot be learned below log({random_vocabulary}) = "
                 f"{floor:.2f}: `fix_batch` shows that a loss falls, `data` trains on text"
             )
         elif last > first * 1.01:

@@ -45,7 +45,7 @@ class Profile:
     routing: tuple[LayerRouting, ...] = ()
     """Where each layer's router sent the tokens; empty for a model without experts."""
     likeliest_next: tuple[int, ...] | None = None
-    """Of `prefill_only`: the most probable next token of each prompt."""
+    """The most probable next token of each prompt; only with `prefill_only`."""
 
     @property
     def text(self) -> str:

@@ -42,7 +42,7 @@ _BATCH, _LENGTH, _RATE = 4, 128, 1e-3
 
 
 class TrainingObserver:
-    """What `train` tells while it runs. Override the methods that are of interest."""
+    """Receives what `train` reports while it runs. Override the methods that are of interest."""
 
     def begin(self, trainer: Trainer, steps: int) -> None:
         """Called before the first step; `trainer.steps_done` is above 0 if a training is resumed."""
@@ -143,7 +143,7 @@ def train(
     is trained on the data, with `vocab_size` tokens.
 
     steps: optimizer steps in all. lr: learning rate (default 0.001). optimizer: "sgd", "adamw", or an SGD or
-    AdamW with settings of its own. schedule: how the learning rate goes to `min_lr` (default 0), after
+    AdamW with other settings. schedule: how the learning rate goes to `min_lr` (default 0), after
     `warmup_steps` of linear warm-up. clip_norm: maximum norm of all gradients together. batch_size, seq_len:
     rows of a step (4) and their tokens (128). grad_accumulation_steps: parts in which a batch is computed.
     grad_checkpoint: recompute blocks in the backward pass, for less memory. fix_batch: every step sees the
@@ -184,7 +184,7 @@ def train(
     )
     rows = batch_size or (keys.batch_size if keys else _BATCH)
     length = seq_len or (keys.seq_len if keys else _LENGTH)
-    check_length(loaded.config, length, "`seq_len`", strict=keys is not None)  # it says max_seq_len itself
+    check_length(loaded.config, length, "`seq_len`", strict=keys is not None)  # a run config sets max_seq_len
     resumed = str(output) if resume else None
     loaded, batches, validation = batches_of(
         loaded, text, resumed, rows, length, seed, fix_batch, grad_accumulation_steps
@@ -319,7 +319,7 @@ class _Run:
         self.journal.commit()
 
     def merge(self, folder: Path) -> None:
-        """The model with its adapters merged, in a folder of its own."""
+        """The model with its adapters merged, in a separate folder."""
         whole, report = merged(self.trainer.model)
         whole.save(folder)
         self.message(f"merged {len(report)} adapters into the weights: {folder}")
@@ -333,7 +333,7 @@ class _Run:
         """The report, also in the log."""
         if not self.reports:
             raise InputError(
-                f"{self.journal.folder}: all {self.steps} steps are done already; ask for more with `steps`"
+                f"{self.journal.folder}: all {self.steps} steps are done already; request more with `steps`"
             )
         report = training_report(self.times, self.reports, self.trainer, random_vocabulary)
         self.journal.note(json.dumps(asdict(report)))

@@ -30,8 +30,8 @@ def chat(
     """Talk to a model; every line is a message.
 
     Keys and values of the conversation stay in the KV cache, as far as the chat template keeps what was
-    written. /system TEXT sets the system message and starts anew, /reset forgets the conversation, /exit ends
-    it. In Python: et.Chat.
+    written. /system TEXT sets the system message and starts a new conversation, /reset forgets the
+    conversation, /exit ends it. In Python: et.Chat.
 
     \b
     etx chat

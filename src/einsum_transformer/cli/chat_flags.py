@@ -46,14 +46,14 @@ class ChatFlags:
     )
 
     def options(self, templates: Mapping[str, str]) -> dict[str, Any]:
-        """The options of `Tokenizer.apply_chat_template` that the flags ask for; `templates`: the
+        """The options of `Tokenizer.apply_chat_template` that the flags set; `templates`: the
         checkpoint's."""
         found: dict[str, Any] = {}
         if self.chat_template_kwargs is not None:
             found |= _object(self.chat_template_kwargs, "--chat-template-kwargs")
             if reserved := sorted(found.keys() & _RESERVED):
                 raise InputError(
-                    f"--chat-template-kwargs: {', '.join(reserved)} is no variable of a template"
+                    f"--chat-template-kwargs: {', '.join(reserved)} is not a variable of a template"
                 )
         thinking = self.enable_thinking
         if thinking is not None:

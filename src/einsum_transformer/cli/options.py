@@ -246,7 +246,7 @@ def generation_options(
 
 
 def source_of(source: str, assignments: list[str] | None = None) -> str | RunConfig:
-    """A run config as a RunConfig with `--set` applied; any other source as it is."""
+    """A run config as a RunConfig with `--set` applied; any other source unchanged."""
     from einsum_transformer.formats.files import read_json
     from einsum_transformer.formats.sniff import is_json
     from einsum_transformer.models.ready import ready_config
@@ -261,7 +261,7 @@ def source_of(source: str, assignments: list[str] | None = None) -> str | RunCon
         return override(parse_run_config(raw, source), assignments or [])
     if assignments:
         raise InputError(
-            f"--set {assignments[0]}: only a JSON config of this project has keys to set, {source} is none"
+            f"--set {assignments[0]}: only a JSON config of this project has keys to set, {source} is not one"
         )
     return source
 

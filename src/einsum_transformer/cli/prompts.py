@@ -28,7 +28,7 @@ def given_prompt(text: str | None, file: str | None, tokens: str | None) -> dict
 
 
 def read_tokens(path: Path) -> Any:
-    """The token ids (b, t) in a .npy file; read through a map, so that its header cannot ask for memory."""
+    """The token ids (b, t) in a .npy file; read through a map, so that its header cannot request memory."""
     import numpy as np
 
     from einsum_transformer.formats.sniff import kind_of

@@ -49,9 +49,9 @@ def run(
 ) -> None:
     """Continue a prompt, and show where the time went.
 
-    The text goes to stdout, the table to stderr. Without a prompt a model is asked a short question; a
-    JSON config without a tokenizer runs on --batch-size rows of random tokens. Unless a flag or a config says
-    otherwise, decoding is greedy. In Python: et.profile, and et.generate or et.stream for the text alone.
+    The text goes to stdout, the table to stderr. Without a prompt a model is asked a short question; a JSON
+    config without a tokenizer runs on --batch-size rows of random tokens. Decoding is greedy unless a flag or
+    a config sets a temperature. In Python: et.profile, and et.generate or et.stream for the text alone.
 
     \b
     etx run -p "The capital of France is" -n 8 --temp 0
@@ -125,7 +125,7 @@ def _write_text(model: Model, found: Profile, quiet: bool) -> None:
         if found.likeliest_next is not None:
             token = found.likeliest_next[row]
             text = "" if model.tokenizer is None else f" {model.tokenizer.decode([token], False)!r}"
-            output.write_line(f"{name}likeliest next token: {token}{text}")
+            output.write_line(f"{name}most probable next token: {token}{text}")
         elif model.tokenizer is not None:
             output.write_line(f"{name}{result.text}" if len(rows) > 1 else "")
         else:

@@ -1,4 +1,4 @@
-"""The flags of `train`, and the settings that they stand for."""
+"""The flags of `train`, and the settings that they give."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class OptimizerFlags:
     """How weights follow their gradients."""
 
     optimizer: str = flag(default="sgd", metavar="sgd|adamw", help="The optimizer.")
-    momentum: float = flag(default=0.0, metavar="X", help="Momentum of sgd.")
-    nesterov: bool = flag("--nesterov", default=False, help="Nesterov momentum of sgd.")
+    momentum: float = flag(default=0.0, metavar="X", help="Momentum of SGD.")
+    nesterov: bool = flag("--nesterov", default=False, help="Nesterov momentum of SGD.")
     weight_decay: float | None = flag(metavar="X", help="Default 0 for sgd, 0.01 for adamw.")
     decay_matrices_only: bool = flag(
         "--decay-matrices-only", default=False, help="No weight decay of norms and biases."
@@ -120,7 +120,7 @@ class AdapterFlags:
     rslora: bool = flag("--rslora", default=False, help="Scale by alpha / sqrt(rank).")
 
     def settings(self, keys: RunConfig | None, has_adapters: bool) -> LoRAConfig | None:
-        """What the flags and the run config ask for: None for its own, or no, adapters."""
+        """The adapters of the flags and the run config; None: those of the config, or none."""
         from einsum_transformer.models.lora_config import LoRAConfig
 
         given = self != AdapterFlags()

@@ -147,9 +147,9 @@ def stated_options(model: Model) -> dict[str, Any]:
 def options(
     model: Model, given: Mapping[str, Any], stated: Mapping[str, Any] | None = None
 ) -> tuple[Sampling, Settings]:
-    """What is given where it is not None, else what generation_config.json (or `stated`, in its place) says.
+    """The given values that are not None, otherwise those of generation_config.json (or `stated`, if given).
 
-    given: keywords of `generate`, those of speculative decoding aside.
+    given: keywords of `generate`, except those of speculative decoding.
     """
     values = merged(model.generation_config if stated is None else stated, given, model.source)
     if model.tokenizer is None and "stop_strings" in values and given.get("stop_strings") is None:
@@ -174,8 +174,8 @@ def decode_batch(
 
     Each row draws from a random stream of its own, so a prompt's continuation does not depend on the batch
     around it. A given cache is continued: its tokens precede the prompts' and belong to the text, for
-    penalties and lengths too. speculation: of one row. passed: notes once if the text grows long; default: of
-    this call alone.
+    penalties and lengths too. speculation: for one row only. passed: notes once if the text exceeds the
+    trained length; default: a new one for this call.
     """
     if speculation is not None and len(results) > 1:
         raise InputError(f"speculative decoding takes one prompt at a time, here are {len(results)}")
@@ -227,7 +227,7 @@ def _steps(
         with phase("sampling"):
             for position, index in enumerate(live):
                 padding = 0 if cache.pads is None else int(cache.pads[position])
-                token, text = rows[index].step(logits[position], room=limit + padding - cache.length)
+                token, text = rows[index].step(logits[position], space=limit + padding - cache.length)
                 if text:
                     texts.append((index, text))
                 if rows[index].result.finish_reason is None:

@@ -207,14 +207,14 @@ class Row:
         self.raw = None if tokenizer is None or not settings.stop else tokenizer.stream(False)
         self.matcher = StopMatcher(settings.stop)
 
-    def step(self, logits: Array, room: int) -> tuple[int, str]:
-        """Choose the next token; returns it and the text that is ready. room: tokens left in the context."""
+    def step(self, logits: Array, space: int) -> tuple[int, str]:
+        """Choose the next token; returns it and the text that is ready. space: tokens left in the context."""
         if len(self.result.tokens) >= self.budget:
             return -1, self._finish("length")
         token = self.sampling.choose(logits, self.history, self.rng)
-        return token, self.take(token, room)
+        return token, self.take(token, space)
 
-    def take(self, token: int, room: int) -> str:
+    def take(self, token: int, space: int) -> str:
         """Append this token; returns the text that is ready."""
         result = self.result
         if token in self.ends:
@@ -228,7 +228,7 @@ class Row:
             result.finish_reason = "stop"
             return text
         late = self.deadline is not None and time.monotonic() > self.deadline
-        if len(result.tokens) >= self.budget or room < 1 or late:
+        if len(result.tokens) >= self.budget or space < 1 or late:
             text += self._finish("length")
         return text
 

@@ -61,12 +61,12 @@ def batches_of(
     accumulation: int,
 ) -> tuple[Model, RandomTokens | TextBatches, Rows | None]:
     """The model with a tokenizer, the batches, and the rows to validate with; resumed: the folder of a
-    training that goes on."""
+    training that is resumed."""
     if text.data is None:
         return model, RandomTokens(model.config.vocab_size, size, length, seed, fixed, accumulation), None
     data, name = _read(text.data, "train"), _name(text.data)
     if len(data.text) > _LARGE:
-        # Said before and not meanwhile: the tokenizer encodes a text in one call, which holds all threads.
+        # Noted before encoding: the tokenizer encodes a text in one call, which blocks all threads.
         note(f"{name}: encoding {len(data.text) / 1e6:.1f} million characters, which takes a while")
     model = _with_tokenizer(model, data, resumed)
     assert model.tokenizer is not None
@@ -105,7 +105,7 @@ def count_of(number: int, name: str) -> str:
 
 
 def _note_long(examples: Sequence[Example], length: int, text: TextSettings) -> None:
-    """Packed rows are cut anywhere; else it should be known that an answer stands apart from its prompt."""
+    """Note that examples are split, unless rows are packed: an answer is separated from its prompt."""
     long = [len(example.tokens) for example in examples if not example.divisible]
     count = sum(size > length + 1 for size in long)
     if count and text.pad and text.long == "split":

@@ -44,7 +44,7 @@ class Journal:
             return
         last = () if error is None else (partial(self.note, f"ended by {type(error).__name__}: {error}"),)
         for action in (*last, self._log.close, self._metrics.close):
-            # Where the disk is full this fails as well; told is then what failed first.
+            # If the disk is full, this fails too; the first error is the one that is raised.
             with nullcontext() if error is None else suppress(OSError):
                 action()
 
@@ -109,7 +109,7 @@ def new_run_folder(source: str) -> Path:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say in the system's error, which a failed write does not, what could not be written."""
+    """Add the path to the error of a failed write, which does not contain it."""
     try:
         yield
     except OSError as error:

@@ -75,7 +75,7 @@ class TrainingFailed(InputError):
 
 
 class Compute(Protocol):
-    """Who computes gradients and changes the weights: this process, or the workers of a cluster."""
+    """Computes gradients and updates the weights: this process, or the workers of a cluster."""
 
     def gradients(self, parts: list[Batch], count: int, step: int) -> tuple[float, dict[str, Array]]:
         """The loss of a batch, divided by `count`, and its gradient by every trained array."""
@@ -90,7 +90,7 @@ class Compute(Protocol):
         ...
 
     def restore(self, moments: dict[str, dict[str, Array]]) -> None:
-        """Go on from this state, with the weights as they are now."""
+        """Continue from this state, with the current weights."""
         ...
 
     def close(self) -> None:
@@ -172,10 +172,10 @@ def _sliced(
 def _slices_pay(decoder: Any, tokens: int) -> bool:
     """Whether threads that take some rows each are faster than threads that share each product.
 
-    They are: nobody waits between products, and what is no product runs side by side too. But every thread
-    has a gradient of its own, which must be written, read and added: about 1.2 ns for each trained number
-    where a number of the model takes 0.03 ns a token. Where that is more than 4 %, as where all weights
-    are trained on less than 1,000 tokens, the products are shared.
+    They are, because threads do not wait between products, and other operations also run in parallel. But
+    every thread has a separate gradient, which must be written, read and added: about 1.2 ns for each trained
+    parameter, while a parameter of the model takes 0.03 ns a token. If that is more than 4 % of the time, as
+    when all weights are trained on less than 1,000 tokens, the threads share the products.
     """
     if reads_values():
         return False
@@ -188,7 +188,7 @@ def _slices_pay(decoder: Any, tokens: int) -> bool:
 class Trainer:
     """A model in training. Its weights change in place; those of a read-only file are copied first.
 
-    What is trained is what the model says: every array, or with adapters (`with_lora`) their matrices alone.
+    All arrays are trained; of a model with adapters (`with_lora`), only the adapters' matrices.
     batches: RandomTokens, TextBatches, or another source of batches. compute: makes of the model and the
     settings what computes; this process by default.
     """
@@ -227,7 +227,7 @@ class Trainer:
         while self.steps_done < steps:
             yield self.step()
 
-    # What overflows is found below and told in the report; NumPy's warnings would say it less well.
+    # Overflows are found below and reported in StepReport.fault, instead of NumPy's warnings.
     @np.errstate(over="ignore", invalid="ignore")
     def step(self) -> StepReport:
         """One step; the weights are as they were if a number in it is not finite."""
@@ -260,7 +260,7 @@ class Trainer:
         return StepReport(number, loss, norm, lr, count, time.perf_counter() - begin, fault)
 
     def _fault(self, parts: list[Batch], gradients: dict[str, Array]) -> str:
-        """Where the first number stands that is not finite, in the forward or else the backward pass."""
+        """The name of the first value that is not finite, in the forward or else in the backward pass."""
         bad = FirstBad()
         with Recorder(spans=False).on_value(bad):
             for tokens, _ in parts:
