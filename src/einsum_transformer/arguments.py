@@ -31,30 +31,35 @@ Called = TypeVar("Called", bound=Callable[..., Any])
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def checked(called: Called) -> Called:
+def checked(called: Called, *, choices: bool = True) -> Called:
     """Decorator of a public function or dataclass: raise ArgumentError, which names the argument, for a call
     with an unknown or missing argument or with one of another type than its annotation.
 
+    choices: also check the values that a `Literal` lists; False for a class that checks these itself.
     `float` takes integers; neither `int` nor `float` takes a bool; NumPy's scalars count as numbers. A
     function with `**options` checks these itself.
     """
     if isinstance(called, type):
-        called.__init__ = _checking(called.__init__, called)  # type: ignore[misc]
+        called.__init__ = _checking(called.__init__, called, choices)  # type: ignore[misc]
         return called  # type: ignore[return-value]
-    return _checking(called, called)  # type: ignore[return-value]
+    return _checking(called, called, choices)  # type: ignore[return-value]
 
 
-def _checking(function: Callable[..., Any], owner: Callable[..., Any]) -> Callable[..., Any]:
+def _checking(function: Callable[..., Any], owner: Callable[..., Any], choices: bool) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        _check(function, owner, args, kwargs)
+        _check(function, owner, choices, args, kwargs)
         return function(*args, **kwargs)
 
     return call
 
 
 def _check(
-    function: Callable[..., Any], owner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any],
+    owner: Callable[..., Any],
+    choices: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     signature, hints, any_keyword = _declared(function, owner)
     name = owner.__name__
@@ -66,7 +71,7 @@ def _check(
     except TypeError as error:
         raise ArgumentError(f"{name}(): {error}") from None
     for argument, value in bound.arguments.items():
-        if argument in hints:
+        if argument in hints and (choices or not _lists_choices(hints[argument])):
             check_type(name, argument, value, hints[argument])
 
 
@@ -113,9 +118,13 @@ def fits(value: Any, hint: Any) -> bool:
         if not isinstance(value, origin) or isinstance(value, (str, bytes)):
             return False
         return _elements_fit(value, inner)
-    if isinstance(hint, type) and not is_typeddict(hint) and _can_be_tested(hint):
+    if isinstance(hint, type) and not is_typeddict(hint) and not _is_protocol(hint):
         return isinstance(value, hint)
     return True
+
+
+def _lists_choices(hint: Any) -> bool:
+    return get_origin(hint) is Literal or any(map(_lists_choices, get_args(hint)))
 
 
 def _elements_fit(value: Any, inner: tuple[Any, ...]) -> bool:
@@ -128,9 +137,8 @@ def _elements_fit(value: Any, inner: tuple[Any, ...]) -> bool:
     return all(fits(each, inner[0]) for each in value)
 
 
-def _can_be_tested(hint: type) -> bool:
-    """False for a protocol that is not `runtime_checkable`."""
-    return not vars(hint).get("_is_protocol") or bool(vars(hint).get("_is_runtime_protocol"))
+def _is_protocol(hint: type) -> bool:
+    return bool(vars(hint).get("_is_protocol"))
 
 
 def _mismatch(name: str, argument: str, value: Any, hint: Any) -> ArgumentError:

@@ -223,7 +223,7 @@ class TestWhatIsNotObeyed:
         et.generate(with_file(COUNTER, **{name: value}), [1], max_new_tokens=1)
         assert name in caplog.text
         caplog.clear()
-        with pytest.raises(InputError, match=f"^{name} is .* not supported"):
+        with pytest.raises(InputError, match=f"^`{name}` is .* not supported"):
             et.generate(COUNTER, [1], **{name: value})
         for off in keys.UNSUPPORTED[name]:
             et.generate(with_file(COUNTER, **{name: off}), [1], max_new_tokens=1, **{name: off})

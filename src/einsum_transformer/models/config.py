@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from einsum_transformer.arguments import checked
@@ -107,7 +108,7 @@ class LatentConfig:
         _check_range("norm_eps", self.norm_eps, 1)
 
 
-@checked
+@partial(checked, choices=False)
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The settings of a decoder. Windows and lengths are in tokens."""
