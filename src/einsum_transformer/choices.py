@@ -1,5 +1,6 @@
 """Settings with a fixed set of values, given by their type: `norm: Literal["rms", "layer"]`."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,7 +14,7 @@ def check_choices(config: Any) -> None:
     """
     for name, (choices, is_tuple) in _choices(type(config)).items():
         value = getattr(config, name)
-        for each in value if is_tuple else (value,):
+        for each in value if is_tuple and isinstance(value, Iterable) else (value,):
             if each not in choices:
                 supported = ", ".join(choice for choice in choices if choice is not None)
                 raise ConfigError(f"{name} {each!r:.60} is not supported; supported: {supported}")

@@ -219,7 +219,7 @@ def _token(value: Any, where: str, special: bool | None = None) -> AddedToken:
 
 
 def _special(value: Any, where: str) -> str | AddedToken:
-    """Return a special token, or an ordinary one if its flag says so; a string stays a string."""
+    """Return a token that is special unless its flag `special` is false; a string stays a string."""
     stated = isinstance(value, Mapping) and ("special" in value or "__type" in value)
     return value if isinstance(value, str) else _token(value, where, special=None if stated else True)
 

@@ -24,12 +24,16 @@ Batch = tuple[Array, Array]
 
 
 @runtime_checkable
-class Batches(Protocol):
-    """A source of batches, one for each step."""
+class BatchSource(Protocol):
+    """What a training needs of its batches."""
 
     def batch(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step; their gradients are summed."""
         ...
+
+
+class Batches(BatchSource, Protocol):
+    """A source of batches, one for each step, whose training can be saved and resumed."""
 
     def description(self) -> dict[str, Any]:
         """Return everything that determines the batches, in JSON types."""

@@ -25,7 +25,7 @@ from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import frozen, gradients_by_name, trainable, with_dropout, writable
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
-from einsum_transformer.training.data import Batch, Batches
+from einsum_transformer.training.data import Batch, Batches, BatchSource
 from einsum_transformer.training.optimizers import SGD, Optimizer, global_norm, start
 from einsum_transformer.training.schedule import Schedule
 from einsum_transformer.tree import named_leaves
@@ -202,6 +202,9 @@ class Trainer:
         settings: TrainingSettings,
         compute: Callable[[Model, TrainingSettings], Compute] = Local,
     ) -> None:
+        if not isinstance(batches, BatchSource):
+            kinds = "RandomTokens, TextBatches, or an object with a method `batch(step)`"
+            raise ArgumentError(f"Trainer(): `batches` is {batches!r:.60}, expected {kinds}")
         if unapplied := unapplied_settings(model.config):
             note(f"{model.source}: training does not apply {', '.join(unapplied)}")
         self.model: Model = replace(model, decoder=writable(model.decoder))

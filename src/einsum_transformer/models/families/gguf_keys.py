@@ -188,7 +188,7 @@ def check_unread(keys: Keys, architecture: str, config: ModelConfig) -> None:
 
 
 def _is_without_effect(name: str, config: ModelConfig) -> bool:
-    """Whether a key belongs to RoPE, or to yarn, but the model does not use it."""
+    """Whether a key sets RoPE, or yarn, but the model does not use it."""
     if name.startswith("rope.scaling.yarn_"):
         return all(rope.rope_type != "yarn" for rope in config.ropes)
     return config.rope is None and name.startswith("rope.")
