@@ -95,7 +95,10 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         ("enable_quantization", "enable_speculative_decoding"): {"config": config},
         ("parity",): {"source": gpt2, "reference": reference},
         ("read_run_config",): {"path": "llama"},
-        ("save_adapter",): {"model": et.with_lora(model, et.LoRAConfig(r=2)), "folder": top / "saved-adapter"},
+        ("save_adapter",): {
+            "model": et.with_lora(model, et.LoRAConfig(r=2)),
+            "folder": top / "saved-adapter",
+        },
         ("Model.logits",): {"self": model.logits, "tokens": ids},
         ("Model.loss_and_gradients",): {"self": model.loss_and_gradients, "tokens": ids, "targets": ids},
         ("Model.save",): {"self": model.save, "folder": top / "saved"},

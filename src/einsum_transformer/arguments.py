@@ -131,9 +131,7 @@ def fits(value: Any, hint: Any, literals: bool = True) -> bool:
     return True
 
 
-def _elements_fit(
-    value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ...], literals: bool
-) -> bool:
+def _elements_fit(value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ...], literals: bool) -> bool:
     if isinstance(value, Mapping):
         pairs = value.items() if len(inner) == 2 else ()
         return all(fits(k, inner[0], literals) and fits(v, inner[1], literals) for k, v in pairs)

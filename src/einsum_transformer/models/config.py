@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, get_args
 
 from einsum_transformer.arguments import checked_config

@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """The training loop: batch, forward, loss, backward, clipping, update."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from einsum_transformer.engine import Recorder, blas, phase
 from einsum_transformer.engine.memory import keep_freed
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.engine.recorder import reads_values
-from einsum_transformer.errors import InputError
+from einsum_transformer.errors import ArgumentError, InputError
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families.config_keys import unapplied_settings
 from einsum_transformer.models.finite import FirstBad
