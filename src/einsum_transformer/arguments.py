@@ -39,9 +39,9 @@ def checked(called: Called) -> Called:
     with `**options` checks these itself.
     """
     if isinstance(called, type):
-        called.__init__ = _checking(called.__init__, called, choices)  # type: ignore[misc]
+        called.__init__ = _checking(called.__init__, called)  # type: ignore[misc]
         return called  # type: ignore[return-value]
-    return _checking(called, called, choices)  # type: ignore[return-value]
+    return _checking(called, called)  # type: ignore[return-value]
 
 
 def checked_config(called: Called) -> Called:
@@ -142,8 +142,9 @@ def _elements_fit(value: Mapping[Any, Any] | Sequence[Any], inner: tuple[Any, ..
     return all(fits(each, inner[0], literals) for each in value)
 
 
-def _is_protocol(hint: type) -> bool:
-    return bool(vars(hint).get("_is_protocol"))
+def _can_be_tested(hint: type) -> bool:
+    """False for a protocol that is not `runtime_checkable`."""
+    return not vars(hint).get("_is_protocol") or bool(vars(hint).get("_is_runtime_protocol"))
 
 
 def _mismatch(name: str, argument: str, value: Any, hint: Any) -> ArgumentError:
