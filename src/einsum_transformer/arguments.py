@@ -175,7 +175,7 @@ def words(hint: Any) -> str:
 
 
 def _names(hint: Any) -> list[str]:
-    """Of a Literal its values, else the annotation in words."""
+    """Return the values of a Literal, or any other annotation in words."""
     return list(map(repr, get_args(hint))) if get_origin(hint) is Literal else [words(hint)]
 
 

@@ -19,6 +19,7 @@ from einsum_transformer.models.model import Model
 from einsum_transformer.text.tokenizer import Tokenizer
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Turn:
     """A question and its answer. `str()` is the answer."""

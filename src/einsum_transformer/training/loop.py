@@ -57,6 +57,7 @@ class TrainingSettings:
             raise InputError(f"`clip_norm` is {self.clip_norm}: expected a number above 0")
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """The result of one step. step: from 0; loss: the mean over its targets, before the update; norm: of all
