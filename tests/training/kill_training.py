@@ -62,7 +62,7 @@ class Ended:
     @property
     def done(self) -> bool:
         # A training killed after its last checkpoint is complete, which the command reports as an error.
-        return self.code == 0 or (self.code == 2 and f"all {STEPS} steps are done already" in self.stderr)
+        return self.code == 0 or (self.code == 2 and f"all {STEPS} steps are done" in self.stderr)
 
 
 class Process:

@@ -92,7 +92,7 @@ class BatchFlags:
     batch_size: int | None = flag(
         "--batch-size", "-b", metavar="N", min=1, help="Rows of a batch; default: the config's, or 4."
     )
-    seq_len: int | None = flag(metavar="N", min=1, help="Tokens of each row; default 128, or the config's.")
+    seq_len: int | None = flag(metavar="N", min=1, help="Tokens of each row; default 128.")
     grad_accumulation_steps: int = flag(
         default=1, metavar="N", min=1, help="Number of parts that a batch is computed in."
     )
