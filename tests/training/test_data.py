@@ -13,7 +13,8 @@ import pytest
 from einsum_transformer.errors import InputError
 from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.training.data import Rows, TextBatches, arrange, held_out, mean_loss
-from einsum_transformer.training.records import Example, read_examples
+from einsum_transformer.training.files import Data, Record
+from einsum_transformer.training.records import Example, examples_of, read_examples
 from tiny_models import tiny_model
 
 TEMPLATE = (
@@ -188,3 +189,15 @@ def test_a_trained_tokenizer_gives_the_text_back(tmp_path: Path) -> None:
     assert again.eos_id == 0
     with pytest.raises(InputError, match="expected at least 257, 256 bytes and EOS"):
         Tokenizer.train(["a"], 256)
+
+
+def test_batches_of_texts() -> None:
+    """Texts of a list give the rows that the same texts give as records."""
+    texts = ["one two three four five", "six seven eight nine ten"]
+    tokenizer = Tokenizer.train(texts, 300)
+    batches = TextBatches.from_texts(texts, tokenizer, batch_size=1, seq_len=4, seed=3)
+    examples = examples_of(Data(Path("x"), "", [Record({"text": text}, "x") for text in texts]), tokenizer)
+    expected = TextBatches(arrange(examples, 4), 1, 3)
+    assert batches.description() == expected.description()
+    with pytest.raises(InputError, match="`texts` is 'one'"):
+        TextBatches.from_texts("one", tokenizer, 1, 4)

@@ -16,6 +16,7 @@ from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy
+from einsum_transformer.text.tokenizer import Tokenizer
 from einsum_transformer.training.records import Example
 
 Array = np.ndarray
@@ -170,6 +171,20 @@ class TextBatches:
     seed: int = 0
     accumulation: int = 1
     fixed: bool = False
+
+    @classmethod
+    @checked
+    def from_texts(
+        cls, texts: Sequence[str], tokenizer: Tokenizer, batch_size: int, seq_len: int, seed: int = 0
+    ) -> TextBatches:
+        """Return the batches of some texts, packed into rows of `seq_len` tokens.
+
+        texts: each ends with the EOS token of the tokenizer, if it has one. batch_size: rows of a step. seed:
+        seed of the order of the rows.
+        """
+        ids = [np.array(tokenizer.encode_once(text, end=True), np.int32) for text in texts]
+        examples = [Example(each, np.ones(len(each), bool), f"text {i}") for i, each in enumerate(ids)]
+        return cls(arrange(examples, seq_len), batch_size, seed)
 
     def __post_init__(self) -> None:
         _check_counts(self.batch_size, self.accumulation, self.seed)
