@@ -44,7 +44,7 @@ def load(
     (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base model.
     revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
     lead out of the model's folder, as in shared stores. quantization: only None is supported.
-    Errors: a one-line InputError; a tensor that is missing, unexpected or of the wrong shape is an error.
+    Raises InputError, in one line; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
     if quantization is not None:
         raise InputError(
