@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache, wraps
 from types import NoneType, UnionType
@@ -73,14 +73,14 @@ def _check(
     name = owner.__name__
     for keyword in () if any_keyword else kwargs:
         if keyword not in hints:
-            raise ArgumentError(f"{name}() has no argument `{keyword}`{nearest(keyword, hints)}")
+            raise ArgumentError(f"{name}() has no argument `{keyword}`{nearest(keyword, hints, '`')}")
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"{name}(): {error}") from None
     for argument, value in bound.arguments.items():
-        if argument in hints and not fits(value, hints[argument], literals):
-            raise _mismatch(name, argument, value, hints[argument])
+        if argument in hints:
+            check_type(name, argument, value, hints[argument], literals)
 
 
 @cache
@@ -95,10 +95,14 @@ def _declared(
     return signature, named, any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
 
 
-def check_type(name: str, argument: str, value: Any, hint: Any) -> None:
+def check_type(name: str, argument: str, value: Any, hint: Any, literals: bool = True) -> None:
     """Raise ArgumentError if the value of an argument of `name` does not have the type of the annotation."""
-    if not fits(value, hint):
-        raise _mismatch(name, argument, value, hint)
+    if fits(value, hint, literals):
+        return
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    kind = "" if isinstance(value, str) and get_origin(hint) is Literal else f" ({type(value).__name__})"
+    raise ArgumentError(f"{name}(): `{argument}` is {shown}{kind}, expected {words(hint)}")
 
 
 def fits(value: Any, hint: Any, literals: bool = True) -> bool:
@@ -147,13 +151,6 @@ def _can_be_tested(hint: type) -> bool:
     return not vars(hint).get("_is_protocol") or bool(vars(hint).get("_is_runtime_protocol"))
 
 
-def _mismatch(name: str, argument: str, value: Any, hint: Any) -> ArgumentError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    kind = "" if isinstance(value, str) and get_origin(hint) is Literal else f" ({type(value).__name__})"
-    return ArgumentError(f"{name}(): `{argument}` is {shown}{kind}, expected {words(hint)}")
-
-
 def words(hint: Any) -> str:
     """Return an annotation in words: `int or None`."""
     origin, inner = get_origin(hint), get_args(hint)
@@ -184,7 +181,7 @@ def _alternatives(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the known name that is most similar, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
+def nearest(name: str, known: Iterable[str], quote: str = "'") -> str:
+    """Return the end of a message about an unknown name: `; did you mean 'x'?`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {quote}{close[0]}{quote}?" if close else ""

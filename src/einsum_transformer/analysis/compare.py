@@ -25,7 +25,7 @@ _Source = Model | ModelConfig | RunConfig
 
 @dataclass(frozen=True, slots=True)
 class StepPair:
-    """One equation in one role, summed over all layers: calls and FLOPs of each model, 0 if it has none."""
+    """One equation in one role, summed over all layers: calls and FLOPs of each model, 0 if it lacks it."""
 
     where: str
     role: str
@@ -100,7 +100,7 @@ def _moved(totals: dict[str, int]) -> int:
 
 
 def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Pair]]:
-    """Yield the fields that differ; if one of the two is None, every field of the other that is set."""
+    """Yield the fields that differ. If `a` or `b` is None, yield all fields of the other that are set."""
     for field in fields(a if a is not None else b):
         one, other = (None if each is None else getattr(each, field.name) for each in (a, b))
         if field.name in _NOT_COMPARED or one == other or {one, other} <= {None, False, ()}:

@@ -127,9 +127,9 @@ def explain(
 ) -> Program:
     """Return the program of a model for `batch` rows of `tokens` tokens: each equation and its cost.
 
-    No weight is read, so models of any size work. backward: also the gradient equations. Adapters count as in
-    a real pass, both those of a model and those that a run config trains (use_lora); frozen weights have no
-    gradient.
+    Weights are not read, so models of any size work. backward: also the gradient equations. Adapters count as
+    in a real pass, both those of a model and those that a run config trains (use_lora); frozen weights have
+    no gradient.
     """
     for name, value in (("batch", batch), ("tokens", tokens)):
         if not 1 <= value <= _MOST:

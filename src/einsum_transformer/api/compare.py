@@ -41,9 +41,9 @@ def explain(
 ) -> Program:
     """Return the program of a model for `batch` rows of `tokens` tokens: each equation and its cost.
 
-    The model runs on arrays that have only a shape. No weight is read, so models of any size work. source: a
-    model, its config, or what `load` takes. backward: also the gradient equations. adapter: a folder of LoRA
-    adapters to add to the model. Adapters count as in a real pass, also those that a run config trains
+    The model runs on arrays that have only a shape. Weights are not read, so models of any size work. source:
+    a model, its config, or what `load` takes. backward: also the gradient equations. adapter: a folder of
+    LoRA adapters to add to the model. Adapters count as in a real pass, also those that a run config trains
     (`use_lora`); frozen weights have no gradient. offline, allow_links: as in `load`.
 
     Returns a Program: `str()` is a table, `.steps` lists the equations, `.flops` is their sum.

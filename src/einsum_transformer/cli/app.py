@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _code_of(arguments: Sequence[str]) -> int:
     try:
         # Without standalone mode, typer raises errors and returns the code of an early exit.
-        code = get_command(_application()).main(list(arguments), prog_name="etx", standalone_mode=False)
+        code = _commands().main(list(arguments), prog_name="etx", standalone_mode=False)
     except _UsageError as error:
         message = str(error.format_message())  # type: ignore[attr-defined]
     except InputError as error:
@@ -76,8 +77,7 @@ def _code_of(arguments: Sequence[str]) -> int:
 
 def with_flags(message: str, arguments: Sequence[str]) -> str:
     """Return the message with the command's flags in place of the library's arguments in backticks."""
-    commands: Any = get_command(_application())
-    command = commands.commands.get(arguments[0]) if arguments else None
+    command = _commands().commands.get(arguments[0]) if arguments else None
     known = {each.name: each.opts[0] for each in command.params if each.opts[0][:1] == "-"} if command else {}
     known |= {"adapter": "--adapter-path", "workers": "--ray-workers", "output": "--output"}
     known |= {"accumulation": "--grad-accumulation-steps", "length": "--seq-len"}
@@ -94,6 +94,12 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return f"note: {with_flags(record.getMessage(), self.arguments)}"
+
+
+@cache
+def _commands() -> Any:
+    """The click group of all commands, built once: notes need its flags too."""
+    return get_command(_application())
 
 
 def _application() -> typer.Typer:

@@ -36,7 +36,9 @@ def checked(keywords: Keywords) -> tuple[str, Any, Any, str, list[tuple[int, ...
     """Return (order, out, dtype, casting, path) with NumPy's defaults and checks; path None: search one."""
     if unknown := keywords.keys() - Keywords.__annotations__.keys():
         name = min(unknown)
-        raise OperandTypeError(f"einsum: unknown keyword {name!r}{nearest(name, Keywords.__annotations__)}")
+        raise OperandTypeError(
+            f"einsum: unknown keyword {name!r}{nearest(name, Keywords.__annotations__, '`')}"
+        )
     order, out, dtype = keywords.get("order"), keywords.get("out"), keywords.get("dtype")
     casting, optimize = keywords.get("casting", "safe"), keywords.get("optimize", True)
     order = "K" if order is None else order

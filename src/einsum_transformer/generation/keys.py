@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.arguments import nearest
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.config import nearest, shown
+from einsum_transformer.models.config import shown
 from einsum_transformer.notes import note, note_once
 
 FILE = "generation_config.json"

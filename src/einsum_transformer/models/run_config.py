@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from einsum_transformer.arguments import checked
+from einsum_transformer.arguments import checked, nearest
 from einsum_transformer.errors import ConfigError, InputError
-from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, nearest, shown
+from einsum_transformer.models.config import FARTHEST, Keys, ModelConfig, MoEConfig, shown
 from einsum_transformer.models.families import family_of
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.unsupported import check_layers, other_json

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from einsum_transformer.arguments import nearest
 from einsum_transformer.errors import ConfigError
-from einsum_transformer.models.config import Keys, ModelConfig, nearest, shown
+from einsum_transformer.models.config import Keys, ModelConfig, shown
 from einsum_transformer.models.families import (
     deepseek,
     deepseek_v2,
