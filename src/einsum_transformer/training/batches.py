@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
@@ -24,6 +25,7 @@ _SHARE = 0.05
 _LARGE = 1_000_000  # characters; encoding them takes about two seconds
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class TextSettings:
     """The training data; the fields are arguments of `train`."""
@@ -33,11 +35,9 @@ class TextSettings:
     valid_share: float | None = None
     mask_prompt: bool = False
     pad: bool = False
-    long: str = "split"
+    long: Literal["split", "refuse"] = "split"
 
     def __post_init__(self) -> None:
-        if self.long not in ("split", "refuse"):
-            raise InputError(f"`long` is {self.long!r}: expected split or refuse")
         if self.data is None:
             for each in fields(self):
                 if getattr(self, each.name) != each.default:
