@@ -132,7 +132,7 @@ def prepare(folder: str, models: dict[str, dict[str, Any]], batch_size: int, seq
     from einsum_transformer.engine import Recorder
     from einsum_transformer.models.adapters import with_lora
     from einsum_transformer.models.lora_config import LoRAConfig
-    from einsum_transformer.models.peft import write_adapter
+    from einsum_transformer.models.peft import save_adapter
 
     found = {}
     tokens = np.zeros((batch_size, seq_len), np.int64)
@@ -141,7 +141,7 @@ def prepare(folder: str, models: dict[str, dict[str, Any]], batch_size: int, seq
         lora = with_lora(plain, LoRAConfig(r=8, target_modules=LORA_TARGETS))
         path, adapter = Path(folder, name), Path(folder, f"{name}-adapter")
         plain.save(path)
-        write_adapter(lora, adapter)
+        save_adapter(lora, adapter)
         flops = {}
         for kind, model in (("full", plain), ("lora", lora)):
             with Recorder(events=True) as recorder:

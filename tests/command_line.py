@@ -40,7 +40,7 @@ class Ran(NamedTuple):
 def etx(*arguments: Any, stdin: str = "") -> Ran:
     """Run `etx` with these arguments; BLAS and the log level are restored afterwards."""
     out, err = io.StringIO(), io.StringIO()
-    provider, threads = blas.current().name, blas.get_threads()
+    settings, threads = blas.settings(), blas.get_threads()
     try:
         with (
             mock.patch("sys.stdin", io.StringIO(stdin)),
@@ -50,7 +50,7 @@ def etx(*arguments: Any, stdin: str = "") -> Ran:
         ):
             main([str(argument) for argument in arguments])
     finally:
-        blas.use("mkl" if provider == "mkl" else "numpy")
+        blas.use(*settings)
         blas.set_threads(threads)
         LOGGER.setLevel(logging.NOTSET)
     assert isinstance(left.value.code, int)

@@ -10,6 +10,7 @@ import pytest
 
 import einsum_transformer as et
 from agreement import WHERE, disagreement, problems_of
+from einsum_transformer.engine import blas
 from einsum_transformer.loading.load import load
 from einsum_transformer.loading.sources import DTYPES
 from einsum_transformer.notes import LOGGER, note_once
@@ -38,6 +39,12 @@ def golden_model(golden_folder: Folders) -> Models:
         return read_only(et.load(golden_folder(name), dtype=dtype))
 
     return model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def threads_do_not_follow_the_load() -> None:
+    """Tests run on all cores at once, so the number of threads would differ from run to run."""
+    blas.adaptive = False
 
 
 @pytest.fixture(autouse=True)

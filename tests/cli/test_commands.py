@@ -58,9 +58,9 @@ class Etx:
 
 @pytest.fixture
 def etx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Etx]:
-    provider, threads = blas.current().name, blas.get_threads()
+    settings, threads = blas.settings(), blas.get_threads()
     yield Etx(capsys, monkeypatch)
-    blas.use("mkl" if provider == "mkl" else "numpy")
+    blas.use(*settings)
     blas.set_threads(threads)
 
 

@@ -3,7 +3,6 @@ for."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,18 +11,19 @@ import numpy as np
 import pytest
 
 from einsum_transformer.engine import blas, einsum
+from einsum_transformer.engine.mkl import mkl_library
 from einsum_transformer.errors import InputError
 
 Array = np.ndarray
-HAS_MKL = importlib.util.find_spec("mkl") is not None or blas._mkl_library() is not None
+HAS_MKL = mkl_library() is not None
 PROVIDERS = ["numpy", *(["mkl"] if HAS_MKL else [])]
 
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    name, threads = blas.current().name, blas.get_threads()
+    settings, threads = blas.settings(), blas.get_threads()
     yield
-    blas.use("mkl" if name == "mkl" else "numpy")
+    blas.use(*settings)
     blas.set_threads(threads)
 
 
@@ -139,9 +139,11 @@ def test_the_thread_count_survives_a_change_of_provider(provider: str) -> None:
 
 
 def test_providers_by_name() -> None:
-    assert blas.use("numpy").name.startswith("numpy")
-    assert blas.use("auto") == blas.current()
-    assert str(blas.current())
+    for name in ("numpy", "auto"):
+        blas.use(name)
+        assert blas.settings()[0] == name
+        assert blas.current().name.startswith("numpy")
+        assert blas.description() == str(blas.current())
     with pytest.raises(InputError, match="'magic'"):
         blas.use("magic")
 
@@ -154,7 +156,7 @@ def test_a_provider_that_is_not_installed() -> None:
         "m.files = missing\n"
         "from einsum_transformer.engine import blas\n"
         "from einsum_transformer.errors import InputError\n"
-        "before = blas.use('auto')\n"
+        "blas.use('auto')\nbefore = blas.current()\n"
         "try:\n    blas.use('mkl')\nexcept InputError as error:\n    print(blas.current() == before, error)"
     )
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

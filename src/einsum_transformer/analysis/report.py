@@ -129,7 +129,7 @@ def report(spans: Sequence[Span], run: Run) -> Report:
         new_tokens_per_second=_rate(later, stages["decode"] + stages["sampling"]),
         kv_cache_bytes=run.kv_cache_bytes,
         peak_rss_bytes=peak_rss_bytes(),
-        blas=str(blas.current()),
+        blas=blas.description(),
         threads=blas.get_threads(),
         rope=rope_facts(run.config, max(map(sum, zip(run.prompt_lengths, run.new_lengths)), default=0)),
     )

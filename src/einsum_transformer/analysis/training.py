@@ -151,7 +151,7 @@ def training_report(
         gradient_bytes=sum(array.nbytes for array in weights),
         optimizer_bytes=sum(array.nbytes for arrays in moments.values() for array in arrays.values()),
         peak_rss_bytes=peak_rss_bytes(),
-        blas=str(blas.current()),
+        blas=blas.description(),
         threads=blas.get_threads(),
         advice=tuple(_advice(np.array(losses)[finite], step, trainer.bad_steps, clipped, random_vocabulary)),
     )

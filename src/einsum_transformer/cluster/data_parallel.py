@@ -99,7 +99,7 @@ class DataParallel(AbstractContextManager["DataParallel"]):
                 name: self.ray.put(np.asarray(w).reshape(entries[name.partition("/")[0]].stored))
                 for name, w in constant.items()
             }
-            plan = Plan(shapes_of(model.decoder), references, settings, blas.current().name)
+            plan = Plan(shapes_of(model.decoder), references, settings, blas.settings())
             self.pool: Pool = Pool(self.ray, plan, workers, threads, timeout)
             self._begin()
         except BaseException:

@@ -36,7 +36,7 @@ class Plan:
     decoder: Any
     frozen: dict[str, Any]
     settings: TrainingSettings
-    blas: str
+    blas: tuple[str, dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Worker:
         import ray  # pyright: ignore[reportMissingImports]
 
         keep_freed()
-        blas.use("mkl" if plan.blas == "mkl" else "numpy")
+        blas.use(*plan.blas)
         blas.set_threads(threads)
         self.plan = plan
         self.frozen: dict[str, Any] = dict(zip(plan.frozen, ray.get(list(plan.frozen.values()))))

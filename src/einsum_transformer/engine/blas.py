@@ -1,92 +1,178 @@
-"""The BLAS library of all matrix products, and its thread count.
+"""The BLAS libraries of the matrix products, their thread count, and which library computes which product.
 
-NumPy's own BLAS is always available. Intel MKL is called through ctypes if the PyPI wheel `mkl` is installed
-(the extra `[mkl]`). `matmul` is the product of the current provider; `use` switches it at run time.
+NumPy's own BLAS is always available; Intel MKL is used if the PyPI wheel `mkl` is installed. Every plan of
+`einsum` has one of the `KINDS` of products, and each kind has a library.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
-import platform
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
-from itertools import product
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, get_args
 
 import numpy as np
 
+from einsum_transformer.engine.libraries import Library, numpy_library
+from einsum_transformer.engine.load import Load
+from einsum_transformer.engine.mkl import mkl_library
 from einsum_transformer.errors import InputError
 
 Array = np.ndarray
 
-matmul: Callable[..., Array] = np.matmul
-"""The matrix product of the current provider, with the semantics of np.matmul: (..., m, k) . (..., k, n) ->
-(..., m, n)."""
+Kind = Literal["vector", "narrow", "matrix", "stack"]
+"""vector: a matrix and a vector, as in decoding; narrow: up to 32 rows or columns; matrix: more; stack: a
+number of small matrices, as in attention."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Choice = Mapping[str, str]
+"""Kind of product -> "numpy" or "mkl"; "kind, 1 thread" has precedence for products on one thread."""
+
+_NARROW = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
-    """A BLAS library: its name in tables, its matrix product and its thread control."""
+class Product:
+    """The matrix product of one kind: `matmul` is that of the current library."""
 
-    name: str
-    version: str
-    matmul: Callable[..., Array]
-    set_threads: Callable[[int], None]
-    get_threads: Callable[[], int]
+    __slots__ = ("kind", "library", "matmul")
 
-    def __str__(self) -> str:
-        return f"{self.name} {self.version}".strip()
+    def __init__(self, kind: Kind) -> None:
+        self.kind: Kind = kind
+        self.library: str = "numpy"
+        self.matmul: Callable[..., Array] = np.matmul
 
 
-def use(name: str) -> Provider:
-    """Set the provider of all products to `auto`, `numpy` or `mkl`.
+PRODUCTS: dict[Kind, Product] = {kind: Product(kind) for kind in KINDS}
 
-    `auto` selects MKL if it is installed and the processor is Intel's, else NumPy's BLAS, which was faster
-    than MKL on other processors (docs/performance.md).
+
+def product_of(rows: int, columns: int, count: int = 1) -> Product:
+    """Return the product of `count` pairs of matrices with results of rows x columns."""
+    if count > 1:
+        return PRODUCTS["stack"]
+    least = min(rows, columns)
+    return PRODUCTS["vector" if least == 1 else "narrow" if least <= _NARROW else "matrix"]
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """The matrix product by the library of its kind, with the semantics of np.matmul for two or more axes."""
+    count = 2 if a.ndim > 2 or b.ndim > 2 else 1
+    return product_of(a.shape[-2], b.shape[-1], count).matmul(a, b)
+
+
+def use(name: str, choice: Choice | None = None) -> None:
+    """Set the library of all products to `auto`, `numpy` or `mkl`.
+
+    `auto` uses the measured `choice` (see `etx machine`), and NumPy's BLAS for kinds that it does not
+    contain. It also uses fewer threads while other processes use the cores (see `follow_load`), which may
+    change the last bits of results; with `numpy` and `mkl` the number of threads is fixed.
     """
-    global matmul, _current
-    if name == "auto":
-        name = "mkl" if _mkl_library() is not None and _is_intel() else "numpy"
-    if name not in ("numpy", "mkl"):
+    global _name, _choice, _free
+    if name not in ("auto", "numpy", "mkl"):
         raise InputError(f"`blas` is {name!r}: expected auto, numpy or mkl")
+    if name == "mkl":
+        mkl_provider()
     with _lock:
-        threads = current().get_threads()  # 1 inside `one_thread`, which restores the count at its end
-        _current = numpy_provider() if name == "numpy" else mkl_provider()
-        matmul = _current.matmul
-        _set_threads(threads)
-        return _current
+        threads = get_threads()
+        _name, _free = name, None
+        _choice = dict(choice or {}) if name == "auto" else dict.fromkeys(KINDS, name)
+        if mkl_library() is None:
+            _choice = {}
+        _set_wanted(threads)
 
 
-def current() -> Provider:
-    """Return the current provider (NumPy's until `use` selects another)."""
-    return _current if _current is not None else numpy_provider()
+def name() -> str:
+    """Return what `use` was called with: auto (the default), numpy or mkl."""
+    return _name
+
+
+def current() -> Library:
+    """Return the library of large products."""
+    return _library(_chosen("matrix", False))
+
+
+def description() -> str:
+    """Return the names and versions of the libraries in use, with their products if there are two."""
+    by_library: dict[str, list[str]] = {}
+    for kind in KINDS:
+        by_library.setdefault(str(_library(_chosen(kind, False))), []).append(kind)
+    if len(by_library) == 1:
+        return next(iter(by_library))
+    return ", ".join(f"{library} ({' '.join(kinds)})" for library, kinds in by_library.items())
+
+
+def several() -> bool:
+    """Return whether more than one library is in use."""
+    return len({_chosen(kind, False) for kind in KINDS}) > 1
+
+
+def settings() -> tuple[str, dict[str, str]]:
+    """Return the arguments with which another process can call `use`."""
+    return _name, dict(_choice if _name == "auto" else {})
+
+
+def mkl_provider() -> Library:
+    """Return MKL. Errors: InputError if it is not installed."""
+    library = mkl_library()
+    if library is None:
+        raise InputError("`blas` mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
+    return library
 
 
 def set_threads(count: int) -> None:
-    """Set the number of threads of the current BLAS."""
-    global _restored_count
+    """Set the number of threads of the products, at most as many as the library supports."""
     if count < 1:
         raise InputError(f"`threads` is {count}: expected 1 or more")
     with _lock:
-        if _regions:
-            _restored_count = count
-        else:
-            _set_threads(count)
+        _set_wanted(count)
 
 
 def get_threads() -> int:
-    """Return the number of threads that is set for the current BLAS."""
-    return _restored_count if _regions else current().get_threads()
+    """Return the number of threads that is set, also while fewer are in use."""
+    return _wanted if _limited else current().get_threads()
 
 
 def free_threads() -> int:
-    """Return the number of threads that a task may use now: 1 while any thread is inside `one_thread`."""
-    return 1 if _regions else current().get_threads()
+    """Return the number of threads that a task may use now: 1 while any thread is inside `one_thread`, and
+    fewer than `get_threads` while other processes use the cores."""
+    return 1 if _regions else _usable()
+
+
+def shares() -> int:
+    """Return the number of parts into which a task is divided: 1 inside `one_thread`, else the number of
+    threads that is set, so that results do not depend on other processes."""
+    return 1 if _regions else get_threads()
+
+
+def follow_load() -> None:
+    """With `auto`, limit the products to the cores that other processes leave free.
+
+    Called often (by `for_each`, once per layer); it does nothing for a tenth of a second after a reading.
+    """
+    global _free
+    if _name != "auto" or not adaptive or _regions or _fixed:
+        return
+    free = _load.free_cores()
+    if free != _free:
+        with _lock:
+            _remember()
+            _free = free
+            _apply()
+
+
+@contextmanager
+def fixed_threads() -> Iterator[None]:
+    """Use the number of threads that is set, whatever other processes do, so that results are the same bit
+    for bit in every run."""
+    global _fixed, _free
+    with _lock:
+        _fixed += 1
+        _remember()
+        _free = None
+        _apply()
+    try:
+        yield
+    finally:
+        with _lock:
+            _fixed -= 1
 
 
 @contextmanager
@@ -94,177 +180,81 @@ def one_thread() -> Iterator[None]:
     """Limit BLAS to one thread; on exit, restore the count that was set before or inside.
 
     The count applies to all threads of the process. Regions of several threads may overlap: the first one to
-    enter saves the count and the last one to exit restores it.
+    enter limits it and the last one to exit restores it.
     """
-    global _regions, _restored_count
+    global _regions
     with _lock:
-        if not _regions:
-            _restored_count = current().get_threads()
-            _set_threads(1)
+        _remember()
         _regions += 1
+        if _regions == 1:
+            _apply()
     try:
         yield
     finally:
         with _lock:
             _regions -= 1
             if not _regions:
-                _set_threads(_restored_count)
+                _apply()
 
 
-def _set_threads(count: int) -> None:
-    provider = current()
-    provider.set_threads(count)
-    if provider.name == "mkl":
-        # Products of other types than float32 and float64 still use NumPy.
-        numpy_provider().set_threads(count)
+def _usable() -> int:
+    wanted = get_threads()
+    return wanted if _free is None else min(wanted, _free)
 
 
+def _remember() -> None:
+    """Store the thread count before fewer threads are used; others may have changed it in the library."""
+    global _wanted
+    if not _limited:
+        _wanted = current().get_threads()
+
+
+def _set_wanted(count: int) -> None:
+    """Set the thread count, limited to what the library supports."""
+    global _wanted
+    if not _regions:
+        library = current()
+        library.set_threads(count)
+        count = library.get_threads()
+    _wanted = count
+    _apply()
+
+
+def _apply() -> None:
+    """Set the threads of the libraries in use, and the library of each kind of product."""
+    global _limited
+    threads = 1 if _regions else _wanted if _free is None else min(_wanted, _free)
+    _limited = threads < _wanted
+    # Products of other types than float32 and float64 always use NumPy.
+    for each in {"numpy", *_choice.values()}:
+        _library(each).set_threads(threads)
+    for kind, product in PRODUCTS.items():
+        product.library = _chosen(kind, threads == 1)
+        product.matmul = _library(product.library).matmul
+
+
+def _chosen(kind: Kind, one_thread: bool) -> str:
+    default = _choice.get(kind, "numpy")
+    return _choice.get(f"{kind}, 1 thread", default) if one_thread else default
+
+
+def _library(name: str) -> Library:
+    return mkl_provider() if name == "mkl" else numpy_library()
+
+
+adaptive: bool = True
+"""Whether `auto` follows the load of the machine."""
 _lock = threading.Lock()
+_load = Load()
+_name = "auto"
+_choice: dict[str, str] = {}
+_wanted = 1
+"""The number of threads that is set, while fewer are in use."""
+_limited = False
+"""Whether fewer threads than `_wanted` are in use."""
+_free: int | None = None
+"""The number of threads that other processes leave free; None: no limit."""
 _regions = 0
 """The number of active regions of `one_thread`."""
-_restored_count = 1
-"""The thread count to set when they have exited."""
-_current: Provider | None = None
-
-
-@cache
-def numpy_provider() -> Provider:
-    """Return NumPy's own BLAS (OpenBLAS in the PyPI wheels, Accelerate on a Mac)."""
-    from threadpoolctl import ThreadpoolController
-
-    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
-    ours = [library for library in libraries if "mkl" not in library.internal_api] or libraries
-    if not ours:
-        name = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]  # type: ignore[index]
-        return Provider(f"numpy/{name}", "", np.matmul, lambda count: None, lambda: 1)
-    library = ours[0]
-    return Provider(
-        f"numpy/{library.internal_api}",
-        str(library.version or ""),
-        np.matmul,
-        _setter(library),
-        lambda: int(library.num_threads),
-    )
-
-
-def _setter(library: Any) -> Callable[[int], None]:
-    """Return the function that sets a library's thread count and works from any thread.
-
-    For an OpenBLAS with its own thread pool, threadpoolctl has an effect only in the first thread that calls
-    it; the callers here hold a lock, so they call the library directly.
-    """
-    if library.internal_api == "openblas" and library.info().get("threading_layer") != "openmp":
-        symbols = ctypes.CDLL(library.filepath)
-        for prefix, suffix in product(("", "scipy_"), ("", "64_", "_64")):
-            with suppress(AttributeError):
-                return getattr(symbols, f"{prefix}openblas_set_num_threads{suffix}")
-    return library.set_num_threads
-
-
-@cache
-def mkl_provider() -> Provider:
-    """Return Intel MKL from the wheel `mkl`, called through ctypes (which releases the GIL)."""
-    library = _mkl_library()
-    if library is None:
-        raise InputError("`blas` mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
-
-    def set_threads(count: int) -> None:
-        # A thread-local limit (threadpoolctl leaves one behind) would take precedence over the global one.
-        library.MKL_Set_Num_Threads_Local(0)
-        library.MKL_Set_Num_Threads(count)
-
-    return Provider(
-        "mkl",
-        importlib.metadata.version("mkl"),
-        _mkl_matmul(library),
-        set_threads,
-        lambda: int(library.MKL_Get_Max_Threads()),
-    )
-
-
-@cache
-def _mkl_library() -> Any:
-    """Return the loaded library, or None if the wheel is not installed."""
-    try:
-        files = importlib.metadata.files("mkl") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    found = [Path(str(file.locate())).resolve() for file in files if "mkl_rt" in file.name]
-    if not found:
-        return None
-    for name in ("libiomp5.so", "libiomp5.dylib", "libiomp5md.dll"):
-        if (runtime := found[0].parent / name).exists():
-            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-    try:
-        return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        raise InputError(f"`blas` mkl: {found[0].name} cannot be loaded: {error}") from None
-
-
-def _is_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "intel" in platform.processor().lower()
-
-
-_ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
-
-
-def _mkl_matmul(library: Any) -> Callable[..., Array]:
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    products = {}
-    for kind, name, real in (
-        (np.float32, "cblas_sgemm", ctypes.c_float),
-        (np.float64, "cblas_dgemm", ctypes.c_double),
-    ):
-        gemm = getattr(library, name)
-        gemm.argtypes = [integer] * 6 + [real, pointer, integer, pointer, integer, real, pointer, integer]
-        gemm.restype = None
-        products[np.dtype(kind).str] = gemm
-
-    def product(a: Array, b: Array) -> Array:
-        """a . b by MKL for float matrices and stacks of them (one matrix at a time), else by NumPy."""
-        gemm = products.get(a.dtype.str)
-        if gemm is None or a.dtype != b.dtype or a.ndim < 2 or b.ndim < 2 or 0 in a.shape or 0 in b.shape:
-            return np.matmul(a, b)
-        if a.ndim == 2 and b.ndim == 2:
-            out = np.empty((a.shape[0], b.shape[1]), a.dtype)
-            _gemm_into(gemm, a, b, out)
-            return out
-        stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        if a.shape[-2] * a.shape[-1] * b.shape[-1] < 1 << 16:
-            return np.matmul(a, b)
-        out = np.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype)
-        a, b = np.broadcast_to(a, (*stack, *a.shape[-2:])), np.broadcast_to(b, (*stack, *b.shape[-2:]))
-        for index in np.ndindex(*stack):
-            _gemm_into(gemm, a[index], b[index], out[index])
-        return out
-
-    return product
-
-
-def _gemm_into(gemm: Any, a: Array, b: Array, out: Array) -> None:
-    transpose_a, a, lda = _layout(a)
-    transpose_b, b, ldb = _layout(b)
-    (m, k), n = a.shape, b.shape[1]
-    gemm(
-        _ROW_MAJOR, transpose_a, transpose_b, m, n, k,
-        1.0, _address(a), lda, _address(b), ldb, 0.0, _address(out), n,
-    )  # fmt: skip
-
-
-def _layout(a: Array) -> tuple[int, Array, int]:
-    """Return (transposed?, matrix, leading dimension); copy only if neither axis has unit stride."""
-    rows, columns = a.shape
-    down, across = a.strides
-    item = a.itemsize
-    if (across == item or columns == 1) and (rows == 1 or (down >= columns * item and down % item == 0)):
-        return _NO_TRANSPOSE, a, down // item if rows > 1 else max(columns, 1)
-    if (down == item or rows == 1) and (columns == 1 or (across >= rows * item and across % item == 0)):
-        return _TRANSPOSE, a, across // item if columns > 1 else max(rows, 1)
-    return _NO_TRANSPOSE, np.ascontiguousarray(a), columns
-
-
-def _address(a: Array) -> int:
-    return a.__array_interface__["data"][0]
+_fixed = 0
+"""The number of active regions of `fixed_threads`."""

@@ -253,7 +253,7 @@ def lowering(equation: str, *operands: Any) -> str:
         operand if isinstance(operand, Array) else np.empty(operand.shape, operand.dtype)
         for operand in operands
     ]
-    return plans.plan_of(equation, Equation.parse(equation), arrays, "K").how
+    return plans.plan_of(equation, Equation.parse(equation), arrays, "K").description()
 
 
 def _with_keywords(equation: Any, operands: tuple[Any, ...], keywords: calls.Keywords) -> Any:
@@ -304,7 +304,7 @@ def _run(text: str, equation: Equation, arrays: list[Any], order: str) -> Any:
         return plan.run(*arrays)
     start = time.perf_counter()
     result = plan.run(*arrays)
-    _report(text, equation, arrays, result, plan.how, time.perf_counter() - start)
+    _report(text, equation, arrays, result, plan.description(), time.perf_counter() - start)
     return result
 
 

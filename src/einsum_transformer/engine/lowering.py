@@ -32,6 +32,12 @@ class Plan:
     run: Run
     how: str
     """A one-line description: the product's sizes, its loops, and any copies."""
+    product: blas.Product | None = None
+    """The matrix product that it ends in, if any."""
+
+    def description(self) -> str:
+        """`how`, and the library of the product if two libraries are in use."""
+        return f"{self.how}, by {self.product.library}" if self.product and blas.several() else self.how
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ def lower_pair(equation: Equation, left: Operand, right: Operand, dtype: np.dtyp
     def run(a: Array, b: Array) -> Array:
         return inner(reduce_left(a) if reduce_left else a, reduce_right(b) if reduce_right else b)
 
-    return Plan(run, " + ".join(filter(None, [note_left, note_right, plan.how])))
+    return Plan(run, " + ".join(filter(None, [note_left, note_right, plan.how])), plan.product)
 
 
 def _diagonal(term: str) -> Run | None:
@@ -242,15 +248,17 @@ def _gemm(output: str, left: Operand, right: Operand, contracted: list[str], ord
         for group in ((columns, rows) if flip else (rows, columns))
     ]
     unpack = _unpack(natural, output, size, (*(size[letter] for letter in lead + loops), *matrix))
-    run = _compose_flipped(view_left, view_right, unpack) if flip else _compose(view_left, view_right, unpack)
+    count = math.prod(size[letter] for letter in lead + loops)
+    product = blas.product_of(matrix[0], matrix[1], count)
+    compose = _compose_flipped if flip else _compose
+    run = compose(product, view_left, view_right, unpack)
 
     sizes = [math.prod(size[letter] for letter in group) for group in (rows, inner, columns)]
     m, k, n = sizes
     how = f"gemm {n}x{k} . {k}x{m}" if flip else f"gemm {m}x{k} . {k}x{n}"
-    if count := math.prod(size[letter] for letter in lead + loops):
-        how += f" x{count}" if count > 1 else ""
+    how += f" x{count}" if count > 1 else ""
     copied = [term for term, copy in ((left.term, copy_left), (right.term, copy_right)) if copy]
-    return Plan(run, how + (f", copies {' and '.join(copied)}" if copied else ""))
+    return Plan(run, how + (f", copies {' and '.join(copied)}" if copied else ""), product)
 
 
 def _contracted_order(left: Operand, right: Operand, contracted: list[str]) -> list[str]:
@@ -374,22 +382,24 @@ def _unpack(natural: list[str], output: str, size: dict[str, int], given: tuple[
     return lambda y: y.reshape(full).transpose(permutation)
 
 
-def _compose(view_left: Run | None, view_right: Run | None, unpack: Run | None) -> Run:
+def _compose(product: blas.Product, view_left: Run | None, view_right: Run | None, unpack: Run | None) -> Run:
     """left . right; common cases avoid Python calls, each of which takes as long as a small view."""
     if view_left is None and view_right is None and unpack is None:
-        return lambda a, b: blas.matmul(a, b)
+        return lambda a, b: product.matmul(a, b)
     if view_left is None and view_right is not None and unpack is None:
-        return lambda a, b: blas.matmul(a, view_right(b))
+        return lambda a, b: product.matmul(a, view_right(b))
     left, right, out = view_left or _same, view_right or _same, unpack or _same
-    return lambda a, b: out(blas.matmul(left(a), right(b)))
+    return lambda a, b: out(product.matmul(left(a), right(b)))
 
 
-def _compose_flipped(view_left: Run | None, view_right: Run | None, unpack: Run | None) -> Run:
+def _compose_flipped(
+    product: blas.Product, view_left: Run | None, view_right: Run | None, unpack: Run | None
+) -> Run:
     """right^T . left^T: the same values with operand 0's rows innermost in memory."""
     if view_left is not None and view_right is None and unpack is not None:
-        return lambda a, b: unpack(blas.matmul(b, view_left(a)))
+        return lambda a, b: unpack(product.matmul(b, view_left(a)))
     left, right, out = view_left or _same, view_right or _same, unpack or _same
-    return lambda a, b: out(blas.matmul(right(b), left(a)))
+    return lambda a, b: out(product.matmul(right(b), left(a)))
 
 
 def _same(a: Any) -> Any:

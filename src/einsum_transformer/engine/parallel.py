@@ -21,8 +21,9 @@ _lock = threading.Lock()
 
 
 def for_each(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], coarse: bool = True) -> None:
-    """Call `task(*arguments[i])` for every i, on as many threads as BLAS has if the tasks are coarse, else
-    sequentially."""
+    """Call `task(*arguments[i])` for every i, on as many threads as BLAS may use now if the tasks are coarse,
+    else sequentially."""
+    blas.follow_load()
     threads = min(blas.free_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
     if threads <= 1:
         for given in arguments:

@@ -41,7 +41,7 @@ def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
         # Axes of size 1 that broadcast are dropped.
         inner = _lower(spelled, [a[index] for a, index in zip(arrays, indices)], order)
         run = lambda *given: inner.run(*(a[index] for a, index in zip(given, indices)))  # noqa: E731
-        return Plan(run, readable(inner.how, spelled, equation))
+        return Plan(run, readable(inner.how, spelled, equation), inner.product)
     sizes = spelled.sizes(shapes)
     summed = set(sizes) - set(spelled.output)
     dtype = calls.common_type(equation.shown, [a.dtype for a in arrays])
@@ -60,7 +60,7 @@ def _lower(equation: Equation, arrays: Sequence[Array], order: str) -> Plan:
     if len(layouts) == 1:
         return lower_single(spelled, layouts[0], dtype)
     plan = lower_pair(spelled, layouts[0], layouts[1], dtype, order)
-    return Plan(plan.run, readable(plan.how, spelled, equation))
+    return Plan(plan.run, readable(plan.how, spelled, equation), plan.product)
 
 
 def _lower_cast(
@@ -73,7 +73,7 @@ def _lower_cast(
         # astype preserves the layout (order "K"), so the plan for the converted operands fits every call.
         return plan.run(*(a.astype(wide, copy=False) for a in given)).astype(dtype, copy=False)
 
-    return Plan(run, f"{plan.how} in {wide}")
+    return Plan(run, f"{plan.how} in {wide}", plan.product)
 
 
 def _of_objects(equation: str, arrays: Sequence[Array], shape: tuple[int, ...]) -> Array:
@@ -112,7 +112,7 @@ def dry_lowering(equation: Equation, operands: Sequence[Any]) -> str:
             step *= size
         layouts.append(Operand(term, operand.shape, tuple(reversed(strides)), operand.dtype.itemsize))
     if len(layouts) == 1:
-        return lower_single(equation, layouts[0], operands[0].dtype).how
-    return (
-        lower_pair(equation, layouts[0], layouts[1], operands[0].dtype).how if len(layouts) == 2 else "path"
-    )
+        return lower_single(equation, layouts[0], operands[0].dtype).description()
+    if len(layouts) != 2:
+        return "path"
+    return lower_pair(equation, layouts[0], layouts[1], operands[0].dtype).description()

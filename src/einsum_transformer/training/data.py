@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from einsum_transformer.arguments import checked
+from einsum_transformer.engine import blas
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
 from einsum_transformer.notes import note
@@ -219,6 +220,7 @@ def _order(seed: int, epoch: int, rows: int) -> Array:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
+@blas.fixed_threads()
 def mean_loss(model: Model, rows: Rows, batch_size: int) -> float:
     """The mean cross-entropy of a model over all targets of the rows."""
     total, loss = rows.target_count, 0.0

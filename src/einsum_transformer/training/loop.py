@@ -137,6 +137,7 @@ def numbered(parts: list[Batch]) -> list[tuple[int, Array, Array]]:
     return [(int(first), tokens, targets) for first, (tokens, targets) in zip(firsts, parts)]
 
 
+@blas.fixed_threads()
 def batch_gradients(
     decoder: Any,
     parts: list[tuple[int, Array, Array]],
@@ -160,7 +161,7 @@ def _sliced(
 ) -> list[tuple[float, dict[str, Array]]]:
     """Return loss and gradients of a part: of all rows at once, or of one slice of rows per thread."""
     first_row, tokens, targets = part
-    slices = min(blas.free_threads(), len(tokens)) if _slices_pay(decoder, tokens.size) else 1
+    slices = min(blas.shares(), len(tokens)) if _slices_pay(decoder, tokens.size) else 1
     found: list[Any] = [None] * slices
 
     def compute(i: int, first_row: int, tokens: Array, targets: Array) -> None:
@@ -236,6 +237,7 @@ class Trainer:
             yield self.step()
 
     # The report names overflows, so NumPy's warnings are not needed.
+    @blas.fixed_threads()
     @np.errstate(over="ignore", invalid="ignore")
     def step(self) -> StepReport:
         """Run one step; the weights do not change if a value in it is not finite."""

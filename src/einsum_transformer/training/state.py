@@ -180,7 +180,7 @@ def _adapter_settings(config: LoRAConfig) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    return {"blas": str(blas.current()), "threads": blas.get_threads(), "numpy": np.__version__}
+    return {"blas": blas.description(), "threads": blas.get_threads(), "numpy": np.__version__}
 
 
 def _write(trainer: Trainer, folder: Path) -> None:

@@ -1,0 +1,78 @@
+"""The cores that other processes leave free, so that no thread waits for one that cannot run.
+
+A product on several threads ends when the last of them ends. If another process uses a core, the thread on
+it waits for a time slice (milliseconds) while the others wait for it in a busy loop, in each of the 200
+products of a decoded token. One thread less is then faster than all of them (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+_INTERVAL = 0.1
+"""Seconds between two readings. The kernel counts in hundredths of a second, so shorter intervals are
+inaccurate."""
+_STAT = Path("/proc/stat")
+
+
+class Load:
+    """Counts the cores that other processes use, from the kernel's counters (Linux)."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._time = self._busy = self._own = 0.0
+        self._free: int | None = None
+
+    def free_cores(self) -> int | None:
+        """Number of cores of this process that other processes leave free, at least 1; None if unknown.
+
+        Reads the counters at most ten times per second; in between, the last result is returned.
+        """
+        now = time.monotonic()
+        if now < self._next:
+            return self._free
+        first = self._next == 0
+        self._next = now + _INTERVAL
+        cores = _cores()
+        busy = _busy_seconds(cores)
+        if busy is None:
+            self._next = math.inf
+            return None
+        own = time.process_time()
+        if not first:
+            others = max(0.0, (busy - self._busy) - (own - self._own)) / (now - self._time)
+            self._free = _rounded(len(cores) - others, self._free)
+        self._time, self._busy, self._own = now, busy, own
+        return self._free
+
+
+def _rounded(free: float, before: int | None) -> int:
+    """Round the number of free cores; a core counts as free again at 0.7, so that the number is stable."""
+    count = math.floor(free + 0.5)
+    if before is not None and count > before:
+        count = max(before, math.floor(free + 0.3))
+    return max(1, count)
+
+
+def _cores() -> frozenset[int]:
+    """The cores that this process may use, empty if the system does not tell."""
+    return frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset()
+
+
+def _busy_seconds(cores: frozenset[int]) -> float | None:
+    """Seconds in which these cores were not idle, since the start of the system; None if it does not tell."""
+    try:
+        lines = _STAT.read_text(encoding="ascii").splitlines()
+        ticks = 0
+        for line in lines:
+            name, *counts = line.split()
+            if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cores:
+                user, nice, system, _idle, _waiting, *others = map(int, counts[:8])
+                ticks += user + nice + system + sum(others)
+        return ticks / os.sysconf("SC_CLK_TCK") if cores else None
+    except (OSError, ValueError):
+        return None
