@@ -192,12 +192,15 @@ _NAMED_EFFECT = "os.environ['OPENBLAS_THREAD_TIMEOUT'] = "
 
 
 def equations(tree: ast.AST) -> Iterator[tuple[int, ast.expr]]:
-    """(line, equation) of every call of einsum and weight_grad."""
+    """(line, equation) of every call of einsum, weight_grad and einsums."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func).split(".")[-1]
             if name in _EQUATION_AT and len(node.args) > _EQUATION_AT[name]:
                 yield node.lineno, node.args[_EQUATION_AT[name]]
+            if name == "einsums":
+                for term in node.args[1:]:
+                    yield node.lineno, term.elts[0] if isinstance(term, ast.Tuple) and term.elts else term
 
 
 _EQUATION_AT = {"einsum": 0, "weight_grad": 1}

@@ -84,6 +84,37 @@ def test_rooms_begin_at_cache_lines_and_do_not_overlap(dtype: Any) -> None:
         assert (array == i).all()
 
 
+@pytest.mark.parametrize("width", [7, 1024])
+def test_matrices_of_a_group_are_rows_of_one_matrix(width: int) -> None:
+    """Whether the matrix is input-major depends on all its rows; other arrays are alone."""
+    shapes = [(300, width), (200, width), (40, width), (40, width), (9,), (600, 8), (600, width)]
+    arrays = allocate(shapes, np.dtype(np.float32), [*"aaabbbb"])
+    for i, array in enumerate(arrays):
+        array[...] = i
+    for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
+        assert array.shape == shape
+        assert (array == i).all()
+    q, k, v, *_ = arrays
+    assert input_major((540, 7))
+    assert q.strides == k.strides == v.strides == ((4, 540 * 4) if width == 7 else (width * 4, 4))
+    assert k.ctypes.data - q.ctypes.data == 300 * q.strides[0]
+    assert v.ctypes.data - k.ctypes.data == 200 * q.strides[0]
+    assert arrays[3].ctypes.data % 64 == arrays[5].ctypes.data % 64 == 0
+
+
+def test_a_group_is_mapped_or_allocated_as_a_whole() -> None:
+    """Rows of 576 floats: k alone would stay in the file, q, k and v are allocated input-major."""
+    source = MemorySource(
+        **{name: values((rows, 576), np.float32) for name, rows in (("q", 512), ("k", 192), ("v", 192))}
+    )
+    wanted = [Stored(name, tensor.shape) for name, tensor in source.tensors.items()]
+    arrays = read_all(source, wanted, np.dtype(np.float32), ["a"] * 3)
+    for array, tensor in zip(arrays, source.tensors.values()):
+        assert array.strides == (4, 896 * 4)
+        np.testing.assert_array_equal(array, tensor)
+    assert read_all(source, wanted, np.dtype(np.float32))[1] is source.tensors["k"]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "_PIECE", 64)

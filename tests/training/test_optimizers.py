@@ -97,6 +97,30 @@ def test_many_weights_of_all_shapes_on_threads() -> None:
             assert together[name].strides == w.strides
 
 
+@pytest.mark.parametrize("optimizer", [SGD(momentum=0.9), AdamW(weight_decay=0.1)])
+@pytest.mark.parametrize("piece", [1 << 15, 64])
+def test_weights_that_lie_side_by_side(
+    optimizer: SGD | AdamW, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views with gaps, the rows of one input-major matrix, change as arrays of their own do."""
+    monkeypatch.setattr(optimizers, "_PIECE", piece)
+    monkeypatch.setattr(optimizers, "_TASK", 4 * piece)
+    rng = np.random.default_rng(0)
+    whole = rng.standard_normal((20, 33)).T
+    views = {"q": whole[:16].reshape(2, 8, 20), "k": whole[16:32], "one": whole[32:]}
+    assert not any(view.flags.forc for view in views.values() if len(view) > 1)
+    own = {name: view.copy(order="C") for name, view in views.items()}
+    moments = [start(optimizer, weights) for weights in (views, own)]
+    for step in range(3):
+        gradients = {name: rng.standard_normal(w.shape) for name, w in own.items()}
+        # The layout of weight_grad: that of the weight, without gaps.
+        dense = {name: np.copy(g.T, order="C").T if g.ndim == 2 else g for name, g in gradients.items()}
+        optimizer.update(views, dense, moments[0], 0.1, step)
+        optimizer.update(own, gradients, moments[1], 0.1, step)
+    for name, view in views.items():
+        np.testing.assert_allclose(view, own[name], rtol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-15, 1.0, 1e15, 1e25])
 def test_the_norm_of_small_and_large_gradients(scale: float) -> None:
     """Squares of float32 values underflow below 1e-19 and overflow above 1e19; the norm must not."""

@@ -12,7 +12,7 @@ from einsum_transformer.components.context import Context
 from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.qk_norm import QKNorm
-from einsum_transformer.engine import einsum, is_trained, phase, tap, weight_grad
+from einsum_transformer.engine import einsum, einsums, is_trained, phase, tap, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -52,9 +52,12 @@ class Attention:
         """x: (b, t, d) -> (b, t, d)"""
         saved_q = saved_k = None
         with phase("qkv"):
-            q = einsum("btd,kghd->btkgh", x, self.q_proj)
-            k = einsum("btd,khd->btkh", x, self.k_proj)
-            v = einsum("btd,khd->btkh", x, self.v_proj)
+            q, k, v = einsums(
+                x,
+                ("btd,kghd->btkgh", self.q_proj),
+                ("btd,khd->btkh", self.k_proj),
+                ("btd,khd->btkh", self.v_proj),
+            )
             if self.q_bias is not None:
                 q += self.q_bias
                 k += self.k_bias

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from einsum_transformer.engine import einsum, is_trained, weight_grad
+from einsum_transformer.engine import einsum, einsums, is_trained, weight_grad
 from einsum_transformer.numerics.activations import SILU, Activation
 from einsum_transformer.tree import static
 
@@ -35,8 +35,7 @@ class GatedMLP:
     activation: Activation = static(default=SILU)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
-        gate = einsum("btd,fd->btf", x, self.gate_proj)
-        up = einsum("btd,fd->btf", x, self.up_proj)
+        gate, up = einsums(x, ("btd,fd->btf", self.gate_proj), ("btd,fd->btf", self.up_proj))
         if self.gate_bias is not None:
             gate += self.gate_bias
             up += self.up_bias

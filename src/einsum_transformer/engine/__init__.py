@@ -4,6 +4,7 @@ from einsum_transformer.engine.contract import Gradients, Leaf, einsum, is_train
 from einsum_transformer.engine.equation import Equation, EquationError
 from einsum_transformer.engine.recorder import Recorder, phase, requested, tap
 from einsum_transformer.engine.shapes import ShapeArray
+from einsum_transformer.engine.side_by_side import einsums
 
 __all__ = [
     "Equation",
@@ -13,6 +14,7 @@ __all__ = [
     "Recorder",
     "ShapeArray",
     "einsum",
+    "einsums",
     "is_trained",
     "phase",
     "requested",

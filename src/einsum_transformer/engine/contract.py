@@ -14,6 +14,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from einsum_transformer.engine import calls, plans, recorder
 from einsum_transformer.engine.equation import Equation, EquationError
+from einsum_transformer.engine.lowering import FEW_ROWS
 from einsum_transformer.engine.shapes import ShapeArray
 
 Array = np.ndarray
@@ -220,15 +221,19 @@ def _broadcast_grad(weight: Any, equation: str, operands: Sequence[Any]) -> Any:
 def take_rows(weight: Array | Leaf, indices: Array) -> Array:
     """Return the rows of a matrix (v, d) at `indices` (b, t) -> (b, t, d), in a projection's memory layout.
 
-    Positions are innermost in memory, so that elementwise operations run over long contiguous lines.
+    Unless they are few, positions are innermost in memory, so that elementwise operations run over long
+    contiguous lines.
     """
+    few = indices.size <= FEW_ROWS
     if isinstance(weight, Leaf):
         rows = weight.rows(indices)
     elif isinstance(weight, Array) and weight.strides[0] == weight.itemsize:
+        if few:
+            return np.ascontiguousarray(weight[indices])  # np.take would copy the whole matrix
         return np.moveaxis(np.take(weight.T, indices, axis=1), 0, -1)
     else:
         rows = np.take(weight, indices, axis=0)
-    if not isinstance(rows, Array) or indices.size == 1:
+    if few or not isinstance(rows, Array):
         return rows
     transposed = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]).T)
     return transposed.T.reshape(rows.shape)
@@ -304,7 +309,7 @@ def _run(text: str, equation: Equation, arrays: list[Any], order: str) -> Any:
         return plan.run(*arrays)
     start = time.perf_counter()
     result = plan.run(*arrays)
-    _report(text, equation, arrays, result, plan.description(), time.perf_counter() - start)
+    report(text, equation, arrays, result, plan.description(), time.perf_counter() - start)
     return result
 
 
@@ -368,9 +373,10 @@ def _dry(text: str, equation: Equation, operands: Sequence[Any]) -> Any:
     return result
 
 
-def _report(
+def report(
     text: str, equation: Equation, operands: Sequence[Any], result: Array, how: str, seconds: float
 ) -> None:
+    """Report a call of einsum to the readers of events."""
     spelled, indices = equation.spell([operand.shape for operand in operands])
     if indices is not None:
         operands = [operand[index] for operand, index in zip(operands, indices)]

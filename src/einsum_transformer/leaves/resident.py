@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,29 +50,72 @@ def input_major(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[1] < _SHORT_ROW <= shape[0] * 2
 
 
-def allocate(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[Array]:
+def allocate(
+    shapes: Sequence[tuple[int, ...]], dtype: np.dtype, groups: Sequence[Hashable] | None = None
+) -> list[Array]:
     """Allocate uninitialized arrays of these shapes as one block; input-major ones are transposed views.
 
     The system maps one large allocation in pages of 2 MB, many small ones in pages of 4 kB: the first access
     to 538 MB takes 0.08 s or 0.3 to 1 s (docs/performance.md).
+
+    groups: the group of each array. Consecutive matrices of a group with rows of the same length are the
+    rows of one matrix, so that one product serves all of them (`engine.einsums`).
     """
     step = _LINE // dtype.itemsize
-    sizes = [math.prod(shape) for shape in shapes]
+    stacks = _stacks(shapes, groups)
+    sizes = [sum(math.prod(shapes[i]) for i in stack) for stack in stacks]
     memory = np.empty(sum(-(-size // step) * step for size in sizes) + step, dtype)
     begin = -memory.ctypes.data % _LINE // dtype.itemsize
-    arrays = []
-    for shape, size in zip(shapes, sizes):
-        flat = memory[begin : begin + size]
-        arrays.append(flat.reshape(shape[::-1]).T if input_major(shape) else flat.reshape(shape))
+    arrays: list[Array] = []
+    for stack, size in zip(stacks, sizes):
+        flat, shape = memory[begin : begin + size], _whole(shapes, stack)
         begin += -(-size // step) * step
+        array = flat.reshape(shape[::-1]).T if input_major(shape) else flat.reshape(shape)
+        ends = np.cumsum([shapes[i][0] for i in stack]) if len(stack) > 1 else []
+        arrays += np.split(array, ends[:-1]) if len(stack) > 1 else [array]
     return arrays
 
 
-def read_all(tensors: TensorSource, wanted: Sequence[Stored], dtype: np.dtype) -> list[Array]:
-    """Read the tensors as `dtype`; one that needs no conversion is a read-only memory map of the file."""
-    arrays = [None if input_major(stored.shape) else mapped(tensors, stored, dtype) for stored in wanted]
+def _stacks(shapes: Sequence[tuple[int, ...]], groups: Sequence[Hashable] | None) -> list[list[int]]:
+    """Split the indices of the shapes into runs of matrices of one group with rows of the same length; others
+    are alone."""
+    stacks: list[list[int]] = []
+    for i, shape in enumerate(shapes):
+        before = i - 1
+        together = i > 0 and groups is not None and groups[before] == groups[i]
+        if together and len(shape) == 2 and shapes[before][1:] == shape[1:]:
+            stacks[-1].append(i)
+        else:
+            stacks.append([i])
+    return stacks
+
+
+def _whole(shapes: Sequence[tuple[int, ...]], stack: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a stack of matrices as one matrix."""
+    if len(stack) == 1:
+        return shapes[stack[0]]
+    return sum(shapes[i][0] for i in stack), shapes[stack[0]][1]
+
+
+def read_all(
+    tensors: TensorSource,
+    wanted: Sequence[Stored],
+    dtype: np.dtype,
+    groups: Sequence[Hashable] | None = None,
+) -> list[Array]:
+    """Read the tensors as `dtype`; one that needs no conversion is a read-only memory map of the file.
+
+    groups: see `allocate`.
+    """
+    arrays: list[Array | None] = [None] * len(wanted)
+    shapes = [stored.shape for stored in wanted]
+    for stack in _stacks(shapes, groups):
+        if not input_major(_whole(shapes, stack)):
+            for i in stack:
+                arrays[i] = mapped(tensors, wanted[i], dtype)
     missing = [i for i, array in enumerate(arrays) if array is None]
-    allocated = allocate([wanted[i].shape for i in missing], dtype)
+    own = None if groups is None else [groups[i] for i in missing]
+    allocated = allocate([shapes[i] for i in missing], dtype, own)
     fill(tensors, [(wanted[i], array) for i, array in zip(missing, allocated)])
     for i, array in zip(missing, allocated):
         arrays[i] = array

@@ -48,7 +48,8 @@ def read_weights(
             leaves[weight.path] = LazyTensor(tensors, stored, weight.shape, dtype, shared)
         else:
             resident.append(weight)
-    arrays = read_all(tensors, [places[weight.path].stored for weight in resident], dtype)
+    groups = [weight.component for weight in resident]
+    arrays = read_all(tensors, [places[weight.path].stored for weight in resident], dtype, groups)
     leaves |= {weight.path: array.reshape(weight.shape) for weight, array in zip(resident, arrays)}
     return build(config, lambda weight: leaves[weight.path])
 
@@ -64,7 +65,7 @@ def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str)
         sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f} GiB"
         raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
 
-    arrays = allocate([weight.stored for weight in weights], dtype)
+    arrays = allocate([weight.stored for weight in weights], dtype, [weight.component for weight in weights])
     places = {weight.path: array for weight, array in zip(weights, arrays)}
 
     def leaf(weight: WeightSpec) -> Array:

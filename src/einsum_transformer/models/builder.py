@@ -54,6 +54,11 @@ class WeightSpec:
     out_axes: int
     """Number of axes of `shape` that form the first axis of `stored`, the outputs of a matrix."""
 
+    @property
+    def component(self) -> str:
+        """Path of the component that the weight belongs to."""
+        return self.path.rpartition(".")[0]
+
 
 def build(config: ModelConfig, leaf: Callable[[WeightSpec], Any]) -> Decoder:
     """Return a Decoder for `config` whose weights are leaf(WeightSpec): loaded, random, or only shapes."""

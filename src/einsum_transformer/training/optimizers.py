@@ -203,19 +203,41 @@ def _by_pieces(
     """Call `change(w, g, scratch, decay, *moments)` for flat pieces of every weight in memory order."""
     tasks: list[tuple[Any, ...]] = []
     for name, w in weights.items():
-        flat = [_in_memory_order(w), _in_memory_order(_like(gradients[name], w))]
-        flat += [_in_memory_order(each[name]) for each in moments]
-        for start in range(0, w.size, _TASK):
-            tasks.append((decay[name], *(array[start : start + _TASK] for array in flat)))
+        lines = _line_length(w)
+        given = [w, _like(gradients[name], w), *(each[name] for each in moments)]
+        flat = [_in_lines(array, lines) for array in given]
+        step = max(1, _TASK // (w.size // max(1, len(flat[0]))) if w.size else 1)
+        for start in range(0, len(flat[0]), step):
+            tasks.append((decay[name], *(array[start : start + step] for array in flat)))
 
     def task(decay: float, w: Array, g: Array, *rest: Array) -> None:
-        scratch = np.empty(min(_PIECE, len(w)), w.dtype)
-        for begin in range(0, len(w), _PIECE):
-            end = min(begin + _PIECE, len(w))
+        step = max(1, _PIECE * len(w) // max(1, w.size))
+        scratch = np.empty((min(step, len(w)), *w.shape[1:]), w.dtype)
+        for begin in range(0, len(w), step):
+            end = min(begin + step, len(w))
             moments = (m[begin:end] for m in rest)
             change(w[begin:end], g[begin:end], scratch[: end - begin], decay, *moments)
 
     for_each(task, tasks, coarse=sum(w.size for w in weights.values()) > _TASK)
+
+
+def _line_length(array: Array) -> int | None:
+    """Number of elements that follow each other in memory; None for all, in an array without gaps."""
+    axes, length = _axes(array), 1
+    for axis in reversed(axes):
+        if array.shape[axis] > 1 and array.strides[axis] != length * array.itemsize:
+            return length
+        length *= array.shape[axis]
+    return None
+
+
+def _in_lines(array: Array, length: int | None) -> Array:
+    """A view in memory order: flat, or as lines of this length."""
+    if length is None:
+        return _in_memory_order(array)
+    lines = array.transpose(_axes(array)).reshape(-1, length)
+    assert lines.size == 0 or np.may_share_memory(lines, array)
+    return lines
 
 
 def _in_memory_order(array: Array) -> Array:

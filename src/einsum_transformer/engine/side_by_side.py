@@ -1,0 +1,141 @@
+"""einsums(): several equations of one array; weights that lie side by side in memory are one product."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import plans, recorder
+from einsum_transformer.engine.contract import einsum, report
+from einsum_transformer.engine.equation import Equation
+
+Array = np.ndarray
+Term = tuple[str, Any]
+"""(equation, weight)"""
+
+
+def einsums(x: Array, *terms: Term) -> list[Array]:
+    """Return `[einsum(equation, x, weight) for equation, weight in terms]`.
+
+    If the weights lie side by side in memory (see `leaves.resident.allocate`), their products are computed
+    as one, which reads x once and is more efficient with few rows. The results are then views of one array,
+    which do not overlap.
+    """
+    joined = _joined.get(tuple([id(weight) for _, weight in terms]))
+    if joined is None:
+        joined = _join(terms)
+    if joined.matrix is None or type(x) is not np.ndarray or x.dtype != joined.matrix.dtype:
+        return [einsum(equation, x, weight) for equation, weight in terms]
+    if not (recorder.active_for_events and recorder.reads_events()):
+        run = joined.runs.get((x.shape, x.strides))
+        return (run or joined.plan(x, terms))(x)
+    run = joined.plan(x, terms)
+    start = time.perf_counter()
+    results = run(x)
+    seconds = time.perf_counter() - start
+    size = sum(weight.size for _, weight in terms)
+    for (equation, weight), result in zip(terms, results):
+        own, how = seconds * weight.size / size, f"{len(terms)} in one {joined.how}"
+        report(equation, Equation.parse(equation), [x, weight], result, how, own)
+    return results
+
+
+@dataclass(slots=True)
+class _Joined:
+    """Weights that lie side by side. matrix: all of them, (j, d); None if they are computed one by one."""
+
+    matrix: Array | None = None
+    runs: dict[tuple[Any, ...], Callable[[Array], list[Array]]] = field(default_factory=dict)
+    """Shape and strides of x -> the function that computes all results."""
+    how: str = ""
+    owners: list[Any] = field(default_factory=list)
+
+    def plan(self, x: Array, terms: tuple[Term, ...]) -> Callable[[Array], list[Array]]:
+        assert self.matrix is not None
+        parsed = [Equation.parse(equation) for equation, _ in terms]
+        for equation, (_, weight) in zip(parsed, terms):
+            equation.sizes([x.shape, weight.shape])  # reports a wrong size
+        batch = parsed[0].output[: len(x.shape) - 1]
+        letter = next(letter for letter in "jabcdefghiklmnopqrstuvwxyz" if letter not in parsed[0].inputs[0])
+        contracted = parsed[0].inputs[0][-1]
+        text = f"{parsed[0].inputs[0]},{letter}{contracted}->{batch}{letter}"
+        plan = plans.plan_of(text, Equation.parse(text), [x, self.matrix], "K")
+        self.how, matrix, parts, first = plan.description(), self.matrix, [], 0
+        for _, weight in terms:
+            rows = weight.shape[:-1]
+            last = first + math.prod(rows)
+            parts.append((slice(first, last), (*x.shape[:-1], *rows) if len(rows) > 1 else None))
+            first = last
+
+        def run(x: Array) -> list[Array]:
+            y = plan.run(x, matrix)
+            return [y[..., part] if shape is None else y[..., part].reshape(shape) for part, shape in parts]
+
+        if len(self.runs) >= 256:
+            self.runs.clear()
+        self.runs[x.shape, x.strides] = run
+        return run
+
+
+_joined: dict[tuple[int, ...], _Joined] = {}
+"""The ids of weights -> what is known of them, until one of them is freed."""
+_APART = _Joined()
+
+
+def _join(terms: tuple[Term, ...]) -> _Joined:
+    """Return the weights as one matrix if they lie side by side, and store it until one of them is freed."""
+    weights = [weight for _, weight in terms]
+    if not all(type(weight) is np.ndarray for weight in weights):
+        return _APART
+    key = tuple([id(weight) for weight in weights])
+    found = _Joined(_whole(weights) if _same_form([equation for equation, _ in terms]) else None)
+    found.owners = [weakref.ref(weight, lambda _: _joined.pop(key, None)) for weight in weights]
+    _joined[key] = found
+    return found
+
+
+def _same_form(equations: list[str]) -> bool:
+    """Whether each equation multiplies the last letter of x, and appends the other letters of the weight."""
+    first = None
+    for text in equations:
+        equation = Equation.parse(text)
+        if len(equation.inputs) != 2 or "." in text:
+            return False
+        x, weight = equation.inputs
+        first = first or x
+        if x != first or weight[-1] != x[-1] or equation.output != x[:-1] + weight[:-1]:
+            return False
+        if len(set(x)) < len(x) or len(set(weight)) < len(weight):
+            return False
+    return True
+
+
+def _whole(weights: list[Array]) -> Array | None:
+    """The matrix (j, d) of which the weights (..., d) are consecutive rows, as a view of their memory, or
+    None."""
+    memory, first = weights[0].base, weights[0]
+    if not isinstance(memory, np.ndarray) or memory.ndim != 1 or not memory.flags.c_contiguous:
+        return None
+    rows, address = 0, first.ctypes.data
+    steps = None
+    for weight in weights:
+        matrix = weight.reshape(-1, weight.shape[-1])
+        if (
+            weight.base is not memory
+            or weight.dtype != memory.dtype
+            or not np.may_share_memory(matrix, weight)
+        ):
+            return None
+        steps = steps or matrix.strides
+        if matrix.strides != steps or weight.ctypes.data != address + rows * steps[0]:
+            return None
+        rows += len(matrix)
+    assert steps is not None
+    offset = address - memory.ctypes.data
+    return np.ndarray((rows, first.shape[-1]), memory.dtype, memory, offset, steps)
