@@ -9,7 +9,6 @@ import numpy as np
 
 from einsum_transformer.components import mixing as core
 from einsum_transformer.components.context import Context
-from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.qk_norm import QKNorm
 from einsum_transformer.engine import einsum, einsums, is_trained, phase, tap, weight_grad
@@ -210,8 +209,7 @@ def attend(
     if cache is not None:
         with phase("cache"):
             k, v, index = cache.append(k, v)
-    mask = Mask(context.positions, index, mixing.window, context.pads)
-    return mixing.forward(q, k, v, mask, sinks)
+    return mixing.forward(q, k, v, context.mask(index, mixing.window), sinks)
 
 
 def attend_backward(

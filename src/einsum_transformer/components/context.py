@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from einsum_transformer.components.kv_cache import LayerCache
+from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.rope import Rotation
 
 Array = np.ndarray
@@ -23,3 +24,16 @@ class Context(NamedTuple):
     """(b,) number of left-padding tokens of each row; None: no padding."""
     cache: LayerCache | None = None
     """The layer's KV cache, to which it appends the keys and values of this pass."""
+    masks: dict[Any, Mask] | None = None
+    """The masks of this pass, for all layers."""
+
+    def mask(self, index: Array, window: int | None) -> Mask:
+        """The mask of the queries of this pass for keys at the positions `index`; layers with equal keys and
+        windows share it."""
+        if self.masks is None:
+            return Mask(self.positions, index, window, self.pads)
+        key = window, len(index), index.item(0), index.item(-1)
+        mask = self.masks.get(key)
+        if mask is None:
+            mask = self.masks[key] = Mask(self.positions, index, window, self.pads)
+        return mask

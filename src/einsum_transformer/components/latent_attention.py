@@ -152,7 +152,7 @@ class LatentAttention:
             with phase("cache"):
                 cached, _, index = context.cache.append(keys[:, :, None], keys[:, :, None, :0])
                 keys = cached[:, :, 0]
-        mask = Mask(context.positions, index, self.mixing.window, context.pads)
+        mask = context.mask(index, self.mixing.window)
         absorbed = self.form == "absorbed" or (self.form == "auto" and keys.shape[1] > x.shape[1])
         attend = self._absorbed if absorbed else self._expanded
         mixed, saved_form = attend(q_plain, q_rotated, keys, mask)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Mask:
     index: Array
     window: int | None = None
     pads: Array | None = None
+    tilings: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Tiles and boxes by the sizes of the queries (`tiles.tiling`)."""
 
     def keys(self, block: slice) -> slice:
         """The range of keys that the queries of the block may attend to."""

@@ -8,13 +8,15 @@ weights from the saved log-sum-exp.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from einsum_transformer.components.masks import Mask, add_mask, alibi_slopes
-from einsum_transformer.components.tiles import TILE_BYTES, Box, Tile, boxes, query_tiles
+from einsum_transformer.components.tiles import TILE_BYTES, Box, Tile, tiling
 from einsum_transformer.engine import einsum, phase, requested, tap, weight_grad
+from einsum_transformer.engine.blas import follow_load
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 
@@ -30,13 +32,24 @@ class Saved(NamedTuple):
     mixed: Array
     sums: Array
     """(b, t, k, g): sum of exp(scores - shifts), plus exp(sinks - shifts)."""
-    shifts: Array
+    shifts: Array | float
+    """(b, t, k, g): what was subtracted from the scores; 0 if nothing."""
     mask: Mask
 
     @property
     def lse(self) -> Array:
         """(b, t, k, g): log-sum-exp of each query's scores."""
         return np.log(self.sums) + self.shifts
+
+
+class Biases(NamedTuple):
+    """What is added to the scores of all heads."""
+
+    mask: Mask
+    slopes: Array | None
+    """(k, g): ALiBi slopes; None without ALiBi."""
+    sinks: Array | None
+    """(k, g): attention sinks, scores of an extra key; None without sinks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,43 +73,71 @@ class Mixing:
 
         sinks (k, g): for each query head, the score of an extra key whose value is zero (Xiao et al., 2024).
         """
+        pattern = _empty_pattern(q, k) if requested("pattern") else None
+        biases = Biases(mask, self._slopes(q), sinks)
+        tiles, parts = tiling(mask, q, self.query_block, TILE_BYTES, q.shape[3])
+        if len(tiles) == len(parts) == 1:
+            return self._whole(q, k, v, parts[0], tiles[0], biases, pattern)
         mixed = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
         sums, shifts = np.empty_like(q[..., 0]), np.zeros_like(q[..., 0])
-        slopes = self._slopes(q)
-        pattern = _empty_pattern(q, k) if requested("pattern") else None
-        scale = q.dtype.type(self.scale)
 
         def run(box: Box, tile: Tile) -> None:
             q_index, k_index = box.of_queries(tile), box.of_keys(tile)
             with phase("scores"):
-                qb, kb = q[q_index] * scale, k[k_index]
-                p = self._masked(self._scores(qb, kb), slopes, box, tile, mask)
-                sink = None if sinks is None else sinks[box.kv_heads, box.groups, None]
-                total = exponentials(p, sink)
-                if total is None:
-                    p = self._masked(self._scores(qb, kb), slopes, box, tile, mask)
-                    total, shift = shifted_exponentials(p, sink)
-                    shifts[q_index] = shift.transpose(0, 3, 1, 2)
-                total = sums[q_index] = total.transpose(0, 3, 1, 2)
+                p, total, shift = self._weights(q[q_index], k[k_index], box, tile, biases)
+                if shift is not None:
+                    shifts[q_index] = shift
+                sums[q_index] = total
             with phase("mix"):
                 part = einsum("bkgts,bskh->btkgh", p, v[k_index])
                 np.divide(part, total[..., None], out=mixed[q_index])
             if pattern is not None:
-                pattern[box.of_scores(tile)] = p / total.transpose(0, 2, 3, 1)[..., None]
+                pattern[box.of_scores(tile)] = _normalized(p, total)
 
-        tiles = list(query_tiles(mask, q.shape[1], self.query_block, q.dtype))
-        parts = boxes(q, tiles, TILE_BYTES, q.shape[3])
         # Above about a millisecond of work, one cache-sized tile per thread is faster than threaded BLAS.
         coarse = q[..., 0].size * k.shape[1] >= 1 << 20
         for_each(run, [(box, tile) for tile in tiles for box in parts], coarse)
-        if pattern is not None and (replaced := tap("pattern", pattern, requested=True)) is not pattern:
-            mixed = einsum("bkgts,bskh->btkgh", replaced, v)
+        mixed = _with_pattern(pattern, mixed, v)
         return mixed, Saved(q, k, v, mixed, sums, shifts, mask)
+
+    def _whole(
+        self, q: Array, k: Array, v: Array, box: Box, tile: Tile, biases: Biases, pattern: Array | None
+    ) -> tuple[Array, Saved]:
+        """`forward` with a single tile, as in a decode step."""
+        follow_load()
+        if tile.keys.start or tile.keys.stop != k.shape[1]:
+            k_index = box.of_keys(tile)
+            kb, vb = k[k_index], v[k_index]
+        else:
+            kb, vb = k, v
+        with phase("scores"):
+            p, total, shift = self._weights(q, kb, box, tile, biases)
+        with phase("mix"):
+            mixed = einsum("bkgts,bskh->btkgh", p, vb)
+            mixed /= total[..., None]
+        if pattern is not None:
+            pattern[box.of_scores(tile)] = _normalized(p, total)
+            mixed = _with_pattern(pattern, mixed, v)
+        return mixed, Saved(q, k, v, mixed, total, 0.0 if shift is None else shift, biases.mask)
+
+    def _weights(
+        self, q: Array, k: Array, box: Box, tile: Tile, biases: Biases
+    ) -> tuple[Array, Array, Array | None]:
+        """exp(scores - shift) of a tile (b, k, g, t, s), its sums and the shift (b, t, k, g); None for 0."""
+        q = q * q.dtype.type(self.scale)
+        p = self._biased(self._scores(q, k), box, tile, biases)
+        sink = None if biases.sinks is None else biases.sinks[box.kv_heads, box.groups, None]
+        total = exponentials(p, sink)
+        if total is not None:
+            return p, total.transpose(0, 3, 1, 2), None
+        p = self._biased(self._scores(q, k), box, tile, biases)
+        total, shift = shifted_exponentials(p, sink)
+        return p, total.transpose(0, 3, 1, 2), shift.transpose(0, 3, 1, 2)
 
     def backward(self, dmixed: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """The gradients with respect to q, k and v."""
         q, k, v, mixed, *_, mask = saved
-        slopes, lse, scale = self._slopes(q), saved.lse, q.dtype.type(self.scale)
+        lse, scale, biases = saved.lse, q.dtype.type(self.scale), Biases(mask, self._slopes(q), None)
         # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         p_dp = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
         # dk and dv are separate for each query head until the end, so that boxes write to disjoint memory.
@@ -110,7 +151,7 @@ class Mixing:
                 # p = exp(softcap(einsum("btkgh,bskh->bkgts", scale * q, k)) + bias + mask - lse)
                 p = self._scores(qb, kb)
                 slope = None if self.softcap is None else softcap_derivative(p, self.softcap)
-                p = self._masked(p, slopes, box, tile, mask)
+                p = self._biased(p, box, tile, biases)
                 p -= lse[q_index].transpose(0, 2, 3, 1)[..., None]
                 np.exp(p, out=p)
                 # mixed = einsum("bkgts,bskh->btkgh", p, v)
@@ -124,11 +165,10 @@ class Mixing:
                 dq[q_index] = einsum("bkgts,bskh->btkgh", dscores, kb)
                 dk[*k_index, box.groups] += einsum("bkgts,btkgh->bskh", dscores, qb)[..., None, :]
 
-        tiles = list(query_tiles(mask, q.shape[1], self.query_block, q.dtype))
         coarse = q[..., 0].size * k.shape[1] >= 1 << 18
         # Half of TILE_BYTES, as a tile has scores and their gradient; one query group per box, as in dk and
         # dv, and at least two boxes per group.
-        parts = boxes(q, tiles, TILE_BYTES // 2, 1, least=2 * q.shape[3])
+        tiles, parts = tiling(mask, q, self.query_block, TILE_BYTES // 2, 1, least=2 * q.shape[3])
         for_each(run, [(box,) for box in parts], coarse)
         dq *= scale
         return dq, dk.sum(axis=3), dv.sum(axis=3)
@@ -144,10 +184,11 @@ class Mixing:
         scores = einsum("btkgh,bskh->bkgts", q, k)
         return scores if self.softcap is None else softcap(scores, self.softcap)
 
-    def _masked(self, scores: Array, slopes: Array | None, box: Box, tile: Tile, mask: Mask) -> Array:
+    def _biased(self, scores: Array, box: Box, tile: Tile, biases: Biases) -> Array:
         """Add the ALiBi bias and the mask to the scores of one tile, in place."""
-        if slopes is not None:
-            scores += mask.biases(tile.queries, tile.keys, slopes[box.kv_heads, box.groups])
+        if biases.slopes is not None:
+            slopes = biases.slopes[box.kv_heads, box.groups]
+            scores += biases.mask.biases(tile.queries, tile.keys, slopes)
         return add_mask(scores, tile.masked, box.rows)
 
     def _slopes(self, q: Array) -> Array | None:
@@ -168,12 +209,22 @@ def exponentials(scores: Array, sink: Array | None = None) -> Array | None:
     """
     with np.errstate(over="ignore"):
         np.exp(scores, out=scores)
-        total = einsum("bkgts,s->bkgt", scores, np.ones(scores.shape[-1], scores.dtype))
+        total = einsum("bkgts,s->bkgt", scores, _ones(scores.shape[-1], scores.dtype))
         if sink is not None:
             total += np.exp(sink)
-    # NaN fails the comparison too.
-    in_range = np.minimum.reduce(total, axis=None) >= 1e-30 and np.maximum.reduce(total, axis=None) <= 1e30
-    return total if in_range else None
+    if isinstance(total, Array) and total.size <= 64:  # Python is faster than two reductions
+        in_range = all(1e-30 <= each <= 1e30 for each in total.ravel().tolist())
+    else:
+        lowest, highest = np.minimum.reduce(total, axis=None), np.maximum.reduce(total, axis=None)
+        in_range = lowest >= 1e-30 and highest <= 1e30
+    return total if in_range else None  # NaN fails the comparison too
+
+
+@lru_cache(maxsize=64)
+def _ones(count: int, dtype: np.dtype) -> Array:
+    ones = np.ones(count, dtype)
+    ones.flags.writeable = False
+    return ones
 
 
 def shifted_exponentials(scores: Array, sink: Array | None = None) -> tuple[Array, Array]:
@@ -191,6 +242,18 @@ def shifted_exponentials(scores: Array, sink: Array | None = None) -> tuple[Arra
         total += np.exp(sink - top)
     np.maximum(total, np.finfo(scores.dtype).tiny, out=total)
     return total, top
+
+
+def _normalized(p: Array, total: Array) -> Array:
+    """p (b, k, g, t, s) divided by its sums (b, t, k, g)."""
+    return p / total.transpose(0, 2, 3, 1)[..., None]
+
+
+def _with_pattern(pattern: Array | None, mixed: Array, v: Array) -> Array:
+    """The result with the attention weights that a reader returns in place of `pattern`."""
+    if pattern is None or (replaced := tap("pattern", pattern, requested=True)) is pattern:
+        return mixed
+    return einsum("bkgts,bskh->btkgh", replaced, v)
 
 
 def _empty_pattern(q: Array, k: Array) -> Array:

@@ -7,7 +7,7 @@ as position 1.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -99,6 +99,8 @@ class Rotation:
     cos: Array
     signed_sin: Array
     interleaved: bool = False
+    _views: dict[int, tuple[Array, Array]] = field(default_factory=dict, repr=False, compare=False)
+    """Number of head axes -> (cos, signed_sin) with as many axes of size 1 for them."""
 
     @property
     def sin(self) -> Array:
@@ -115,8 +117,11 @@ class Rotation:
         return rotate(dy, cos, -sin, self.interleaved)
 
     def _over_heads(self, heads: int) -> tuple[Array, Array]:
-        index = (slice(None), slice(None), *(None,) * heads)
-        return self.cos[index], self.signed_sin[index]
+        views = self._views.get(heads)
+        if views is None:
+            index = (slice(None), slice(None), *(None,) * heads)
+            views = self._views[heads] = self.cos[index], self.signed_sin[index]
+        return views
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> tuple[Array, float]:

@@ -56,6 +56,18 @@ class Box(NamedTuple):
 _ONE_BOX = [Box(slice(None), slice(None), slice(None))]
 
 
+def tiling(
+    mask: Mask, q: Array, query_block: int, most_bytes: int, most_groups: int, least: int = 1
+) -> tuple[list[Tile], list[Box]]:
+    """The tiles and boxes of queries q (b, t, k, g, h); the mask keeps them for other layers. See `boxes`."""
+    key = q.shape[:4], q.dtype.num, query_block, most_bytes, most_groups, least
+    found = mask.tilings.get(key)
+    if found is None:
+        tiles = list(query_tiles(mask, q.shape[1], query_block, q.dtype))
+        found = mask.tilings[key] = tiles, boxes(q, tiles, most_bytes, most_groups, least)
+    return found
+
+
 def query_tiles(mask: Mask, t: int, query_block: int, dtype: np.dtype) -> Iterator[Tile]:
     """The tiles of t queries, the largest first, for load balance."""
     for start in reversed(range(0, t, query_block)):

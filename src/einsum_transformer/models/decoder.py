@@ -12,6 +12,7 @@ from einsum_transformer.components.context import Context
 from einsum_transformer.components.embedding import Embedding
 from einsum_transformer.components.head import Head
 from einsum_transformer.components.kv_cache import KVCache
+from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import Leaf, phase, tap
 from einsum_transformer.engine.recorder import name_weights
@@ -171,10 +172,13 @@ class Decoder:
         dtype = self.embed_tokens.weight.dtype
         rotations = [rotation(rope, self.head_dim, token_positions, dtype, min_length) for rope in self.ropes]
 
+        masks: dict[Any, Mask] = {}
+
         def context(i: int) -> Context:
             rope = self.layers[i].self_attn.rope
             layer_rotation: Rotation | None = None if rope is None else rotations[rope]
-            return Context(positions, layer_rotation, pads, None if cache is None else cache.layers[i])
+            layer_cache = None if cache is None else cache.layers[i]
+            return Context(positions, layer_rotation, pads, layer_cache, masks)
 
         return token_positions, [context(i) for i in range(len(self.layers))]
 
