@@ -22,6 +22,7 @@ from typer.main import get_command
 
 import einsum_transformer as et
 from command_line import Ran, etx, save_with_tokenizer
+from einsum_transformer.analysis import machine
 from einsum_transformer.cli.app import _application
 from einsum_transformer.loading import hub
 from einsum_transformer.models.parameters import trainable
@@ -39,6 +40,7 @@ TIMES = {
         *("prompt_tokens_per_second", "new_tokens_per_second", "peak_rss_bytes"),
     },
     "chat": {"seconds"},
+    "machine": {"gflops", "bandwidth", "choice", "date"},
     "train": {
         *("seconds", "outside_seconds", "mean", "p50", "p99", "share"),
         *("tokens_per_second", "peak_rss_bytes", "advice"),
@@ -63,6 +65,7 @@ KEYS = {
     " advice losses validation folder",
     "merge": "model folder tensors",
     "gradcheck": "model tolerance loss whole rows filled passed",
+    "machine": "processor threads libraries measured bandwidth choice date path",
 }
 """Keys of the JSON objects, which are part of the public API."""
 
@@ -300,6 +303,20 @@ def test_inspect_of_a_checkpoint_with_problems(files: Files) -> None:
     Path("broken/config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     found = same("inspect", etx("inspect", "broken", "--json"), et.inspect("broken"), code=1)
     assert found["problems"]
+
+
+def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "_SECONDS", 1e-4)
+    monkeypatch.setattr(machine, "_CACHED", 1 << 20)
+    monkeypatch.setattr(machine, "_STREAM", 1 << 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert row_of("machine").call == "et.machine()"
+    ran, result = etx("machine", "--threads", 2, "--json"), et.machine(threads=2)
+    assert isinstance(result, et.Machine)
+    found = same("machine", ran, result)
+    assert {each["kind"] for each in found["measured"]} == {"vector", "narrow", "matrix", "stack"}
+    assert all(each["gflops"] > 0 for each in found["measured"])
+    assert "GFLOP/s" in str(result)
 
 
 def test_parity(files: Files) -> None:

@@ -75,6 +75,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
     }
     assert isinstance(results["Training"].report, TrainingReport)
     results["Turn"] = et.Turn("a", "b", 0, 1, 1, "stop", 0.1)
+    results["Machine"] = et.Machine("a processor", 1, {"numpy": "numpy 1"}, (), 1.0, {}, "2026-01-01")
     results["StepReport"] = et.StepReport(0, 1.0, 1.0, 0.1, 1, 0.1)
     found: dict[str, dict[str, Any]] = {
         name: {each.name: getattr(result, each.name) for each in dataclasses.fields(result)}
@@ -82,7 +83,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
     }
     settings = et.TrainingSettings(schedule)
     for names, arguments in {
-        ("SGD", "AdamW", "LoRAConfig", "Recorder", "available_configs", "load", "pull"): {},
+        ("SGD", "AdamW", "LoRAConfig", "Recorder", "available_configs", "load", "pull", "machine"): {},
         ("gradcheck", "explain", "train", "profile", "inspect", "merge"): {"source": folder},
         ("Chat", "generate", "stream", "with_lora", "Trainer"): {"model": model},
         ("RandomTokens",): {"vocab_size": 61, "batch_size": 2, "length": 4},

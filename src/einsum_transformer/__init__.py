@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.explain import Program
     from einsum_transformer.analysis.gradcheck import GradCheck
     from einsum_transformer.analysis.inspect import Inspection
+    from einsum_transformer.analysis.machine import Machine
     from einsum_transformer.analysis.parity import Parity
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
+    from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
     from einsum_transformer.api.profile import Profile, profile
     from einsum_transformer.api.train import Training, TrainingObserver, train
@@ -59,6 +61,7 @@ __all__ = [
     "InputError",
     "Inspection",
     "LoRAConfig",
+    "Machine",
     "Merge",
     "Model",
     "ModelConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "gradcheck",
     "inspect",
     "load",
+    "machine",
     "merge",
     "parity",
     "profile",
@@ -123,6 +127,7 @@ _HOMES = {
     "InputError": "errors",
     "Inspection": "analysis.inspect",
     "LoRAConfig": "models.lora_config",
+    "Machine": "analysis.machine",
     "Merge": "api.merge",
     "Model": "models.model",
     "ModelConfig": "models.config",
@@ -157,6 +162,7 @@ _HOMES = {
     "gradcheck": "api.compare",
     "inspect": "api.compare",
     "load": "loading.load",
+    "machine": "api.machine",
     "merge": "api.merge",
     "parity": "api.compare",
     "profile": "api.profile",

@@ -20,6 +20,7 @@ from einsum_transformer.cli.explain import explain
 from einsum_transformer.cli.flags import EXIT_CODES, ungrouped
 from einsum_transformer.cli.gradcheck import gradcheck
 from einsum_transformer.cli.inspect import inspect
+from einsum_transformer.cli.machine import machine
 from einsum_transformer.cli.merge import merge
 from einsum_transformer.cli.parity import parity
 from einsum_transformer.cli.pull import pull
@@ -111,7 +112,7 @@ def _application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     application.callback(epilog=EXIT_CODES)(_etx)
-    for command in (run, chat, explain, diff, inspect, train, merge, gradcheck, parity, pull):
+    for command in (run, chat, explain, diff, inspect, train, merge, gradcheck, parity, pull, machine):
         application.command(command.__name__, epilog=EXIT_CODES)(ungrouped(command))
     return application
 
@@ -143,6 +144,7 @@ def _etx(
     etx train --lora --data notes.txt -o my-run    train adapters of the default model on a text
     etx merge --adapter-path my-run/step-00000010 -o my-model   add an adapter to the weights
     etx gradcheck fast_lora                        hand-derived gradients against central differences
+    etx machine                                    measure the BLAS libraries of this machine
     etx run fast_lora                              a model of random weights, described by a JSON file
 
     Results go to stdout, everything else to stderr. `etx COMMAND --help` shows the flags and more examples.

@@ -277,12 +277,13 @@ def open_model(
 ) -> tuple[LoadedModel, float]:
     """Return the model and the seconds of loading; `settings` are arguments of `load`."""
     from einsum_transformer.engine import blas
+    from einsum_transformer.loading import libraries
     from einsum_transformer.loading.load import load
     from einsum_transformer.models.run_config import RunConfig
 
-    blas.use(machine.blas)
     if machine.threads is not None:
         blas.set_threads(machine.threads)
+    libraries.use(machine.blas)
     if isinstance(source, RunConfig):
         dtype = dtype or ("float64" if source.weight_dtype == "float64" else None)
     budget = None if weight_budget is None else parse_size(weight_budget, "--weight-budget")

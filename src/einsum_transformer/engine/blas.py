@@ -15,7 +15,7 @@ import numpy as np
 
 from einsum_transformer.engine.libraries import Library, numpy_library
 from einsum_transformer.engine.load import Load
-from einsum_transformer.engine.mkl import mkl_library
+from einsum_transformer.engine.mkl import mkl_library, mkl_problem
 from einsum_transformer.errors import InputError
 
 Array = np.ndarray
@@ -65,23 +65,23 @@ def use(name: str, choice: Choice | None = None) -> None:
     contain. It also uses fewer threads while other processes use the cores (see `follow_load`), which may
     change the last bits of results; with `numpy` and `mkl` the number of threads is fixed.
     """
-    global _name, _choice, _free
+    global _name, _choice, _free, _chosen_before
     if name not in ("auto", "numpy", "mkl"):
         raise InputError(f"`blas` is {name!r}: expected auto, numpy or mkl")
     if name == "mkl":
         mkl_provider()
     with _lock:
         threads = get_threads()
-        _name, _free = name, None
+        _name, _free, _chosen_before = name, None, True
         _choice = dict(choice or {}) if name == "auto" else dict.fromkeys(KINDS, name)
         if mkl_library() is None:
             _choice = {}
         _set_wanted(threads)
 
 
-def name() -> str:
-    """Return what `use` was called with: auto (the default), numpy or mkl."""
-    return _name
+def chosen() -> bool:
+    """Return whether `use` was called."""
+    return _chosen_before
 
 
 def current() -> Library:
@@ -113,7 +113,7 @@ def mkl_provider() -> Library:
     """Return MKL. Errors: InputError if it is not installed."""
     library = mkl_library()
     if library is None:
-        raise InputError("`blas` mkl: the package is not installed; pip install 'einsum-transformer[mkl]'")
+        raise InputError(f"`blas` mkl: {mkl_problem()}")
     return library
 
 
@@ -247,6 +247,7 @@ adaptive: bool = True
 _lock = threading.Lock()
 _load = Load()
 _name = "auto"
+_chosen_before = False
 _choice: dict[str, str] = {}
 _wanted = 1
 """The number of threads that is set, while fewer are in use."""

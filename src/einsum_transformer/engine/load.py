@@ -59,12 +59,13 @@ def _rounded(free: float, before: int | None) -> int:
 
 
 def _cores() -> frozenset[int]:
-    """The cores that this process may use, empty if the system does not tell."""
+    """The cores that this process may use, empty if unknown."""
     return frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset()
 
 
 def _busy_seconds(cores: frozenset[int]) -> float | None:
-    """Seconds in which these cores were not idle, since the start of the system; None if it does not tell."""
+    """Seconds in which these cores were not idle, since the start of the system; None if
+    unknown."""
     try:
         lines = _STAT.read_text(encoding="ascii").splitlines()
         ticks = 0

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.engine.libraries import Library
-from einsum_transformer.errors import InputError
 
 Array = np.ndarray
 
@@ -27,8 +26,8 @@ what runs next; 0 makes the products of a decode step, which are 0.1 ms apart, t
 
 @cache
 def mkl_library() -> Library | None:
-    """Return MKL, or None if the wheel is not installed. Errors: InputError if it cannot be loaded."""
-    symbols = _symbols()
+    """Return MKL, or None if the wheel is not installed or cannot be loaded (see `mkl_problem`)."""
+    symbols, _ = _symbols()
     if symbols is None:
         return None
 
@@ -46,25 +45,31 @@ def mkl_library() -> Library | None:
     )
 
 
+def mkl_problem() -> str:
+    """Return why MKL is not available; empty if it is."""
+    return _symbols()[1]
+
+
 @cache
-def _symbols() -> Any:
-    """Return the loaded library, or None if the wheel is not installed."""
+def _symbols() -> tuple[Any, str]:
+    """Return (the loaded library or None, the reason for None)."""
+    missing = "the package is not installed; pip install 'einsum-transformer[mkl]'"
     try:
         files = importlib.metadata.files("mkl") or []
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return None, missing
     found = [Path(str(file.locate())).resolve() for file in files if "mkl_rt" in file.name]
     if not found:
-        return None
-    for name in ("libiomp5.so", "libiomp5.dylib", "libiomp5md.dll"):
-        if (path := found[0].parent / name).exists():
-            runtime = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-            with suppress(AttributeError):  # an OpenMP runtime without this function
-                runtime.kmp_set_blocktime(_IDLE_MS)
+        return None, missing
     try:
-        return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+        for name in ("libiomp5.so", "libiomp5.dylib", "libiomp5md.dll"):
+            if (path := found[0].parent / name).exists():
+                runtime = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+                with suppress(AttributeError):  # an OpenMP runtime without this function
+                    runtime.kmp_set_blocktime(_IDLE_MS)
+        return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL), ""
     except OSError as error:
-        raise InputError(f"`blas` mkl: {found[0].name} cannot be loaded: {error}") from None
+        return None, f"{found[0].name} cannot be loaded: {error}"
 
 
 class _Routines:

@@ -9,6 +9,7 @@ from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.loading.contents import look
 from einsum_transformer.loading.hub import DEFAULT_MODEL
+from einsum_transformer.loading.libraries import use_default
 from einsum_transformer.loading.sources import Options, Source, find, name_of
 from einsum_transformer.loading.weights import random_weights, read_weights
 from einsum_transformer.models.adapter_text import with_adapter_tokenizer
@@ -50,6 +51,7 @@ def load(
         raise InputError(
             f"quantization {quantization!r} is not supported; load without it (--set quantization=null)"
         )
+    use_default()
     options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links)
     found = find(source, options)
     model = _model(found, options)
