@@ -29,7 +29,8 @@ class Worker:
 
     def __init__(self, script: str, python: str, task: dict[str, Any], checkout: Path | None = None) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        variables = dict(os.environ)
+        # Installed packages are compiled; Python then does it in the warm-up round.
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         if checkout is not None:
             paths = [str(checkout / "src"), os.environ.get("PYTHONPATH")]
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
