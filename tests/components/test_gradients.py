@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from einsum_transformer.components.head import Head
 from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.rmsnorm import RMSNorm
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
+from einsum_transformer.engine.parallel import for_each, sequentially
+from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.numerics.activations import silu, silu_and_derivative
 from einsum_transformer.numerics.softmax import IGNORE_INDEX, cross_entropy, cross_entropy_backward
 
@@ -204,3 +207,37 @@ def test_a_backward_pass_changes_no_argument() -> None:
         np.testing.assert_array_equal(backward(), backward())
     np.testing.assert_array_equal(dy, kept)
     np.testing.assert_array_equal(x, normal(B, T, D))
+
+
+def test_cross_entropy_in_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whatever runs the pieces of the vocabulary, in whatever order."""
+    monkeypatch.setattr("einsum_transformer.numerics.softmax._PIECE", 64)
+    rng = np.random.default_rng(3)
+    logits, targets = rng.standard_normal((2, 5, 61)), rng.integers(0, 61, (2, 5))
+
+    def backward_in_time(task: Any, arguments: Any) -> None:
+        for given in reversed(arguments):
+            task(*given)
+
+    results = []
+    for run in (sequentially, for_each, backward_in_time):
+        loss, saved = cross_entropy(logits.copy(), targets, None, run)
+        results.append((loss, cross_entropy_backward(saved, run).tobytes()))
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_embedding_gradient_added_to_that_of_the_head(layout: str) -> None:
+    """Tied embeddings: the gradient of the head is changed in place, in its own layout."""
+    rng = np.random.default_rng(4)
+    weight, dy = rng.standard_normal((11, 3)), rng.standard_normal((2, 5, 3))
+    tokens = np.array([[1, 2, 2, 10, 0], [1, 1, 1, 1, 9]])
+    head = np.asarray(rng.standard_normal((11, 3)), order=layout)  # type: ignore[call-overload]
+    embedding = Embedding(weight, scale=2.0)
+    alone = embedding.backward(dy, tokens).weight
+    expected = head + alone
+    both = embedding.backward(dy, tokens, head).weight
+    assert both is head
+    np.testing.assert_allclose(both, expected, rtol=1e-13)
+    frozen = Embedding(Frozen(weight))
+    assert frozen.backward(dy, tokens, head).weight is None

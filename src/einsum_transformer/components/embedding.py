@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -27,8 +27,9 @@ class Embedding:
             x *= np.asarray(self.scale, x.dtype)
         return x, tokens
 
-    def backward(self, dy: Array, saved: Array) -> Embedding:
+    def backward(self, dy: Array, saved: Array, into: Any = None) -> Embedding:
+        """into: the gradient of the matrix as output head (tied embeddings), to which this one is added."""
         # x = scale * take_rows(weight, tokens): the gradients of repeated tokens are summed
         if self.scale != 1:
             dy = dy * np.asarray(self.scale, dy.dtype)
-        return Embedding(weight=add_rows(self.weight, saved, dy), scale=self.scale)
+        return Embedding(weight=add_rows(self.weight, saved, dy, into), scale=self.scale)

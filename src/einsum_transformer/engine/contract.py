@@ -239,12 +239,18 @@ def take_rows(weight: Array | Leaf, indices: Array) -> Array:
     return transposed.T.reshape(rows.shape)
 
 
-def add_rows(weight: Any, indices: Array, dy: Array) -> Any:
+def add_rows(weight: Any, indices: Array, dy: Array, into: Any = None) -> Any:
     """Return the gradient of a matrix (v, d), the transpose of `take_rows`: row i is the sum of dy (b, t, d)
-    where indices == i."""
+    where indices == i.
+
+    into: the gradient of another use of the matrix, to which this one is added; it is returned.
+    """
     if isinstance(weight, Leaf):
-        return weight.add_rows(indices, dy)
-    total = np.zeros_like(dy, order="C", shape=weight.shape)
+        found = weight.add_rows(indices, dy)
+        if found is None or into is None:
+            return found
+        return np.add(into, found, out=into)
+    total = np.zeros_like(dy, order="C", shape=weight.shape) if into is None else into
     if isinstance(dy, Array):
         np.add.at(total, indices.ravel(), np.ascontiguousarray(dy).reshape(indices.size, -1))
     return total

@@ -15,6 +15,7 @@ from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import Leaf, phase, tap
+from einsum_transformer.engine.parallel import LARGE, for_each, sequentially
 from einsum_transformer.engine.recorder import name_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.blocks import AnyBlock, Norm
@@ -109,8 +110,9 @@ class Decoder:
         with phase("forward"):
             logits, saved = self.forward(tokens, keep=True, recompute=recompute)
         with phase("loss"):
-            loss, saved_loss = cross_entropy(logits, targets, count)
-            dlogits = cross_entropy_backward(saved_loss)
+            run = for_each if logits.size >= LARGE else sequentially
+            loss, saved_loss = cross_entropy(logits, targets, count, run)
+            dlogits = cross_entropy_backward(saved_loss, run)
         with phase("backward"):
             return loss, self.backward(dlogits, saved)
 
@@ -131,13 +133,12 @@ class Decoder:
                 dx, dblock = self.layers[i].backward(dx, saved_block, saved.contexts[i])
             dlayers.append(dblock)
         with phase("embedding"):
-            dembed = self.embed_tokens.backward(dx, saved.embed_tokens)
+            # Tied embeddings: the gradient is the sum of both uses.
+            tied = dhead.weight if self.lm_head is None else None
+            dembed = self.embed_tokens.backward(dx, saved.embed_tokens, tied)
             dpositions = None
             if self.embed_positions is not None:
                 dpositions = self.embed_positions.backward(dx, saved.token_positions)
-            if self.lm_head is None and dembed.weight is not None:
-                # Tied embeddings: the gradient is the sum of both uses.
-                np.add(dembed.weight, dhead.weight, out=dembed.weight)
         return Decoder(
             embed_tokens=dembed,
             layers=tuple(reversed(dlayers)),
