@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from einsum_transformer.engine import Recorder, blas, parallel, phase
-from einsum_transformer.engine.parallel import for_each, in_parts
+from einsum_transformer.engine import Recorder, blas, phase
+from einsum_transformer.engine.parallel import for_each
 
 
 @pytest.fixture(autouse=True)
@@ -107,24 +107,3 @@ def test_errstate_holds_on_all_threads() -> None:
 
     with np.errstate(over="ignore"):
         for_each(task, [(0,), (1,)])
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("large", [1, 1 << 60])
-def test_elementwise_operations_in_parts(order: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every element once; large arrays are divided along the axis that is outermost in memory."""
-    monkeypatch.setattr(parallel, "LARGE", large)
-    x = np.arange(60.0).reshape(1, 5, 12).copy(order=order)  # type: ignore[call-overload]
-    y, shapes = np.zeros_like(x), []
-
-    def add(x: np.ndarray, y: np.ndarray, none: None) -> None:
-        assert none is None
-        shapes.append(x.shape)
-        y += x + 1
-
-    in_parts(add, x, y, None)
-    np.testing.assert_array_equal(y, x + 1)
-    if large > 1:
-        assert shapes == [(1, 5, 12)]
-    else:
-        assert sorted(shapes) == ([(1, 2, 12), (1, 3, 12)] if order == "C" else [(1, 5, 6)] * 2)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from einsum_transformer.engine import einsum, einsums, is_trained, weight_grad
-from einsum_transformer.engine.parallel import in_parts
 from einsum_transformer.numerics.activations import SILU, Activation
 from einsum_transformer.tree import static
 
@@ -41,21 +39,26 @@ class GatedMLP:
         if self.gate_bias is not None:
             gate += self.gate_bias
             up += self.up_bias
-        y = einsum("btf,df->btd", _hidden(self.activation, gate, up), self.down_proj)
+        hidden = self.activation.forward(gate)
+        hidden *= up
+        y = einsum("btf,df->btd", hidden, self.down_proj)
         if self.down_bias is not None:
             y += self.down_bias
         return y, Saved(x, gate, up)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, GatedMLP]:
         x, gate, up = saved
+        activated, dactivated = self.activation.with_derivative(gate)
         # y = einsum("btf,df->btd", hidden, down_proj) + down_bias
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
-        # hidden = activation(gate) * up
-        dup, hidden = np.empty_like(gate), np.empty_like(gate) if is_trained(self.down_proj) else None
-        in_parts(partial(_hidden_backward, self.activation), gate, up, dhidden, dhidden, dup, hidden)
-        dgate = dhidden
+        hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         del hidden  # free it early: it is as large as gate and up
+        # hidden = activation(gate) * up
+        dup = np.multiply(dhidden, activated, out=activated)
+        dgate = dhidden
+        dgate *= up
+        dgate *= dactivated
         # gate, up = einsum("btd,fd->btf", x, gate_proj / up_proj) + gate_bias / up_bias
         dx = einsum("btf,fd->btd", dgate, self.gate_proj)
         dx += einsum("btf,fd->btd", dup, self.up_proj)
@@ -89,19 +92,25 @@ class FusedGatedMLP:
     def forward(self, x: Array) -> tuple[Array, FusedSaved]:
         gate_up = einsum("btd,jd->btj", x, self.gate_up_proj)
         gate, up = _halves(gate_up)
-        y = einsum("btf,df->btd", _hidden(self.activation, gate, up), self.down_proj)
-        return y, FusedSaved(x, gate_up)
+        hidden = self.activation.forward(gate)
+        hidden *= up
+        return einsum("btf,df->btd", hidden, self.down_proj), FusedSaved(x, gate_up)
 
     def backward(self, dy: Array, saved: FusedSaved) -> tuple[Array, FusedGatedMLP]:
         x, gate_up = saved
         gate, up = _halves(gate_up)
+        activated, dactivated = self.activation.with_derivative(gate)
         # y = einsum("btf,df->btd", hidden, down_proj)
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
-        # hidden = activation(gate) * up
-        dgate_up, hidden = np.empty_like(gate_up), np.empty_like(gate) if is_trained(self.down_proj) else None
-        in_parts(partial(_hidden_backward, self.activation), gate, up, dhidden, *_halves(dgate_up), hidden)
+        hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         del hidden  # free it early: it is as large as gate and up
+        # hidden = activation(gate) * up
+        dgate_up = np.empty_like(gate_up)
+        dgate, dup = _halves(dgate_up)
+        np.multiply(dhidden, activated, out=dup)
+        np.multiply(dhidden, up, out=dgate)
+        dgate *= dactivated
         # gate_up = einsum("btd,jd->btj", x, gate_up_proj)
         dx = einsum("btj,jd->btd", dgate_up, self.gate_up_proj)
         dgate_up_proj = weight_grad(self.gate_up_proj, "btj,btd->jd", dgate_up, x)
@@ -111,29 +120,3 @@ class FusedGatedMLP:
 def _halves(gate_up: Array) -> tuple[Array, Array]:
     half = gate_up.shape[-1] // 2
     return gate_up[..., :half], gate_up[..., half:]
-
-
-def _hidden(activation: Activation, gate: Array, up: Array) -> Array:
-    """activation(gate) * up, on one thread: after a product it is not faster on several."""
-    hidden = activation.forward(gate)
-    hidden *= up
-    return hidden
-
-
-def _hidden_backward(
-    activation: Activation,
-    gate: Array,
-    up: Array,
-    dhidden: Array,
-    dgate: Array,
-    dup: Array,
-    hidden: Array | None,
-) -> None:
-    """Write the gradients of hidden = activation(gate) * up, and hidden itself if it is needed. dgate may be
-    dhidden."""
-    activated, dactivated = activation.with_derivative(gate)
-    if hidden is not None:
-        np.multiply(activated, up, out=hidden)
-    np.multiply(dhidden, activated, out=dup)
-    np.multiply(dhidden, up, out=dgate)
-    dgate *= dactivated

@@ -11,15 +11,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from itertools import pairwise
 from typing import Any
 
 from einsum_transformer.engine import blas, recorder
-from einsum_transformer.engine.shapes import ShapeArray
 
 LARGE = 1 << 18
-"""Elements from which elementwise operations are divided over the threads: a few of them then take as long
-as waking a thread."""
+"""Elements of arrays from which passes over cache-sized pieces are divided over the threads."""
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _lock = threading.Lock()
@@ -52,22 +49,6 @@ def sequentially(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]])
     """Call `task(*arguments[i])` for every i on the calling thread."""
     for given in arguments:
         task(*given)
-
-
-def in_parts(task: Callable[..., None], *arrays: Any) -> None:
-    """Call `task(*parts)` for corresponding parts of arrays of one shape, for elementwise operations.
-
-    Large arrays are divided into as many parts as there are threads, along the axis that is outermost in
-    memory; None stays None. Small ones are passed as they are.
-    """
-    first = arrays[0]
-    if first.size < LARGE or (count := blas.shares()) == 1 or isinstance(first, ShapeArray):
-        task(*arrays)
-        return
-    axis = max(range(first.ndim), key=lambda each: (first.shape[each] > 1) * abs(first.strides[each]))
-    ends = [first.shape[axis] * i // count for i in range(count + 1)]
-    parts = [(*(slice(None),) * axis, slice(start, stop)) for start, stop in pairwise(ends) if start < stop]
-    for_each(task, [tuple(None if a is None else a[part] for a in arrays) for part in parts])
 
 
 def _drain(task: Callable[..., None], remaining: Iterator[tuple[Any, ...]]) -> None:
