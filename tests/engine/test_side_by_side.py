@@ -95,10 +95,19 @@ def test_other_equations_and_types_are_computed_one_by_one() -> None:
     check(x, [("btd,kghd->btkg", q), ("btd,khd->btkh", k)])
     check(x.astype(np.float64), list(zip(EQUATIONS, (q, k, v))))
     check(np.ones((2, 10, 10), np.float32), [("bdd,khd->bkh", k), ("bdd,khd->bkh", v)])
-    leaves = [Frozen(weight) for weight in (q, k, v)]
-    check(x, list(zip(EQUATIONS, leaves)))
     shapes = einsums(ShapeArray(x.shape, x.dtype), *zip(EQUATIONS, (q, k, v)))
     assert [result.shape for result in shapes] == [(2, 3, 3, 2, 4), (2, 3, 3, 4), (2, 3, 3, 4)]
+
+
+def test_frozen_weights_are_their_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = weights()
+    x = np.random.default_rng(2).integers(-4, 5, (2, 3, 10)).astype(np.float32)
+    seen = products(monkeypatch)
+    check(x, list(zip(EQUATIONS, (Frozen(q), Frozen(k), v))))
+    assert len(seen) == 1
+    seen.clear()
+    check(x, list(zip(EQUATIONS, (Frozen(q), Frozen(Frozen(k)), v))))
+    assert len(seen) == 3
 
 
 def test_a_wrong_size_is_an_error_that_names_the_equation() -> None:

@@ -46,6 +46,10 @@ class Leaf(NDArrayOperatorsMixin, ABC):
     def array(self) -> Array:
         """Return the weight as a floating-point array of the shape of this leaf."""
 
+    def resident(self) -> Array | None:
+        """Return the array in memory if a product with this leaf is the product with it, else None."""
+        return None
+
     def __getitem__(self, index: Any) -> Any:
         """Return a part of the weight, for use in an equation or as an array."""
         return _Part(self, index)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.engine import plans, recorder
-from einsum_transformer.engine.contract import einsum, report
+from einsum_transformer.engine.contract import Leaf, einsum, report
 from einsum_transformer.engine.equation import Equation
 
 Array = np.ndarray
@@ -39,11 +39,20 @@ def einsums(x: Array, *terms: Term) -> list[Array]:
     start = time.perf_counter()
     results = run(x)
     seconds = time.perf_counter() - start
-    size = sum(weight.size for _, weight in terms)
-    for (equation, weight), result in zip(terms, results):
-        own, how = seconds * weight.size / size, f"{len(terms)} in one {joined.how}"
-        report(equation, Equation.parse(equation), [x, weight], result, how, own)
+    arrays = [_resident(weight) for _, weight in terms]
+    size = sum(array.size for array in arrays if array is not None)
+    for (equation, _), array, result in zip(terms, arrays, results):
+        assert array is not None
+        own, how = seconds * array.size / size, f"{len(terms)} in one {joined.how}"
+        report(equation, Equation.parse(equation), [x, array], result, how, own)
     return results
+
+
+def _resident(weight: Any) -> Array | None:
+    """The array of a weight that is one, or of a leaf that only holds one."""
+    if isinstance(weight, Leaf):
+        return weight.resident()
+    return weight if type(weight) is np.ndarray else None
 
 
 @dataclass(slots=True)
@@ -91,11 +100,12 @@ _APART = _Joined()
 def _join(terms: tuple[Term, ...]) -> _Joined:
     """Return the weights as one matrix if they lie side by side, and store it until one of them is freed."""
     weights = [weight for _, weight in terms]
-    if not all(type(weight) is np.ndarray for weight in weights):
+    arrays = [array for array in map(_resident, weights) if array is not None]
+    if len(arrays) < len(weights):
         return _APART
     key = tuple([id(weight) for weight in weights])
-    found = _Joined(_whole(weights) if _same_form([equation for equation, _ in terms]) else None)
-    found.owners = [weakref.ref(weight, lambda _: _joined.pop(key, None)) for weight in weights]
+    found = _Joined(_whole(arrays) if _same_form([equation for equation, _ in terms]) else None)
+    found.owners = [weakref.ref(each, lambda _: _joined.pop(key, None)) for each in weights]
     _joined[key] = found
     return found
 

@@ -29,6 +29,9 @@ class Frozen(Leaf):
     def array(self) -> Array:
         return self.weight.array() if isinstance(self.weight, Leaf) else self.weight
 
+    def resident(self) -> Array | None:
+        return self.weight if isinstance(self.weight, Array) else None
+
     def rows(self, indices: Array) -> Array:
         return take_rows(self.weight, indices)
 
