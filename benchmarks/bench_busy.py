@@ -36,7 +36,7 @@ SETTLE = 0.5
 """Seconds between the start of the load and the measurement."""
 MEASURES = ("decode", "prefill", "train all weights", "train LoRA")
 ADAPTER = {"train all weights": False, "train LoRA": True}
-TRAINED_BY = {"numpy": "numpy", "mkl": "mkl", "transformers": "torch"}
+TRAINED_BY = {"numpy": "numpy", "mkl": "mkl", "auto": "auto", "transformers": "torch"}
 """Candidate of bench_generate.py -> the same library in bench_train.py."""
 TARGET = 1.15
 """Maximum of our time / transformers' under the same load."""
@@ -196,9 +196,9 @@ def against_rows(run: Run) -> Iterator[tuple[str, Sequence[float], Sequence[floa
 
 
 def targets(run: Run) -> Iterator[tuple[str, float | None, float]]:
-    """(measure and load, our time / transformers' on the faster BLAS, maximum)."""
+    """(measure and load, our time / transformers', maximum)."""
     for (measure, count), by_name in run.samples.items():
-        ours = [median(by_name[name]) for name in ("numpy", "mkl") if name in by_name]
+        ours = [median(by_name[name]) for name in ("numpy", "mkl", "auto") if name in by_name]
         base = by_name.get("transformers")
         ratio = min(ours) / median(base) if ours and base else None
         if count >= run.options.threads:
@@ -256,7 +256,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--oracle-python", default=sys.executable, metavar="EXE", help=f"{oracle} (default: the current one)")
     add("--model", default="smollm2-135m", help="any source of et.load (default: %(default)s)")
     known = workers.CANDIDATES
-    add("--candidates", nargs="+", choices=known, default=list(known), help="default: all installed ones")
+    usual = [name for name in known if name not in ("numpy", "mkl")]
+    chosen = f"default: {' '.join(usual)}; numpy and mkl do not follow the load"
+    add("--candidates", nargs="+", choices=known, default=usual, help=chosen)
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
     counts = "numbers of busy processes (default: 0 1 2)"
     add("--processes", nargs="+", type=int, default=[0, 1, 2], metavar="N", help=counts)

@@ -38,14 +38,14 @@ class Ours:
         # Imported before NumPy, because it configures NumPy's BLAS.
         import einsum_transformer as et  # isort: skip
         import numpy as np
+        from workers import choose_library
 
         from einsum_transformer.engine import blas
         from einsum_transformer.training.loop import Trainer, TrainingSettings
         from einsum_transformer.training.schedule import Schedule
 
         self.np, self.blas = np, blas
-        blas.use(provider)
-        blas.set_threads(threads)
+        choose_library(provider, threads)
         self.trainer = Trainer(
             et.load(source, adapter=adapter), self, TrainingSettings(Schedule(LEARNING_RATE, 1, "constant"))
         )
@@ -120,6 +120,7 @@ class Candidate:
 CANDIDATES = {
     "numpy": Candidate("ours, NumPy's BLAS", partial(Ours, provider="numpy"), ROOT),
     "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), ROOT),
+    "auto": Candidate("ours, auto", partial(Ours, provider="auto"), ROOT),
     "torch": Candidate("torch", Torch, None),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,23 @@ class Engine(Protocol):
         """GFLOP/s of the float32 product of the library, or None if it does not offer one."""
 
 
+def choose_library(provider: str, threads: int) -> None:
+    """Use a BLAS provider. `auto` is measured first, if it was not before and this checkout can."""
+    from einsum_transformer.engine import blas
+
+    blas.set_threads(threads)
+    blas.use(provider)
+    if provider == "auto":
+        with suppress(ImportError):  # an older checkout
+            from einsum_transformer.loading import libraries
+
+            if libraries.installed_version() and libraries.stored_choice(threads) is None:
+                from einsum_transformer.api.machine import machine as measure_machine
+
+                measure_machine(threads)
+            libraries.use("auto")
+
+
 class Ours:
     """This package on one of its BLAS providers.
 
@@ -56,8 +74,7 @@ class Ours:
         from einsum_transformer.engine import blas
 
         self.np, self.blas, self._generate, self._threads = np, blas, et.generate, threads
-        blas.use(provider)
-        blas.set_threads(threads)
+        choose_library(provider, threads)
         self.model = et.load(source)
 
     def versions(self) -> dict[str, str]:
@@ -82,6 +99,18 @@ class Ours:
 
     def step(self, token: int) -> int:
         return self._next([token])
+
+    def decode_rows(self, rows: list[list[int]], steps: int) -> list[float]:
+        """The times of greedy steps of several rows at once, in milliseconds."""
+        tokens, times = self.np.array(rows), []
+        cache = self.model.cache(tokens.shape[1] + 64)
+        forward = self.model.decoder.forward
+        logits, _ = forward(tokens, cache, "last")
+        for _ in range(steps):
+            start = time.perf_counter()
+            logits, _ = forward(logits[:, -1].argmax(axis=-1)[:, None], cache, "last")
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
 
     def _next(self, tokens: list[int]) -> int:
         logits, _ = self.model.decoder.forward(self.np.array([tokens]), self.cache, "last")
@@ -197,6 +226,7 @@ CANDIDATES = {
         "ours, NumPy's BLAS", partial(Ours, provider="numpy"), ROOT, ("safetensors", "default")
     ),
     "mkl": Candidate("ours, mkl", partial(Ours, provider="mkl"), ROOT, ("safetensors", "default")),
+    "auto": Candidate("ours, auto", partial(Ours, provider="auto"), ROOT, ("safetensors", "default")),
     "transformers": Candidate("transformers", Transformers, None, ("safetensors",)),
     "llama.cpp": Candidate("llama.cpp", LlamaCpp, None, ("gguf",)),
 }
@@ -273,7 +303,14 @@ def time_decode(engine: Engine, ids: list[int], steps: int) -> dict[str, Any]:
     return {"ms": machine.median(times), "tokens": chosen}
 
 
+def time_rows(engine: Engine, rows: list[list[int]], steps: int) -> float:
+    """The median time of a step of several rows, in milliseconds (this package only)."""
+    assert isinstance(engine, Ours)
+    return machine.median(engine.decode_rows(rows, steps))
+
+
 REQUESTS: dict[str, Callable[..., Any]] = {
+    "rows": time_rows,
     "prefill": time_prefill,
     "decode": time_decode,
     "sgemm": lambda engine, size: engine.sgemm(size),

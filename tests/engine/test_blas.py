@@ -152,7 +152,7 @@ def test_a_provider_that_is_not_installed() -> None:
     """One line, and the provider in use stays in use."""
     program = (
         "from einsum_transformer.engine import blas, mkl\n"
-        "mkl._is_installed = lambda: False\n"
+        "mkl.installed_version = lambda: None\n"
         "from einsum_transformer.errors import InputError\n"
         "blas.use('auto')\nbefore = blas.current()\n"
         "try:\n    blas.use('mkl')\nexcept InputError as error:\n    print(blas.current() == before, error)"

@@ -44,8 +44,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake = Fake()
     library = fake.library()
-    for module in (blas, libraries, machine):
+    for module in (blas, machine):
         monkeypatch.setattr(module, "mkl_library", lambda: library)
+    monkeypatch.setattr(libraries, "installed_version", lambda: "1.0")
+    monkeypatch.setattr(libraries, "mkl_problem", lambda: "")
     blas.set_threads(2)
     yield fake
     blas.use("numpy")
@@ -123,6 +125,18 @@ def test_a_damaged_file_is_noted_and_not_used(
     libraries.use("auto")
     assert str(path) in caplog.text
     assert "not used" in caplog.text
+    einsum("ij,jk->ik", np.ones((64, 64)), np.ones((64, 1)))
+    assert not fake.calls
+
+
+def test_a_library_that_cannot_be_loaded_is_noted(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save({"vector": "mkl"})
+    monkeypatch.setattr(blas, "mkl_library", lambda: None)
+    monkeypatch.setattr(libraries, "mkl_problem", lambda: "libmkl_rt.so.2 cannot be loaded")
+    libraries.use("auto")
+    assert "MKL is not used: libmkl_rt.so.2 cannot be loaded" in caplog.text
     einsum("ij,jk->ik", np.ones((64, 64)), np.ones((64, 1)))
     assert not fake.calls
 

@@ -74,7 +74,7 @@ def use(name: str, choice: Choice | None = None) -> None:
         threads = get_threads()
         _name, _free, _chosen_before = name, None, True
         _choice = dict(choice or {}) if name == "auto" else dict.fromkeys(KINDS, name)
-        if mkl_library() is None:
+        if "mkl" in _choice.values() and mkl_library() is None:
             _choice = {}
         _set_wanted(threads)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.libraries import numpy_library
-from einsum_transformer.engine.mkl import mkl_library
+from einsum_transformer.engine.mkl import installed_version, mkl_problem
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import read_json, write_json
 from einsum_transformer.notes import note_once
@@ -26,10 +26,13 @@ def use(name: str) -> None:
     With `auto` and two installed libraries, each kind of product uses the library that `etx machine` measured
     to be faster on this machine; without a measurement, all use NumPy's.
     """
-    choice = stored_choice(blas.get_threads()) if name == "auto" and mkl_library() is not None else None
-    if name == "auto" and choice is None and mkl_library() is not None:
+    several = name == "auto" and installed_version() is not None
+    choice = stored_choice(blas.get_threads()) if several else None
+    if several and choice is None:
         note_once("MKL is installed, but not measured on this machine: not used; `etx machine` measures it")
     blas.use(name, choice)
+    if choice is not None and "mkl" in choice.values() and (problem := mkl_problem()):
+        note_once(f"MKL is not used: {problem}")
 
 
 def use_default() -> None:
@@ -56,7 +59,7 @@ def processor() -> str:
 
 def table_path(threads: int) -> Path:
     """Return the file of the measurement for this processor, these library versions and thread count."""
-    key = f"{processor()}|{numpy_library()}|{mkl_library()}|{threads}"
+    key = f"{processor()}|{numpy_library()}|mkl {installed_version()}|{threads}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "einsum-transformer"
     return folder / f"machine-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
