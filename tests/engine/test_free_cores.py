@@ -24,6 +24,7 @@ class Machine:
 
     def __init__(self, cores: int) -> None:
         self.cores, self.now, self.own, self.others = frozenset(range(cores)), 100.0, 5.0, 0.0
+        self.runnable = 1
 
     def run(self, seconds: float, own: float, others: float) -> None:
         """Let time pass in which this process uses `own` cores, and others `others` cores."""
@@ -36,7 +37,8 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     simulated = Machine(2)
     monkeypatch.setattr(load, "_cores", lambda: simulated.cores)
-    monkeypatch.setattr(load, "_busy_seconds", lambda cores: simulated.own + simulated.others)
+    counters = lambda cores: (simulated.own + simulated.others, simulated.runnable)  # noqa: E731
+    monkeypatch.setattr(load, "_counters", counters)
     monkeypatch.setattr(load.time, "monotonic", lambda: simulated.now)
     monkeypatch.setattr(load.time, "process_time", lambda: simulated.own)
     return simulated
@@ -44,33 +46,46 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def test_free_cores(machine: Machine) -> None:
     counter = Load()
-    assert counter.free_cores() is None
+    assert counter.limit(2, False) is None
     for others, expected in ((0.0, 2), (0.3, 2), (0.7, 1), (1.0, 1), (0.4, 1), (0.2, 2), (2.0, 1), (0.0, 2)):
         machine.run(0.2, 2 - others, others)
-        assert counter.free_cores() == expected, others
+        assert counter.limit(2, False) == expected, others
+
+
+def test_long_products_use_all_threads_if_all_cores_are_wanted(machine: Machine) -> None:
+    """Two busy processes on two cores, beside one or two threads of this process; then one."""
+    counter = Load()
+    counter.limit(2, True)
+    for threads, runnable, expected in ((2, 4, None), (1, 3, None), (1, 2, 1), (2, 3, 1)):
+        machine.runnable = runnable
+        machine.run(0.2, 1, 1)
+        assert counter.limit(threads, True) == expected
+        assert counter.limit(threads, False) == 1
 
 
 def test_own_threads_do_not_count(machine: Machine) -> None:
     machine.cores = frozenset(range(8))
     counter = Load()
-    counter.free_cores()
+    counter.limit(2, False)
     machine.run(1, 8, 0)
-    assert counter.free_cores() == 8
+    assert counter.limit(2, False) == 8
     machine.run(1, 5, 3)
-    assert counter.free_cores() == 5
+    assert counter.limit(2, False) == 5
 
 
 def test_it_reads_at_most_ten_times_per_second(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    monkeypatch.setattr(load, "_busy_seconds", lambda cores: reads.append(1) or machine.own)
+    monkeypatch.setattr(load, "_counters", lambda cores: reads.append(1) or (machine.own, 1))
     counter = Load()
     for _ in range(1000):
         machine.run(0.001, 1, 0)
-        counter.free_cores()
+        counter.limit(2, False)
     assert 8 <= len(reads) <= 11
 
 
-@pytest.mark.parametrize("content", [None, "", "cpu0 1 2", "cpu0 a b c d e f g h", "cpux 1 2 3 4 5 6 7 8"])
+@pytest.mark.parametrize(
+    "content", [None, "", "cpu0 1 2", "cpu0 a b c d e f g h", "cpux 1 2 3 4 5 6 7 8", "procs_running"]
+)
 def test_a_system_that_does_not_tell(content: str | None, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "stat"
     if content is not None:
@@ -78,19 +93,20 @@ def test_a_system_that_does_not_tell(content: str | None, tmp_path: Path, monkey
     monkeypatch.setattr(load, "_STAT", path)
     counter = Load()
     for _ in range(3):
-        free = counter.free_cores()
+        free = counter.limit(2, False)
         assert free is None or free >= 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
 def test_the_counters_of_this_machine() -> None:
     cores = load._cores()
-    before = load._busy_seconds(cores)
+    before, runnable = load._counters(cores)
     assert before is not None
+    assert runnable >= 1
     end = time.process_time() + 0.3
     while time.process_time() < end:
         pass
-    after = load._busy_seconds(cores)
+    after, _ = load._counters(cores)
     assert after is not None
     assert after - before >= 0.2
 
@@ -100,7 +116,7 @@ class Busy:
 
     free: int | None = None
 
-    def free_cores(self) -> int | None:
+    def limit(self, threads: int, long: bool) -> int | None:
         return self.free
 
 
@@ -183,7 +199,7 @@ def test_generation_beside_busy_processes() -> None:
         "from einsum_transformer.engine.parallel import for_each\n"
         "blas.set_threads(2)\na = np.ones((300, 300), np.float32)\nend = time.monotonic() + 20\n"
         "while blas.free_threads() > 1 and time.monotonic() < end:\n"
-        "    a @ a\n    for_each(lambda: None, [()])\n"
+        "    a @ a\n    for_each(lambda: None, [()], coarse=False)\n"
         "print(blas.free_threads(), blas.get_threads())"
     )
     loop = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"

@@ -16,7 +16,7 @@ import numpy as np
 from einsum_transformer.components.masks import Mask, add_mask, alibi_slopes
 from einsum_transformer.components.tiles import TILE_BYTES, Box, Tile, tiling
 from einsum_transformer.engine import einsum, phase, requested, tap, weight_grad
-from einsum_transformer.engine.blas import follow_load
+from einsum_transformer.engine.blas import FEW, follow_load
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 
@@ -104,7 +104,7 @@ class Mixing:
         self, q: Array, k: Array, v: Array, box: Box, tile: Tile, biases: Biases, pattern: Array | None
     ) -> tuple[Array, Saved]:
         """`forward` with a single tile, as in a decode step."""
-        follow_load()
+        follow_load(q.shape[0] * q.shape[1] > FEW)
         if tile.keys.start or tile.keys.stop != k.shape[1]:
             k_index = box.of_keys(tile)
             kb, vb = k[k_index], v[k_index]

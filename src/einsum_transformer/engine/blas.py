@@ -27,7 +27,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Choice = Mapping[str, str]
 """Kind of product -> "numpy" or "mkl"; "kind, 1 thread" has precedence for products on one thread."""
 
-_NARROW = 32
+FEW = 32
+"""Rows of a product up to which it is bound by reading the weights."""
 
 
 class Product:
@@ -49,7 +50,7 @@ def product_of(rows: int, columns: int, count: int = 1) -> Product:
     if count > 1:
         return PRODUCTS["stack"]
     least = min(rows, columns)
-    return PRODUCTS["vector" if least == 1 else "narrow" if least <= _NARROW else "matrix"]
+    return PRODUCTS["vector" if least == 1 else "narrow" if least <= FEW else "matrix"]
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -142,15 +143,16 @@ def shares() -> int:
     return 1 if _regions else get_threads()
 
 
-def follow_load() -> None:
-    """With `auto`, limit the products to the cores that other processes leave free.
+def follow_load(long: bool) -> None:
+    """With `auto`, limit the products to the cores that other processes leave free (see `Load.limit`).
 
-    Called often (by `for_each`, once per layer); it does nothing for a tenth of a second after a reading.
+    long: whether the next products have many rows. Called often (by `for_each`, once per layer); it does
+    nothing for a tenth of a second after a reading.
     """
     global _free
     if _name != "auto" or not adaptive or _regions or _fixed:
         return
-    free = _load.free_cores()
+    free = _load.limit(free_threads(), long)
     if free != _free:
         with _lock:
             _remember()

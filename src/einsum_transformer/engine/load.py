@@ -1,8 +1,11 @@
 """The cores that other processes leave free, so that no thread waits for one that cannot run.
 
 A product on several threads ends when the last of them ends. If another process uses a core, the thread on
-it waits for a time slice (milliseconds) while the others wait for it in a busy loop, in each of the 200
+it waits for a time slice (milliseconds) while the others wait for it in a busy loop, in each of the 120
 products of a decoded token. One thread less is then faster than all of them (docs/performance.md).
+
+If other processes want all cores, a single thread gets less of the processor than several do. Products that
+take longer than a time slice, as in a prefill, then use all threads.
 """
 
 from __future__ import annotations
@@ -26,28 +29,35 @@ class Load:
         self._next = 0.0
         self._time = self._busy = self._own = 0.0
         self._free: int | None = None
+        self._all_wanted = False
 
-    def free_cores(self) -> int | None:
-        """Number of cores of this process that other processes leave free, at least 1; None if unknown.
+    def limit(self, threads: int, long: bool) -> int | None:
+        """Maximum number of threads for the next products, at least 1; None for no limit.
 
-        Reads the counters at most ten times per second; in between, the last result is returned.
+        threads: number of threads in use now, which do not count as other processes. long: whether products
+        take longer than a time slice. Reads the counters at most ten times per second; in between, the last
+        result is returned.
         """
+        self._read(threads)
+        return None if long and self._all_wanted else self._free
+
+    def _read(self, threads: int) -> None:
         now = time.monotonic()
         if now < self._next:
-            return self._free
+            return
         first = self._next == 0
         self._next = now + _INTERVAL
         cores = _cores()
-        busy = _busy_seconds(cores)
+        busy, runnable = _counters(cores)
         if busy is None:
             self._next = math.inf
-            return None
+            return
         own = time.process_time()
         if not first:
             others = max(0.0, (busy - self._busy) - (own - self._own)) / (now - self._time)
             self._free = _rounded(len(cores) - others, self._free)
+            self._all_wanted = runnable - threads >= len(cores)
         self._time, self._busy, self._own = now, busy, own
-        return self._free
 
 
 def _rounded(free: float, before: int | None) -> int:
@@ -63,17 +73,18 @@ def _cores() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset()
 
 
-def _busy_seconds(cores: frozenset[int]) -> float | None:
-    """Seconds in which these cores were not idle, since the start of the system; None if
-    unknown."""
+def _counters(cores: frozenset[int]) -> tuple[float | None, int]:
+    """Return (seconds in which these cores were not idle since the start of the system, None if unknown; number
+    of threads that run or wait for a core)."""
+    ticks = runnable = 0
     try:
-        lines = _STAT.read_text(encoding="ascii").splitlines()
-        ticks = 0
-        for line in lines:
+        for line in _STAT.read_text(encoding="ascii").splitlines():
             name, *counts = line.split()
-            if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cores:
+            if name == "procs_running":
+                runnable = int(counts[0])
+            elif name.startswith("cpu") and name != "cpu" and int(name[3:]) in cores:
                 user, nice, system, _idle, _waiting, *others = map(int, counts[:8])
                 ticks += user + nice + system + sum(others)
-        return ticks / os.sysconf("SC_CLK_TCK") if cores else None
-    except (OSError, ValueError):
-        return None
+        return (ticks / os.sysconf("SC_CLK_TCK") if cores else None), runnable
+    except (OSError, ValueError, IndexError):
+        return None, 0

@@ -25,7 +25,7 @@ _lock = threading.Lock()
 def for_each(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], coarse: bool = True) -> None:
     """Call `task(*arguments[i])` for every i, on as many threads as BLAS may use now if the tasks are coarse,
     else sequentially."""
-    blas.follow_load()
+    blas.follow_load(coarse)
     threads = min(blas.free_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
     if threads <= 1:
         sequentially(task, arguments)
