@@ -74,8 +74,8 @@ def _cores() -> frozenset[int]:
 
 
 def _counters(cores: frozenset[int]) -> tuple[float | None, int]:
-    """Return (seconds in which these cores were busy since the start of the system, None if unknown; number of
-    threads that run or wait for a core)."""
+    """Return (seconds in which these cores were busy since the start of the system, None if unknown; threads
+    that run or wait for a core)."""
     ticks = runnable = 0
     try:
         for line in _STAT.read_text(encoding="ascii").splitlines():
