@@ -33,7 +33,7 @@ ELSEWHERE = ("pip install ", "python tools/dump_reference.py ", "python benchmar
 SWIGLU = """
 import numpy as np
 from types import SimpleNamespace
-from einsum_transformer import einsum
+from einsum_transformer.engine import einsum, einsums
 from einsum_transformer.numerics.activations import silu
 x, self = np.ones((1, 2, 3)), SimpleNamespace(gate_proj=np.ones((4, 3)), up_proj=np.ones((4, 3)))
 self.down_proj = np.ones((3, 4))

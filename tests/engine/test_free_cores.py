@@ -191,6 +191,22 @@ def test_training_uses_the_threads_that_are_set(busy: Busy) -> None:
     assert seen == [(2, 2, 2, 2)]
 
 
+def test_gradients_use_the_threads_that_are_set(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy.free = 1
+    assert counts() == (2, 1, 2, 1)
+    model, seen = tiny_model(), []
+    forward = type(model.decoder).forward
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        seen.append(counts())
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(type(model.decoder), "forward", spied)
+    model.loss_and_gradients([[1, 2]], [[2, 3]])
+    model.logits([[1, 2]])
+    assert seen == [(2, 2, 2, 2), (2, 1, 2, 1)]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
 def test_generation_beside_busy_processes() -> None:
     """In a process of its own: with a busy process on each core, products use fewer threads."""

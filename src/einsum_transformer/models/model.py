@@ -9,7 +9,7 @@ import numpy as np
 
 from einsum_transformer.arguments import checked
 from einsum_transformer.components.kv_cache import KVCache
-from einsum_transformer.engine import Gradients, Leaf
+from einsum_transformer.engine import Gradients, Leaf, blas
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import write_json
 from einsum_transformer.formats.folder import write_safetensors_folder
@@ -108,7 +108,8 @@ class Model:
         tokens, targets = self.checked_pair(tokens, targets)
         if added := unapplied_settings(self.config, losses_only=True):
             note_once(f"{self.source}: the loss excludes the load-balancing loss of {', '.join(added)}")
-        loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
+        with blas.fixed_threads():
+            loss, gradient = self.decoder.loss_and_gradient(tokens, targets)
         return loss, self._named(gradient)
 
     def checked_pair(self, tokens: Any, targets: Any) -> tuple[Array, Array]:
