@@ -9,7 +9,7 @@ import pytest
 
 from einsum_transformer.components.attention import Attention
 from einsum_transformer.components.context import Context
-from einsum_transformer.components.mixing import Mixing
+from einsum_transformer.components.mixing import Mixing, exponentials
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import blas, einsum
 from einsum_transformer.tree import tree_map
@@ -166,3 +166,14 @@ def narrow(attention: Attention) -> Attention:
 
 def weights_in_float64(attention: Attention) -> Attention:
     return tree_map(lambda a: a.astype(np.float64), attention)
+
+
+@pytest.mark.parametrize("count", [3, 100])
+@pytest.mark.parametrize("bad", [np.nan, 800.0, -800.0])
+@pytest.mark.parametrize("where", [0, 1, -1])
+def test_sums_out_of_range_are_found(count: int, bad: float, where: int) -> None:
+    """In any place, among few sums and among many: NaN, overflow and underflow."""
+    scores = np.zeros((1, 1, 1, count, 4))
+    assert exponentials(scores.copy()) is not None
+    scores[..., where, :] = bad
+    assert exponentials(scores) is None

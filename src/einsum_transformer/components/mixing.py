@@ -212,8 +212,9 @@ def exponentials(scores: Array, sink: Array | None = None) -> Array | None:
         total = einsum("bkgts,s->bkgt", scores, _ones(scores.shape[-1], scores.dtype))
         if sink is not None:
             total += np.exp(sink)
-    if isinstance(total, Array) and total.size <= 64:  # Python is faster than two reductions
-        in_range = all(1e-30 <= each <= 1e30 for each in total.ravel().tolist())
+    if isinstance(total, Array) and 0 < total.size <= 64:  # lists are faster than two reductions
+        values = total.ravel().tolist()
+        in_range = min(values) >= 1e-30 and sum(values) <= 1e30
     else:
         lowest, highest = np.minimum.reduce(total, axis=None), np.maximum.reduce(total, axis=None)
         in_range = lowest >= 1e-30 and highest <= 1e30
