@@ -64,8 +64,13 @@ def test_saved_folder_gives_the_same_tokens(model: et.Model, tmp_path: Path) -> 
 
 def test_lazy_weights_give_the_same_logits(model: et.Model) -> None:
     lazy = et.load("smollm2-135m", weight_budget=150 << 20)
+    parameters = model.named_parameters()
+    for name, array in lazy.named_parameters().items():
+        np.testing.assert_array_equal(array, parameters[name])
+    # Not bit for bit: weights in memory lie side by side, and OpenBLAS sums their products in another order.
     tokens = np.array([GOLDEN["prompts"][0]["ids"]])
-    np.testing.assert_array_equal(lazy.logits(tokens), model.logits(tokens))
+    logits = model.logits(tokens)
+    np.testing.assert_allclose(lazy.logits(tokens), logits, rtol=0, atol=3e-5 * np.abs(logits).max())
 
 
 def test_known_answer(model: et.Model) -> None:
