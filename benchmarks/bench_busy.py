@@ -178,7 +178,7 @@ def tables(run: Run) -> list[Table]:
         found.append(Table(title[0].upper() + title[1:], header, rows))
     if options.against:
         found.append(checkouts.table(options.against, against_rows(run)))
-    return [*found, targets_table(run)]
+    return [*found, machine.targets_table(targets(run))]
 
 
 def _processes(count: int) -> str:
@@ -195,22 +195,14 @@ def against_rows(run: Run) -> Iterator[tuple[str, Sequence[float], Sequence[floa
                 yield row, by_name[name], by_name[PREFIX + name]
 
 
-def targets(run: Run) -> Iterator[tuple[str, float | None, float]]:
-    """(measure and load, our time / transformers', maximum)."""
+def targets(run: Run) -> Iterator[tuple[str, float | None, str, float]]:
+    """(measure and load, our time / transformers', "at most", maximum)."""
     for (measure, count), by_name in run.samples.items():
         ours = [median(by_name[name]) for name in ("numpy", "mkl", "auto") if name in by_name]
         base = by_name.get("transformers")
         ratio = min(ours) / median(base) if ours and base else None
         if count >= run.options.threads:
-            yield f"{measure}, {_processes(count)}: ours / transformers", ratio, TARGET
-
-
-def targets_table(run: Run) -> Table:
-    rows = []
-    for name, value, target in targets(run):
-        verdict = "not measured" if value is None else "met" if value <= target else "missed"
-        rows.append((name, "-" if value is None else f"{value:.2f}", f"at most {target:.2f}", verdict))
-    return Table("Targets", ("", "measured", "target", ""), rows)
+            yield f"{measure}, {_processes(count)}: ours / transformers", ratio, "at most", TARGET
 
 
 def notes(run: Run) -> Iterator[str]:
@@ -236,7 +228,7 @@ def result(run: Run) -> dict[str, Any]:
         "settings": settings,
         "versions": run.versions,
         "left_out": run.left_out,
-        "targets": [dict(zip(("what", "measured", "target"), target)) for target in targets(run)],
+        "targets": [dict(zip(("what", "measured", "bound", "target"), target)) for target in targets(run)],
         "samples": {
             f"{measure}, {_processes(count)}": each for (measure, count), each in run.samples.items()
         },

@@ -196,7 +196,7 @@ def tables(run: Run) -> list[Table]:
     found = [limits_table(run), prefill_table(run), decode_table(run), rows_table(run), fresh_table(run)]
     if run.options.against:
         found.append(checkouts.table(run.options.against, against_rows(run)))
-    return [*found, targets_table(run)]
+    return [*found, machine.targets_table(targets(run))]
 
 
 def against_rows(run: Run) -> Iterator[tuple[str, list[float], list[float]]]:
@@ -316,15 +316,6 @@ def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
         times = None if peak is None else peak / run.facts["weight_bytes"]
         found.append((f"peak memory: times float32 weights, from {where}", times, "at most", 1.25))
     return found
-
-
-def targets_table(run: Run) -> Table:
-    rows = []
-    for name, value, bound, target in targets(run):
-        met = None if value is None else value >= target if bound == "at least" else value <= target
-        verdict = {None: "not measured", True: "met", False: "missed"}[met]
-        rows.append((name, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
-    return Table("Targets", ("", "measured", "target", ""), rows)
 
 
 def notes(run: Run) -> Iterator[str]:

@@ -146,7 +146,7 @@ def tables(run: Run) -> list[Table]:
     found = [limits_table(run), steps_table(run)]
     if run.options.against:
         found.append(checkouts.table(run.options.against, against_rows(run)))
-    return [*found, targets_table(run)]
+    return [*found, machine.targets_table(targets(run))]
 
 
 def against_rows(run: Run) -> Iterator[tuple[str, Sequence[float], Sequence[float]]]:
@@ -199,15 +199,6 @@ def targets(run: Run) -> list[tuple[str, float | None, str, float]]:
             share = own / theirs if own and theirs else None
             found.append((f"{what}: peak memory, ours / torch", share, "at most", MEMORY))
     return found
-
-
-def targets_table(run: Run) -> Table:
-    rows = []
-    for name, value, bound, target in targets(run):
-        met = None if value is None else value >= target if bound == "at least" else value <= target
-        verdict = {None: "not measured", True: "met", False: "missed"}[met]
-        rows.append((name, shown(value, "{:.2f}"), f"{bound} {target:.2f}", verdict))
-    return Table("Targets", ("", "measured", "target", ""), rows)
 
 
 def notes(run: Run) -> Iterator[str]:

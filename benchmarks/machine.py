@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,16 @@ class Table:
         return [
             cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
         ]
+
+
+def targets_table(targets: Iterable[tuple[str, float | None, str, float]]) -> Table:
+    """The table of (name, measured value, "at least" or "at most", target)."""
+    rows = []
+    for name, value, bound, target in targets:
+        met = None if value is None else value >= target if bound == "at least" else value <= target
+        verdict = {None: "not measured", True: "met", False: "missed"}[met]
+        rows.append((name, "-" if value is None else f"{value:.2f}", f"{bound} {target:.2f}", verdict))
+    return Table("Targets", ("", "measured", "target", ""), rows)
 
 
 def show(lines: Sequence[str], tables: Sequence[Table], markdown: bool) -> None:

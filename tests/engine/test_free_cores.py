@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +46,31 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def test_free_cores(machine: Machine) -> None:
     counter = Load()
-    assert counter.limit(2, False) is None
+    assert counter.limit(lambda: 2, False) is None
     for others, expected in ((0.0, 2), (0.3, 2), (0.7, 1), (1.0, 1), (0.4, 1), (0.2, 2), (2.0, 1), (0.0, 2)):
         machine.run(0.2, 2 - others, others)
-        assert counter.limit(2, False) == expected, others
+        assert counter.limit(lambda: 2, False) == expected, others
 
 
 def test_long_products_use_all_threads_if_all_cores_are_wanted(machine: Machine) -> None:
     """Two busy processes on two cores, beside one or two threads of this process; then one."""
     counter = Load()
-    counter.limit(2, True)
+    counter.limit(lambda: 2, True)
     for threads, runnable, expected in ((2, 4, None), (1, 3, None), (1, 2, 1), (2, 3, 1)):
         machine.runnable = runnable
         machine.run(0.2, 1, 1)
-        assert counter.limit(threads, True) == expected
-        assert counter.limit(threads, False) == 1
+        assert counter.limit(lambda n=threads: n, True) == expected
+        assert counter.limit(lambda n=threads: n, False) == 1
 
 
 def test_own_threads_do_not_count(machine: Machine) -> None:
     machine.cores = frozenset(range(8))
     counter = Load()
-    counter.limit(2, False)
+    counter.limit(lambda: 2, False)
     machine.run(1, 8, 0)
-    assert counter.limit(2, False) == 8
+    assert counter.limit(lambda: 2, False) == 8
     machine.run(1, 5, 3)
-    assert counter.limit(2, False) == 5
+    assert counter.limit(lambda: 2, False) == 5
 
 
 def test_it_reads_at_most_ten_times_per_second(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_it_reads_at_most_ten_times_per_second(machine: Machine, monkeypatch: py
     counter = Load()
     for _ in range(1000):
         machine.run(0.001, 1, 0)
-        counter.limit(2, False)
+        counter.limit(lambda: 2, False)
     assert 8 <= len(reads) <= 11
 
 
@@ -93,7 +93,7 @@ def test_a_system_that_does_not_tell(content: str | None, tmp_path: Path, monkey
     monkeypatch.setattr(load, "_STAT", path)
     counter = Load()
     for _ in range(3):
-        free = counter.limit(2, False)
+        free = counter.limit(lambda: 2, False)
         assert free is None or free >= 1
 
 
@@ -116,7 +116,7 @@ class Busy:
 
     free: int | None = None
 
-    def limit(self, threads: int, long: bool) -> int | None:
+    def limit(self, threads: Callable[[], int], long: bool) -> int | None:
         return self.free
 
 

@@ -34,15 +34,14 @@ FEW = 32
 class Product:
     """The matrix product of one kind: `matmul` is that of the current library."""
 
-    __slots__ = ("kind", "library", "matmul")
+    __slots__ = ("library", "matmul")
 
-    def __init__(self, kind: Kind) -> None:
-        self.kind: Kind = kind
+    def __init__(self) -> None:
         self.library: str = "numpy"
         self.matmul: Callable[..., Array] = np.matmul
 
 
-PRODUCTS: dict[Kind, Product] = {kind: Product(kind) for kind in KINDS}
+PRODUCTS: dict[Kind, Product] = {kind: Product() for kind in KINDS}
 
 
 def product_of(rows: int, columns: int, count: int = 1) -> Product:
@@ -152,7 +151,7 @@ def follow_load(long: bool) -> None:
     global _free
     if _name != "auto" or not adaptive or _regions or _fixed:
         return
-    free = _load.limit(free_threads(), long)
+    free = _load.limit(free_threads, long)
     if free != _free:
         with _lock:
             _remember()

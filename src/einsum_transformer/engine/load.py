@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _INTERVAL = 0.1
@@ -31,17 +32,17 @@ class Load:
         self._free: int | None = None
         self._all_wanted = False
 
-    def limit(self, threads: int, long: bool) -> int | None:
+    def limit(self, threads: Callable[[], int], long: bool) -> int | None:
         """Maximum number of threads for the next products, at least 1; None for no limit.
 
-        threads: number of threads in use now, which do not count as other processes. long: whether products
-        take longer than a time slice. Reads the counters at most ten times per second; in between, the last
-        result is returned.
+        threads: returns the number of threads in use now, which do not count as other processes; called only
+        when the counters are read, at most ten times per second. In between, the last result is returned.
+        long: whether products take longer than a time slice.
         """
         self._read(threads)
         return None if long and self._all_wanted else self._free
 
-    def _read(self, threads: int) -> None:
+    def _read(self, threads: Callable[[], int]) -> None:
         now = time.monotonic()
         if now < self._next:
             return
@@ -56,7 +57,7 @@ class Load:
         if not first:
             others = max(0.0, (busy - self._busy) - (own - self._own)) / (now - self._time)
             self._free = _rounded(len(cores) - others, self._free)
-            self._all_wanted = runnable - threads >= len(cores)
+            self._all_wanted = runnable - threads() >= len(cores)
         self._time, self._busy, self._own = now, busy, own
 
 

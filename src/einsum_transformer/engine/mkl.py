@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ def mkl_library() -> Library | None:
 
     return Library(
         "mkl",
-        _distribution().version,
+        installed_version() or "",
         _matmul(symbols),
         set_threads,
         lambda: int(symbols.MKL_Get_Max_Threads()),
@@ -53,7 +53,7 @@ def mkl_problem() -> str:
 @cache
 def _symbols() -> tuple[Any, str]:
     """Return (the loaded library or None, the reason for None)."""
-    files = _distribution().files or [] if installed_version() else []
+    files = _files() if installed_version() else []
     found = [Path(str(file.locate())).resolve() for file in files if "mkl_rt" in file.name]
     if not found:
         return None, "the package is not installed; pip install 'einsum-transformer[mkl]'"
@@ -77,10 +77,10 @@ def installed_version() -> str | None:
     return None
 
 
-def _distribution() -> Any:
+def _files() -> Sequence[Any]:
     import importlib.metadata
 
-    return importlib.metadata.distribution("mkl")
+    return importlib.metadata.files("mkl") or []
 
 
 class _Routines:

@@ -28,7 +28,8 @@ def for_each(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], coa
     blas.follow_load(coarse)
     threads = min(blas.free_threads(), len(arguments)) if coarse and len(arguments) > 1 else 1
     if threads <= 1:
-        sequentially(task, arguments)
+        for given in arguments:
+            task(*given)
         return
     remaining = iter(arguments)
     with blas.one_thread(), recorder.parallel():
@@ -43,12 +44,6 @@ def for_each(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], coa
                 other.exception()
         for other in others:
             other.result()
-
-
-def sequentially(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Call `task(*arguments[i])` for every i on the calling thread."""
-    for given in arguments:
-        task(*given)
 
 
 def _drain(task: Callable[..., None], remaining: Iterator[tuple[Any, ...]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import Leaf, phase, tap
-from einsum_transformer.engine.parallel import LARGE, for_each, sequentially
+from einsum_transformer.engine.parallel import LARGE, for_each
 from einsum_transformer.engine.recorder import name_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.blocks import AnyBlock, Norm
@@ -110,7 +111,7 @@ class Decoder:
         with phase("forward"):
             logits, saved = self.forward(tokens, keep=True, recompute=recompute)
         with phase("loss"):
-            run = for_each if logits.size >= LARGE else sequentially
+            run = partial(for_each, coarse=logits.size >= LARGE)
             loss, saved_loss = cross_entropy(logits, targets, count, run)
             dlogits = cross_entropy_backward(saved_loss, run)
         with phase("backward"):

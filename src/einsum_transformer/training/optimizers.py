@@ -205,7 +205,7 @@ def _by_pieces(
     for name, w in weights.items():
         lines = _line_length(w)
         given = [w, _like(gradients[name], w), *(each[name] for each in moments)]
-        flat = [_in_lines(array, lines) for array in given]
+        flat = [_in_memory_order(array, lines) for array in given]
         step = max(1, _TASK // (w.size // max(1, len(flat[0]))) if w.size else 1)
         for start in range(0, len(flat[0]), step):
             tasks.append((decay[name], *(array[start : start + step] for array in flat)))
@@ -231,20 +231,11 @@ def _line_length(array: Array) -> int | None:
     return None
 
 
-def _in_lines(array: Array, length: int | None) -> Array:
-    """A view in memory order: flat, or as lines of this length."""
-    if length is None:
-        return _in_memory_order(array)
-    lines = array.transpose(_axes(array)).reshape(-1, length)
-    assert lines.size == 0 or np.may_share_memory(lines, array)
-    return lines
-
-
-def _in_memory_order(array: Array) -> Array:
-    """A flat view, in memory order, of an array without gaps."""
-    flat = array.transpose(_axes(array)).reshape(-1)
-    assert flat.size == 0 or np.may_share_memory(flat, array)
-    return flat
+def _in_memory_order(array: Array, length: int | None = None) -> Array:
+    """A view in memory order: flat, of an array without gaps, or as lines of this length."""
+    view = array.transpose(_axes(array)).reshape((-1,) if length is None else (-1, length))
+    assert view.size == 0 or np.may_share_memory(view, array)
+    return view
 
 
 def _axes(array: Array) -> list[int]:
