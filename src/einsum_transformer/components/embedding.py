@@ -24,12 +24,12 @@ class Embedding:
     def forward(self, tokens: Array) -> tuple[Array, Array]:
         x = take_rows(self.weight, tokens)
         if self.scale != 1:
-            x *= np.asarray(self.scale, x.dtype)
+            x *= x.dtype.type(self.scale)
         return x, tokens
 
     def backward(self, dy: Array, saved: Array, into: Any = None) -> Embedding:
         """into: the gradient of the matrix as output head (tied embeddings), to which this one is added."""
         # x = scale * take_rows(weight, tokens): the gradients of repeated tokens are summed
         if self.scale != 1:
-            dy = dy * np.asarray(self.scale, dy.dtype)
+            dy = dy * dy.dtype.type(self.scale)
         return Embedding(weight=add_rows(self.weight, saved, dy, into), scale=self.scale)

@@ -38,7 +38,7 @@ class Head:
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1:
-            logits *= np.asarray(self.scale, logits.dtype)
+            logits *= logits.dtype.type(self.scale)
         if self.cap is None:
             return logits, Saved(x, None)
         logits = softcap(logits, self.cap)
@@ -51,7 +51,7 @@ class Head:
             assert capped is not None
             dlogits = dlogits * softcap_derivative(capped, self.cap)
         if self.scale != 1:
-            dlogits = dlogits * np.asarray(self.scale, dlogits.dtype)
+            dlogits = dlogits * dlogits.dtype.type(self.scale)
         # raw = scale * (einsum("btd,vd->btv", x, weight) + bias)
         dx = einsum("btv,vd->btd", dlogits, self.weight)
         dweight = weight_grad(self.weight, "btv,btd->vd", dlogits, x)

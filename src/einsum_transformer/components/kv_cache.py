@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from einsum_transformer.engine.replay import Steps
+
 Array = np.ndarray
 Seen = tuple[Array, Array, Array]
 """(keys, values, index): keys and values (b, s, k, h), and their positions in the sequence (s,)."""
@@ -44,6 +46,10 @@ class LayerCache(ABC):
     def truncate(self, length: int) -> None:
         """Remove the tokens from position `length` on. Errors: ValueError if earlier ones are lost."""
 
+    @abstractmethod
+    def steps_left(self) -> int:
+        """Number of tokens that can be appended one by one with the same memory, each one slot further."""
+
     def select(self, rows: Sequence[int] | Array) -> None:
         """Keep only these batch rows, in this order."""
         if self._keys is not None and self._values is not None:
@@ -65,8 +71,8 @@ class LayerCache(ABC):
         assert self._keys is not None
         assert self._values is not None
         end = start + k.shape[1]
-        self._keys[..., start:end] = k.transpose(0, 2, 3, 1)
-        self._values[..., start:end] = v.transpose(0, 2, 3, 1)
+        np.copyto(self._keys[..., start:end], k.transpose(0, 2, 3, 1))
+        np.copyto(self._values[..., start:end], v.transpose(0, 2, 3, 1))
         return _read(self._keys, end), _read(self._values, end)
 
     def _check_length(self, length: int) -> None:
@@ -90,6 +96,9 @@ class GrowingCache(LayerCache):
         keys, values = self._store(self.length, k, v)
         self.length: int = end
         return keys, values, np.arange(end)
+
+    def steps_left(self) -> int:
+        return self._slots - self.length
 
     def truncate(self, length: int) -> None:
         self._check_length(length)
@@ -135,6 +144,10 @@ class RingCache(LayerCache):
             raise ValueError("a sliding-window cache that has wrapped cannot be truncated")
         self.length = length
 
+    def steps_left(self) -> int:
+        slot = self.length % self.window if self._slots == self.window else self.length
+        return self._slots - slot
+
     def _reserve(self, k: Array, v: Array, needed: int) -> None:
         if needed > self._slots:
             slots = max(needed, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
@@ -165,6 +178,12 @@ class LineCache(LayerCache):
         first = max(0, self.length - self.window + 1 - self._start)
         self.length: int = end
         return keys[:, first:], values[:, first:], np.arange(self._start + first, end)
+
+    def steps_left(self) -> int:
+        free = self._slots - (self.length - self._start)
+        # From this length on, the first key that is read moves too.
+        full = self._start + self.window - 1
+        return min(free, full - self.length) if self.length < full else free
 
     def truncate(self, length: int) -> None:
         self._check_length(length)
@@ -221,6 +240,8 @@ class KVCache:
         self._tokens = np.empty((0, 0), np.int64)
         """(b, slots), of which the first `_used` contain tokens."""
         self._used = 0
+        self.steps = Steps()
+        """The decode steps with this cache."""
 
     @property
     def length(self) -> int:
@@ -252,6 +273,15 @@ class KVCache:
         self._tokens[:, self._used : end] = tokens
         self._used = end
 
+    def steps_left(self) -> int:
+        """Number of tokens that can be appended one by one with the same memory, each one slot further."""
+        return min(layer.steps_left() for layer in self.layers)
+
+    def advance(self) -> None:
+        """Count one token, whose keys and values were written by a replay of `append`."""
+        for layer in self.layers:
+            layer.length += 1
+
     def expect(self, length: int) -> None:
         """Raise `horizon`, the minimum final length of the sequence, to at least `length`."""
         self.horizon = max(self.horizon, length)
@@ -260,6 +290,7 @@ class KVCache:
         """Take over the contents of another cache of the same model, which must not be used afterwards."""
         self.layers, self.pads, self.horizon = other.layers, other.pads, other.horizon
         self._tokens, self._used = other._tokens, other._used
+        self.steps = Steps()
 
     def truncate(self, length: int) -> None:
         """Remove the tokens from position `length` on."""
@@ -269,6 +300,7 @@ class KVCache:
 
     def select(self, rows: Sequence[int] | Array) -> None:
         """Keep only these batch rows, in this order."""
+        self.steps = Steps()
         for layer in self.layers:
             layer.select(rows)
         self._tokens = self._tokens[rows] if self._used else self._tokens

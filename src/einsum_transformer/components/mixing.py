@@ -18,6 +18,7 @@ from einsum_transformer.components.tiles import TILE_BYTES, Box, Tile, tiling
 from einsum_transformer.engine import einsum, phase, requested, tap, weight_grad
 from einsum_transformer.engine.blas import FEW, follow_load
 from einsum_transformer.engine.parallel import for_each
+from einsum_transformer.engine.replay import condition
 from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 
 Array = np.ndarray
@@ -212,17 +213,24 @@ def exponentials(scores: Array, sink: Array | None = None) -> Array | None:
         total = einsum("bkgts,s->bkgt", scores, _ones(scores.shape[-1], scores.dtype))
         if sink is not None:
             total += np.exp(sink)
+    return total if condition(_accurate, total) else None
+
+
+def _accurate(total: Array) -> bool:
+    """Whether all sums are in [1e-30, 1e30], which NaN is not."""
     if isinstance(total, Array) and 0 < total.size <= 64:  # lists are faster than two reductions
         values = total.ravel().tolist()
-        in_range = min(values) >= 1e-30 and sum(values) <= 1e30
-    else:
-        lowest, highest = np.minimum.reduce(total, axis=None), np.maximum.reduce(total, axis=None)
-        in_range = lowest >= 1e-30 and highest <= 1e30
-    return total if in_range else None  # NaN fails the comparison too
+        return min(values) >= 1e-30 and sum(values) <= 1e30
+    return bool(np.minimum.reduce(total, axis=None) >= 1e-30 and np.maximum.reduce(total, axis=None) <= 1e30)
 
 
-@lru_cache(maxsize=64)
 def _ones(count: int, dtype: np.dtype) -> Array:
+    """Ones, as a view of the same memory for all counts between two powers of two."""
+    return _many_ones(1 << max(12, (count - 1).bit_length()), dtype)[:count]
+
+
+@lru_cache(maxsize=32)
+def _many_ones(count: int, dtype: np.dtype) -> Array:
     ones = np.ones(count, dtype)
     ones.flags.writeable = False
     return ones

@@ -55,11 +55,11 @@ class Routing:
         w = np.take_along_axis(p, chosen, axis=-1)
         if self.normalize:
             w = w / w.sum(axis=-1, keepdims=True)
-        return chosen, w * np.asarray(self.scaling, w.dtype), p
+        return chosen, w * w.dtype.type(self.scaling), p
 
     def backward(self, dw: Array, chosen: Array, p: Array) -> Array:
         """The gradient of the router logits."""
-        dw = dw * np.asarray(self.scaling, dw.dtype)
+        dw = dw * dw.dtype.type(self.scaling)
         if self.normalize:
             # w = u / sum(u)
             u = np.take_along_axis(p, chosen, axis=-1)

@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
+from einsum_transformer.components.rmsnorm import norm_scale
 from einsum_transformer.engine import einsum, weight_grad
 from einsum_transformer.tree import static
 
@@ -34,7 +35,7 @@ class HeadNorm:
     def forward(self, x: Array) -> tuple[Array, Saved]:
         rstd = 1 / np.sqrt(einsum("btkgh,btkgh->btkg", x, x) / x.shape[-1] + self.eps)
         y = einsum("btkgh,btkg->btkgh", x, rstd)
-        y *= self.scale
+        y *= norm_scale(self.weight, self.offset, y)
         return y, Saved(x, rstd)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, HeadNorm]:
@@ -42,18 +43,13 @@ class HeadNorm:
         # y = normed * (offset + weight)
         normed = einsum("btkgh,btkg->btkgh", x, rstd)
         dweight = weight_grad(self.weight, "btkgh,btkgh->h", dy, normed)
-        dnormed = dy * self.scale
+        dnormed = dy * norm_scale(self.weight, self.offset, dy)
         # normed = x * rstd, and rstd depends on every x of its head
         projection = einsum("btkgh,btkgh->btkg", dnormed, normed) / x.shape[-1]
         dx = dnormed
         dx -= einsum("btkgh,btkg->btkgh", normed, projection)
         dx *= rstd[..., None]
         return dx, HeadNorm(weight=dweight, eps=self.eps, offset=self.offset)
-
-    @property
-    def scale(self) -> Array:
-        """offset + weight"""
-        return self.weight + self.offset if self.offset else self.weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ class RMSNorm:
     def forward(self, x: Array) -> tuple[Array, Saved]:
         rstd = 1 / np.sqrt(einsum("btd,btd->bt", x, x) / x.shape[-1] + self.eps)
         y = einsum("btd,bt->btd", x, rstd)
-        y *= self.scale
+        y *= norm_scale(self.weight, self.offset, y)
         return y, Saved(x, rstd)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, RMSNorm]:
@@ -40,7 +40,7 @@ class RMSNorm:
         # y = normed * (offset + weight)
         normed = einsum("btd,bt->btd", x, rstd)
         dweight = weight_grad(self.weight, "btd,btd->d", dy, normed)
-        dnormed = dy * self.scale
+        dnormed = dy * norm_scale(self.weight, self.offset, dy)
         # normed = x * rstd, and rstd depends on every x of its row
         projection = einsum("btd,btd->bt", dnormed, normed) / x.shape[-1]
         dx = dnormed
@@ -48,7 +48,7 @@ class RMSNorm:
         dx *= rstd[..., None]
         return dx, RMSNorm(weight=dweight, eps=self.eps, offset=self.offset)
 
-    @property
-    def scale(self) -> Array:
-        """offset + weight"""
-        return self.weight + self.offset if self.offset else self.weight
+
+def norm_scale(weight: Array, offset: float, like: Array) -> Array:
+    """offset + weight, as an array of the kind of `like` (see `engine.replay.Traced`)."""
+    return np.add(weight, offset, out=np.empty_like(like, shape=weight.shape)) if offset else weight

@@ -116,6 +116,10 @@ class Rotation:
         cos, sin = self._over_heads(dy.ndim - 3)
         return rotate(dy, cos, -sin, self.interleaved)
 
+    def with_tables(self, cos: Array, signed_sin: Array) -> Rotation:
+        """The rotation with other tables."""
+        return Rotation(cos, signed_sin, self.interleaved)
+
     def _over_heads(self, heads: int) -> tuple[Array, Array]:
         views = self._views.get(heads)
         if views is None:

@@ -15,6 +15,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from einsum_transformer.engine import calls, plans, recorder
 from einsum_transformer.engine.equation import Equation, EquationError
 from einsum_transformer.engine.lowering import FEW_ROWS
+from einsum_transformer.engine.replay import Traced, not_repeatable
 from einsum_transformer.engine.shapes import ShapeArray
 
 Array = np.ndarray
@@ -32,6 +33,8 @@ class Leaf(NDArrayOperatorsMixin, ABC):
     dtype: np.dtype
     trained = True
     """Whether its gradient is computed."""
+    repeatable: bool = False
+    """Whether its products use the same arrays at every step, so that a replay can repeat them."""
 
     @property
     def ndim(self) -> int:
@@ -113,6 +116,8 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         if any(isinstance(each, Leaf) for each in options.get("out", ())):
             return NotImplemented
         arrays = [each.array() if isinstance(each, Leaf) else each for each in inputs]
+        if not all(each.repeatable for each in inputs if isinstance(each, Leaf)):
+            not_repeatable((*arrays, *options.get("out", ())))
         return getattr(ufunc, method)(*arrays, **options)
 
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -126,6 +131,7 @@ class _Part(Leaf):
     def __init__(self, whole: Leaf, index: Any) -> None:
         self._whole, self.index = whole, index
         self.shape, self.dtype = ShapeArray(whole.shape)[index].shape, whole.dtype
+        self.repeatable = whole.repeatable
 
     @property
     def whole(self) -> Leaf:
@@ -302,9 +308,13 @@ def _einsum(
         equation, operands = calls.from_sublists((equation, *operands))
     for position, operand in enumerate(operands):
         if isinstance(operand, Leaf):
+            if not operand.repeatable:
+                not_repeatable(operands)
             with recorder.using(operand.whole):
                 return operand.contract(equation, operands, position, layout)
-    arrays = [operand if isinstance(operand, ShapeArray) else np.asarray(operand) for operand in operands]
+    arrays = [
+        operand if isinstance(operand, ShapeArray | Traced) else np.asarray(operand) for operand in operands
+    ]
     if len(arrays) > 2:
         return _chain(Equation.parse(equation), arrays, layout, path)
     return _run(equation, Equation.parse(equation), arrays, layout)

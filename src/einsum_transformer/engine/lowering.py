@@ -97,7 +97,7 @@ def lower_single(equation: Equation, operand: Operand, dtype: np.dtype) -> Plan:
         if summed:
             a = reduce(a, axis=summed, dtype=dtype)
             # A sum over every axis is a scalar in NumPy; einsum always returns an array.
-            a = np.asarray(a)
+            a = np.asanyarray(a)
         return a.transpose(permutation)
 
     steps = [*(["diagonal"] if diagonal is not None else []), *(["sum"] if summed else []), "view"]
@@ -217,7 +217,8 @@ def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
     shape = tuple(left.size(letter) for letter in output)
     inner = [[letter for letter in operand.term if letter not in output] for operand in (left, right)]
     if math.prod(shape) == 1 and inner[0] == inner[1]:
-        return Plan(lambda a, b: np.asarray(np.dot(a.ravel(), b.ravel())).reshape(shape), "dot")
+        flat = (1, -1)
+        return Plan(lambda a, b: np.vecdot(a.reshape(flat), b.reshape(flat)).reshape(shape), "dot")
     # The output letters become np.einsum's `...`, so that its alphabet suffices for any number of them.
     names = dict(zip(dict.fromkeys(inner[0]), ascii_letters))
     text = "{},{}->...".format(*("..." + "".join(names[letter] for letter in term) for term in inner))
@@ -226,7 +227,8 @@ def _row_dots(output: str, left: Operand, right: Operand) -> Plan:
         for operand, letters in zip((left, right), inner)
     ]
     return Plan(
-        lambda a, b: np.asarray(np.einsum(text, a.transpose(orders[0]), b.transpose(orders[1]))), "row dots"
+        lambda a, b: np.asanyarray(np.einsum(text, a.transpose(orders[0]), b.transpose(orders[1]))),
+        "row dots",
     )
 
 
@@ -363,7 +365,7 @@ def _viewer(
     """Return the shortest chain of NumPy view calls from shape `given` to `shape`; None if not needed."""
     straight = permutation == tuple(range(len(permutation)))
     if contiguous:
-        return lambda a: np.ascontiguousarray(a.transpose(permutation)).reshape(shape)
+        return lambda a: a.transpose(permutation).copy().reshape(shape)
     if straight:
         return None if shape == given else lambda a: a.reshape(shape)
     if shape == tuple(given[axis] for axis in permutation):

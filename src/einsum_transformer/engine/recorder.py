@@ -369,6 +369,11 @@ def tap(name: str, value: Array, requested: bool = False) -> Array:
     return frame.recorder._replaced(_named(frame, name), value, name if requested else "")
 
 
+def is_recording() -> bool:
+    """Return whether a recorder is active in any thread."""
+    return active > 0
+
+
 def tap_at(path: str, value: Array) -> Array:
     """`tap` with the full name."""
     frame = _frame.get()

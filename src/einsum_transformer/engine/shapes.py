@@ -181,6 +181,7 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.empty_like: _like,
     np.zeros_like: _like,
     np.concatenate: _concatenate,
+    np.copyto: lambda target, source: target.__setitem__(..., source),
     np.take: _take,
     np.copy: lambda a, order="K": a,
     np.clip: lambda a, low, high, out=None: a,

@@ -30,7 +30,7 @@ def einsums(x: Array, *terms: Term) -> list[Array]:
     joined = _joined.get(tuple([id(weight) for _, weight in terms]))
     if joined is None:
         joined = _join(terms)
-    if joined.matrix is None or type(x) is not np.ndarray or x.dtype != joined.matrix.dtype:
+    if joined.matrix is None or not isinstance(x, np.ndarray) or x.dtype != joined.matrix.dtype:
         return [einsum(equation, x, weight) for equation, weight in terms]
     if not (recorder.active_for_events and recorder.reads_events()):
         run = joined.runs.get((x.shape, x.strides))

@@ -57,6 +57,8 @@ class LoRA(Leaf):
     one shares (gate and up of an expert in one stack); the gradients of a shared `a` are summed.
     """
 
+    repeatable = True
+
     def __init__(
         self,
         name: str,

@@ -213,9 +213,9 @@ def _feed_forward_backward(mlp: Any, dy: Array, saved: Any) -> tuple[Array, Any]
 def _times(multiplier: float, y: Array) -> Array:
     """multiplier * y, in place."""
     if multiplier != 1:
-        y *= np.asarray(multiplier, y.dtype)
+        y *= y.dtype.type(multiplier)
     return y
 
 
 def _scaled(dy: Array, multiplier: float) -> Array:
-    return dy if multiplier == 1 else dy * np.asarray(multiplier, dy.dtype)
+    return dy if multiplier == 1 else dy * dy.dtype.type(multiplier)

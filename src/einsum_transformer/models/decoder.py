@@ -17,7 +17,7 @@ from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import Leaf, phase, tap
 from einsum_transformer.engine.parallel import LARGE, for_each
-from einsum_transformer.engine.recorder import name_weights
+from einsum_transformer.engine.recorder import is_recording, name_weights
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.blocks import AnyBlock, Norm
 from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
@@ -74,13 +74,39 @@ class Decoder:
         `backward` needs. recompute: save only the input of each block; `backward` recomputes the rest.
         """
         name_weights(self, self._weights)
+        start = 0 if cache is None else cache.length
         with phase("embedding"):
-            token_positions, contexts = self._contexts(tokens, cache)
+            token_positions, rotations = self._rotations(tokens, cache)
             x, saved_embedding = self.embed_tokens.forward(tokens)
             x = tap("embed_tokens", x)
             if self.embed_positions is not None:
                 self._check_token_positions(token_positions)
                 x = x + tap("embed_positions", self.embed_positions.forward(token_positions)[0])
+        one_token = tokens.shape[1] == 1 and positions != "none" and not keep
+        if one_token and cache is not None and isinstance(x, Array) and not is_recording():
+            return self._step(x, rotations, cache), None
+        contexts = self._contexts(start, tokens.shape[1], rotations, cache)
+        logits, saved = self._layers(x, contexts, positions, keep, recompute)
+        if not keep:
+            return logits, None
+        return logits, Saved(saved_embedding, token_positions, *saved, contexts, recompute)
+
+    def _step(self, x: Array, rotations: list[Rotation], cache: KVCache) -> Array:
+        """The logits after one more token per row, embedded as x (b, 1, d)."""
+        start = cache.length
+
+        def logits(x: Array, *tables: Array) -> Array:
+            pairs = zip(tables[::2], tables[1::2])
+            given = [each.with_tables(*pair) for each, pair in zip(rotations, pairs)]
+            return self._layers(x, self._contexts(start, 1, given, cache), "all", False, False)[0]
+
+        inputs = [x, *(table for each in rotations for table in (each.cos, each.signed_sin))]
+        return cache.steps.run(logits, inputs, start, cache.steps_left(), self, cache.advance)
+
+    def _layers(
+        self, x: Array, contexts: list[Context], positions: Positions, keep: bool, recompute: bool
+    ) -> tuple[Array, tuple[list[Any], Any, Any]]:
+        """The logits, and the saved activations of the blocks, of the norm and of the head."""
         saved_layers = []
         for i, block in enumerate(self.layers):
             with phase("layer", layer=i):
@@ -97,11 +123,7 @@ class Decoder:
             x = tap("norm", x)
             logits, saved_head = self.head.forward(x, keep)
             logits = tap("logits", logits)
-        if not keep:
-            return logits, None
-        return logits, Saved(
-            saved_embedding, token_positions, saved_layers, saved_norm, saved_head, contexts, recompute
-        )
+        return logits, (saved_layers, saved_norm, saved_head)
 
     def loss_and_gradient(
         self, tokens: Array, targets: Array, count: int | None = None, recompute: bool = False
@@ -159,8 +181,8 @@ class Decoder:
             return self.lm_head
         return Head(self.embed_tokens.weight, scale=self.logit_scale, cap=self.logit_cap)
 
-    def _contexts(self, tokens: Array, cache: KVCache | None) -> tuple[Array, list[Context]]:
-        """The position of each token in its row without padding (b, t), and the context of each layer."""
+    def _rotations(self, tokens: Array, cache: KVCache | None) -> tuple[Array, list[Rotation]]:
+        """The position of each token in its row without padding (b, t), and the rotation of each RoPE."""
         start, pads, min_length = 0, None, 0
         if cache is not None:
             start, pads = cache.length, cache.pads
@@ -173,7 +195,13 @@ class Decoder:
             token_positions = np.maximum(positions - pads[:, None], 0)
         dtype = self.embed_tokens.weight.dtype
         rotations = [rotation(rope, self.head_dim, token_positions, dtype, min_length) for rope in self.ropes]
+        return token_positions, rotations
 
+    def _contexts(
+        self, start: int, count: int, rotations: list[Rotation], cache: KVCache | None
+    ) -> list[Context]:
+        """The context of each layer for `count` tokens from position `start` on, padding included."""
+        positions, pads = np.arange(start, start + count), None if cache is None else cache.pads
         masks: dict[Any, Mask] = {}
 
         def context(i: int) -> Context:
@@ -182,7 +210,7 @@ class Decoder:
             layer_cache = None if cache is None else cache.layers[i]
             return Context(positions, layer_rotation, pads, layer_cache, masks)
 
-        return token_positions, [context(i) for i in range(len(self.layers))]
+        return [context(i) for i in range(len(self.layers))]
 
     def _check_token_positions(self, token_positions: Array) -> None:
         assert self.embed_positions is not None
