@@ -41,7 +41,7 @@ class Run:
             self.length += 1
             return y
 
-        return self.steps.run(function, [x], self.length, STEPS - self.length, self, self.advance)
+        return self.steps.run(function, [x], self.length, STEPS - self.length, self, 0, self.advance)
 
     def advance(self) -> None:
         self.length += 1
@@ -128,10 +128,10 @@ def test_a_step_that_comes_again_or_out_of_turn_has_its_result() -> None:
 
 def test_other_inputs_weights_and_libraries_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     owner: Any = object()
-    steps = Steps()
+    memory, steps = 0, Steps()
 
     def step(x: Array, number: int, factor: float) -> None:
-        got = steps.run(lambda x: x * factor, [x], number, 99 - number, owner, lambda: None)
+        got = steps.run(lambda x: x * factor, [x], number, 99 - number, owner, memory, lambda: None)
         np.testing.assert_array_equal(got, x * factor)
 
     for number in range(5):
@@ -144,11 +144,15 @@ def test_other_inputs_weights_and_libraries_start_again(monkeypatch: pytest.Monk
     for number in range(10, 15):
         step(np.ones((2, 4)), number, 4.0)
     assert steps.repeated == 6
-    product = blas.PRODUCTS["vector"]
-    monkeypatch.setattr(product, "matmul", lambda a, b: np.matmul(a, b))
+    memory = 1
     for number in range(15, 20):
         step(np.ones((2, 4)), number, 5.0)
     assert steps.repeated == 8
+    product = blas.PRODUCTS["vector"]
+    monkeypatch.setattr(product, "matmul", lambda a, b: np.matmul(a, b))
+    for number in range(20, 25):
+        step(np.ones((2, 4)), number, 6.0)
+    assert steps.repeated == 10
 
 
 def test_a_condition_with_another_result_runs_the_program() -> None:

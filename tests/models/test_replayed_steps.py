@@ -103,6 +103,22 @@ def test_text_after_a_replay_and_a_shorter_cache(golden_model: Models) -> None:
     assert repeated + check(model, tokens[:, :50], caches) == 17 + 10 + 28
 
 
+@pytest.mark.parametrize("name", ["llama_rope_yarn", "mistral_window", "olmo3_two_ropes"])
+def test_memory_that_moves_and_comes_back(name: str, golden_model: Models) -> None:
+    """Long drafts are taken back, after the cache was copied to other slots for them."""
+    model = golden_model(name)
+    model = replace(model, config=replace(model.config, max_position_embeddings=600))
+    tokens = tokens_of(model, 1, 600)
+    caches = [model.cache(slack=300) for _ in range(2)]
+    repeated = 0
+    for length, draft in ((20, 3), (30, 280), (45, 4), (240, 60), (255, 100), (400, 150)):
+        repeated += check(model, tokens[:, :length], caches)
+        for cache in caches:
+            model.decoder.forward(tokens[:, length : length + draft], cache)
+            cache.truncate(length)
+    assert repeated > 200
+
+
 def test_rows_that_are_dropped(golden_model: Models) -> None:
     model = golden_model("llama_gqa")
     tokens = tokens_of(model, 3)

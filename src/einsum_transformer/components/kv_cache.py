@@ -30,6 +30,8 @@ class LayerCache(ABC):
     def __init__(self) -> None:
         self.length: int = 0
         """Number of tokens appended so far, padding included."""
+        self.allocations: int = 0
+        """Number of times that memory was allocated."""
         self._keys: Array | None = None
         self._values: Array | None = None
 
@@ -61,6 +63,7 @@ class LayerCache(ABC):
 
     def _allocate(self, k: Array, v: Array, slots: int, copied: slice = slice(0)) -> None:
         """Allocate lines of `slots` slots and copy the slots `copied` to their beginning."""
+        self.allocations += 1
         self._keys, self._values = (
             _moved(self._keys, k, slots, copied),
             _moved(self._values, v, slots, copied),
@@ -272,6 +275,11 @@ class KVCache:
             self._tokens = grown
         self._tokens[:, self._used : end] = tokens
         self._used = end
+
+    @property
+    def allocations(self) -> int:
+        """Number of times that memory was allocated for the keys and values of a layer."""
+        return sum(layer.allocations for layer in self.layers)
 
     def steps_left(self) -> int:
         """Number of tokens that can be appended one by one with the same memory, each one slot further."""

@@ -300,7 +300,7 @@ class Replay:
         if len(first.calls) != len(second.calls):
             raise Unrepeatable("the steps make different calls")
         self._inputs = second.inputs
-        # No array of the traces is freed before all are compared, so an id stands for one array.
+        # No array of the traces is freed before all are compared, so an id means one array.
         self._addresses: dict[int, int] = {}
         self._memories: dict[tuple[int, int], _Memory] = {
             (id(a), id(b)): _Memory(_in_memory_order(b), False, 0, 0)
@@ -423,18 +423,19 @@ class Steps:
         number: int,
         left: int,
         owner: Any,
+        memory: int,
         advance: Callable[[], None],
     ) -> Array:
         """Return function(*inputs), by a replay if possible.
 
         number: number of this step. left: number of steps, with this one, whose arrays have regular places.
-        owner: the object whose weights the function uses. advance: does what the function does besides NumPy
-        calls.
+        owner: the object whose weights the function uses. memory: changes if other arrays that it uses are
+        allocated anew. advance: does what the function does besides NumPy calls.
         """
         products = [each.matmul for each in blas.PRODUCTS.values()]
         forms = [(a.shape, a.strides, a.dtype) for a in inputs]
-        if self._depends_on[0] is not owner or self._depends_on[1] != (products, forms):
-            self._depends_on = owner, (products, forms)
+        if self._depends_on[0] is not owner or self._depends_on[1] != (memory, products, forms):
+            self._depends_on = owner, (memory, products, forms)
             self._restart()
         if self._replay is not None:
             step = number - self._first

@@ -101,7 +101,8 @@ class Decoder:
             return self._layers(x, self._contexts(start, 1, given, cache), "all", False, False)[0]
 
         inputs = [x, *(table for each in rotations for table in (each.cos, each.signed_sin))]
-        return cache.steps.run(logits, inputs, start, cache.steps_left(), self, cache.advance)
+        left, memory = cache.steps_left(), cache.allocations
+        return cache.steps.run(logits, inputs, start, left, self, memory, cache.advance)
 
     def _layers(
         self, x: Array, contexts: list[Context], positions: Positions, keep: bool, recompute: bool
