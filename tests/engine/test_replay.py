@@ -94,6 +94,13 @@ def test_an_earlier_result_is_not_overwritten() -> None:
         plain.length += 1
 
 
+def test_an_axis_that_has_size_one_only_now_grows() -> None:
+    check(
+        lambda run, x: np.add.reduce(np.multiply(run.lines[0, : run.length], x[:1]), keepdims=True) + x,
+        STEPS - 5,
+    )
+
+
 def test_results_share_memory_only_if_they_are_not_used_at_the_same_time() -> None:
     def program(_: Run, x: Array) -> Array:
         kept = [x * i for i in range(1, 6)]
@@ -278,7 +285,7 @@ def test_a_replay_ends_where_the_memory_ends() -> None:
     grown = np.arange(100.0)
 
     def program(run: Run, x: Array) -> Array:
-        n = 2 * run.length + 1
+        n = 2 * run.length + 3
         part = (constant if n <= len(constant) else grown)[:n]
         return np.add.reduce(x[:, None] * part, axis=1)
 

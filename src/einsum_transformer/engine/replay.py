@@ -33,6 +33,8 @@ WARM_UP = 16
 """Steps that run as a program before the first trace: two traces take as long as 30 to 40 replays save."""
 LEAST = 64
 """Steps with regular places that must be left for a trace."""
+_TRIES = 3
+"""Traces of irregular steps before all further steps run as a program."""
 _LINE = 64  # bytes of a cache line, to which memory is aligned
 _KNOWN = {
     *("T", "base", "dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides", "trace"),
@@ -244,6 +246,8 @@ class _Place:
         self.shape_change: tuple[int, ...] = ()
         self.strides_change: tuple[int, ...] = ()
         if a.shape != b.shape or a.strides != b.strides:
+            if any(n <= 1 and n != m for n, m in zip(a.shape, b.shape)):
+                raise Unrepeatable("an axis grows from one element")  # whose stride has no meaning
             self.shape_change = tuple([n - m for m, n in zip(a.shape, b.shape)])
             self.strides_change = tuple([n - m for m, n in zip(a.strides, b.strides)])
         self.moves = bool(self.change or self.shape_change)
@@ -457,7 +461,7 @@ class Steps:
         self._replay: Replay | None = None
         self._first = 0
         """The number of the replay's second trace."""
-        self._checked = self._failed = False
+        self._checked, self._failures = False, 0
 
     def _repeated(
         self,
@@ -475,7 +479,7 @@ class Steps:
             return result
         expected = function(*inputs)
         if result is not None:
-            self._checked = np.array_equal(result, expected)
+            self._checked = np.array_equal(result, expected, equal_nan=True)
             if not self._checked:
                 self.reason, self._replay = "a replay has another result", None
         return expected
@@ -488,12 +492,12 @@ class Steps:
             return result
         try:
             self._replay, self._first, self._checked = Replay(before[2], trace, left - 1), number, False
-            self._trace, self._failed = None, False
+            self._trace, self._failures = None, 0
         except Unrepeatable as error:
-            # Once is not enough: a constant may have been replaced by a larger one between the two steps.
-            if self._failed:
+            # The next steps may be regular: an axis had one element, a constant was replaced by a larger one.
+            self._failures += 1
+            if self._failures == _TRIES:
                 self.reason, self._trace = str(error), None
-            self._failed = True
         return result
 
 
