@@ -256,7 +256,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--processes", nargs="+", type=int, default=[0, 1, 2], metavar="N", help=counts)
     checkouts.add_option(parser)
     add("--length", type=int, default=512, help="tokens of the prefill (default: %(default)s)")
-    add("--steps", type=int, default=32, help="decode steps (default: %(default)s)")
+    add("--steps", type=int, default=128, help="decode steps (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="rows of a training step (default: %(default)s)")
     add("--seq-len", type=int, default=128, help="tokens of a row (default: %(default)s)")
     add("--rounds", type=int, default=5, help="measured rounds, after a warm-up (default: %(default)s)")

@@ -156,6 +156,7 @@ def fresh_process(run: Run, candidate: str, source: str, number: int) -> tuple[f
     """(seconds from the start of a process to its first token, its peak memory at the end)."""
     ids = random_tokens(run.options.memory_tokens, run.facts["vocabulary"])
     python, settings = task(run, candidate, source, run.options.memory_tokens + run.options.steps + 8)
+    machine.touch_memory()
     time.sleep(PAUSE)
     start = time.perf_counter()
     worker = Worker(
@@ -406,7 +407,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="prompt lengths of the prefill",
     )
     checkouts.add_option(parser)
-    add("--steps", type=int, default=32, help="decode steps per round (default: %(default)s)")
+    add("--steps", type=int, default=128, help="decode steps per round (default: %(default)s)")
     add("--rounds", type=int, default=5, help="measured rounds, after a warm-up (default: %(default)s)")
     add("--threads", type=int, default=2, help="threads of every candidate (default: %(default)s)")
     add(

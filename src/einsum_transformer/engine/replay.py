@@ -305,7 +305,7 @@ class Replay:
             raise Unrepeatable("the steps make different calls")
         self._inputs = second.inputs
         # No array of the traces is freed before all are compared, so an id means one array.
-        self._addresses: dict[int, int] = {}
+        self._located: dict[int, tuple[Array, int]] = {}
         self._memories: dict[tuple[int, int], _Memory] = {
             (id(a), id(b)): _Memory(_in_memory_order(b), False, 0, 0)
             for a, b in zip(first.inputs, second.inputs)
@@ -321,7 +321,7 @@ class Replay:
         )
         _allocate([memory for memory in self._memories.values() if memory.is_result], self.limit)
         self._result = result.at(0)
-        del self._memories, self._addresses
+        del self._memories, self._located
         self._calls: list[tuple[Function, tuple[Any, ...]]] = []
         self._moving: list[_Place] = []
         self._with_moving: list[tuple[int, Function, list[Any], list[tuple[int, int]]]] = []
@@ -371,7 +371,7 @@ class Replay:
         """The place of an array of call i that is `a` in the first trace and `b` in the second."""
         if a.dtype != b.dtype or a.ndim != b.ndim:
             raise Unrepeatable("an array changes its type or its number of axes")
-        owner_a, owner_b = _owner(a), _owner(b)
+        (owner_a, offset_a), (owner_b, offset_b) = self._locate(a), self._locate(b)
         memory = self._memories.get((id(owner_a), id(owner_b)))
         if memory is None:
             if owner_a is not owner_b and not written:
@@ -380,15 +380,15 @@ class Replay:
             memory = _Memory(_in_memory_order(owner_b), owner_a is not owner_b, i, growth)
             self._memories[id(owner_a), id(owner_b)] = memory
         memory.last = i
-        return _Place(memory, a, b, self._offset(a, owner_a), self._offset(b, owner_b))
+        return _Place(memory, a, b, offset_a, offset_b)
 
-    def _offset(self, a: Array, owner: Array) -> int:
-        if a is owner:
-            return 0
-        address = self._addresses.get(id(owner))
-        if address is None:
-            address = self._addresses[id(owner)] = _address(owner)
-        return _address(a) - address
+    def _locate(self, a: Array) -> tuple[Array, int]:
+        """The array that owns the memory of an array, and the offset of the array in it."""
+        found = self._located.get(id(a))
+        if found is None:
+            owner = _owner(a)
+            found = self._located[id(a)] = owner, 0 if a is owner else _address(a) - _address(owner)
+        return found
 
     def _arrange(self, calls: list[tuple[Function, list[Any]]]) -> None:
         """Store the calls, with the arrays in place of their places."""
@@ -542,7 +542,12 @@ def _trace_of(arguments: Sequence[Any]) -> Trace:
 
 
 def _plain(a: Any) -> Any:
-    return a.view(Array) if isinstance(a, Traced) else a
+    if not isinstance(a, Traced):
+        return a
+    base = a.base
+    if type(base) is Array and base.shape == a.shape and base.strides == a.strides:
+        return base  # all of it, so that most arrays of a trace are the same objects
+    return a.view(Array)
 
 
 def _copy(source: Any, out: Array, **keywords: Any) -> Array:
