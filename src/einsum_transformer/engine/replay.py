@@ -75,10 +75,6 @@ class Traced(np.ndarray):
         result = super().__array_function__(function, types, arguments, keywords)
         return result if isinstance(result, Array) else self._untraced(result)
 
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        return found if name in _KNOWN or name.startswith("_") else self._untraced(found)
-
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
         return part if isinstance(part, Traced) and _owner(part) is _owner(self) else self._untraced(part)
@@ -119,6 +115,15 @@ class Traced(np.ndarray):
         if self.trace is not None:
             self.trace.fail("values decide what is computed")
         return found
+
+
+def _untraced_attribute(name: str) -> property:
+    return property(lambda self: self._untraced(getattr(self.view(Array), name)))
+
+
+for _name in set(dir(np.ndarray)) - _KNOWN:
+    if not _name.startswith("_"):
+        setattr(Traced, _name, _untraced_attribute(_name))
 
 
 def condition(test: Callable[[Array], bool], a: Any) -> bool:
