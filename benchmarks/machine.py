@@ -47,11 +47,11 @@ class Table:
         ]
 
 
-def touch_memory(size: int = 2_000_000_000) -> None:
+def touch_memory(size: int = 4_000_000_000) -> None:
     """Write to so many bytes of memory and free them.
 
     A virtual machine returns memory that has been free for some seconds to its host; the first process that
-    uses it again waits for the host (0.4 s for 540 MB), whichever program it runs.
+    uses it again waits for the host (0.1 to 1 s for 540 MB), whichever program it runs.
     """
     with mmap.mmap(-1, size) as memory:
         for start in range(0, size, mmap.PAGESIZE):
