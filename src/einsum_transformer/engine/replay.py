@@ -39,10 +39,15 @@ _LINE = 64  # bytes of a cache line, to which memory is aligned
 _KNOWN = {
     *("T", "base", "dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides", "trace"),
     *("copy", "max", "mean", "min", "prod", "reshape", "sum", "swapaxes", "transpose", "view"),
+    *(name for name in dir(np.ndarray) if name.startswith("_")),
 }
 """The attributes of an array that do not depend on its values, and the methods that are recorded."""
 _VALUES = np.ndarray, np.generic, int, float, complex
 _ARITHMETIC = {np.add, np.subtract, np.multiply, np.divide}
+
+
+def _untraced_attribute(name: str) -> property:
+    return property(lambda self: self._untraced(getattr(self.view(Array), name)))
 
 
 class Traced(np.ndarray):
@@ -53,6 +58,8 @@ class Traced(np.ndarray):
     """
 
     trace: Trace | None = None
+    # All other attributes read values, or are methods that are not recorded.
+    vars().update({name: _untraced_attribute(name) for name in dir(np.ndarray) if name not in _KNOWN})
 
     def __array_finalize__(self, source: Any) -> None:
         if isinstance(source, Traced):
@@ -115,15 +122,6 @@ class Traced(np.ndarray):
         if self.trace is not None:
             self.trace.fail("values decide what is computed")
         return found
-
-
-def _untraced_attribute(name: str) -> property:
-    return property(lambda self: self._untraced(getattr(self.view(Array), name)))
-
-
-for _name in set(dir(np.ndarray)) - _KNOWN:
-    if not _name.startswith("_"):
-        setattr(Traced, _name, _untraced_attribute(_name))
 
 
 def condition(test: Callable[[Array], bool], a: Any) -> bool:
@@ -439,7 +437,7 @@ class Steps:
 
         number: number of this step. left: number of steps, with this one, whose arrays have regular places.
         owner: the object whose weights the function uses. memory: changes if other arrays that it uses are
-        allocated anew. advance: does what the function does besides NumPy calls.
+        allocated again. advance: does what the function does besides NumPy calls.
         """
         products = [each.matmul for each in blas.PRODUCTS.values()]
         forms = [(a.shape, a.strides, a.dtype) for a in inputs]
