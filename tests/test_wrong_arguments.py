@@ -94,6 +94,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         ("diff",): {"a": config, "b": config},
         ("enable_gqa", "enable_moe", "enable_mqa", "enable_prefill_decode_split"): {"config": config},
         ("enable_quantization", "enable_speculative_decoding"): {"config": config},
+        ("quantize",): {"source": folder, "scheme": "W8A16"},
         ("parity",): {"source": gpt2, "reference": reference},
         ("read_run_config",): {"path": "llama"},
         ("save_adapter",): {

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
     from einsum_transformer.api.profile import Profile, profile
+    from einsum_transformer.api.quantize import quantize
     from einsum_transformer.api.train import Training, TrainingObserver, train
     from einsum_transformer.cluster.data_parallel import RayWorkers
     from einsum_transformer.engine.contract import einsum
@@ -100,6 +101,7 @@ __all__ = [
     "parity",
     "profile",
     "pull",
+    "quantize",
     "read_run_config",
     "save_adapter",
     "stream",
@@ -167,6 +169,7 @@ _HOMES = {
     "parity": "api.compare",
     "profile": "api.profile",
     "pull": "loading.hub",
+    "quantize": "api.quantize",
     "read_run_config": "models.switches",
     "save_adapter": "models.peft",
     "stream": "generation.decode",

@@ -208,7 +208,7 @@ def test_gguf_models(tmp_path: Path) -> None:
         ({}, False),
         ({"weight_file": "model"}, False),
         ({"weight_file": "model", "n_heads": 4}, True),
-        ({"weight_file": "model", "vocab_size": 60, "quantization": "W8A8"}, True),
+        ({"weight_file": "model", "vocab_size": 60, "quantization": "W9A8"}, True),
         ({"weight_file": "damaged"}, True),
         ({"weight_file": "another"}, True),
         ({"weight_file": "nowhere"}, True),

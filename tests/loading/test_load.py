@@ -282,7 +282,7 @@ class TestMaxLayers:
         ({"dtype": "int8"}, "int8"),
         ({"seed": -1}, "seed"),
         ({"weight_budget": -1}, "weight_budget"),
-        ({"quantization": "W4A4"}, "W4A4"),
+        ({"quantization": "W4A5"}, "W4A5"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], word: str, tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def test_load_by_name() -> None:
     model = et.load("fast_lora", max_layers=1, seed=3)
     assert model.config.hidden_size == 512
     assert model.source == "fast_lora (random weights, seed 3)"
-    with pytest.raises(et.InputError, match="llama: quantization 'W8A16' is not supported"):
-        et.load("llama", offline=True)
+    quantized = et.load("lora_test", max_layers=1, quantization="W8A16")
+    assert str(quantized.quantization) == "W8A16,channel (real)"
 
 
 def test_a_folder_of_that_name_comes_first(empty_folder: Path) -> None:

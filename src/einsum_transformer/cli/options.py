@@ -142,13 +142,27 @@ class Loading(Machine):
     adapter_path: AdapterPath = None
     max_layers: MaxLayers = None
     dtype: Dtype = None
+    quantization: str | None = flag(
+        metavar="SCHEME", help="Quantize the weights: W8A16, W4A16g64, ...; none: ignore that of a config."
+    )
+    quantization_mode: str = flag(
+        default="real", metavar="real|simulated", help="Store integer codes, or rounded floats."
+    )
+    quantization_exclude: list[str] | None = flag(
+        metavar="NAME", help="A module that is not quantized, by name or regular expression; may be repeated."
+    )
 
     def open(
         self, source: str | RunConfig, hub: Hub, seed: int | None, quiet: bool
     ) -> tuple[LoadedModel, float]:
         """Return the model and the seconds of loading, see `open_model`."""
         more = {"max_layers": self.max_layers, "adapter": self.adapter_path, "seed": seed}
-        return open_model(source, hub, self, self.dtype, quiet, self.weight_budget, **more)
+        quantized = {
+            "quantization": self.quantization,
+            "quantization_mode": self.quantization_mode,
+            "quantization_exclude": self.quantization_exclude or (),
+        }
+        return open_model(source, hub, self, self.dtype, quiet, self.weight_budget, **more, **quantized)
 
 
 @dataclass(frozen=True, slots=True)

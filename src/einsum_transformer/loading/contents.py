@@ -19,6 +19,7 @@ from einsum_transformer.loading.sources import ConfigFile, Folder, Options, Sour
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.families.gguf_keys import sampling_settings
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.text.tokenizer import Tokenizer
 
@@ -162,10 +163,10 @@ def _weights_of(run: RunConfig, options: Options) -> Folder | TensorFile:
 
 def _check_run(run: RunConfig) -> None:
     """Raise InputError for settings of a run config that are not supported."""
-    if run.quantization is not None:
-        raise InputError(
-            f"{run.source}: quantization {run.quantization!r} is not supported; use --set quantization=null"
-        )
+    try:
+        Quantization.of(run.quantization)
+    except InputError as error:
+        raise ConfigError(f"{run.source}: {error}") from None
     if run.use_lora and run.lora_rank < 1:
         raise ConfigError(f"{run.source}: lora_rank is {run.lora_rank}, expected 1 or more")
 

@@ -1,5 +1,7 @@
 """`load` a model from a folder, a file or the hub."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from einsum_transformer.loading.libraries import use_default
 from einsum_transformer.loading.sources import Options, Source, find, name_of
 from einsum_transformer.loading.weights import random_weights, read_weights
 from einsum_transformer.models.adapter_text import with_adapter_tokenizer
+from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
+from einsum_transformer.models.quantization import Quantizer
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.notes import note
 
@@ -25,6 +30,8 @@ def load(
     source: str | Path | RunConfig = DEFAULT_MODEL,
     dtype: str = "float32",
     quantization: str | None = None,
+    quantization_mode: str = "real",
+    quantization_exclude: Sequence[str] = (),
     adapter: str | Path | None = None,
     max_layers: int | None = None,
     seed: int | None = None,
@@ -44,16 +51,21 @@ def load(
     whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
     (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base model.
     revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
-    lead out of the model's folder, as in shared stores. quantization: only None is supported.
+    lead out of the model's folder, as in shared stores.
+
+    quantization: a scheme such as "W8A16", see `quantize`; "none": no quantization, also if the run config
+    has a scheme. Weights are read and quantized one by one. quantization_mode, quantization_exclude: `mode`
+    and `exclude` of `quantize`.
     Raises InputError, in one line; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
-    if quantization is not None:
-        raise InputError(
-            f"quantization {quantization!r} is not supported; load without it (--set quantization=null)"
-        )
     use_default()
     options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links)
     found = find(source, options)
+    chosen = Quantization.of(quantization, quantization_mode, quantization_exclude)
+    if quantization is None and isinstance(found, RunConfig):
+        with suppress(InputError):  # `look` raises it, with the name of the config
+            chosen = Quantization.of(found.quantization, quantization_mode, quantization_exclude)
+    options = replace(options, quantization=chosen)
     model = _model(found, options)
     if isinstance(found, RunConfig):
         model = replace(model, run_config=found)
@@ -64,16 +76,35 @@ def _model(source: Source, options: Options) -> Model:
     found = look(source, options)
     assert found.config is not None
     config = options.truncated(found.config)
+    quantizer = None
+    if options.quantization is not None:
+        if options.weight_budget is not None:
+            raise InputError("`weight_budget` excludes `quantization`: quantized weights are in memory")
+        family = FAMILIES[config.model_type]
+        quantizer = Quantizer(
+            options.quantization, lambda path: family.checkpoint_name(path).removesuffix(".weight")
+        )
     if found.tensors is None or found.places is None:
         if options.weight_budget is not None:
             raise InputError(
                 f"`weight_budget` needs weights in files, but those of {name_of(source)} are random"
             )
         seed = options.seed or 0
-        decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source))
-        return Model(config, decoder, source=f"{name_of(source)} (random weights, seed {seed})")
+        decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source), quantizer)
+        name = f"{name_of(source)} (random weights, seed {seed})"
+        return _with_quantization(Model(config, decoder, source=name), quantizer)
     path = found.tensors.path
     if adapter := adapter_in(path):
         note(f"{path / 'adapter_config.json'}: not used: {adapter}")
-    decoder = read_weights(found.tensors, config, found.places, options)
-    return Model(config, decoder, found.tokenizer, found.generation_config, str(path))
+    decoder = read_weights(found.tensors, config, found.places, options, quantizer)
+    return _with_quantization(
+        Model(config, decoder, found.tokenizer, found.generation_config, str(path)), quantizer
+    )
+
+
+def _with_quantization(model: Model, quantizer: Quantizer | None) -> Model:
+    """The model with the settings of its quantization, which a note describes."""
+    if quantizer is None:
+        return model
+    quantizer.finish(model.source, model.decoder)
+    return replace(model, quantization=quantizer.quantization)

@@ -14,6 +14,7 @@ from einsum_transformer.loading import hub
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.ready import available_configs, ready_config
 from einsum_transformer.models.run_config import RunConfig, parse_run_config
+from einsum_transformer.models.scheme import Quantization
 
 DTYPES = ("float32", "float64")
 
@@ -29,6 +30,7 @@ class Options:
     revision: str | None = None
     offline: bool = False
     allow_links: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

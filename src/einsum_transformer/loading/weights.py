@@ -4,6 +4,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from einsum_transformer.loading.sources import Options
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
+from einsum_transformer.models.quantization import Quantizer
 
 Array = np.ndarray
 
@@ -26,15 +28,23 @@ shape, the type of the computation). Tensors of other types are converted to flo
 
 
 def read_weights(
-    tensors: TensorSource, config: ModelConfig, places: Mapping[str, Place], options: Options
+    tensors: TensorSource,
+    config: ModelConfig,
+    places: Mapping[str, Place],
+    options: Options,
+    quantizer: Quantizer | None = None,
 ) -> Decoder:
     """Return the decoder. Each weight is the first of these that applies:
 
     1. a leaf of `PACKED`, which stores the tensor as in its file;
     2. under a budget, a matrix that stays in the file until an equation needs it;
     3. an array in memory, or a view of the memory-mapped file.
+
+    With a quantizer, the weights are read and quantized one by one.
     """
     budget, dtype = options.weight_budget, np.dtype(options.dtype)
+    if quantizer is not None:
+        budget = 0
     leaves, resident = {}, []
     shared = Budget(budget or 0)
     for weight in weights_of(config):
@@ -51,24 +61,31 @@ def read_weights(
     groups = [weight.component for weight in resident]
     arrays = read_all(tensors, [places[weight.path].stored for weight in resident], dtype, groups)
     leaves |= {weight.path: array.reshape(weight.shape) for weight, array in zip(resident, arrays)}
-    return build(config, lambda weight: leaves[weight.path])
+    if quantizer is None:
+        return build(config, lambda weight: leaves[weight.path])
+    return build(config, lambda weight: quantizer.leaf(weight, leaves[weight.path]))
 
 
-def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str) -> Decoder:
+def random_weights(
+    config: ModelConfig, dtype: np.dtype, seed: int, source: str, quantizer: Quantizer | None = None
+) -> Decoder:
     """Return normally distributed weights (std: initializer_range), norms that scale by 1 and zero biases;
-    each tensor has a separate random stream."""
+    each tensor has a separate random stream. With a quantizer, they are quantized one by one."""
     if seed < 0:
         raise InputError(f"`seed` is {seed}: expected 0 or more")
     weights = weights_of(config)
-    needed = sum(math.prod(weight.stored) for weight in weights) * dtype.itemsize
+    needed = sum(_nbytes(weight, dtype, quantizer) for weight in weights)
     if needed > (present := memory()):
         sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f} GiB"
         raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
 
-    arrays = allocate([weight.stored for weight in weights], dtype, [weight.component for weight in weights])
-    places = {weight.path: array for weight, array in zip(weights, arrays)}
+    places: dict[str, Array] = {}
+    if quantizer is None:
+        groups = [weight.component for weight in weights]
+        arrays = allocate([weight.stored for weight in weights], dtype, groups)
+        places = {weight.path: array for weight, array in zip(weights, arrays)}
 
-    def leaf(weight: WeightSpec) -> Array:
+    def leaf(weight: WeightSpec) -> Any:
         if weight.path.endswith("norm.weight"):
             return np.full(weight.shape, 1 - config.norm_offset, dtype)
         if weight.path.endswith("bias"):
@@ -76,10 +93,19 @@ def random_weights(config: ModelConfig, dtype: np.dtype, seed: int, source: str)
         rng = np.random.default_rng([seed, zlib.crc32(weight.path.encode())])
         values = rng.standard_normal(weight.shape, dtype=np.float32).astype(dtype, copy=False)
         values *= config.initializer_range
+        if quantizer is not None:
+            return quantizer.leaf(weight, values)
         places[weight.path][...] = values.reshape(weight.stored)
         return places[weight.path].reshape(weight.shape)
 
     return build(config, leaf)
+
+
+def _nbytes(weight: WeightSpec, dtype: np.dtype, quantizer: Quantizer | None) -> float:
+    """Bytes of a weight, without the scales of a quantized one."""
+    bits = None if quantizer is None else quantizer.bits(weight)
+    real = quantizer is not None and not quantizer.quantization.simulated
+    return math.prod(weight.stored) * (bits / 8 if bits is not None and real else dtype.itemsize)
 
 
 def memory() -> int:

@@ -179,6 +179,11 @@ def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, 
     computation dtype. sign: -1 removes a merged adapter. Tied embeddings with an adapter on one of the roles
     become two matrices.
     """
+    if model.quantization is not None:
+        raise InputError(
+            f"{model.source}: adapters cannot be merged into weights that are quantized to "
+            f"{model.quantization}: load the model without quantization"
+        )
     report: list[Merged] = []
 
     def whole(path: str, leaf: Any) -> Any:

@@ -25,6 +25,7 @@ from einsum_transformer.models.finite import LOGITS, is_finite, origin
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.peft_names import EMBEDDING, HEAD, POSITIONS, named_pairs, wrapper_names
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.models.stacked import stacks_of
 from einsum_transformer.notes import note_once
 from einsum_transformer.numerics.softmax import IGNORE_INDEX
@@ -49,6 +50,8 @@ class Model:
     source: str = "random weights"
     lora: LoRAConfig | None = None
     """The settings of the LoRA adapters on the weights; None: no adapters."""
+    quantization: Quantization | None = None
+    """How the weights are quantized; None: they are not."""
     run_config: RunConfig | None = None
     """The run config that it was loaded from: its keys are the defaults of `profile`, `Chat` and `train`."""
 
@@ -172,6 +175,10 @@ class Model:
         folder = Path(folder)
         if self.lora is not None:
             raise InputError(f"{folder}: the model has an adapter: merge it first, or save only the adapter")
+        if self.quantization is not None:
+            raise InputError(
+                f"{folder}: a model that is quantized to {self.quantization} cannot be saved yet"
+            )
         if field := unwritten_field(self.family, self.config):
             value, kind = getattr(self.config, field), self.family.model_type
             raise InputError(f"{folder}: a {kind} config.json cannot represent {field} = {value}")

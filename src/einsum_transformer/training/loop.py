@@ -208,6 +208,11 @@ class Trainer:
         if not isinstance(batches, BatchSource):
             kinds = "RandomTokens, TextBatches, or an object with a method `batch(step)`"
             raise ArgumentError(f"Trainer(): `batches` is {batches!r:.60}, expected {kinds}")
+        if model.quantization is not None and model.lora is None:
+            raise InputError(
+                f"{model.source}: weights that are quantized to {model.quantization} have no gradient: "
+                "train adapters (`lora`, --use-lora), or load without quantization"
+            )
         if unapplied := unapplied_settings(model.config):
             note(f"{model.source}: training does not apply {', '.join(unapplied)}")
         self.model: Model = replace(model, decoder=writable(model.decoder))

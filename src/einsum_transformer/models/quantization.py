@@ -1,0 +1,122 @@
+"""Quantization of the weights of a model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from einsum_transformer.engine import Leaf
+from einsum_transformer.errors import InputError
+from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
+from einsum_transformer.models.builder import WeightSpec
+from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
+from einsum_transformer.models.scheme import Quantization
+from einsum_transformer.notes import note
+from einsum_transformer.numerics.uniform import dequantize, quantize
+from einsum_transformer.tables import quantity
+from einsum_transformer.tree import map_named, named_leaves
+
+Array = np.ndarray
+
+_ROUTERS = ("gate", "shared_expert_gate")
+"""Last names of the paths of routers; the gate of a feed-forward is `gate_proj`."""
+_END_BITS = 8
+"""Least bits of the embedding and the output head."""
+
+
+@dataclass(slots=True)
+class Quantizer:
+    """Quantizes the weights of a model one by one.
+
+    Norms, biases, learned positions and routers keep their type. Embedding and output head have one scale per
+    row and at least 8 bits. name_of: path -> checkpoint name of the module of a weight.
+    """
+
+    quantization: Quantization
+    name_of: Callable[[str], str]
+    uneven: list[str] = field(default_factory=list[str])
+    """Names of the weights whose rows are not a multiple of the group size."""
+    counts: Counter[int] = field(default_factory=Counter[int])
+    """Bits -> number of weights that were quantized."""
+
+    def bits(self, spec: WeightSpec) -> int | None:
+        """The bits of a weight; None if it keeps its type."""
+        last = spec.path.removesuffix(".weight").split(".")[-1]
+        if len(spec.stored) < 2 or spec.path == POSITIONS or last in _ROUTERS:
+            return None
+        if self.quantization.excludes(self.name_of(spec.path)):
+            return None
+        bits = self.quantization.scheme.weight_bits
+        return max(bits, _END_BITS) if spec.path in (EMBEDDING, HEAD) else bits
+
+    def leaf(self, spec: WeightSpec, weight: Any) -> Any:
+        """The weight in its new form, from an array or a leaf. Errors: InputError for nan and inf."""
+        bits = self.bits(spec)
+        array = weight.array() if isinstance(weight, Leaf) else weight
+        if bits is None:
+            return array
+        matrix = array.reshape(spec.stored)
+        if not np.isfinite(matrix).all():
+            raise InputError(f"{self.name_of(spec.path)} contains nan or inf, which cannot be quantized")
+        self.counts[bits] += 1
+        scheme = self.quantization.scheme
+        quantized = quantize(matrix, bits, self._group(bits, spec), scheme.symmetric)
+        form = spec.out_axes, scheme.activation_bits
+        if self.quantization.simulated:
+            values = dequantize(quantized, array.dtype).reshape(spec.shape)
+            return SimulatedWeight(values, bits, *form)
+        return PackedWeight.of(quantized, bits, spec.shape, array.dtype, *form)
+
+    def finish(self, source: str, decoder: Any) -> None:
+        """Log what was quantized, and what was not."""
+        self._tell_groups(source)
+        weights = dict(named_leaves(decoder))
+        counts = ", ".join(f"{count} matrices at {bits} bits" for bits, count in sorted(self.counts.items()))
+        others = sum(len(weight.shape) > 1 for weight in weights.values() if not isinstance(weight, Leaf))
+        kept = "norms and biases" + (f" and {others} matrices" if others else "")
+        held = sum(weight.nbytes for weight in weights.values())
+        full = sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in weights.values())
+        dtype = next(iter(weights.values())).dtype
+        note(
+            f"{source}: quantized to {self.quantization}: {counts}; {kept} stay {dtype}; "
+            f"{quantity(held, 'B')} of weights instead of {quantity(full, 'B')}"
+        )
+
+    def _tell_groups(self, source: str) -> None:
+        if self.uneven:
+            size, others = self.quantization.scheme.group_size, len(self.uneven) - 1
+            more = f" and {others} others" if others else ""
+            note(
+                f"{source}: the rows of {self.uneven[0]}{more} are not a multiple of {size} elements: "
+                "the last group of each row is shorter"
+            )
+
+    def _group(self, bits: int, spec: WeightSpec) -> int | None:
+        """The group size of a weight; None: one group for the tensor."""
+        scheme, width = self.quantization.scheme, spec.stored[1]
+        if scheme.granularity == "tensor":
+            return None
+        if scheme.granularity == "channel" or bits > scheme.weight_bits or spec.path in (EMBEDDING, HEAD):
+            return width
+        if width % scheme.group_size:
+            self.uneven.append(self.name_of(spec.path))
+        return min(width, scheme.group_size)
+
+
+def quantized(model: Model, quantization: Quantization) -> Model:
+    """The model with quantized weights, which have no gradient."""
+    if model.lora is not None:
+        raise InputError(
+            f"{model.source}: the model has an adapter: merge it before quantizing, or quantize first"
+        )
+    if model.quantization is not None:
+        raise InputError(f"{model.source}: the model is already quantized to {model.quantization}")
+    quantizer, specs = Quantizer(quantization, model.module), model.weights
+    decoder = map_named(lambda path, weight: quantizer.leaf(specs[path], weight), model.decoder)
+    quantizer.finish(model.source, decoder)
+    return replace(model, decoder=decoder, quantization=quantization)

@@ -1,0 +1,150 @@
+"""The notation of quantization schemes: W4A16KV8g64, with options after commas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import lru_cache
+from itertools import product
+from typing import Any, Literal
+
+import re2  # pyright: ignore[reportMissingTypeStubs]
+
+from einsum_transformer.errors import InputError
+
+Granularity = Literal["tensor", "channel", "group"]
+
+MODES = ("real", "simulated")
+WEIGHT_BITS = (2, 3, 4, 8)
+ACTIVATION_BITS = (4, 8, 16)
+KV_BITS = (4, 8, 16)
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP = 64
+_NOTATION = re.compile(r"W(\d+)A(\d+)(?:KV(\d+))?(?:g(\d+))?((?:,[a-z]+)*)", re.IGNORECASE)
+_OPTIONS = ("tensor", "channel", "symmetric", "asymmetric")
+_GRAMMAR = "W{2,3,4,8}A{4,8,16}, then optionally KV{4,8,16} and g{32,64,128}, such as W4A16g64"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """The types of weights, activations and cached keys and values.
+
+    weight_bits: 2, 3, 4 or 8. activation_bits: 4 or 8, quantized per token, or 16, rounded to float16.
+    kv_bits: 4, 8 or 16. granularity: the elements that share a scale: a group of `group_size` elements of a
+    row, a row (channel), or the tensor. symmetric: without zero points.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    kv_bits: int = 16
+    granularity: Granularity = "channel"
+    group_size: int = DEFAULT_GROUP
+    symmetric: bool = True
+
+    @staticmethod
+    def parse(text: str) -> Scheme | None:
+        """Return the scheme, or None for "none". Without g{N}, 8 bits have one scale per row, and fewer bits
+        one per 64 elements. Options: `,tensor`, `,channel`, `,asymmetric`.
+
+        Raises InputError with the grammar and the nearest valid scheme.
+        """
+        if text.lower() == "none":
+            return None
+        found = _NOTATION.fullmatch(text)
+        if found is None:
+            raise _unknown(text)
+        weight, activation, kv, group, rest = found.groups()
+        bits = int(weight), int(activation), int(kv or 16)
+        allowed = WEIGHT_BITS, ACTIVATION_BITS, KV_BITS
+        known = all(value in values for value, values in zip(bits, allowed))
+        if not known or (group and int(group) not in GROUP_SIZES):
+            raise _unknown(text)
+        options = [option for option in rest.lower().split(",") if option]
+        if unknown := [option for option in options if option not in _OPTIONS]:
+            raise InputError(
+                f"quantization {text!r}: unknown option {unknown[0]!r}: expected {', '.join(_OPTIONS)}"
+            )
+        stated = [option for option in options if option in ("tensor", "channel")]
+        if len(set(stated)) + bool(group) > 1 or {"symmetric", "asymmetric"} <= set(options):
+            choices = "g{N}, tensor or channel" if stated else "symmetric or asymmetric"
+            raise InputError(f"quantization {text!r}: give only one of {choices}")
+        granularity: Granularity = "group" if group or bits[0] < 8 else "channel"
+        if stated:
+            granularity = "tensor" if stated[0] == "tensor" else "channel"
+        size = int(group) if group else DEFAULT_GROUP
+        return Scheme(*bits, granularity, size, "asymmetric" not in options)
+
+    def __str__(self) -> str:
+        kv = "" if self.kv_bits == 16 else f"KV{self.kv_bits}"
+        group = f"g{self.group_size}" if self.granularity == "group" else ""
+        options = "" if self.granularity == "group" else f",{self.granularity}"
+        options += "" if self.symmetric else ",asymmetric"
+        return f"W{self.weight_bits}A{self.activation_bits}{kv}{group}{options}"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """A scheme, its mode, and the weights that are excluded.
+
+    simulated: the weights are rounded and stored as floats; otherwise (real) codes and scales are stored.
+    exclude: names of modules ("down_proj") or regular expressions (RE2) for whole names.
+    """
+
+    scheme: Scheme
+    simulated: bool = False
+    exclude: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(scheme: str | None, mode: str = "real", exclude: Sequence[str] = ()) -> Quantization | None:
+        """Return the quantization, or None for no scheme. Raises InputError for what is not supported."""
+        if mode not in MODES:
+            raise InputError(f"`quantization_mode` is {mode!r}: expected {' or '.join(MODES)}")
+        parsed = None if scheme is None else Scheme.parse(scheme)
+        if parsed is None:
+            return None
+        if parsed.kv_bits < 16:
+            raise InputError(
+                f"quantization {scheme!r}: the KV cache cannot be quantized yet; omit KV{parsed.kv_bits}"
+            )
+        for pattern in exclude:
+            _compiled(pattern)
+        return Quantization(parsed, mode == "simulated", tuple(exclude))
+
+    @property
+    def mode(self) -> str:
+        return "simulated" if self.simulated else "real"
+
+    def __str__(self) -> str:
+        return f"{self.scheme} ({self.mode})"
+
+    def excludes(self, name: str) -> bool:
+        """Return whether a module of this name is excluded."""
+        return any(
+            name == pattern or name.endswith(f".{pattern}") or _compiled(pattern).fullmatch(name) is not None
+            for pattern in self.exclude
+        )
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str) -> Any:
+    try:
+        return re2.compile(pattern)
+    except re2.error:
+        raise InputError(f"`quantization_exclude` {pattern!r}: not a regular expression (RE2)") from None
+
+
+def _unknown(text: str) -> InputError:
+    kinds = product(WEIGHT_BITS, ACTIVATION_BITS, ("", *KV_BITS), ("", *GROUP_SIZES))
+    valid = [f"W{w}A{a}{f'KV{kv}' if kv else ''}{f'g{group}' if group else ''}" for w, a, kv, group in kinds]
+    wanted = text.upper().replace("G", "g")
+
+    def likeness(each: str) -> tuple[int, float]:
+        equal = [a == b for a, b in zip(each, wanted)]
+        return (*equal, False).index(False), SequenceMatcher(None, each, wanted).ratio()
+
+    nearest = max(valid, key=likeness)
+    return InputError(
+        f"quantization {text[:60]!r}: expected none or {_GRAMMAR}; the nearest valid one is {nearest}"
+    )

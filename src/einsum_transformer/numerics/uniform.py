@@ -1,0 +1,147 @@
+"""Uniform quantization of matrices: x ~ (code - zero) * scale, with integer codes of a few bits.
+
+A scale, and a zero point if the range is asymmetric, applies to a group of consecutive elements of a row, to
+a row (channel), or to the whole matrix (tensor).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+_PIECE = 1 << 18  # elements that are quantized at once
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantized matrix (r, d).
+
+    codes: integers (r, d), int8 if symmetric, else uint8. scales: float32 (r, groups), or (1, 1) for the
+    whole matrix; zeros: the codes of 0, uint8 of the same shape, or None. group: elements per group; the last
+    group of a row may be shorter.
+    """
+
+    codes: Array
+    scales: Array
+    zeros: Array | None
+    group: int
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    return (1 - (1 << bits - 1), (1 << bits - 1) - 1) if symmetric else (0, (1 << bits) - 1)
+
+
+def quantize(x: Array, bits: int, group: int | None, symmetric: bool = True) -> Quantized:
+    """Round a matrix (r, d) to the nearest codes of `bits` bits, 2 to 8.
+
+    group: elements per group; None: one group for the whole matrix.
+    symmetric: scale = max |x| / (2^(bits-1) - 1) and zero = 0; else the codes, 0 to 2^bits - 1, cover the
+    range of the values and 0. The error is at most half a scale, and 0 is exact.
+    """
+    per_group = x.reshape(1, -1) if group is None else x
+    size = per_group.shape[1] if group is None else group
+    starts = np.arange(0, per_group.shape[1], size)
+    lowest, highest = code_range(bits, symmetric)
+    low = np.minimum(np.minimum.reduceat(per_group, starts, axis=1), 0).astype(np.float64)
+    high = np.maximum(np.maximum.reduceat(per_group, starts, axis=1), 0).astype(np.float64)
+    scales = (np.maximum(high, -low) if symmetric else high - low) / highest
+    # A subnormal scale would not be precise; that of a group of zeros is arbitrary.
+    scales = np.where(scales == 0, 1, np.maximum(scales, np.finfo(np.float32).tiny)).astype(np.float32)
+    zeros = None if symmetric else np.clip(np.rint(-low / scales), lowest, highest).astype(np.uint8)
+    found = Quantized(
+        np.empty(x.shape, np.int8 if symmetric else np.uint8), scales, zeros, group or x.shape[1]
+    )
+    step = max(1, _PIECE // x.shape[1])
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        # In float64, so that the codes do not depend on the type of x.
+        codes = x[rows] / _of_rows(scales, rows, found).astype(np.float64)
+        np.rint(codes, out=codes)
+        if zeros is not None:
+            codes += _of_rows(zeros, rows, found)
+        np.clip(codes, lowest, highest, out=codes)
+        found.codes[rows] = codes
+    return found
+
+
+def _of_rows(of_groups: Array, rows: slice, quantized: Quantized) -> Array:
+    """The scales or zeros of the elements of these rows, broadcastable over them."""
+    own = of_groups if len(of_groups) == 1 else of_groups[rows]
+    return spread(own, quantized.group, quantized.codes.shape[1])
+
+
+def dequantize(quantized: Quantized, dtype: np.dtype | type = np.float32, out: Array | None = None) -> Array:
+    """(codes - zeros) * scales, (r, d); out: the array for the result, in C order."""
+    y = np.empty(quantized.codes.shape, dtype) if out is None else out
+    np.copyto(y, quantized.codes)
+    rows, width = len(y), quantized.codes.shape[1]
+    groups = quantized.scales.shape[1]
+    # A view in groups, if all have the same size, is faster than repeated scales.
+    if groups > 1 and width == groups * quantized.group:
+        by_group = y.reshape(rows, groups, quantized.group)
+        if quantized.zeros is not None:
+            by_group -= quantized.zeros[..., None]
+        by_group *= quantized.scales[..., None]
+        return y
+    if quantized.zeros is not None:
+        y -= spread(quantized.zeros, quantized.group, width)
+    y *= spread(quantized.scales, quantized.group, width)
+    return y
+
+
+def spread(of_groups: Array, group: int, width: int) -> Array:
+    """Repeat each group's value for its elements: (r, groups) -> (r, width); unchanged if rows have one."""
+    if of_groups.shape[1] == 1:
+        return of_groups
+    return np.repeat(of_groups, group, axis=1)[:, :width]
+
+
+def pack_nibbles(codes: Array) -> Array:
+    """Store codes of at most 4 bits, (r, d) of int8 or uint8, as two per byte: (r, ceil(d / 2)).
+
+    The low nibbles are the first half of the columns, so that unpacking writes two contiguous halves.
+    """
+    half = -(-codes.shape[1] // 2)
+    nibbles = codes.view(np.uint8) & 15
+    packed = nibbles[:, :half].copy()
+    packed[:, : codes.shape[1] - half] |= nibbles[:, half:] << 4
+    return packed
+
+
+def unpack_nibbles(packed: Array, width: int, signed: bool) -> Array:
+    """The codes (r, width) that `pack_nibbles` stored, int8 if signed, else uint8."""
+    half = packed.shape[1]
+    codes = np.empty((len(packed), width), np.uint8)
+    np.bitwise_and(packed, 15, out=codes[:, :half])
+    np.right_shift(packed[:, : width - half], 4, out=codes[:, half:])
+    if not signed:
+        return codes
+    # Sign extension of 4 bits: (n ^ 8) - 8.
+    codes ^= 8
+    codes -= 8
+    return codes.view(np.int8)
+
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def rounded(x: Array, bits: int, axes: tuple[int, ...]) -> Array:
+    """Round activations to symmetric codes of 4 or 8 bits, with one scale for all elements along `axes` (one
+    per token), or to float16 if `bits` is 16; values beyond its range become the largest float16. With more
+    bits they are unchanged."""
+    if bits > 16:
+        return x
+    if bits == 16:
+        return np.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16).astype(x.dtype)
+    highest = code_range(bits, True)[1]
+    scale = np.abs(x).max(axis=axes, keepdims=True)
+    scale /= highest
+    scale[scale == 0] = 1
+    y = x / scale
+    np.rint(y, out=y)
+    y *= scale
+    return y
