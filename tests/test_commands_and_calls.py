@@ -51,8 +51,8 @@ depends on its times."""
 
 
 KEYS = {
-    "run": "model text tokens finish_reason prompt_tokens timings table blas threads kv_cache_bytes"
-    " peak_rss_bytes rope",
+    "run": "model quantization text tokens finish_reason prompt_tokens timings table blas threads"
+    " kv_cache_bytes peak_rss_bytes rope",
     "chat": "model messages turns",
     "explain": "model batch tokens parameters adapters letters steps totals note",
     "diff": "names batch tokens fields parameters components steps flops bytes_moved cache_per_token cache",

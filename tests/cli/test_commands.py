@@ -270,6 +270,21 @@ def test_json_is_one_object(etx: Etx, speller: Path) -> None:
     assert told["rope"]["base"] == 10000
 
 
+def test_the_quantization_is_in_every_output(etx: Etx, config: Path) -> None:
+    for flags, expected in (
+        (["--quantization", "W4A16"], "W4A16g64 (real)"),
+        (["--quantization", "W8A8", "--quantization-mode", "simulated"], "W8A8,channel (simulated)"),
+        (["--set", "quantization=W8A16", "--quantization-exclude", "down_proj"], "W8A16,channel (real)"),
+        (["--set", "quantization=W8A16", "--quantization", "none"], None),
+    ):
+        code, out, err = etx("run", config, "-n", 2, *flags)
+        assert code == 0
+        assert (f"weights quantized to {expected}" in err) == (expected is not None)
+        assert ("quantized to" in err) == (expected is not None)
+        code, out, _ = etx("run", config, "-n", 2, "--json", *flags)
+        assert json.loads(out)["quantization"] == expected
+
+
 def test_a_config_runs_on_random_tokens(etx: Etx, config: Path) -> None:
     code, out, err = etx("run", "--config", config)
     assert code == 0

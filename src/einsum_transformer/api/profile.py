@@ -46,6 +46,8 @@ class Profile:
     """The routing statistics of each layer; empty for a model without experts."""
     likeliest_next: tuple[int, ...] | None = None
     """With `prefill_only`: the most probable next token of each prompt."""
+    quantization: str | None = None
+    """The quantization of the weights and its mode, such as "W8A16,channel (real)"."""
 
     @property
     def text(self) -> str:
@@ -61,6 +63,7 @@ class Profile:
         fields = ("text", "tokens", "finish_reason", "prompt_tokens")
         found = {
             "model": self.model,
+            "quantization": self.quantization,
             **{name: _one_or_all([row.to_dict()[name] for row in self.generations]) for name in fields},
             "timings": numbers,
             "table": table,
@@ -77,6 +80,8 @@ class Profile:
     def tables(self) -> Iterator[Any]:
         """Yield the tables and lines as rich renderables."""
         yield render(self.report)
+        if self.quantization is not None:
+            yield f"weights quantized to {self.quantization}"
         yield from speculation_lines(self.generations[0].speculation)
         if self.routing:
             yield ""
@@ -141,7 +146,8 @@ def profile(
     kv_cache_bytes = max(result.kv_cache_bytes for result in job.results)
     run = Run(model.config, started, seconds, load_seconds, prompt_lengths, new_lengths, kv_cache_bytes)
     found = report(recorder.spans, run)
-    return Profile(model.source, tuple(job.results), found, tuple(routers.layers()), likeliest)
+    quantization = None if model.quantization is None else str(model.quantization)
+    return Profile(model.source, tuple(job.results), found, tuple(routers.layers()), likeliest, quantization)
 
 
 def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) -> None:

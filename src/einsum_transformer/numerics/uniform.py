@@ -136,7 +136,10 @@ def rounded(x: Array, bits: int, axes: tuple[int, ...]) -> Array:
     if bits > 16:
         return x
     if bits == 16:
-        return np.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16).astype(x.dtype)
+        with np.errstate(over="ignore"):
+            y = x.astype(np.float16)
+        y = y.astype(x.dtype)
+        return y if np.isfinite(y).all() else np.clip(y, -_FLOAT16_MAX, _FLOAT16_MAX)
     highest = code_range(bits, True)[1]
     scale = np.abs(x).max(axis=axes, keepdims=True)
     scale /= highest
