@@ -147,7 +147,7 @@ def test_the_note(golden_model: Models, caplog: pytest.LogCaptureFixture) -> Non
     first, second = (record.message for record in caplog.records)
     assert "are not a multiple of 32 elements: the last group of each row is shorter" in first
     assert "quantized to W4A16g32 (real)" in second
-    assert "matrices at 4 bits" in second
+    assert "matrices: 21 at 4 bits, 2 at 8 bits" in second
     assert "norms and biases stay float32" in second
 
 
@@ -203,6 +203,15 @@ def test_refusals(golden_model: Models, tmp_path: Path) -> None:
         et.quantize(replace(model, decoder=broken), "W8A16")
     with pytest.raises(et.InputError, match="`weight_budget` excludes `quantization`"):
         et.load("fast_lora", quantization="W8A16", weight_budget=1000)
+
+
+def test_costs_and_gradient_checks(golden_model: Models, caplog: pytest.LogCaptureFixture) -> None:
+    model = golden_model("llama_gqa", "float64")
+    real = et.quantize(model, "W8A16")
+    assert et.explain(real, tokens=8).flops == et.explain(model, tokens=8).flops
+    assert "costs are those of the weights without quantization" in caplog.records[-1].message
+    with pytest.raises(et.InputError, match=r"rounded activations \(W8A16,channel \(real\)\) have no"):
+        et.gradcheck(real, seq_len=4)
 
 
 def test_generation_with_a_simulation_repeats_its_steps(golden_model: Models) -> None:

@@ -26,6 +26,7 @@ from einsum_transformer.models.adapters import with_lora
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.notes import note
 
 
 @checked
@@ -48,7 +49,10 @@ def explain(
 
     Returns a Program: `str()` is a table, `.steps` lists the equations, `.flops` is their sum.
     """
-    return dry_run(described(source, adapter, offline, allow_links), batch, tokens, backward)
+    found = described(source, adapter, offline, allow_links)
+    if not isinstance(found, ModelConfig) and found.quantization not in (None, "none"):
+        note(f"{found.source}: costs are those of the weights without quantization")
+    return dry_run(found, batch, tokens, backward)
 
 
 @checked
@@ -149,6 +153,11 @@ def gradcheck(
     `.passed` is True if all agree; `.rows` lists the comparisons.
     """
     model = model_of(source, dtype="float64", max_layers=max_layers, seed=seed)
+    if model.quantization is not None:
+        raise InputError(
+            f"{model.source}: rounded activations ({model.quantization}) have no derivative that differences "
+            "could confirm: check the model without quantization (--set quantization=null)"
+        )
     config = model.run_config
     if config is not None and config.lora is not None and model.lora is None:
         model = with_lora(model, config.lora, seed)

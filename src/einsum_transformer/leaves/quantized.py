@@ -58,8 +58,18 @@ class QuantizedWeight(Leaf):
     def block_size(self) -> int:
         """Return the number of elements of the first axis that are multiplied at once."""
 
+    @abstractmethod
+    def values(self, indices: Array) -> Array:
+        """Return the values at indices of the first axis."""
+
     def array(self) -> Array:
         return self.block(0, self.shape[0])
+
+    def rows(self, indices: Array) -> Any:
+        """The rows of an embedding, rounded as the activations are."""
+        if any(isinstance(part, ShapeArray) for part in self.parts().values()):
+            return ShapeArray((*indices.shape, *self.shape[1:]), self.dtype)
+        return rounded(self.values(indices), self.activation_bits, (-1,))
 
     def add_rows(self, indices: Array, dy: Array) -> None:
         return None
@@ -127,8 +137,8 @@ class SimulatedWeight(QuantizedWeight):
     def block_size(self) -> int:
         return self.shape[0]
 
-    def rows(self, indices: Array) -> Array:
-        return rounded(np.take(self.weight, indices, axis=0), self.activation_bits, (-1,))
+    def values(self, indices: Array) -> Array:
+        return np.take(self.weight, indices, axis=0)
 
     def parts(self) -> dict[str, Any]:
         return {"weight": self.weight}
@@ -190,9 +200,8 @@ class PackedWeight(QuantizedWeight):
     def block_size(self) -> int:
         return max(1, _BLOCK // math.prod(self.shape[1:]))
 
-    def rows(self, indices: Array) -> Array:
-        values = self._matrix(indices.ravel()).reshape(*indices.shape, *self.shape[1:])
-        return rounded(values, self.activation_bits, (-1,))
+    def values(self, indices: Array) -> Array:
+        return self._matrix(indices.ravel()).reshape(*indices.shape, *self.shape[1:])
 
     def parts(self) -> dict[str, Any]:
         parts = {"codes": self.codes, "scales": self.scales}

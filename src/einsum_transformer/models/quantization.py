@@ -76,14 +76,14 @@ class Quantizer:
         """Log what was quantized, and what was not."""
         self._tell_groups(source)
         weights = dict(named_leaves(decoder))
-        counts = ", ".join(f"{count} matrices at {bits} bits" for bits, count in sorted(self.counts.items()))
+        counts = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(self.counts.items()))
         others = sum(len(weight.shape) > 1 for weight in weights.values() if not isinstance(weight, Leaf))
         kept = "norms and biases" + (f" and {others} matrices" if others else "")
         held = sum(weight.nbytes for weight in weights.values())
         full = sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in weights.values())
         dtype = next(iter(weights.values())).dtype
         note(
-            f"{source}: quantized to {self.quantization}: {counts}; {kept} stay {dtype}; "
+            f"{source}: quantized to {self.quantization}: matrices: {counts}; {kept} stay {dtype}; "
             f"{quantity(held, 'B')} of weights instead of {quantity(full, 'B')}"
         )
 
