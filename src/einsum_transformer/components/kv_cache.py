@@ -243,7 +243,7 @@ class KVCache:
         self._tokens = np.empty((0, 0), np.int64)
         """(b, slots), of which the first `_used` contain tokens."""
         self._used = 0
-        self.steps = Steps()
+        self.steps: Steps = Steps()
         """The decode steps with this cache."""
 
     @property

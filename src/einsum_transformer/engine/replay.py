@@ -158,7 +158,7 @@ class Trace:
         self.inputs: list[Array] = [np.array(a) for a in inputs]
         self.calls: list[_Call] = []
         self.result: Array | None = None
-        self.reason = ""
+        self.reason: str = ""
         """Why the step cannot be repeated; empty if nothing is known against it."""
         self._thread = threading.get_ident()
 
@@ -416,7 +416,7 @@ class Steps:
     """The consecutive steps of one program, e.g. the decode steps with one KV cache."""
 
     def __init__(self) -> None:
-        self.reason = ""
+        self.reason: str = ""
         """Why the steps run as a program; empty if they are repeated, or will be."""
         self.repeated: int = 0
         """Number of repeated steps."""
@@ -456,7 +456,7 @@ class Steps:
         return self._traced(function, inputs, number, left)
 
     def _restart(self) -> None:
-        self.reason = ""
+        self.reason: str = ""
         self._seen, self._last = 0, -2
         """The number of consecutive steps that ran as a program, and the last of them."""
         self._trace: tuple[int, int, Trace] | None = None

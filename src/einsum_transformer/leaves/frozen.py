@@ -22,7 +22,7 @@ class Frozen(Leaf):
         self.weight = weight
         self.shape: tuple[int, ...] = tuple(weight.shape)
         self.dtype: np.dtype = weight.dtype
-        self.repeatable = not isinstance(weight, Leaf) or weight.repeatable
+        self.repeatable: bool = not isinstance(weight, Leaf) or weight.repeatable
 
     def base_weight(self) -> Any:
         return self.weight

@@ -57,7 +57,7 @@ class LoRA(Leaf):
     one shares (gate and up of an expert in one stack); the gradients of a shared `a` are summed.
     """
 
-    repeatable = True
+    repeatable: bool = True
 
     def __init__(
         self,

@@ -42,13 +42,14 @@ class QuantizedWeight(Leaf):
 
     trained = False
 
-    bits: int
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any, out_axes: int, activation_bits: int) -> None:
+    def __init__(
+        self, bits: int, shape: tuple[int, ...], dtype: Any, out_axes: int, activation_bits: int
+    ) -> None:
+        self.bits: int = bits
         self.shape: tuple[int, ...] = shape
         self.dtype: np.dtype = np.dtype(dtype)
-        self.out_axes = out_axes
-        self.activation_bits = activation_bits
+        self.out_axes: int = out_axes
+        self.activation_bits: int = activation_bits
 
     @abstractmethod
     def block(self, start: int, stop: int) -> Array:
@@ -125,8 +126,8 @@ class SimulatedWeight(QuantizedWeight):
     """The values of a quantized weight as an array: float products, without less memory."""
 
     def __init__(self, weight: Array, bits: int, out_axes: int, activation_bits: int) -> None:
-        super().__init__(weight.shape, weight.dtype, out_axes, activation_bits)
-        self.weight, self.bits = weight, bits
+        super().__init__(bits, weight.shape, weight.dtype, out_axes, activation_bits)
+        self.weight: Array = weight
 
     def array(self) -> Array:
         return self.weight
@@ -162,9 +163,12 @@ class PackedWeight(QuantizedWeight):
         out_axes: int,
         activation_bits: int,
     ) -> None:
-        super().__init__(shape, dtype, out_axes, activation_bits)
-        self.codes, self.scales, self.zeros, self.group, self.bits = codes, scales, zeros, group, bits
-        self.width = math.prod(shape[out_axes:])
+        super().__init__(bits, shape, dtype, out_axes, activation_bits)
+        self.codes: Array = codes
+        self.scales: Array = scales
+        self.zeros: Array | None = zeros
+        self.group: int = group
+        self.width: int = math.prod(shape[out_axes:])
         self._inner = math.prod(shape[1:out_axes])
         """Rows of the matrix per element of the first axis."""
 

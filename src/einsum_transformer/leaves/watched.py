@@ -23,7 +23,7 @@ class Watched(Leaf):
         self.bias: Any = bias
         self.shape: tuple[int, ...] = tuple(weight.shape)
         self.dtype: np.dtype = weight.dtype
-        self.repeatable = not isinstance(weight, Leaf) or weight.repeatable
+        self.repeatable: bool = not isinstance(weight, Leaf) or weight.repeatable
 
     def array(self) -> Array:
         return np.asarray(self.weight)
