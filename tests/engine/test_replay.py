@@ -162,6 +162,32 @@ def test_other_inputs_weights_and_libraries_start_again(monkeypatch: pytest.Monk
     assert steps.repeated == 10
 
 
+@pytest.mark.parametrize("kind", blas.KINDS)
+def test_products_of_another_library_are_repeated(kind: blas.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+        calls.append(type(a))
+        return np.matmul(a, b, out=out)
+
+    monkeypatch.setattr(blas.PRODUCTS[kind], "matmul", matmul)
+    matrix, stack = rng.standard_normal((40, 6)), rng.standard_normal((3, 5, 6))
+
+    def program(_: Run, x: Array) -> Array:
+        y = einsum("d,fd->f", x, WEIGHT)
+        rows = y[None] * np.ones_like(y, shape=(40, 1))
+        total = einsum("tf,uf->tu", rows, matrix).sum(axis=0)
+        total += einsum("tf,uf->tu", rows[:8], matrix).sum(axis=0)
+        return (
+            einsum("f,uf->u", y, matrix) + total + einsum("kf,ksf->ks", rows[:3], stack).sum(keepdims=True)[0]
+        )
+
+    check(program)
+    assert blas.PRODUCTS[kind].matmul is matmul
+    assert len(calls) >= STEPS
+    assert set(calls) == {np.ndarray}
+
+
 def test_a_condition_with_another_result_runs_the_program() -> None:
     def small(a: Array) -> bool:
         return bool(a.max() < 100)

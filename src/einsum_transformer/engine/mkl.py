@@ -106,15 +106,18 @@ def _matmul(symbols: Any) -> Callable[..., Array]:
         for kind, letter, real in ((np.float32, "s", ctypes.c_float), (np.float64, "d", ctypes.c_double))
     }
 
-    def product(a: Array, b: Array) -> Array:
-        """a . b by MKL for float matrices and stacks of them, by NumPy for other types and small sizes."""
+    def product(a: Array, b: Array, out: Array | None = None) -> Array:
+        """a . b by MKL for float matrices and stacks of them, by NumPy for other types and small sizes.
+
+        out: the array for the result, in C order.
+        """
         known = routines.get(a.dtype.str)
         if known is None or a.dtype != b.dtype or a.ndim < 2 or b.ndim < 2 or 0 in a.shape or 0 in b.shape:
-            return np.matmul(a, b)
+            return np.matmul(a, b, out=out)
         if a.shape[-2] * a.shape[-1] * b.shape[-1] < _SMALL or a.shape[-1] != b.shape[-2]:
-            return np.matmul(a, b)
+            return np.matmul(a, b, out=out)
         if a.ndim == b.ndim == 2:
-            out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+            out = np.empty((a.shape[0], b.shape[1]), a.dtype) if out is None else out
             if b.shape[1] == 1:
                 _gemv_into(known.gemv, a, b[:, 0], out)
             elif a.shape[0] == 1:
@@ -123,7 +126,7 @@ def _matmul(symbols: Any) -> Callable[..., Array]:
                 _gemm_into(known.gemm, a, b, out)
             return out
         stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        out = np.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype)
+        out = np.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype) if out is None else out
         _stack_into(known, _broadcast(a, stack), _broadcast(b, stack), out)
         return out
 

@@ -20,6 +20,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,8 @@ LEAST = 64
 """Steps with regular places that must be left for a trace."""
 _TRIES = 3
 """Traces of irregular steps before all further steps run as a program."""
+_tracing = threading.RLock()
+"""Held while the products of other libraries than NumPy are replaced by ones that record."""
 _LINE = 64  # bytes of a cache line, to which memory is aligned
 _KNOWN = {
     *("T", "base", "dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides", "trace"),
@@ -164,7 +167,17 @@ class Trace:
 
     def run(self, function: Function) -> Array:
         """Return function(*inputs) and record its calls."""
-        self.result = _plain(function(*map(self._traced, self.inputs)))
+        products = list(blas.PRODUCTS.values())
+        with _tracing:
+            libraries = [each.matmul for each in products]
+            for each in products:
+                if not isinstance(each.matmul, np.ufunc):
+                    each.matmul = partial(_recorded, each.matmul)
+            try:
+                self.result = _plain(function(*map(self._traced, self.inputs)))
+            finally:
+                for each, library in zip(products, libraries):
+                    each.matmul = library
         return np.array(self.result)
 
     def call(self, function: Function, arguments: Sequence[Any], outs: Sequence[Any], keywords: Any) -> Any:
@@ -542,6 +555,13 @@ def _aligned(size: int) -> Array:
 
 def _trace_of(arguments: Sequence[Any]) -> Trace:
     return next(each.trace for each in arguments if isinstance(each, Traced) and each.trace is not None)
+
+
+def _recorded(matmul: Function, a: Any, b: Any) -> Any:
+    """A product of a library that is not a NumPy function."""
+    if isinstance(a, Traced) or isinstance(b, Traced):
+        return _trace_of((a, b)).call(matmul, (a, b), (), {})
+    return matmul(a, b)
 
 
 def _plain(a: Any) -> Any:

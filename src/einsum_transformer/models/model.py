@@ -50,10 +50,10 @@ class Model:
     source: str = "random weights"
     lora: LoRAConfig | None = None
     """The settings of the LoRA adapters on the weights; None: no adapters."""
-    quantization: Quantization | None = None
-    """How the weights are quantized; None: they are not."""
     run_config: RunConfig | None = None
     """The run config that it was loaded from: its keys are the defaults of `profile`, `Chat` and `train`."""
+    quantization: Quantization | None = None
+    """How the weights are quantized; None: they are not."""
 
     @property
     def family(self) -> Family:
