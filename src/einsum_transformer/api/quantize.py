@@ -32,7 +32,7 @@ def quantize(source: AnySource, scheme: str, mode: str = "real", exclude: Sequen
     """
     quantization = Quantization.of(scheme, mode, exclude)
     if quantization is None:
-        raise InputError("`scheme` is none: expected a scheme such as W8A16")
+        raise InputError("`scheme` is 'none': expected a scheme such as W8A16")
     if isinstance(source, Model):
         return quantized(source, quantization)
     return load(

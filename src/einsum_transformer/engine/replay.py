@@ -56,8 +56,8 @@ def _untraced_attribute(name: str) -> property:
 class Traced(np.ndarray):
     """An array whose NumPy calls are recorded, and those of the arrays that are computed from it.
 
-    What is not recorded cannot be missed: its results are in memory that is unknown to the trace, and a step
-    that reads them is not repeated.
+    Calls that are not recorded are detected: their results are in memory that the trace does not know, and a
+    step that reads such memory is not repeated.
     """
 
     trace: Trace | None = None
@@ -429,8 +429,6 @@ class Steps:
     """The consecutive steps of one program, e.g. the decode steps with one KV cache."""
 
     def __init__(self) -> None:
-        self.reason: str = ""
-        """Why the steps run as a program; empty if they are repeated, or will be."""
         self.repeated: int = 0
         """Number of repeated steps."""
         self._depends_on: tuple[Any, Any] = None, None
@@ -470,6 +468,7 @@ class Steps:
 
     def _restart(self) -> None:
         self.reason: str = ""
+        """Why the steps run as a program; empty if they are repeated, or will be."""
         self._seen, self._last = 0, -2
         """The number of consecutive steps that ran as a program, and the last of them."""
         self._trace: tuple[int, int, Trace] | None = None

@@ -52,19 +52,8 @@ class QuantizedWeight(Leaf):
         self.activation_bits: int = activation_bits
 
     @abstractmethod
-    def block(self, start: int, stop: int) -> Array:
-        """Return the values at start:stop of the first axis."""
-
-    @abstractmethod
-    def block_size(self) -> int:
-        """Return the number of elements of the first axis that are multiplied at once."""
-
-    @abstractmethod
     def values(self, indices: Array) -> Array:
         """Return the values at indices of the first axis."""
-
-    def array(self) -> Array:
-        return self.block(0, self.shape[0])
 
     def rows(self, indices: Array) -> Any:
         """The rows of an embedding, rounded as the activations are."""
@@ -89,37 +78,9 @@ class QuantizedWeight(Leaf):
         return self._product(equation, parsed, x, position, order)
 
     def _product(self, equation: str, parsed: Equation, x: Any, position: int, order: str) -> Array:
-        """The product with x, in blocks of the weight's first axis."""
-
-        def of(weight: Any, x: Any) -> Array:
-            return product(equation, (weight, x) if position == 0 else (x, weight), order)
-
-        if isinstance(x, ShapeArray):
-            return of(ShapeArray(self.shape, self.dtype), x)
-        weight, term = parsed.inputs[position], parsed.inputs[1 - position]
-        count, step = self.shape[0], self.block_size()
-        few = math.prod(size for letter, size in zip(term, x.shape) if letter not in weight) <= FEW
-        coarse = few and math.prod(self.shape) >= _COARSE
-        if coarse:
-            # Each thread multiplies its own blocks, which stay in its cache.
-            step = min(step, -(-count // shares()))
-        if count <= step:
-            return of(self.array(), x)
-        letter = weight[0]
-        parts: list[Any] = [None] * -(-count // step)
-
-        def run(i: int) -> None:
-            block = slice(i * step, min((i + 1) * step, count))
-            part = x[(slice(None),) * term.index(letter) + (block,)] if letter in term else x
-            parts[i] = of(self.block(block.start, block.stop), part)
-
-        for_each(run, [(i,) for i in range(len(parts))], coarse)
-        if letter in parsed.output:
-            return np.concatenate(parts, axis=parsed.output.index(letter))
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
-        return total
+        """The product with x."""
+        weight = ShapeArray(self.shape, self.dtype) if isinstance(x, ShapeArray) else self.array()
+        return product(equation, (weight, x) if position == 0 else (x, weight), order)
 
 
 class SimulatedWeight(QuantizedWeight):
@@ -131,12 +92,6 @@ class SimulatedWeight(QuantizedWeight):
 
     def array(self) -> Array:
         return self.weight
-
-    def block(self, start: int, stop: int) -> Array:
-        return self.weight[start:stop]
-
-    def block_size(self) -> int:
-        return self.shape[0]
 
     def values(self, indices: Array) -> Array:
         return np.take(self.weight, indices, axis=0)
@@ -187,7 +142,11 @@ class PackedWeight(QuantizedWeight):
         parts = codes, quantized.scales, quantized.zeros, quantized.group
         return cls(*parts, bits, shape, dtype, out_axes, activation_bits)
 
-    def block(self, start: int, stop: int) -> Array:
+    def array(self) -> Array:
+        return self._block(0, self.shape[0])
+
+    def _block(self, start: int, stop: int) -> Array:
+        """The values at start:stop of the first axis."""
         matrix = np.empty(((stop - start) * self._inner, self.width), self.dtype)
         step = max(1, -(-len(matrix) // shares()))
 
@@ -201,9 +160,6 @@ class PackedWeight(QuantizedWeight):
         for_each(fill, firsts, coarse=matrix.size >= _COARSE)
         return matrix.reshape(-1, *self.shape[1:])
 
-    def block_size(self) -> int:
-        return max(1, _BLOCK // math.prod(self.shape[1:]))
-
     def values(self, indices: Array) -> Array:
         return self._matrix(indices.ravel()).reshape(*indices.shape, *self.shape[1:])
 
@@ -214,6 +170,39 @@ class PackedWeight(QuantizedWeight):
     def with_parts(self, parts: Mapping[str, Any]) -> PackedWeight:
         own = parts["codes"], parts["scales"], parts.get("zeros"), self.group, self.bits
         return PackedWeight(*own, self.shape, self.dtype, self.out_axes, self.activation_bits)
+
+    def _product(self, equation: str, parsed: Equation, x: Any, position: int, order: str) -> Array:
+        """The product with x, in blocks of the weight's first axis."""
+
+        def of(weight: Any, x: Any) -> Array:
+            return product(equation, (weight, x) if position == 0 else (x, weight), order)
+
+        if isinstance(x, ShapeArray):
+            return super()._product(equation, parsed, x, position, order)
+        weight, term = parsed.inputs[position], parsed.inputs[1 - position]
+        count, step = self.shape[0], max(1, _BLOCK // math.prod(self.shape[1:]))
+        few = math.prod(size for letter, size in zip(term, x.shape) if letter not in weight) <= FEW
+        coarse = few and math.prod(self.shape) >= _COARSE
+        if coarse:
+            # Each thread multiplies its own blocks, which stay in its cache.
+            step = min(step, -(-count // shares()))
+        if count <= step:
+            return super()._product(equation, parsed, x, position, order)
+        letter = weight[0]
+        parts: list[Any] = [None] * -(-count // step)
+
+        def run(i: int) -> None:
+            block = slice(i * step, min((i + 1) * step, count))
+            part = x[(slice(None),) * term.index(letter) + (block,)] if letter in term else x
+            parts[i] = of(self._block(block.start, block.stop), part)
+
+        for_each(run, [(i,) for i in range(len(parts))], coarse)
+        if letter in parsed.output:
+            return np.concatenate(parts, axis=parsed.output.index(letter))
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
 
     def _matrix(self, rows: Any, out: Array | None = None) -> Array:
         """The values of rows of the matrix."""

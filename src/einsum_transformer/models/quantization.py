@@ -65,7 +65,7 @@ class Quantizer:
             raise InputError(f"{self.name_of(spec.path)} contains nan or inf, which cannot be quantized")
         self.counts[bits] += 1
         scheme = self.quantization.scheme
-        quantized = quantize(matrix, bits, self._group(bits, spec), scheme.symmetric)
+        quantized = quantize(matrix, bits, self._group(spec), scheme.symmetric)
         form = spec.out_axes, scheme.activation_bits
         if self.quantization.simulated:
             values = dequantize(quantized, array.dtype).reshape(spec.shape)
@@ -96,12 +96,12 @@ class Quantizer:
                 "the last group of each row is shorter"
             )
 
-    def _group(self, bits: int, spec: WeightSpec) -> int | None:
+    def _group(self, spec: WeightSpec) -> int | None:
         """The group size of a weight; None: one group for the tensor."""
         scheme, width = self.quantization.scheme, spec.stored[1]
         if scheme.granularity == "tensor":
             return None
-        if scheme.granularity == "channel" or bits > scheme.weight_bits or spec.path in (EMBEDDING, HEAD):
+        if scheme.granularity == "channel" or spec.path in (EMBEDDING, HEAD):
             return width
         if width % scheme.group_size:
             self.uneven.append(self.name_of(spec.path))

@@ -78,18 +78,18 @@ def dequantize(quantized: Quantized, dtype: np.dtype | type = np.float32, out: A
     """(codes - zeros) * scales, (r, d); out: the array for the result, in C order."""
     y = np.empty(quantized.codes.shape, dtype) if out is None else out
     np.copyto(y, quantized.codes)
-    rows, width = len(y), quantized.codes.shape[1]
-    groups = quantized.scales.shape[1]
-    # A view in groups, if all have the same size, is faster than repeated scales.
+    scales, zeros, values = quantized.scales, quantized.zeros, y
+    width, groups = quantized.codes.shape[1], scales.shape[1]
     if groups > 1 and width == groups * quantized.group:
-        by_group = y.reshape(rows, groups, quantized.group)
-        if quantized.zeros is not None:
-            by_group -= quantized.zeros[..., None]
-        by_group *= quantized.scales[..., None]
-        return y
-    if quantized.zeros is not None:
-        y -= spread(quantized.zeros, quantized.group, width)
-    y *= spread(quantized.scales, quantized.group, width)
+        # A view in groups, if all have the same size, is faster than repeated scales.
+        values = y.reshape(len(y), groups, quantized.group)
+        scales, zeros = scales[..., None], None if zeros is None else zeros[..., None]
+    else:
+        scales = spread(scales, quantized.group, width)
+        zeros = None if zeros is None else spread(zeros, quantized.group, width)
+    if zeros is not None:
+        values -= zeros
+    values *= scales
     return y
 
 
