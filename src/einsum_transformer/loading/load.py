@@ -80,10 +80,7 @@ def _model(source: Source, options: Options) -> Model:
     if options.quantization is not None:
         if options.weight_budget is not None:
             raise InputError("`weight_budget` excludes `quantization`: quantized weights are in memory")
-        family = FAMILIES[config.model_type]
-        quantizer = Quantizer(
-            options.quantization, lambda path: family.checkpoint_name(path).removesuffix(".weight")
-        )
+        quantizer = Quantizer(options.quantization, FAMILIES[config.model_type])
     if found.tensors is None or found.places is None:
         if options.weight_budget is not None:
             raise InputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
 from einsum_transformer.models.builder import WeightSpec
+from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
 from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.notes import note
@@ -34,11 +34,11 @@ class Quantizer:
     """Quantizes the weights of a model one by one.
 
     Norms, biases, learned positions and routers keep their type. Embedding and output head have one scale per
-    row and at least 8 bits. name_of: path -> checkpoint name of the module of a weight.
+    row and at least 8 bits. family: the names of the weights in checkpoints.
     """
 
     quantization: Quantization
-    name_of: Callable[[str], str]
+    family: Family
     uneven: list[str] = field(default_factory=list[str])
     """Names of the weights whose rows are not a multiple of the group size."""
     counts: Counter[int] = field(default_factory=Counter[int])
@@ -49,7 +49,7 @@ class Quantizer:
         last = spec.path.removesuffix(".weight").split(".")[-1]
         if len(spec.stored) < 2 or spec.path == POSITIONS or last in _ROUTERS:
             return None
-        if self.quantization.excludes(self.name_of(spec.path)):
+        if self.quantization.excludes(self._name(spec)):
             return None
         bits = self.quantization.scheme.weight_bits
         return max(bits, _END_BITS) if spec.path in (EMBEDDING, HEAD) else bits
@@ -62,7 +62,7 @@ class Quantizer:
             return array
         matrix = array.reshape(spec.stored)
         if not np.isfinite(matrix).all():
-            raise InputError(f"{self.name_of(spec.path)} contains nan or inf, which cannot be quantized")
+            raise InputError(f"{self._name(spec)} contains nan or inf, which cannot be quantized")
         self.counts[bits] += 1
         scheme = self.quantization.scheme
         quantized = quantize(matrix, bits, self._group(spec), scheme.symmetric)
@@ -96,6 +96,10 @@ class Quantizer:
                 "the last group of each row is shorter"
             )
 
+    def _name(self, spec: WeightSpec) -> str:
+        """Checkpoint name of the module of a weight."""
+        return self.family.checkpoint_name(spec.path).removesuffix(".weight")
+
     def _group(self, spec: WeightSpec) -> int | None:
         """The group size of a weight; None: one group for the tensor."""
         scheme, width = self.quantization.scheme, spec.stored[1]
@@ -104,7 +108,7 @@ class Quantizer:
         if scheme.granularity == "channel" or spec.path in (EMBEDDING, HEAD):
             return width
         if width % scheme.group_size:
-            self.uneven.append(self.name_of(spec.path))
+            self.uneven.append(self._name(spec))
         return min(width, scheme.group_size)
 
 
@@ -116,7 +120,7 @@ def quantized(model: Model, quantization: Quantization) -> Model:
         )
     if model.quantization is not None:
         raise InputError(f"{model.source}: the model is already quantized to {model.quantization}")
-    quantizer, specs = Quantizer(quantization, model.module), model.weights
+    quantizer, specs = Quantizer(quantization, model.family), model.weights
     decoder = map_named(lambda path, weight: quantizer.leaf(specs[path], weight), model.decoder)
     quantizer.finish(model.source, decoder)
     return replace(model, decoder=decoder, quantization=quantization)
