@@ -53,6 +53,11 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         """Return the array in memory if a product with this leaf is the product with it, else None."""
         return None
 
+    def joined(self, others: Sequence[Leaf]) -> Leaf | None:
+        """Return a leaf (j, d) of which this one and the others, (..., d), are consecutive rows, or None: it
+        computes their products at once."""
+        return None
+
     def __getitem__(self, index: Any) -> Any:
         """Return a part of the weight, for use in an equation or as an array."""
         return _Part(self, index)

@@ -134,6 +134,14 @@ def condition(test: Callable[[Array], bool], a: Any) -> bool:
     return test(a)
 
 
+def recorded(function: Function, *arguments: Any) -> Any:
+    """Return function(*arguments) and record it as one call: it takes arrays and constants, returns a new
+    array, and writes the same result to an argument `out` if it is given."""
+    if any(isinstance(each, Traced) for each in arguments):
+        return _trace_of(arguments).call(function, arguments, (), {})
+    return function(*arguments)
+
+
 def not_repeatable(operands: Sequence[Any]) -> None:
     """Do not repeat the step of these operands: a weight has other arrays at every step."""
     for each in operands:
@@ -558,9 +566,7 @@ def _trace_of(arguments: Sequence[Any]) -> Trace:
 
 def _recorded(matmul: Function, a: Any, b: Any) -> Any:
     """A product of a library that is not a NumPy function."""
-    if isinstance(a, Traced) or isinstance(b, Traced):
-        return _trace_of((a, b)).call(matmul, (a, b), (), {})
-    return matmul(a, b)
+    return recorded(matmul, a, b)
 
 
 def _plain(a: Any) -> Any:

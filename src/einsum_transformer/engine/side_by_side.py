@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ Term = tuple[str, Any]
 def einsums(x: Array, *terms: Term) -> list[Array]:
     """Return `[einsum(equation, x, weight) for equation, weight in terms]`.
 
-    If the weights lie side by side in memory (see `leaves.resident.allocate`), their products are computed
-    as one, which reads x once and is more efficient with few rows. The results are then views of one array,
-    which do not overlap.
+    If the weights lie side by side in memory (see `leaves.resident.allocate` and `Leaf.joined`), their
+    products are computed as one, which reads x once and is more efficient with few rows. The results are then
+    views of one array, which do not overlap.
     """
     joined = _joined.get(tuple([id(weight) for _, weight in terms]))
     if joined is None:
@@ -35,6 +36,8 @@ def einsums(x: Array, *terms: Term) -> list[Array]:
     if not (recorder.active_for_events and recorder.reads_events()):
         run = joined.runs.get((x.shape, x.strides))
         return (run or joined.plan(x, terms))(x)
+    if isinstance(joined.matrix, Leaf):
+        return [einsum(equation, x, weight) for equation, weight in terms]  # so that each has an event
     run = joined.plan(x, terms)
     start = time.perf_counter()
     results = run(x)
@@ -59,7 +62,7 @@ def _resident(weight: Any) -> Array | None:
 class _Joined:
     """Weights that lie side by side. matrix: all of them, (j, d); None if they are computed one by one."""
 
-    matrix: Array | None = None
+    matrix: Array | Leaf | None = None
     runs: dict[tuple[Any, ...], Callable[[Array], list[Array]]] = field(default_factory=dict)
     """Shape and strides of x -> the function that computes all results."""
     how: str = ""
@@ -74,8 +77,12 @@ class _Joined:
         letter = next(letter for letter in "jabcdefghiklmnopqrstuvwxyz" if letter not in parsed[0].inputs[0])
         contracted = parsed[0].inputs[0][-1]
         text = f"{parsed[0].inputs[0]},{letter}{contracted}->{batch}{letter}"
-        plan = plans.plan_of(text, Equation.parse(text), [x, self.matrix], "K")
-        self.how, matrix, parts, first = plan.description(), self.matrix, [], 0
+        matrix, parts, first = self.matrix, [], 0
+        if isinstance(matrix, Leaf):
+            product = partial(einsum, text)
+        else:
+            plan = plans.plan_of(text, Equation.parse(text), [x, matrix], "K")
+            product, self.how = plan.run, plan.description()
         for _, weight in terms:
             rows = weight.shape[:-1]
             last = first + math.prod(rows)
@@ -83,7 +90,7 @@ class _Joined:
             first = last
 
         def run(x: Array) -> list[Array]:
-            y = plan.run(x, matrix)
+            y = product(x, matrix)
             return [y[..., part] if shape is None else y[..., part].reshape(shape) for part, shape in parts]
 
         if len(self.runs) >= 256:
@@ -101,10 +108,14 @@ def _join(terms: tuple[Term, ...]) -> _Joined:
     """Return the weights as one matrix if they lie side by side, and store it until one of them is freed."""
     weights = [weight for _, weight in terms]
     arrays = [array for array in map(_resident, weights) if array is not None]
-    if len(arrays) < len(weights):
+    leaves = [weight for weight in weights if isinstance(weight, Leaf)]
+    if len(arrays) < len(weights) and len(leaves) < len(weights):
         return _APART
     key = tuple([id(weight) for weight in weights])
-    found = _Joined(_whole(arrays) if _same_form([equation for equation, _ in terms]) else None)
+    matrix = None
+    if _same_form([equation for equation, _ in terms]):
+        matrix = consecutive(arrays) if len(arrays) == len(weights) else leaves[0].joined(leaves[1:])
+    found = _Joined(matrix)
     found.owners = [weakref.ref(each, lambda _: _joined.pop(key, None)) for each in weights]
     _joined[key] = found
     return found
@@ -126,11 +137,13 @@ def _same_form(equations: list[str]) -> bool:
     return True
 
 
-def _whole(weights: list[Array]) -> Array | None:
-    """The matrix (j, d) of which the weights (..., d) are consecutive rows, as a view of their memory, or
-    None."""
+def consecutive(weights: Sequence[Array]) -> Array | None:
+    """Return the matrix (j, d) of which the weights (..., d) are consecutive rows, as a view of their memory,
+    or None if they are not."""
     memory, first = weights[0].base, weights[0]
     if not isinstance(memory, np.ndarray) or memory.ndim != 1 or not memory.flags.c_contiguous:
+        return None
+    if memory.itemsize != first.itemsize:
         return None
     rows, address = 0, first.ctypes.data
     steps = None
@@ -138,7 +151,7 @@ def _whole(weights: list[Array]) -> Array | None:
         matrix = weight.reshape(-1, weight.shape[-1])
         if (
             weight.base is not memory
-            or weight.dtype != memory.dtype
+            or weight.dtype != first.dtype
             or not np.may_share_memory(matrix, weight)
         ):
             return None
@@ -148,4 +161,4 @@ def _whole(weights: list[Array]) -> Array | None:
         rows += len(matrix)
     assert steps is not None
     offset = address - memory.ctypes.data
-    return np.ndarray((rows, first.shape[-1]), memory.dtype, memory, offset, steps)
+    return np.ndarray((rows, first.shape[-1]), first.dtype, memory, offset, steps)

@@ -8,19 +8,26 @@ activations is exact for the rounded weight, and passes the rounding of activati
 from __future__ import annotations
 
 import math
+import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from einsum_transformer.engine import Equation, Leaf, ShapeArray
-from einsum_transformer.engine.blas import FEW, shares
-from einsum_transformer.engine.contract import product
+from einsum_transformer.engine import Equation, Leaf, ShapeArray, integers
+from einsum_transformer.engine.blas import FEW, matmul, shares
+from einsum_transformer.engine.contract import product, report
 from einsum_transformer.engine.parallel import for_each
+from einsum_transformer.engine.recorder import reads_events
+from einsum_transformer.engine.replay import recorded
+from einsum_transformer.engine.side_by_side import consecutive
 from einsum_transformer.numerics.uniform import (
+    DIGIT_BASE,
     Quantized,
     dequantize,
+    digits,
+    halves,
     pack_nibbles,
     rounded,
     unpack_nibbles,
@@ -30,6 +37,14 @@ Array = np.ndarray
 
 _COARSE = 1 << 19
 """Elements of a weight from which its blocks are divided over the threads."""
+_PIECE = 1 << 19
+"""Elements that are converted at once for few rows, so that they stay in the cache of one core."""
+_COARSE_FEW = 1 << 22
+"""Elements of a weight from which a product with few rows is divided over the threads."""
+_FEW_ROWS = 8
+"""Rows of x up to which three integer products, for more than 8 bits, are faster than one of floats."""
+_ROWS = 128
+"""Rows of activations that are quantized at once, so that they stay in the CPU cache."""
 _BLOCK = 1 << 21
 """Elements that are dequantized at once: 8 MB of float32, which stay in the CPU cache."""
 
@@ -74,8 +89,15 @@ class QuantizedWeight(Leaf):
         x, weight, term = operands[1 - position], parsed.inputs[position], parsed.inputs[1 - position]
         inputs = weight[self.out_axes :]
         if not set(inputs) & set(parsed.output) and not isinstance(x, ShapeArray):
+            y = self._by_rows(equation, parsed, x, position)
+            if y is not None:
+                return y
             x = rounded(x, self.activation_bits, tuple(map(term.index, inputs)))
         return self._product(equation, parsed, x, position, order)
+
+    def _by_rows(self, equation: str, parsed: Equation, x: Any, position: int) -> Array | None:
+        """The product with the rows of x, before they are rounded, or None if it is computed in blocks."""
+        return None
 
     def _product(self, equation: str, parsed: Equation, x: Any, position: int, order: str) -> Array:
         """The product with x."""
@@ -171,6 +193,76 @@ class PackedWeight(QuantizedWeight):
         own = parts["codes"], parts["scales"], parts.get("zeros"), self.group, self.bits
         return PackedWeight(*own, self.shape, self.dtype, self.out_axes, self.activation_bits)
 
+    @property
+    def repeatable(self) -> bool:  # type: ignore[override]
+        return True
+
+    def joined(self, others: Sequence[Leaf]) -> Leaf | None:
+        weights = [self, *(each for each in others if isinstance(each, PackedWeight))]
+        if len(weights) <= len(others) or any(each._form != self._form for each in weights):
+            return None
+        if self.out_axes != self.ndim - 1 or any(len(each.scales) == 1 for each in weights):
+            return None
+        codes, scales = _rows([each.codes for each in weights]), _rows([each.scales for each in weights])
+        zeros = None if self.zeros is None else _rows([each.zeros for each in weights])
+        if codes is None or scales is None or (zeros is None) != (self.zeros is None):
+            return None
+        own = codes, scales, zeros, self.group, self.bits
+        return PackedWeight(*own, (len(codes), self.width), self.dtype, 1, self.activation_bits)
+
+    @property
+    def _form(self) -> tuple[Any, ...]:
+        """Equal for weights whose rows can be those of one weight."""
+        form = self.bits, self.group, self.width, self.dtype, self.activation_bits
+        return *form, self.zeros is None, self.shape[-1], self.ndim - self.out_axes
+
+    def _by_rows(self, equation: str, parsed: Equation, x: Any, position: int) -> Array | None:
+        """With integers, if they are exact or the rows are few, or with floats, if the rows are few."""
+        weight, term = parsed.inputs[position], parsed.inputs[1 - position]
+        outer, outputs, inputs = (
+            self._outer(parsed, position),
+            weight[: self.out_axes],
+            weight[self.out_axes :],
+        )
+        if outer is None:
+            return None
+        count = math.prod(x.shape[term.index(letter)] for letter in outer)
+        digit = self.activation_bits <= 8
+        integer = self.bits == 8 and self.scales.shape[1] == 1 and self.width <= integers.LONGEST
+        integer = integer and (digit or (count <= _FEW_ROWS and self.dtype == np.float32))
+        integer = integer and integers.available()
+        if count > (math.inf if integer else FEW):
+            return None
+        parsed.sizes([self.shape, x.shape] if position == 0 else [x.shape, self.shape])
+        start = time.perf_counter()
+        rows = x.transpose([term.index(letter) for letter in outer + inputs])
+        shape = rows.shape[: len(outer)]
+        given = self.codes, self.scales, self.zeros, rows.reshape(count, self.width), self.activation_bits
+        if integer:
+            y = recorded(_integer_product, *given)
+        else:
+            y = recorded(_float_product, *given, self.bits, self.group)
+        y = y.reshape(*self.shape[: self.out_axes], *shape)
+        y = y.transpose([(outputs + outer).index(letter) for letter in parsed.output])
+        if reads_events():
+            ordered = [x, ShapeArray(self.shape, self.codes.dtype)]
+            kind = f"{1 if digit else 3} int8" if integer else "dequantized"
+            how = f"{kind}: {len(self.codes)} x {self.width} x {count}"
+            seconds = time.perf_counter() - start
+            report(equation, parsed, ordered[::-1] if position == 0 else ordered, y, how, seconds)
+        return y
+
+    def _outer(self, parsed: Equation, position: int) -> str | None:
+        """The letters of x besides the inputs of the weight, if the product is that of two matrices: x has
+        none of the outputs, and all letters but the inputs are in the result."""
+        weight, term = parsed.inputs[position], parsed.inputs[1 - position]
+        outputs, inputs = weight[: self.out_axes], weight[self.out_axes :]
+        outer = "".join(letter for letter in term if letter not in inputs)
+        plain = len(set(term)) == len(term) and len(set(weight)) == len(weight) and set(inputs) <= set(term)
+        if not plain or set(outer) & set(outputs) or sorted(outer + outputs) != sorted(parsed.output):
+            return None
+        return outer
+
     def _product(self, equation: str, parsed: Equation, x: Any, position: int, order: str) -> Array:
         """The product with x, in blocks of the weight's first axis."""
 
@@ -208,7 +300,93 @@ class PackedWeight(QuantizedWeight):
         """The values of rows of the matrix."""
         codes, scales, zeros = self.codes[rows], self.scales, self.zeros
         if self.bits <= 4:
-            codes = unpack_nibbles(codes, self.width, signed=zeros is None)
+            codes = unpack_nibbles(codes, self.width)
         if len(scales) > 1:
             scales, zeros = scales[rows], None if zeros is None else zeros[rows]
         return dequantize(Quantized(codes, scales, zeros, self.group), self.dtype, out)
+
+
+def _integer_product(
+    codes: Array, scales: Array, zeros: Array | None, x: Array, bits: int, out: Array | None = None
+) -> Array:
+    """Return the product (n, m) of a quantized matrix (n, k) with the rows x (m, k) as integers."""
+    m, width = x.shape
+    if m <= _ROWS:
+        return integers.scaled_dots(codes, scales, zeros, *digits(x, bits), DIGIT_BASE, out)
+    parts: list[Any] = [None] * -(-m // _ROWS)
+
+    def run(i: int) -> None:
+        parts[i] = digits(x[i * _ROWS : (i + 1) * _ROWS], bits)
+
+    for_each(run, [(i,) for i in range(len(parts))], coarse=m * width >= _COARSE)
+    of_x = np.concatenate([part for part, _ in parts], axis=1), np.concatenate([scale for _, scale in parts])
+    return integers.scaled_dots(codes, scales, zeros, *of_x, DIGIT_BASE, out)
+
+
+def _float_product(
+    codes: Array,
+    scales: Array,
+    zeros: Array | None,
+    x: Array,
+    activation_bits: int,
+    bits: int,
+    group: int,
+    out: Array | None = None,
+) -> Array:
+    """Return the product (n, m) of a quantized matrix (n, k) with a few rows x (m, k) as floats.
+
+    A group of codes is multiplied with its part of x before its scale: y[n, m] = sum_g scales[n, g] *
+    (sum_k codes[n, g, k] x[m, g, k] - zeros[n, g] sum_k x[m, g, k]).
+    """
+    x = rounded(x, activation_bits, (-1,))
+    n, (m, width) = len(codes), x.shape
+    y = np.empty((n, m), x.dtype) if out is None else out
+    half = codes.shape[1]  # of the width, with two codes per byte
+    runs = [(i, *run) for i in range(0, width, half) for run in _runs(i, min(i + half, width), group)]
+    # The columns of x for each run, (groups, size, m), and their sums.
+    columns = [
+        np.ascontiguousarray(x[:, first : first + count * size].reshape(m, count, size).transpose(1, 2, 0))
+        for _, first, count, size in runs
+    ]
+    totals = [] if zeros is None else [part.sum(axis=1, keepdims=True) for part in columns]
+    step = max(1, min(_PIECE // width, -(-n // shares())))
+
+    def run(start: int) -> None:
+        rows = slice(start, min(start + step, n))
+        own = halves(codes[rows]) if bits <= 4 else (codes[rows],)
+        values = [part.astype(x.dtype) for part in own]
+        scale = scales if len(scales) == 1 else scales[rows]
+        zero = zeros if zeros is None or len(zeros) == 1 else zeros[rows]
+        total = y[rows]
+        total[...] = 0
+        for i, (begin, first, count, size) in enumerate(runs):
+            part = values[begin // half][:, first - begin : first - begin + count * size]
+            sums = matmul(part.reshape(-1, count, size).transpose(1, 0, 2), columns[i])
+            groups = slice(first // group, first // group + count)
+            if zero is not None:
+                sums -= zero[:, groups].T[:, :, None] * totals[i]
+            sums *= scale[:, groups].T[:, :, None]
+            total += sums.sum(axis=0)
+
+    for_each(run, [(start,) for start in range(0, n, step)], coarse=n * width >= _COARSE_FEW)
+    return y
+
+
+def _runs(start: int, stop: int, group: int) -> Iterator[tuple[int, int, int]]:
+    """Divide the columns start:stop into groups: (first column, number of groups, size), where a group that
+    is cut at an end is separate."""
+    first = min(stop, -(-start // group) * group)
+    whole = (stop - first) // group
+    rest = first + whole * group
+    if first > start:
+        yield start, 1, first - start
+    if whole:
+        yield first, whole, group
+    if stop > rest:
+        yield rest, 1, stop - rest
+
+
+def _rows(parts: Sequence[Array | None]) -> Array | None:
+    """The consecutive rows of arrays in memory as one matrix, or None."""
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    return consecutive(arrays) if len(arrays) == len(parts) else None

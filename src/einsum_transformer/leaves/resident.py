@@ -51,9 +51,13 @@ def input_major(shape: tuple[int, ...]) -> bool:
 
 
 def allocate(
-    shapes: Sequence[tuple[int, ...]], dtype: np.dtype, groups: Sequence[Hashable] | None = None
+    shapes: Sequence[tuple[int, ...]],
+    dtype: np.dtype,
+    groups: Sequence[Hashable] | None = None,
+    transpose: bool = True,
 ) -> list[Array]:
-    """Allocate uninitialized arrays of these shapes as one block; input-major ones are transposed views.
+    """Allocate uninitialized arrays of these shapes as one block; input-major ones are transposed views if
+    `transpose`.
 
     The system maps one large allocation in pages of 2 MB, many small ones in pages of 4 kB: the first access
     to 538 MB takes 0.08 s or 0.3 to 1 s (docs/performance.md).
@@ -70,7 +74,7 @@ def allocate(
     for stack, size in zip(stacks, sizes):
         flat, shape = memory[begin : begin + size], _whole(shapes, stack)
         begin += -(-size // step) * step
-        array = flat.reshape(shape[::-1]).T if input_major(shape) else flat.reshape(shape)
+        array = flat.reshape(shape[::-1]).T if transpose and input_major(shape) else flat.reshape(shape)
         ends = np.cumsum([shapes[i][0] for i in stack]) if len(stack) > 1 else []
         arrays += np.split(array, ends[:-1]) if len(stack) > 1 else [array]
     return arrays

@@ -15,6 +15,7 @@ from einsum_transformer.loading.libraries import use_default
 from einsum_transformer.loading.sources import Options, Source, find, name_of
 from einsum_transformer.loading.weights import random_weights, read_weights
 from einsum_transformer.models.adapter_text import with_adapter_tokenizer
+from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
@@ -80,7 +81,7 @@ def _model(source: Source, options: Options) -> Model:
     if options.quantization is not None:
         if options.weight_budget is not None:
             raise InputError("`weight_budget` excludes `quantization`: quantized weights are in memory")
-        quantizer = Quantizer(options.quantization, FAMILIES[config.model_type])
+        quantizer = Quantizer(options.quantization, FAMILIES[config.model_type], weights_of(config))
     if found.tensors is None or found.places is None:
         if options.weight_budget is not None:
             raise InputError(

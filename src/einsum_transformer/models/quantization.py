@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
+from einsum_transformer.leaves.resident import allocate
 from einsum_transformer.models.builder import WeightSpec
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
@@ -39,10 +41,14 @@ class Quantizer:
 
     quantization: Quantization
     family: Family
+    specs: Sequence[WeightSpec]
+    """All weights of the model, in order."""
     uneven: list[str] = field(default_factory=list[str])
     """Names of the weights whose rows are not a multiple of the group size."""
     counts: Counter[int] = field(default_factory=Counter[int])
     """Bits -> number of weights that were quantized."""
+    _memory: dict[str, dict[str, Array]] = field(default_factory=dict[str, "dict[str, Array]"])
+    """Path of a weight -> the memory of its codes, scales and zero points."""
 
     def bits(self, spec: WeightSpec) -> int | None:
         """The bits of a weight; None if it keeps its type."""
@@ -64,13 +70,42 @@ class Quantizer:
         if not np.isfinite(matrix).all():
             raise InputError(f"{self._name(spec)} contains nan or inf, which cannot be quantized")
         self.counts[bits] += 1
-        scheme = self.quantization.scheme
-        quantized = quantize(matrix, bits, self._group(spec), scheme.symmetric)
+        scheme, group = self.quantization.scheme, self._group(spec)
+        if group is not None and matrix.shape[1] % group:
+            self.uneven.append(self._name(spec))
+        quantized = quantize(matrix, bits, group, scheme.symmetric)
         form = spec.out_axes, scheme.activation_bits
         if self.quantization.simulated:
             values = dequantize(quantized, array.dtype).reshape(spec.shape)
             return SimulatedWeight(values, bits, *form)
-        return PackedWeight.of(quantized, bits, spec.shape, array.dtype, *form)
+        packed = PackedWeight.of(quantized, bits, spec.shape, array.dtype, *form)
+        memory = self._memory or self._allocate()
+        parts = memory[spec.path]
+        for name, part in packed.parts().items():
+            parts[name][...] = part
+        return packed.with_parts(parts)
+
+    def _allocate(self) -> dict[str, dict[str, Array]]:
+        """Allocate the parts of all weights; those of the matrices of a component are consecutive, so that
+        they have one product (`Leaf.joined`)."""
+        specs = [spec for spec in self.specs if self.bits(spec) is not None]
+        groups = [spec.component for spec in specs]
+        codes, scales = [], []
+        for spec in specs:
+            (rows, width), group, bits = spec.stored, self._group(spec), self.bits(spec) or 8
+            codes.append((rows, -(-width // 2) if bits <= 4 else width))
+            scales.append((1, 1) if group is None else (rows, -(-width // group)))
+        parts = {
+            "codes": allocate(codes, np.dtype(np.int8), groups, transpose=False),
+            "scales": allocate(scales, np.dtype(np.float32), groups, transpose=False),
+        }
+        if not self.quantization.scheme.symmetric:
+            parts["zeros"] = allocate(scales, np.dtype(np.int8), groups, transpose=False)
+        for i, spec in enumerate(specs):
+            own = self._memory[spec.path] = {name: arrays[i] for name, arrays in parts.items()}
+            if (self.bits(spec) or 8) <= 4:
+                own["codes"] = own["codes"].view(np.uint8)
+        return self._memory
 
     def finish(self, source: str, decoder: Any) -> None:
         """Log what was quantized, and what was not."""
@@ -107,8 +142,6 @@ class Quantizer:
             return None
         if scheme.granularity == "channel" or spec.path in (EMBEDDING, HEAD):
             return width
-        if width % scheme.group_size:
-            self.uneven.append(self._name(spec))
         return min(width, scheme.group_size)
 
 
@@ -120,7 +153,8 @@ def quantized(model: Model, quantization: Quantization) -> Model:
         )
     if model.quantization is not None:
         raise InputError(f"{model.source}: the model is already quantized to {model.quantization}")
-    quantizer, specs = Quantizer(quantization, model.family), model.weights
+    specs = model.weights
+    quantizer = Quantizer(quantization, model.family, list(specs.values()))
     decoder = map_named(lambda path, weight: quantizer.leaf(specs[path], weight), model.decoder)
     quantizer.finish(model.source, decoder)
     return replace(model, decoder=decoder, quantization=quantization)

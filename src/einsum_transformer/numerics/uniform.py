@@ -12,6 +12,7 @@ import numpy as np
 
 Array = np.ndarray
 
+_TINY = np.finfo(np.float32).tiny
 _PIECE = 1 << 18  # elements that are quantized at once
 
 
@@ -19,8 +20,8 @@ _PIECE = 1 << 18  # elements that are quantized at once
 class Quantized:
     """A quantized matrix (r, d).
 
-    codes: integers (r, d), int8 if symmetric, else uint8. scales: float32 (r, groups), or (1, 1) for the
-    whole matrix; zeros: the codes of 0, uint8 of the same shape, or None. group: elements per group; the last
+    codes: int8 (r, d). scales: float32 (r, groups), or (1, 1) for the whole matrix; zeros: the codes of 0,
+    int8 of the same shape, or None if they are all 0. group: elements per group; the last
     group of a row may be shorter.
     """
 
@@ -32,15 +33,16 @@ class Quantized:
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """The smallest and the largest code."""
-    return (1 - (1 << bits - 1), (1 << bits - 1) - 1) if symmetric else (0, (1 << bits) - 1)
+    half = 1 << bits - 1
+    return 1 - half if symmetric else -half, half - 1
 
 
 def quantize(x: Array, bits: int, group: int | None, symmetric: bool = True) -> Quantized:
     """Round a matrix (r, d) to the nearest codes of `bits` bits, 2 to 8.
 
     group: elements per group; None: one group for the whole matrix.
-    symmetric: scale = max |x| / (2^(bits-1) - 1) and zero = 0; else the codes, 0 to 2^bits - 1, cover the
-    range of the values and 0. The error is at most half a scale, and 0 is exact.
+    symmetric: scale = max |x| / (2^(bits-1) - 1) and zero = 0; else the codes, -2^(bits-1) to
+    2^(bits-1) - 1, cover the range of the values and 0. The error is at most half a scale, and 0 is exact.
     """
     per_group = x.reshape(1, -1) if group is None else x
     size = per_group.shape[1] if group is None else group
@@ -48,13 +50,11 @@ def quantize(x: Array, bits: int, group: int | None, symmetric: bool = True) -> 
     lowest, highest = code_range(bits, symmetric)
     low = np.minimum(np.minimum.reduceat(per_group, starts, axis=1), 0).astype(np.float64)
     high = np.maximum(np.maximum.reduceat(per_group, starts, axis=1), 0).astype(np.float64)
-    scales = (np.maximum(high, -low) if symmetric else high - low) / highest
+    scales = np.maximum(high, -low) / highest if symmetric else (high - low) / (highest - lowest)
     # A subnormal scale would not be precise; that of a group of zeros is arbitrary.
-    scales = np.where(scales == 0, 1, np.maximum(scales, np.finfo(np.float32).tiny)).astype(np.float32)
-    zeros = None if symmetric else np.clip(np.rint(-low / scales), lowest, highest).astype(np.uint8)
-    found = Quantized(
-        np.empty(x.shape, np.int8 if symmetric else np.uint8), scales, zeros, group or x.shape[1]
-    )
+    scales = np.where(scales == 0, 1, np.maximum(scales, _TINY)).astype(np.float32)
+    zeros = None if symmetric else np.clip(np.rint(lowest - low / scales), lowest, highest).astype(np.int8)
+    found = Quantized(np.empty(x.shape, np.int8), scales, zeros, group or x.shape[1])
     step = max(1, _PIECE // x.shape[1])
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
@@ -101,29 +101,31 @@ def spread(of_groups: Array, group: int, width: int) -> Array:
 
 
 def pack_nibbles(codes: Array) -> Array:
-    """Store codes of at most 4 bits, (r, d) of int8 or uint8, as two per byte: (r, ceil(d / 2)).
+    """Store codes of -8 to 7, (r, d), plus 8 as two per byte: uint8 (r, ceil(d / 2)).
 
     The low nibbles are the first half of the columns, so that unpacking writes two contiguous halves.
     """
     half = -(-codes.shape[1] // 2)
-    nibbles = codes.view(np.uint8) & 15
+    nibbles = (codes + 8).astype(np.uint8)
     packed = nibbles[:, :half].copy()
     packed[:, : codes.shape[1] - half] |= nibbles[:, half:] << 4
     return packed
 
 
-def unpack_nibbles(packed: Array, width: int, signed: bool) -> Array:
-    """The codes (r, width) that `pack_nibbles` stored, int8 if signed, else uint8."""
+def unpack_nibbles(packed: Array, width: int) -> Array:
+    """The codes int8 (r, width) that `pack_nibbles` stored."""
+    codes = np.empty((len(packed), width), np.int8)
     half = packed.shape[1]
-    codes = np.empty((len(packed), width), np.uint8)
-    np.bitwise_and(packed, 15, out=codes[:, :half])
-    np.right_shift(packed[:, : width - half], 4, out=codes[:, half:])
-    if not signed:
-        return codes
-    # Sign extension of 4 bits: (n ^ 8) - 8.
-    codes ^= 8
-    codes -= 8
-    return codes.view(np.int8)
+    codes[:, :half], codes[:, half:] = (part[:, : width - i * half] for i, part in enumerate(halves(packed)))
+    return codes
+
+
+def halves(packed: Array) -> tuple[Array, Array]:
+    """The codes of both halves of the columns that `pack_nibbles` stored, int8 with the shape of `packed`."""
+    low, high = packed & 15, packed >> 4
+    low -= 8
+    high -= 8
+    return low.view(np.int8), high.view(np.int8)
 
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -140,11 +142,47 @@ def rounded(x: Array, bits: int, axes: tuple[int, ...]) -> Array:
             y = x.astype(np.float16)
         y = y.astype(x.dtype)
         return y if np.isfinite(y).all() else np.clip(y, -_FLOAT16_MAX, _FLOAT16_MAX)
-    highest = code_range(bits, True)[1]
+    codes, scale = _activation_codes(x, bits, axes)
+    codes *= scale
+    return codes
+
+
+def _activation_codes(x: Array, bits: int, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Symmetric codes in the type of x, and the scales, one for all elements along `axes`."""
     scale = np.abs(x).max(axis=axes, keepdims=True)
-    scale /= highest
-    scale[scale == 0] = 1
-    y = x / scale
-    np.rint(y, out=y)
-    y *= scale
-    return y
+    scale /= code_range(bits, True)[1]
+    # A subnormal scale would not be precise; that of zeros is arbitrary.
+    np.maximum(scale, _TINY, out=scale)
+    codes = x / scale
+    np.rint(codes, out=codes)
+    return codes, scale
+
+
+DIGIT_BASE = 256
+_DIGITS = 3
+_LARGEST = 127 * DIGIT_BASE**2
+"""Largest sum of three digits of -128 to 127 whose negative is one too."""
+
+
+def digits(x: Array, bits: int) -> tuple[Array, Array]:
+    """Return rows x (m, d) as integers for exact products: (digits int8 (i, m, d), scales (m,)).
+
+    x is the sum over i of digits[i] * 256^i * scales. With up to 8 bits there is one digit, and the values
+    are those of `rounded`. With more there are three: the integers are up to 2^23, as precise as float32 is
+    for the largest element of a row; with 16 bits, x is rounded to float16 before.
+    """
+    if bits <= 8:
+        codes, scale = _activation_codes(x, bits, (-1,))
+        # Both at once would take three times as long, if x is in column order.
+        return np.ascontiguousarray(codes.astype(np.int8))[None], scale[:, 0]
+    codes = rounded(x, bits, (-1,))
+    scale = np.abs(codes).max(axis=-1, keepdims=True)
+    scale /= _LARGEST
+    np.maximum(scale, _TINY, out=scale)
+    codes = codes / scale
+    np.rint(codes, out=codes)
+    # The digits of the codes are the bytes of the codes + 128 (1 + 256 + 256^2), minus 128.
+    shifted = codes.astype("<i4", order="C")
+    shifted += 0x808080
+    parts = shifted.view(np.uint8).reshape(*x.shape, 4)[..., :_DIGITS] ^ 0x80
+    return np.ascontiguousarray(np.moveaxis(parts.view(np.int8), -1, 0)), scale[:, 0]
