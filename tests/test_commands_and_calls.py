@@ -51,7 +51,7 @@ depends on its times."""
 
 
 KEYS = {
-    "run": "model quantization text tokens finish_reason prompt_tokens timings table blas threads"
+    "run": "model quantization kv_cache text tokens finish_reason prompt_tokens timings table blas threads"
     " kv_cache_bytes peak_rss_bytes rope",
     "chat": "model messages turns",
     "explain": "model batch tokens parameters adapters letters steps totals note",

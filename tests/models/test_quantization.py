@@ -54,7 +54,7 @@ class TestSchemes:
             ("W4A16,fast", "unknown option 'fast'"),
             ("W4A16g64,tensor", "only one of g{N}, tensor or channel"),
             ("W4A16,symmetric,asymmetric", "only one of symmetric or asymmetric"),
-            ("W4A16KV8", "the KV cache cannot be quantized yet"),
+            ("W4A16KV2", "nearest valid one is W4A16KV"),
         ],
     )
     def test_mistakes(self, text: str, message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.components import mixing
+from einsum_transformer.components.cache_types import cache_type
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import Recorder, replay
 from einsum_transformer.leaves.frozen import Frozen
@@ -158,6 +159,21 @@ def test_leaves_in_memory(golden_model: Models) -> None:
     seen = replace(model, decoder=watched(model.decoder))
     expected = tokens.shape[1] - PROMPT - 3
     assert [check(each, tokens) for each in (adapted, frozen, seen)] == [expected] * 3
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "W4A8,asymmetric", "W8A8g32", "W8A8,tensor"])
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_quantized_weights(rows: int, scheme: str, golden_model: Models) -> None:
+    model = et.quantize(golden_model("llama_gqa"), scheme)
+    tokens = tokens_of(model, rows)
+    assert check(model, tokens) == tokens.shape[1] - PROMPT - 3
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "mistral_window"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_quantized_caches(bits: int, name: str, golden_model: Models) -> None:
+    model = replace(golden_model(name), cache_types=(cache_type(bits), cache_type(bits)))
+    assert check(model, tokens_of(model, 2)) > 20
 
 
 def test_leaves_in_a_file_run_as_a_program(golden_folder: Folders) -> None:

@@ -48,6 +48,8 @@ class Profile:
     """With `prefill_only`: the most probable next token of each prompt."""
     quantization: str | None = None
     """The quantization of the weights and its mode, such as "W8A16,channel (real)"."""
+    kv_cache: tuple[str, str] = ("unchanged", "unchanged")
+    """The types of cached keys and values."""
 
     @property
     def text(self) -> str:
@@ -64,6 +66,7 @@ class Profile:
         found = {
             "model": self.model,
             "quantization": self.quantization,
+            "kv_cache": list(self.kv_cache),
             **{name: _one_or_all([row.to_dict()[name] for row in self.generations]) for name in fields},
             "timings": numbers,
             "table": table,
@@ -82,6 +85,8 @@ class Profile:
         yield render(self.report)
         if self.quantization is not None:
             yield f"weights quantized to {self.quantization}"
+        if set(self.kv_cache) != {"unchanged"}:
+            yield f"KV cache: keys {self.kv_cache[0]}, values {self.kv_cache[1]}"
         yield from speculation_lines(self.generations[0].speculation)
         if self.routing:
             yield ""
@@ -147,7 +152,10 @@ def profile(
     run = Run(model.config, started, seconds, load_seconds, prompt_lengths, new_lengths, kv_cache_bytes)
     found = report(recorder.spans, run)
     quantization = None if model.quantization is None else str(model.quantization)
-    return Profile(model.source, tuple(job.results), found, tuple(routers.layers()), likeliest, quantization)
+    keys, values = model.cache_types
+    types = keys.name, values.name
+    routing = tuple(routers.layers())
+    return Profile(model.source, tuple(job.results), found, routing, likeliest, quantization, types)
 
 
 def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) -> None:

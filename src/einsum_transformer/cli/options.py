@@ -151,6 +151,12 @@ class Loading(Machine):
     quantization_exclude: list[str] | None = flag(
         metavar="NAME", help="A module that is not quantized, by name or regular expression; may be repeated."
     )
+    cache_type_k: str | None = flag(
+        "--cache-type-k", "-ctk", metavar="TYPE", help="Stored keys: float32, float16, int8 or int4."
+    )
+    cache_type_v: str | None = flag(
+        "--cache-type-v", "-ctv", metavar="TYPE", help="Stored values: float32, float16, int8 or int4."
+    )
 
     def open(
         self, source: str | RunConfig, hub: Hub, seed: int | None, quiet: bool
@@ -161,6 +167,8 @@ class Loading(Machine):
             "quantization": self.quantization,
             "quantization_mode": self.quantization_mode,
             "quantization_exclude": self.quantization_exclude or (),
+            "cache_type_k": self.cache_type_k,
+            "cache_type_v": self.cache_type_v,
         }
         return open_model(source, hub, self, self.dtype, quiet, self.weight_budget, **more, **quantized)
 

@@ -3,7 +3,8 @@
 Values may have another head dimension than keys, also 0.
 
 Layout (b, k, h, slot), as in projected keys: appending copies contiguous lines, and both attention products
-read the slots in place.
+read the slots in place. Keys and values may be stored in other types (`cache_types`); then all that are
+attended to are decoded at every step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from einsum_transformer.components.cache_types import UNCHANGED, CacheType, Parts
 from einsum_transformer.engine.replay import Steps
 
 Array = np.ndarray
@@ -32,13 +34,15 @@ class LayerCache(ABC):
         """Number of tokens appended so far, padding included."""
         self.allocations: int = 0
         """Number of times that memory was allocated."""
-        self._keys: Array | None = None
-        self._values: Array | None = None
+        self.types: tuple[CacheType, CacheType] = UNCHANGED, UNCHANGED
+        """The types of keys and values."""
+        self._stored: tuple[Parts, Parts] = (), ()
+        """The parts of keys and values, with slots as the last axis."""
 
     @property
     def nbytes(self) -> int:
         """Allocated bytes."""
-        return sum(0 if a is None else a.nbytes for a in (self._keys, self._values))
+        return sum(part.nbytes for parts in self._stored for part in parts)
 
     @abstractmethod
     def append(self, k: Array, v: Array) -> Seen:
@@ -54,29 +58,44 @@ class LayerCache(ABC):
 
     def select(self, rows: Sequence[int] | Array) -> None:
         """Keep only these batch rows, in this order."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._keys[rows], self._values[rows]
+        keys, values = self._stored
+        self._stored = tuple(part[rows] for part in keys), tuple(part[rows] for part in values)
 
     @property
     def _slots(self) -> int:
-        return 0 if self._keys is None else self._keys.shape[-1]
+        return self._stored[0][0].shape[-1] if self._stored[0] else 0
 
-    def _allocate(self, k: Array, v: Array, slots: int, copied: slice = slice(0)) -> None:
+    def _encode(self, *new: Array) -> tuple[Parts, Parts]:
+        """The parts of keys and values (b, t, k, h), with tokens as the last axis."""
+        keys, values = (kind.encode(a.transpose(0, 2, 3, 1)) for kind, a in zip(self.types, new))
+        return keys, values
+
+    def _decode(self, parts: tuple[Parts, Parts], new: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Keys and values (b, s, k, h) of their parts; new: those of this step."""
+        keys, values = (
+            kind.decode(each, a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+            for kind, each, a in zip(self.types, parts, new)
+        )
+        return keys, values
+
+    def _allocate(self, new: tuple[Parts, Parts], slots: int, copied: slice = slice(0)) -> None:
         """Allocate lines of `slots` slots and copy the slots `copied` to their beginning."""
         self.allocations += 1
-        self._keys, self._values = (
-            _moved(self._keys, k, slots, copied),
-            _moved(self._values, v, slots, copied),
-        )
+        keys, values = self._stored
+        self._stored = _moved(keys, new[0], slots, copied), _moved(values, new[1], slots, copied)
 
-    def _store(self, start: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Write keys and values from slot `start` on; return all slots up to their end, (b, s, k, h)."""
-        assert self._keys is not None
-        assert self._values is not None
-        end = start + k.shape[1]
-        np.copyto(self._keys[..., start:end], k.transpose(0, 2, 3, 1))
-        np.copyto(self._values[..., start:end], v.transpose(0, 2, 3, 1))
-        return _read(self._keys, end), _read(self._values, end)
+    def _store(self, start: int, new: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
+        """Write parts from slot `start` on; return all slots up to their end."""
+        end = start + new[0][0].shape[-1]
+        for lines, parts in zip(self._stored, new):
+            for line, part in zip(lines, parts):
+                np.copyto(line[..., start:end], part)
+        return self._at(slice(end))
+
+    def _at(self, slots: slice | Array) -> tuple[Parts, Parts]:
+        """The parts in these slots."""
+        keys, values = self._stored
+        return tuple(part[..., slots] for part in keys), tuple(part[..., slots] for part in values)
 
     def _check_length(self, length: int) -> None:
         if not 0 <= length <= self.length:
@@ -91,14 +110,14 @@ class GrowingCache(LayerCache):
         self._capacity = capacity
 
     def append(self, k: Array, v: Array) -> Seen:
-        end = self.length + k.shape[1]
+        end, new = self.length + k.shape[1], self._encode(k, v)
         if end > self._slots:
             # At least doubled, so that the amortized cost of appending a token is constant.
             slots = max(end, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
-            self._allocate(k, v, slots + _PADDING, slice(0, self.length))
-        keys, values = self._store(self.length, k, v)
+            self._allocate(new, slots + _PADDING, slice(0, self.length))
+        seen = self._store(self.length, new)
         self.length: int = end
-        return keys, values, np.arange(end)
+        return *self._decode(seen, (k, v)), np.arange(end)
 
     def steps_left(self) -> int:
         return self._slots - self.length
@@ -117,29 +136,29 @@ class RingCache(LayerCache):
         self._capacity = capacity
 
     def append(self, k: Array, v: Array) -> Seen:
-        new, old, window = k.shape[1], self.length, self.window
-        end = old + new
-        self._reserve(k, v, min(end, window))
+        count, old, window = k.shape[1], self.length, self.window
+        end, new = old + count, self._encode(k, v)
+        self._reserve(new, min(end, window))
         self.length: int = end
         if end <= window:
-            return *self._store(old, k, v), np.arange(end)
-        assert self._keys is not None
-        assert self._values is not None
-        if new == 1:
+            return *self._decode(self._store(old, new), (k, v)), np.arange(end)
+        if count == 1:
             slot = old % window
-            self._store(slot, k, v)
+            self._store(slot, new)
             slots = np.arange(window)
             index = slots + (old - slot) - np.where(slots > slot, window, 0)
-            return _read(self._keys, window), _read(self._values, window), index
+            return *self._decode(self._at(slice(window)), (k, v)), index
         # The chunk also attends to the keys that it overwrites: the last window - 1 before it, in order.
         index = np.arange(max(0, old - window + 1), end)
-        old_slots = index[: len(index) - new] % window
-        keys = np.concatenate([self._keys[..., old_slots], k.transpose(0, 2, 3, 1)], axis=-1)
-        values = np.concatenate([self._values[..., old_slots], v.transpose(0, 2, 3, 1)], axis=-1)
+        before = self._at(index[: len(index) - count] % window)
+        keys, values = (
+            tuple(np.concatenate(pair, axis=-1) for pair in zip(*each)) for each in zip(before, new)
+        )
         stored = index[-window:]
-        self._keys[..., stored % window] = keys[..., -len(stored) :]
-        self._values[..., stored % window] = values[..., -len(stored) :]
-        return keys.transpose(0, 3, 1, 2), values.transpose(0, 3, 1, 2), index
+        for lines, parts in zip(self._stored, (keys, values)):
+            for line, part in zip(lines, parts):
+                line[..., stored % window] = part[..., -len(stored) :]
+        return *self._decode((keys, values), (k, v)), index
 
     def truncate(self, length: int) -> None:
         self._check_length(length)
@@ -151,10 +170,10 @@ class RingCache(LayerCache):
         slot = self.length % self.window if self._slots == self.window else self.length
         return self._slots - slot
 
-    def _reserve(self, k: Array, v: Array, needed: int) -> None:
+    def _reserve(self, new: tuple[Parts, Parts], needed: int) -> None:
         if needed > self._slots:
             slots = max(needed, 2 * self._slots, self._capacity, _FIRST_CAPACITY)
-            self._allocate(k, v, min(slots, self.window), slice(0, self.length))
+            self._allocate(new, min(slots, self.window), slice(0, self.length))
 
 
 class LineCache(LayerCache):
@@ -172,15 +191,17 @@ class LineCache(LayerCache):
 
     def append(self, k: Array, v: Array) -> Seen:
         end, required = self.length + k.shape[1], self.window + self.slack
+        new = self._encode(k, v)
         if end - self._start > self._slots:
             first = max(self._start, self.length - required)
             slots = max(2 * required, end - first, min(_FIRST_CAPACITY, 2 * self.window))
-            self._allocate(k, v, slots, slice(first - self._start, self.length - self._start))
+            self._allocate(new, slots, slice(first - self._start, self.length - self._start))
             self._start = first
-        keys, values = self._store(self.length - self._start, k, v)
+        self._store(self.length - self._start, new)
         first = max(0, self.length - self.window + 1 - self._start)
+        seen = self._at(slice(first, end - self._start))
         self.length: int = end
-        return keys[:, first:], values[:, first:], np.arange(self._start + first, end)
+        return *self._decode(seen, (k, v)), np.arange(self._start + first, end)
 
     def steps_left(self) -> int:
         free = self._slots - (self.length - self._start)
@@ -197,24 +218,28 @@ class LineCache(LayerCache):
         self.length = length
 
 
-def layer_cache(window: int | None, capacity: int = 0, slack: int = 0) -> LayerCache:
-    """Return a cache for a layer. slack: tokens that `truncate` can remove, counted from the maximum."""
+def layer_cache(
+    window: int | None,
+    capacity: int = 0,
+    slack: int = 0,
+    types: tuple[CacheType, CacheType] = (UNCHANGED, UNCHANGED),
+) -> LayerCache:
+    """Return a cache for a layer. slack: tokens that `truncate` can remove, counted from the maximum; types:
+    of keys and values."""
     if window is None:
-        return GrowingCache(capacity)
-    return LineCache(window, slack) if slack else RingCache(window, capacity)
+        cache: LayerCache = GrowingCache(capacity)
+    else:
+        cache = LineCache(window, slack) if slack else RingCache(window, capacity)
+    cache.types = types
+    return cache
 
 
-def _read(lines: Array, end: int) -> Array:
-    return lines[..., :end].transpose(0, 3, 1, 2)
-
-
-def _moved(old: Array | None, like: Array, slots: int, copied: slice) -> Array:
-    """Allocate lines (b, k, h, slots) for arrays like `like` (b, t, k, h), and copy `old[..., copied]`."""
-    b, _, heads, h = like.shape
-    lines = np.empty_like(like, order="C", shape=(b, heads, h, slots))
-    if old is not None:
-        part = old[..., copied]
-        lines[..., : part.shape[-1]] = part
+def _moved(old: Parts, new: Parts, slots: int, copied: slice) -> Parts:
+    """Allocate lines (b, k, ., slots) for parts like `new`, and copy `old[..., copied]`."""
+    lines = tuple(np.empty_like(part, order="C", shape=(*part.shape[:3], slots)) for part in new)
+    for line, part in zip(lines, old):
+        kept = part[..., copied]
+        line[..., : kept.shape[-1]] = kept
     return lines
 
 
@@ -223,7 +248,7 @@ class KVCache:
 
     horizon: minimum final length of the sequence, padding included. RoPE types that depend on the length need
     it before the first token, because cached keys are already rotated. slack: number of tokens that can be
-    removed at any time (see `layer_cache`).
+    removed at any time (see `layer_cache`). types: of keys and values.
     """
 
     def __init__(
@@ -233,9 +258,10 @@ class KVCache:
         pads: Array | None = None,
         horizon: int = 0,
         slack: int = 0,
+        types: tuple[CacheType, CacheType] = (UNCHANGED, UNCHANGED),
     ) -> None:
         self.layers: tuple[LayerCache, ...] = tuple(
-            layer_cache(window, capacity, slack) for window in windows
+            layer_cache(window, capacity, slack, types) for window in windows
         )
         self.slack = slack
         self.pads = pads

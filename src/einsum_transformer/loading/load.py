@@ -21,7 +21,7 @@ from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.quantization import Quantizer
 from einsum_transformer.models.run_config import RunConfig
-from einsum_transformer.models.scheme import Quantization
+from einsum_transformer.models.scheme import Quantization, cache_types
 from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.notes import note
 
@@ -33,6 +33,8 @@ def load(
     quantization: str | None = None,
     quantization_mode: str = "real",
     quantization_exclude: Sequence[str] = (),
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
     adapter: str | Path | None = None,
     max_layers: int | None = None,
     seed: int | None = None,
@@ -57,6 +59,8 @@ def load(
     quantization: a scheme such as "W8A16", see `quantize`; "none": no quantization, also if the run config
     has a scheme. Weights are read and quantized one by one. quantization_mode, quantization_exclude: `mode`
     and `exclude` of `quantize`.
+    cache_type_k, cache_type_v: how cached keys and values are stored: "float32" (the type of the
+    computation, the default), "float16", "int8" or "int4" (with a scale per token and 64 elements of a head).
     Raises InputError, in one line; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
     use_default()
@@ -67,7 +71,8 @@ def load(
         with suppress(InputError):  # `look` raises it, with the name of the config
             chosen = Quantization.of(found.quantization, quantization_mode, quantization_exclude)
     options = replace(options, quantization=chosen)
-    model = _model(found, options)
+    types = cache_types(cache_type_k, cache_type_v, chosen, quantization_mode == "simulated")
+    model = replace(_model(found, options), cache_types=types)
     if isinstance(found, RunConfig):
         model = replace(model, run_config=found)
     return model if adapter is None else with_adapter_tokenizer(with_adapter(model, adapter), adapter)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.arguments import checked
+from einsum_transformer.components.cache_types import UNCHANGED, CacheType
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import Gradients, Leaf, blas
 from einsum_transformer.errors import InputError
@@ -54,6 +55,8 @@ class Model:
     """The run config that it was loaded from: its keys are the defaults of `profile`, `Chat` and `train`."""
     quantization: Quantization | None = None
     """How the weights are quantized; None: they are not."""
+    cache_types: tuple[CacheType, CacheType] = (UNCHANGED, UNCHANGED)
+    """How cached keys and values are stored."""
 
     @property
     def family(self) -> Family:
@@ -161,7 +164,7 @@ class Model:
         """An empty KV cache for this model. capacity: initial size in tokens; pads (b,): left padding;
         horizon: minimum final length of the sequence; slack: number of tokens that can be removed at any
         time."""
-        return KVCache(self.config.windows, capacity, pads, horizon, slack)
+        return KVCache(self.config.windows, capacity, pads, horizon, slack, self.cache_types)
 
     @checked
     def save(

@@ -157,4 +157,5 @@ def quantized(model: Model, quantization: Quantization) -> Model:
     quantizer = Quantizer(quantization, model.family, list(specs.values()))
     decoder = map_named(lambda path, weight: quantizer.leaf(specs[path], weight), model.decoder)
     quantizer.finish(model.source, decoder)
-    return replace(model, decoder=decoder, quantization=quantization)
+    types = model.cache_types if quantization.scheme.kv_bits is None else quantization.cache_types
+    return replace(model, decoder=decoder, quantization=quantization, cache_types=types)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import re2  # pyright: ignore[reportMissingTypeStubs]
 
+from einsum_transformer.components.cache_types import UNCHANGED, CacheType, cache_type
 from einsum_transformer.errors import InputError
 
 Granularity = Literal["tensor", "channel", "group"]
@@ -22,6 +23,12 @@ ACTIVATION_BITS = (4, 8, 16)
 KV_BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP = 64
+CACHE_BITS = {
+    **{"float32": None, "float16": 16, "int8": 8, "int4": 4},
+    **{"f32": None, "f16": 16, "q8_0": 8, "q4_0": 4},
+}
+"""Name of a type of the KV cache -> its bits. float32: the type of the computation; the others are
+llama.cpp's names."""
 _NOTATION = re.compile(r"W(\d+)A(\d+)(?:KV(\d+))?(?:g(\d+))?((?:,[a-z]+)*)", re.IGNORECASE)
 _OPTIONS = ("tensor", "channel", "symmetric", "asymmetric")
 _GRAMMAR = "W{2,3,4,8}A{4,8,16}, then optionally KV{4,8,16} and g{32,64,128}, such as W4A16g64"
@@ -32,13 +39,14 @@ class Scheme:
     """The types of weights, activations and cached keys and values.
 
     weight_bits: 2, 3, 4 or 8. activation_bits: 4 or 8, quantized per token, or 16, rounded to float16.
-    kv_bits: 4, 8 or 16. granularity: the elements that share a scale: a group of `group_size` elements of a
+    kv_bits: 4 or 8 with a scale per token and 64 elements of a head, 16 (float16), or None: the type of the
+    computation. granularity: the elements that share a scale: a group of `group_size` elements of a
     row, a row (channel), or the tensor. symmetric: without zero points.
     """
 
     weight_bits: int
     activation_bits: int
-    kv_bits: int = 16
+    kv_bits: int | None = None
     granularity: Granularity = "channel"
     group_size: int = DEFAULT_GROUP
     symmetric: bool = True
@@ -56,8 +64,8 @@ class Scheme:
         if found is None:
             raise _unknown(text)
         weight, activation, kv, group, rest = found.groups()
-        bits = int(weight), int(activation), int(kv or 16)
-        allowed = WEIGHT_BITS, ACTIVATION_BITS, KV_BITS
+        bits = int(weight), int(activation), None if kv is None else int(kv)
+        allowed = WEIGHT_BITS, ACTIVATION_BITS, (*KV_BITS, None)
         known = all(value in values for value, values in zip(bits, allowed))
         if not known or (group and int(group) not in GROUP_SIZES):
             raise _unknown(text)
@@ -77,7 +85,7 @@ class Scheme:
         return Scheme(*bits, granularity, size, "asymmetric" not in options)
 
     def __str__(self) -> str:
-        kv = "" if self.kv_bits == 16 else f"KV{self.kv_bits}"
+        kv = "" if self.kv_bits is None else f"KV{self.kv_bits}"
         group = f"g{self.group_size}" if self.granularity == "group" else ""
         options = "" if self.granularity == "group" else f",{self.granularity}"
         options += "" if self.symmetric else ",asymmetric"
@@ -104,13 +112,15 @@ class Quantization:
         parsed = None if scheme is None else Scheme.parse(scheme)
         if parsed is None:
             return None
-        if parsed.kv_bits < 16:
-            raise InputError(
-                f"quantization {scheme!r}: the KV cache cannot be quantized yet; omit KV{parsed.kv_bits}"
-            )
         for pattern in exclude:
             _compiled(pattern)
         return Quantization(parsed, mode == "simulated", tuple(exclude))
+
+    @property
+    def cache_types(self) -> tuple[CacheType, CacheType]:
+        """The types of cached keys and values."""
+        found = cache_type(self.scheme.kv_bits, self.simulated)
+        return found, found
 
     @property
     def mode(self) -> str:
@@ -125,6 +135,23 @@ class Quantization:
             name == pattern or name.endswith(f".{pattern}") or _compiled(pattern).fullmatch(name) is not None
             for pattern in self.exclude
         )
+
+
+def cache_types(
+    k: str | None, v: str | None, quantization: Quantization | None, simulated: bool = False
+) -> tuple[CacheType, CacheType]:
+    """Return the types of cached keys and values: those named (see `CACHE_BITS`), else of the scheme."""
+    keys, values = (UNCHANGED, UNCHANGED) if quantization is None else quantization.cache_types
+    return (
+        keys if k is None else _cache_type("cache_type_k", k, simulated),
+        values if v is None else _cache_type("cache_type_v", v, simulated),
+    )
+
+
+def _cache_type(name: str, value: str, simulated: bool) -> CacheType:
+    if value.lower() not in CACHE_BITS:
+        raise InputError(f"`{name}` is {value!r}: expected one of {', '.join(CACHE_BITS)}")
+    return cache_type(CACHE_BITS[value.lower()], simulated)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import numpy as np
 
 Array = np.ndarray
 
-_TINY = np.finfo(np.float32).tiny
+TINY = np.finfo(np.float32).tiny
 _PIECE = 1 << 18  # elements that are quantized at once
 
 
@@ -52,7 +52,7 @@ def quantize(x: Array, bits: int, group: int | None, symmetric: bool = True) -> 
     high = np.maximum(np.maximum.reduceat(per_group, starts, axis=1), 0).astype(np.float64)
     scales = np.maximum(high, -low) / highest if symmetric else (high - low) / (highest - lowest)
     # A subnormal scale would not be precise; that of a group of zeros is arbitrary.
-    scales = np.where(scales == 0, 1, np.maximum(scales, _TINY)).astype(np.float32)
+    scales = np.where(scales == 0, 1, np.maximum(scales, TINY)).astype(np.float32)
     zeros = None if symmetric else np.clip(np.rint(lowest - low / scales), lowest, highest).astype(np.int8)
     found = Quantized(np.empty(x.shape, np.int8), scales, zeros, group or x.shape[1])
     step = max(1, _PIECE // x.shape[1])
@@ -152,7 +152,7 @@ def _activation_codes(x: Array, bits: int, axes: tuple[int, ...]) -> tuple[Array
     scale = np.abs(x).max(axis=axes, keepdims=True)
     scale /= code_range(bits, True)[1]
     # A subnormal scale would not be precise; that of zeros is arbitrary.
-    np.maximum(scale, _TINY, out=scale)
+    np.maximum(scale, TINY, out=scale)
     codes = x / scale
     np.rint(codes, out=codes)
     return codes, scale
@@ -178,7 +178,7 @@ def digits(x: Array, bits: int) -> tuple[Array, Array]:
     codes = rounded(x, bits, (-1,))
     scale = np.abs(codes).max(axis=-1, keepdims=True)
     scale /= _LARGEST
-    np.maximum(scale, _TINY, out=scale)
+    np.maximum(scale, TINY, out=scale)
     codes = codes / scale
     np.rint(codes, out=codes)
     # The digits of the codes are the bytes of the codes + 128 (1 + 256 + 256^2), minus 128.
