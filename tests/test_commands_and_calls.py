@@ -64,6 +64,10 @@ KEYS = {
     " tokens_per_second parameters trainable gradient_bytes optimizer_bytes peak_rss_bytes blas threads"
     " advice losses validation folder",
     "merge": "model folder tensors",
+    "eval ppl": "model quantization kv_cache convention ctx_size chunks tokens perplexity standard_error"
+    " negative_log_likelihood",
+    "eval kld": "model quantization kv_cache reference convention ctx_size chunks tokens kl_mean"
+    " kl_standard_error kl_median kl_p99 kl_max same_top perplexity reference_perplexity",
     "gradcheck": "model tolerance loss whole rows filled passed",
     "machine": "processor threads libraries measured bandwidth choice date path",
 }
@@ -208,7 +212,7 @@ def both(row: Row, given: dict[str, Any], flags: list[Any], more: dict[str, Any]
     call = row.call
     for name in ("OWNER/NAME",):
         call = call.replace(f'"{name}"', repr(given.get(name, name)))
-    return ran, eval(call.removesuffix(")") + ", **more)", {"et": et, "more": more, **names})
+    return ran, eval(call.removesuffix(")") + ", **more)", {"et": et, "more": more, "Path": Path, **names})
 
 
 TALK = "one\ntwo\n"
@@ -303,6 +307,20 @@ def test_inspect_of_a_checkpoint_with_problems(files: Files) -> None:
     Path("broken/config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     found = same("inspect", etx("inspect", "broken", "--json"), et.inspect("broken"), code=1)
     assert found["problems"]
+
+
+def test_eval(files: Files) -> None:
+    given = {"MODEL": files.model, "model": files.model, "FILE": files.text}
+    given |= {"B": files.other, "b": files.other}
+    for row in (row_of("perplexity"), row_of("divergence")):
+        ran, result = both(row, given, ["-c", 16, "--chunks", 3], {"ctx_size": 16, "chunks": 3})
+        assert isinstance(result, et.Perplexity | et.Divergence)
+        assert same(f"eval {row.words[0]}", ran, result)["chunks"] == 3
+    quantized = etx(
+        "eval", "kld", files.model, "-f", files.text, "-c", 16, "--quantization", "W4A16", "--json"
+    )
+    model = et.load(files.model, quantization="W4A16")
+    same("eval kld", quantized, et.divergence(model, files.model, files.text, ctx_size=16))
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

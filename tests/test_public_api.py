@@ -26,7 +26,11 @@ CONSTRUCTED = (
 """Classes that a user constructs, apart from RunConfig and ModelConfig: docs/reference/configs.md describes
 the keys of the former, which the fields of the latter repeat in transformers' names."""
 
-CALLS = {name: name for name in COMMANDS} | {"run": "profile", "chat": "Chat"}
+CALLS = {name: name for name in COMMANDS} | {
+    "run": "profile",
+    "chat": "Chat",
+    "eval": "perplexity",
+}
 """Command -> the call that does the same."""
 RENAMED = {("merge", "dtype"): "save_dtype"}
 """(command, parameter of the call) -> parameter of the command, where the names differ."""

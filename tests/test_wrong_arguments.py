@@ -62,6 +62,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         "Comparison": et.diff(model, model),
         "Generation": et.generate(model, "a", max_new_tokens=1),
         "GradCheck": et.gradcheck(folder, parameters="norm", seq_len=2),
+        "Perplexity": et.perplexity(model, "a b c d " * 9, ctx_size=4),
+        "Divergence": et.divergence(model, model, "a b c d " * 9, ctx_size=4),
         "Inspection": et.inspect(folder),
         "Merge": et.merge(model, top / "adapter"),
         "Model": model,
@@ -96,6 +98,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         ("enable_quantization", "enable_speculative_decoding"): {"config": config},
         ("quantize",): {"source": folder, "scheme": "W8A16"},
         ("parity",): {"source": gpt2, "reference": reference},
+        ("perplexity",): {"source": model, "text": "a b c d " * 9, "ctx_size": 4},
+        ("divergence",): {"source": model, "reference": model, "text": "a b c d " * 9, "ctx_size": 4},
         ("read_run_config",): {"path": "llama"},
         ("save_adapter",): {
             "model": et.with_lora(model, et.LoRAConfig(r=2)),

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from einsum_transformer.analysis.compare import Comparison
+    from einsum_transformer.analysis.evaluate import Divergence, Perplexity
     from einsum_transformer.analysis.explain import Program
     from einsum_transformer.analysis.gradcheck import GradCheck
     from einsum_transformer.analysis.inspect import Inspection
     from einsum_transformer.analysis.machine import Machine
     from einsum_transformer.analysis.parity import Parity
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
+    from einsum_transformer.api.evaluate import divergence, perplexity
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
     from einsum_transformer.api.profile import Profile, profile
@@ -55,6 +57,7 @@ __all__ = [
     "Chat",
     "Comparison",
     "ConfigError",
+    "Divergence",
     "FormatError",
     "Generation",
     "GenerationOptions",
@@ -67,6 +70,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Parity",
+    "Perplexity",
     "Profile",
     "Program",
     "RandomTokens",
@@ -84,6 +88,7 @@ __all__ = [
     "Turn",
     "available_configs",
     "diff",
+    "divergence",
     "einsum",
     "enable_gqa",
     "enable_moe",
@@ -99,6 +104,7 @@ __all__ = [
     "machine",
     "merge",
     "parity",
+    "perplexity",
     "profile",
     "pull",
     "quantize",
@@ -122,6 +128,7 @@ _HOMES = {
     "Chat": "generation.chat",
     "Comparison": "analysis.compare",
     "ConfigError": "errors",
+    "Divergence": "analysis.evaluate",
     "FormatError": "errors",
     "Generation": "generation.rows",
     "GenerationOptions": "generation.options",
@@ -134,6 +141,7 @@ _HOMES = {
     "Model": "models.model",
     "ModelConfig": "models.config",
     "Parity": "analysis.parity",
+    "Perplexity": "analysis.evaluate",
     "Profile": "api.profile",
     "Program": "analysis.explain",
     "RandomTokens": "training.data",
@@ -151,6 +159,7 @@ _HOMES = {
     "TrainingSettings": "training.loop",
     "Turn": "generation.chat",
     "diff": "api.compare",
+    "divergence": "api.evaluate",
     "available_configs": "models.ready",
     "einsum": "engine.contract",
     "enable_gqa": "models.switches",
@@ -167,6 +176,7 @@ _HOMES = {
     "machine": "api.machine",
     "merge": "api.merge",
     "parity": "api.compare",
+    "perplexity": "api.evaluate",
     "profile": "api.profile",
     "pull": "loading.hub",
     "quantize": "api.quantize",

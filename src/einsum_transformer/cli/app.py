@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from einsum_transformer.cli.chat import chat
 from einsum_transformer.cli.diff import diff
+from einsum_transformer.cli.eval import eval
 from einsum_transformer.cli.explain import explain
 from einsum_transformer.cli.flags import EXIT_CODES, ungrouped
 from einsum_transformer.cli.gradcheck import gradcheck
@@ -112,7 +113,7 @@ def _application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     application.callback(epilog=EXIT_CODES)(_etx)
-    for command in (run, chat, explain, diff, inspect, train, merge, gradcheck, parity, pull, machine):
+    for command in (run, chat, explain, diff, inspect, train, merge, eval, gradcheck, parity, pull, machine):
         application.command(command.__name__, epilog=EXIT_CODES)(ungrouped(command))
     return application
 
@@ -143,6 +144,7 @@ def _etx(
     etx inspect my-model                           what a checkpoint contains, and which keys are used
     etx train --lora --data notes.txt -o my-run    train adapters of the default model on a text
     etx merge --adapter-path my-run/step-00000010 -o my-model   add an adapter to the weights
+    etx eval ppl -f notes.txt                      perplexity on a text; kld: divergence of a quantized model
     etx gradcheck fast_lora                        hand-derived gradients against central differences
     etx machine                                    measure the BLAS libraries of this machine
     etx run fast_lora                              a model of random weights, described by a JSON file

@@ -202,7 +202,7 @@ class Context:
     """Context size and prefill; the fields are options of `generate`."""
 
     ctx_size: int | None = flag(
-        "--ctx-size", "-c", metavar="N", min=1, help="Maximum tokens of prompt and answer together."
+        "--ctx-size", "-c", metavar="N", min=1, help="Tokens of the context: of prompt and answer."
     )
     prefill_step_size: int | None = flag(
         metavar="N", min=1, help="Prompt tokens per forward pass; default 512."

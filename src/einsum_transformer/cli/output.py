@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,21 @@ def write(text: str) -> None:
 def write_line(result: str | Mapping[str, Any]) -> None:
     """Write the result, as text or as one JSON object, and a line end."""
     write((result if isinstance(result, str) else json.dumps(result)) + "\n")
+
+
+def progress(what: str, silent: bool) -> Callable[[int, int], None]:
+    """Return a function of (done, total) that writes a line per second, after the first two seconds, with the
+    time that is left."""
+    started = last = time.monotonic()
+
+    def write_progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if not silent and now - started > 2 and (now - last > 1 or done == total):
+            last = now
+            note(f"{done} of {total} {what}, {(now - started) / done * (total - done):.0f} s left")
+
+    return write_progress
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""`eval`: the perplexity of a model, and its divergence from another one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from einsum_transformer.cli import options, output
+from einsum_transformer.errors import InputError
+
+METRICS = ("ppl", "kld")
+
+
+def eval(
+    metric: Annotated[
+        str, typer.Argument(metavar="ppl|kld", show_default=False, help="Perplexity, or KL divergence.")
+    ],
+    *,
+    named: options.NamedOrConfig,
+    file: Annotated[
+        str, typer.Option("--file", "-f", metavar="FILE", show_default=False, help="A text in UTF-8.")
+    ] = ...,  # type: ignore[assignment]
+    reference_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="kld: the model to compare with; default MODEL without quantization."
+        ),
+    ] = None,
+    ctx_size: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx-size", "-c", metavar="N", min=1, help="Tokens of the context: of a chunk (default 512)."
+        ),
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use only the first N chunks.")
+    ] = None,
+    loading: options.Loading,
+    seed: options.Seed = None,
+    hub: options.Hub,
+    shown: options.Shown,
+) -> None:
+    """Evaluate a model on a text: its perplexity, or the KL divergence from another model.
+
+    The convention is llama.cpp's: the second half of each chunk of tokens is scored. With kld and a
+    quantization, the reference is the same model without it. In Python: et.perplexity, et.divergence.
+
+    \b
+    etx eval ppl -f notes.txt
+    etx eval kld -f notes.txt --quantization W4A16g64 --chunks 20
+    etx eval kld small.gguf --reference-model big.gguf -f notes.txt --json
+    """
+    from einsum_transformer.api.evaluate import divergence, perplexity
+    from einsum_transformer.models.run_config import RunConfig
+
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r}: expected {' or '.join(METRICS)}")
+    if metric == "ppl" and reference_model is not None:
+        raise InputError("--reference-model is for kld")
+    source, path = named.source(), Path(file)
+    plain = replace(loading, quantization="none", cache_type_k=None, cache_type_v=None)
+    changed = loading.quantization not in (None, "none") or loading.cache_type_k or loading.cache_type_v
+    if isinstance(source, RunConfig) and loading.quantization is None:
+        changed = changed or source.quantization not in (None, "none")
+    if metric == "kld" and reference_model is None and not changed:
+        raise InputError("kld compares two models: give --reference-model MODEL or --quantization SCHEME")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    progress = output.progress("chunks", shown.silent)
+    size = {} if ctx_size is None else {"ctx_size": ctx_size}
+    model, _ = loading.open(source, hub, seed, shown.silent)
+    if metric == "ppl":
+        found = perplexity(model, path, chunks=chunks, progress=progress, **size)
+    else:
+        other = reference_model if reference_model is not None else source
+        compared, _ = plain.open(other, hub, seed, shown.silent)
+        found = divergence(model, compared, path, chunks=chunks, progress=progress, **size)
+    output.write_line(found.to_dict() if shown.json else str(found))

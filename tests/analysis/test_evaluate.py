@@ -1,0 +1,97 @@
+"""Perplexity and divergence: the same numbers as from whole logits, and texts that cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import einsum_transformer as et
+from command_line import save_with_tokenizer
+from tiny_models import tiny_model
+
+Array = np.ndarray
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> et.Model:
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    base = tiny_model(vocab_size=128, eos_token_id=None, max_position_embeddings=64)
+    return et.load(save_with_tokenizer(folder, base))
+
+
+def log_probabilities(model: et.Model, windows: Array) -> Array:
+    logits = model.logits(windows).astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def windows_of(model: et.Model, size: int) -> Array:
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(TEXT, add_special_tokens=False)
+    bos = model.tokenizer.bos_id if model.tokenizer.encode("a")[0] == model.tokenizer.bos_id else None
+    ids = ids if bos is None else [bos, *ids]
+    found = np.array(ids[: len(ids) // size * size]).reshape(-1, size)
+    if bos is not None:
+        found[:, 0] = bos
+    return found
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_perplexity(size: int, model: et.Model) -> None:
+    windows = windows_of(model, size)
+    p = log_probabilities(model, windows)[:, size // 2 : -1]
+    scores = -np.take_along_axis(p, windows[:, size // 2 + 1 :, None], axis=-1).ravel()
+    done = []
+    found = et.perplexity(model, TEXT, ctx_size=size, progress=lambda *numbers: done.append(numbers))
+    assert (found.chunks, found.tokens) == (len(windows), scores.size)
+    assert found.perplexity == pytest.approx(np.exp(scores.mean()), rel=1e-5)
+    error = scores.std(ddof=1) / np.sqrt(scores.size) * found.perplexity
+    assert found.standard_error == pytest.approx(error, rel=1e-4)
+    assert done == [(i + 1, len(windows)) for i in range(len(windows))]
+    first = et.perplexity(model, TEXT, ctx_size=size, chunks=2)
+    assert first.tokens == 2 * (size - 1 - size // 2)
+
+
+def test_divergence(model: et.Model) -> None:
+    other = et.quantize(model, "W2A8")
+    windows = windows_of(model, 32)
+    p, q = (log_probabilities(each, windows)[:, 16:-1] for each in (model, other))
+    kl = (np.exp(p) * (p - q)).sum(axis=-1)
+    found = et.divergence(other, model, TEXT, ctx_size=32)
+    assert found.kl_mean == pytest.approx(kl.mean(), rel=1e-4)
+    assert found.kl_max == pytest.approx(kl.max(), rel=1e-4)
+    assert found.kl_median == pytest.approx(np.median(kl), rel=1e-4)
+    assert found.same_top == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    assert found.perplexity == pytest.approx(et.perplexity(other, TEXT, ctx_size=32).perplexity)
+    assert found.reference_perplexity == pytest.approx(et.perplexity(model, TEXT, ctx_size=32).perplexity)
+    assert "weights quantized to W2A8g64 (real)" in str(found)
+    same = et.divergence(model, model, TEXT, ctx_size=32)
+    assert (same.kl_mean, same.kl_max, same.same_top) == (0, 0, 1)
+
+
+def test_a_quantized_cache_counts(model: et.Model) -> None:
+    """The predictions of an evaluation are made through the KV cache."""
+    keys = replace(model, cache_types=et.quantize(model, "W8A8KV4").cache_types)
+    found = et.divergence(keys, model, TEXT, ctx_size=32)
+    assert found.kl_mean > 1e-6
+    assert "KV cache: keys int4, values int4" in str(found)
+
+
+def test_what_cannot_be_evaluated(model: et.Model, tmp_path: Path) -> None:
+    wrong = tmp_path / "latin.txt"
+    wrong.write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    with pytest.raises(et.InputError, match="not a text in UTF-8: byte 3"):
+        et.perplexity(model, wrong, ctx_size=32)
+    with pytest.raises(et.InputError, match="needs at least `ctx_size`, 32"):
+        et.perplexity(model, "short", ctx_size=32)
+    with pytest.raises(et.InputError, match="`ctx_size` is 65: expected 4 to the positions of the model, 64"):
+        et.perplexity(model, TEXT, ctx_size=65)
+    with pytest.raises(et.InputError, match="`chunks` is 0"):
+        et.perplexity(model, TEXT, ctx_size=32, chunks=0)
+    with pytest.raises(et.InputError, match="no tokenizer"):
+        et.perplexity(replace(model, tokenizer=None), TEXT, ctx_size=32)
+    with pytest.raises(et.InputError, match="the same vocabulary"):
+        et.divergence(model, tiny_model(vocab_size=61), TEXT, ctx_size=32)
