@@ -26,7 +26,7 @@ RANKS = {
     **dict.fromkeys(("choices", "engine", "numerics", "formats", "text", "tree"), 0),
     **dict.fromkeys(("components", "leaves"), 1),
     "models": 2,
-    **dict.fromkeys(("loading", "generation", "training"), 3),
+    **dict.fromkeys(("loading", "generation", "quantization", "training"), 3),
     **dict.fromkeys(("analysis", "cluster"), 4),
     "api": 5,
     "cli": 6,

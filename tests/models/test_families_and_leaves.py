@@ -18,6 +18,7 @@ import einsum_transformer as et
 from einsum_transformer.analysis import gradcheck as checks
 from einsum_transformer.engine import Leaf, is_trained
 from einsum_transformer.formats.safetensors import float32_to_bf16
+from einsum_transformer.leaves.calibrated import Calibrated
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.leaves.watched import watched
@@ -56,6 +57,16 @@ def frozen(folder: Path, dtype: str) -> et.Model:
     return replace(model, decoder=map_named(lambda _, weight: Frozen(weight), model.decoder))
 
 
+def calibrating(folder: Path, dtype: str) -> et.Model:
+    model = et.load(folder, dtype=dtype)
+    specs = model.weights
+
+    def leaf(path: str, weight: Any) -> Any:
+        return Calibrated(weight, specs[path].out_axes) if weight.ndim > 1 else weight
+
+    return replace(model, decoder=map_named(leaf, model.decoder))
+
+
 def all_watched(folder: Path, dtype: str) -> et.Model:
     model = et.load(folder, dtype=dtype)
     return replace(model, decoder=watched(model.decoder))
@@ -82,6 +93,7 @@ LEAVES: dict[str, Callable[[Path, str], et.Model]] = {
     "lazy": lambda folder, dtype: et.load(folder, dtype=dtype, weight_budget=BUDGET),
     "quantized": lambda folder, dtype: quantized(folder, dtype, "real"),
     "quantized, simulated": lambda folder, dtype: quantized(folder, dtype, "simulated"),
+    "calibrated": calibrating,
     "LoRA on quantized": lambda folder, dtype: filled(quantized(folder, dtype, "real"), "all-linear"),
     "LoRA": lambda folder, dtype: filled(et.load(folder, dtype=dtype), "all-linear"),
     "LoRA on embedding and head": on_ends,

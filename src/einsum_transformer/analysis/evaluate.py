@@ -20,14 +20,12 @@ from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.finite import is_finite
 from einsum_transformer.models.model import Model
-from einsum_transformer.text.tokenizer import Tokenizer
+from einsum_transformer.text.chunks import token_chunks
 
 Array = np.ndarray
 Progress = Callable[[int, int], object]
 
 CONVENTION = "llamacpp"
-_LARGEST = 1 << 28
-"""Bytes of a text file."""
 _ROWS = 32
 """Rows of logits that are converted to float64 at once."""
 
@@ -169,34 +167,8 @@ def _windows(model: Model, text: str | Path, ctx_size: int, chunks: int | None) 
         )
     if chunks is not None and chunks < 1:
         raise InputError(f"`chunks` is {chunks}: expected 1 or more")
-    content, name = (_read(text), str(text)) if isinstance(text, Path) else (text, "the text")
-    bos = _added_bos(model.tokenizer)
-    tokens = np.array(model.tokenizer.encode(content, add_special_tokens=False), np.int64)
-    tokens = tokens if bos is None else np.concatenate([[bos], tokens])
-    count = len(tokens) // ctx_size
-    if not count:
-        raise InputError(
-            f"{name} has {len(tokens):,} tokens: an evaluation needs at least `ctx_size`, {ctx_size:,}"
-        )
-    windows = tokens[: count * ctx_size].reshape(count, ctx_size)[:chunks].copy()
-    if bos is not None:
-        windows[:, 0] = bos
-    return model.checked(windows, f"the tokens of {name}")
-
-
-def _read(path: Path) -> str:
-    if path.stat().st_size > _LARGEST:
-        raise InputError(f"{path}: larger than {_LARGEST >> 20} MiB")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text in UTF-8: byte {error.start}") from None
-
-
-def _added_bos(tokenizer: Tokenizer) -> int | None:
-    """The id of the BOS token that the tokenizer adds to a text, or None."""
-    first = tokenizer.encode("a")[:1]
-    return tokenizer.bos_id if first == [tokenizer.bos_id] else None
+    windows = token_chunks(model.tokenizer, text, ctx_size, chunks)
+    return model.checked(windows, "the tokens of the text")
 
 
 def _targets(window: Array) -> Array:

@@ -52,19 +52,28 @@ _BLOCK = 1 << 21
 class QuantizedWeight(Leaf):
     """A weight with values of a few bits, and the bits of the activations that it is multiplied with.
 
-    out_axes: number of leading axes of `shape` that are outputs, the rows of the quantized matrix.
+    out_axes: number of leading axes of `shape` that are outputs, the rows of the quantized matrix. divisor:
+    the columns of the matrix are divided by it (see `quantization.awq`), and so are the activations before
+    they are rounded; None: they are not.
     """
 
     trained = False
 
     def __init__(
-        self, bits: int, shape: tuple[int, ...], dtype: Any, out_axes: int, activation_bits: int
+        self,
+        bits: int,
+        shape: tuple[int, ...],
+        dtype: Any,
+        out_axes: int,
+        activation_bits: int,
+        divisor: Array | None = None,
     ) -> None:
         self.bits: int = bits
         self.shape: tuple[int, ...] = shape
         self.dtype: np.dtype = np.dtype(dtype)
         self.out_axes: int = out_axes
         self.activation_bits: int = activation_bits
+        self.divisor: Array | None = divisor
 
     @abstractmethod
     def values(self, indices: Array) -> Array:
@@ -92,7 +101,14 @@ class QuantizedWeight(Leaf):
             y = self._by_rows(equation, parsed, x, position)
             if y is not None:
                 return y
-            x = rounded(x, self.activation_bits, tuple(map(term.index, inputs)))
+            axes = tuple(map(term.index, inputs))
+            if self.divisor is None:
+                x = rounded(x, self.activation_bits, axes)
+            else:
+                divisor = self.divisor.reshape(self.shape[self.out_axes :]).transpose(np.argsort(axes))
+                sizes = [x.shape[i] if i in axes else 1 for i in range(len(term))]
+                divisor = divisor.reshape(sizes)
+                x = rounded(x / divisor, self.activation_bits, axes) * divisor
         return self._product(equation, parsed, x, position, order)
 
     def _by_rows(self, equation: str, parsed: Equation, x: Any, position: int) -> Array | None:
@@ -108,8 +124,10 @@ class QuantizedWeight(Leaf):
 class SimulatedWeight(QuantizedWeight):
     """The values of a quantized weight as an array: float products, without less memory."""
 
-    def __init__(self, weight: Array, bits: int, out_axes: int, activation_bits: int) -> None:
-        super().__init__(bits, weight.shape, weight.dtype, out_axes, activation_bits)
+    def __init__(
+        self, weight: Array, bits: int, out_axes: int, activation_bits: int, divisor: Array | None = None
+    ) -> None:
+        super().__init__(bits, weight.shape, weight.dtype, out_axes, activation_bits, divisor)
         self.weight: Array = weight
 
     def array(self) -> Array:
@@ -119,10 +137,11 @@ class SimulatedWeight(QuantizedWeight):
         return np.take(self.weight, indices, axis=0)
 
     def parts(self) -> dict[str, Any]:
-        return {"weight": self.weight}
+        return {"weight": self.weight} | ({} if self.divisor is None else {"divisor": self.divisor})
 
     def with_parts(self, parts: Mapping[str, Any]) -> SimulatedWeight:
-        return SimulatedWeight(parts["weight"], self.bits, self.out_axes, self.activation_bits)
+        own = parts["weight"], self.bits, self.out_axes, self.activation_bits
+        return SimulatedWeight(*own, parts.get("divisor"))
 
 
 class PackedWeight(QuantizedWeight):
@@ -139,8 +158,9 @@ class PackedWeight(QuantizedWeight):
         dtype: Any,
         out_axes: int,
         activation_bits: int,
+        divisor: Array | None = None,
     ) -> None:
-        super().__init__(bits, shape, dtype, out_axes, activation_bits)
+        super().__init__(bits, shape, dtype, out_axes, activation_bits, divisor)
         self.codes: Array = codes
         self.scales: Array = scales
         self.zeros: Array | None = zeros
@@ -162,7 +182,7 @@ class PackedWeight(QuantizedWeight):
         """Pack a quantized matrix."""
         codes = pack_nibbles(quantized.codes) if bits <= 4 else quantized.codes
         parts = codes, quantized.scales, quantized.zeros, quantized.group
-        return cls(*parts, bits, shape, dtype, out_axes, activation_bits)
+        return cls(*parts, bits, shape, dtype, out_axes, activation_bits, quantized.divisor)
 
     def array(self) -> Array:
         return self._block(0, self.shape[0])
@@ -186,12 +206,13 @@ class PackedWeight(QuantizedWeight):
         return self._matrix(indices.ravel()).reshape(*indices.shape, *self.shape[1:])
 
     def parts(self) -> dict[str, Any]:
-        parts = {"codes": self.codes, "scales": self.scales}
-        return parts if self.zeros is None else {**parts, "zeros": self.zeros}
+        parts = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "divisor": self.divisor}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def with_parts(self, parts: Mapping[str, Any]) -> PackedWeight:
         own = parts["codes"], parts["scales"], parts.get("zeros"), self.group, self.bits
-        return PackedWeight(*own, self.shape, self.dtype, self.out_axes, self.activation_bits)
+        form = self.shape, self.dtype, self.out_axes, self.activation_bits
+        return PackedWeight(*own, *form, parts.get("divisor"))
 
     @property
     def repeatable(self) -> bool:  # type: ignore[override]
@@ -207,14 +228,17 @@ class PackedWeight(QuantizedWeight):
         zeros = None if self.zeros is None else _rows([each.zeros for each in weights])
         if codes is None or scales is None or (zeros is None) != (self.zeros is None):
             return None
+        divisor = self.divisor
+        if divisor is not None and not all(np.array_equal(divisor, each.divisor) for each in weights[1:]):
+            return None
         own = codes, scales, zeros, self.group, self.bits
-        return PackedWeight(*own, (len(codes), self.width), self.dtype, 1, self.activation_bits)
+        return PackedWeight(*own, (len(codes), self.width), self.dtype, 1, self.activation_bits, divisor)
 
     @property
     def _form(self) -> tuple[Any, ...]:
         """Equal for weights whose rows can be those of one weight."""
         form = self.bits, self.group, self.width, self.dtype, self.activation_bits
-        return *form, self.zeros is None, self.shape[-1], self.ndim - self.out_axes
+        return *form, self.zeros is None, self.divisor is None, self.shape[-1], self.ndim - self.out_axes
 
     def _by_rows(self, equation: str, parsed: Equation, x: Any, position: int) -> Array | None:
         """With integers, if they are exact or the rows are few, or with floats, if the rows are few."""
@@ -237,7 +261,9 @@ class PackedWeight(QuantizedWeight):
         start = time.perf_counter()
         rows = x.transpose([term.index(letter) for letter in outer + inputs])
         shape = rows.shape[: len(outer)]
-        given = self.codes, self.scales, self.zeros, rows.reshape(count, self.width), self.activation_bits
+        rows = rows.reshape(count, self.width)
+        rows = rows if self.divisor is None else rows / self.divisor
+        given = self.codes, self.scales, self.zeros, rows, self.activation_bits
         if integer:
             y = recorded(_integer_product, *given)
         else:
@@ -303,7 +329,7 @@ class PackedWeight(QuantizedWeight):
             codes = unpack_nibbles(codes, self.width)
         if len(scales) > 1:
             scales, zeros = scales[rows], None if zeros is None else zeros[rows]
-        return dequantize(Quantized(codes, scales, zeros, self.group), self.dtype, out)
+        return dequantize(Quantized(codes, scales, zeros, self.group, self.divisor), self.dtype, out)
 
 
 def _integer_product(

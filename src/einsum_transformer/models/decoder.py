@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -77,11 +77,7 @@ class Decoder:
         start = 0 if cache is None else cache.length
         with phase("embedding"):
             token_positions, rotations = self._rotations(tokens, cache)
-            x, saved_embedding = self.embed_tokens.forward(tokens)
-            x = tap("embed_tokens", x)
-            if self.embed_positions is not None:
-                self._check_token_positions(token_positions)
-                x = x + tap("embed_positions", self.embed_positions.forward(token_positions)[0])
+            x, saved_embedding = self._embedded(tokens, token_positions)
         one_token = tokens.shape[1] == 1 and positions != "none" and not keep
         if one_token and cache is not None and isinstance(x, Array) and not is_recording():
             return self._step(x, rotations, cache), None
@@ -90,6 +86,41 @@ class Decoder:
         if not keep:
             return logits, None
         return logits, Saved(saved_embedding, token_positions, *saved, contexts, recompute)
+
+    def rebuilt(
+        self,
+        batches: Sequence[Array],
+        rebuild: Callable[[int, AnyBlock, Callable[[AnyBlock], None]], AnyBlock],
+    ) -> Decoder:
+        """The decoder with rebuild(i, block, run) in place of each block, in order.
+
+        run(block) runs a block on its inputs for the tokens (b, t) of all batches: the outputs of the
+        rebuilt blocks before it.
+        """
+        states: list[tuple[Array, list[Context]]] = []
+        for tokens in batches:
+            token_positions, rotations = self._rotations(tokens, None)
+            x = self._embedded(tokens, token_positions)[0]
+            states.append((x, self._contexts(0, tokens.shape[1], rotations, None)))
+        layers: list[AnyBlock] = []
+        for i, block in enumerate(self.layers):
+
+            def run(block: AnyBlock, i: int = i, inputs: Sequence[Any] = states) -> None:
+                for x, contexts in inputs:
+                    block.forward(x, contexts[i])
+
+            layers.append(rebuild(i, block, run))
+            states = [(layers[i].forward(x, contexts[i])[0], contexts) for x, contexts in states]
+        return replace(self, layers=tuple(layers))
+
+    def _embedded(self, tokens: Array, token_positions: Array) -> tuple[Array, Any]:
+        """The input of the first block, and the activations of the embedding."""
+        x, saved = self.embed_tokens.forward(tokens)
+        x = tap("embed_tokens", x)
+        if self.embed_positions is not None:
+            self._check_token_positions(token_positions)
+            x = x + tap("embed_positions", self.embed_positions.forward(token_positions)[0])
+        return x, saved
 
     def _step(self, x: Array, rotations: list[Rotation], cache: KVCache) -> Array:
         """The logits after one more token per row, embedded as x (b, 1, d)."""

@@ -19,7 +19,7 @@ from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
 from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.notes import note
-from einsum_transformer.numerics.uniform import dequantize, quantize
+from einsum_transformer.numerics.uniform import Quantized, dequantize, quantize
 from einsum_transformer.tables import quantity
 from einsum_transformer.tree import map_named, named_leaves
 
@@ -61,28 +61,39 @@ class Quantizer:
         return max(bits, _END_BITS) if spec.path in (EMBEDDING, HEAD) else bits
 
     def leaf(self, spec: WeightSpec, weight: Any) -> Any:
-        """The weight in its new form, from an array or a leaf. Errors: InputError for nan and inf."""
+        """The weight rounded to nearest, from an array or a leaf. Errors: InputError for nan and inf."""
         bits = self.bits(spec)
         array = weight.array() if isinstance(weight, Leaf) else weight
         if bits is None:
             return array
+        settings = bits, self.group(spec), self.quantization.scheme.symmetric
+        return self.packed(spec, quantize(self.matrix(spec, array), *settings), array.dtype)
+
+    def matrix(self, spec: WeightSpec, array: Array) -> Array:
+        """The weight as a matrix. Errors: InputError for nan and inf."""
         matrix = array.reshape(spec.stored)
         if not np.isfinite(matrix).all():
             raise InputError(f"{self._name(spec)} contains nan or inf, which cannot be quantized")
+        return matrix
+
+    def packed(self, spec: WeightSpec, quantized: Quantized, dtype: np.dtype) -> Any:
+        """The leaf of a quantized matrix."""
+        bits, group = self.bits(spec) or 8, self.group(spec)
         self.counts[bits] += 1
-        scheme, group = self.quantization.scheme, self._group(spec)
-        if group is not None and matrix.shape[1] % group:
+        if group is not None and spec.stored[1] % group:
             self.uneven.append(self._name(spec))
-        quantized = quantize(matrix, bits, group, scheme.symmetric)
-        form = spec.out_axes, scheme.activation_bits
+        form = spec.out_axes, self.quantization.scheme.activation_bits
         if self.quantization.simulated:
-            values = dequantize(quantized, array.dtype).reshape(spec.shape)
-            return SimulatedWeight(values, bits, *form)
-        packed = PackedWeight.of(quantized, bits, spec.shape, array.dtype, *form)
+            values = dequantize(quantized, dtype).reshape(spec.shape)
+            return SimulatedWeight(values, bits, *form, quantized.divisor)
+        packed = PackedWeight.of(quantized, bits, spec.shape, dtype, *form)
         memory = self._memory or self._allocate()
         parts = memory[spec.path]
         for name, part in packed.parts().items():
-            parts[name][...] = part
+            if name in parts:
+                parts[name][...] = part
+            else:
+                parts[name] = part
         return packed.with_parts(parts)
 
     def _allocate(self) -> dict[str, dict[str, Array]]:
@@ -92,7 +103,7 @@ class Quantizer:
         groups = [spec.component for spec in specs]
         codes, scales = [], []
         for spec in specs:
-            (rows, width), group, bits = spec.stored, self._group(spec), self.bits(spec) or 8
+            (rows, width), group, bits = spec.stored, self.group(spec), self.bits(spec) or 8
             codes.append((rows, -(-width // 2) if bits <= 4 else width))
             scales.append((1, 1) if group is None else (rows, -(-width // group)))
         parts = {
@@ -135,7 +146,7 @@ class Quantizer:
         """Checkpoint name of the module of a weight."""
         return self.family.checkpoint_name(spec.path).removesuffix(".weight")
 
-    def _group(self, spec: WeightSpec) -> int | None:
+    def group(self, spec: WeightSpec) -> int | None:
         """The group size of a weight; None: one group for the tensor."""
         scheme, width = self.quantization.scheme, spec.stored[1]
         if scheme.granularity == "tensor":
@@ -147,15 +158,20 @@ class Quantizer:
 
 def quantized(model: Model, quantization: Quantization) -> Model:
     """The model with quantized weights, which have no gradient."""
-    if model.lora is not None:
-        raise InputError(
-            f"{model.source}: the model has an adapter: merge it before quantizing, or quantize first"
-        )
-    if model.quantization is not None:
-        raise InputError(f"{model.source}: the model is already quantized to {model.quantization}")
+    check_unquantized(model)
     specs = model.weights
     quantizer = Quantizer(quantization, model.family, list(specs.values()))
     decoder = map_named(lambda path, weight: quantizer.leaf(specs[path], weight), model.decoder)
     quantizer.finish(model.source, decoder)
     types = model.cache_types if quantization.scheme.kv_bits is None else quantization.cache_types
     return replace(model, decoder=decoder, quantization=quantization, cache_types=types)
+
+
+def check_unquantized(model: Model) -> None:
+    """Raise InputError for a model with an adapter, or one that is already quantized."""
+    if model.lora is not None:
+        raise InputError(
+            f"{model.source}: the model has an adapter: merge it before quantizing, or quantize first"
+        )
+    if model.quantization is not None:
+        raise InputError(f"{model.source}: the model is already quantized to {model.quantization}")

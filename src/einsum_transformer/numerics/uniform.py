@@ -1,4 +1,4 @@
-"""Uniform quantization of matrices: x ~ (code - zero) * scale, with integer codes of a few bits.
+"""Uniform quantization of matrices: x ~ (code - zero) * scale / divisor, with integer codes of a few bits.
 
 A scale, and a zero point if the range is asymmetric, applies to a group of consecutive elements of a row, to
 a row (channel), or to the whole matrix (tensor).
@@ -21,7 +21,8 @@ class Quantized:
     """A quantized matrix (r, d).
 
     codes: int8 (r, d). scales: float32 (r, groups), or (1, 1) for the whole matrix; zeros: the codes of 0,
-    int8 of the same shape, or None if they are all 0. group: elements per group; the last
+    int8 of the same shape, or None if they are all 0. divisor: float32 (d,), by which columns are divided, or
+    None. group: elements per group; the last
     group of a row may be shorter.
     """
 
@@ -29,6 +30,7 @@ class Quantized:
     scales: Array
     zeros: Array | None
     group: int
+    divisor: Array | None = None
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -75,7 +77,7 @@ def _of_rows(of_groups: Array, rows: slice, quantized: Quantized) -> Array:
 
 
 def dequantize(quantized: Quantized, dtype: np.dtype | type = np.float32, out: Array | None = None) -> Array:
-    """(codes - zeros) * scales, (r, d); out: the array for the result, in C order."""
+    """(codes - zeros) * scales / divisor, (r, d); out: the array for the result, in C order."""
     y = np.empty(quantized.codes.shape, dtype) if out is None else out
     np.copyto(y, quantized.codes)
     scales, zeros, values = quantized.scales, quantized.zeros, y
@@ -90,6 +92,8 @@ def dequantize(quantized: Quantized, dtype: np.dtype | type = np.float32, out: A
     if zeros is not None:
         values -= zeros
     values *= scales
+    if quantized.divisor is not None:
+        y /= quantized.divisor
     return y
 
 

@@ -1,0 +1,1 @@
+"""Quantization with a calibration text: GPTQ and AWQ."""
