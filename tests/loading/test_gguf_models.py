@@ -16,6 +16,7 @@ import einsum_transformer as et
 from einsum_transformer.engine import Leaf
 from einsum_transformer.formats import Packed
 from einsum_transformer.loading.weights import PACKED
+from einsum_transformer.models.builder import WeightSpec
 from einsum_transformer.tree import named_leaves
 from golden_files import write_folder
 from tiny_models import (
@@ -174,11 +175,11 @@ def test_quantized_matrices(kind: str, budget: int | None, tmp_path: Path) -> No
 class Halved(Leaf):
     """A leaf of a test: half of what the file holds."""
 
-    def __init__(self, packed: Packed, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self.packed, self.shape, self.dtype = packed, shape, dtype
+    def __init__(self, packed: Packed, spec: WeightSpec, dtype: np.dtype) -> None:
+        self.tensor, self.shape, self.dtype = packed, spec.shape, dtype
 
     def array(self) -> Array:
-        numbers = self.packed.parts["codes"] * self.packed.parts["scales"].astype(self.dtype)
+        numbers = self.tensor.parts["codes"] * self.tensor.parts["scales"].astype(self.dtype)
         return numbers.reshape(self.shape) / 2
 
 

@@ -91,6 +91,11 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         """Return a leaf of the same kind and settings with other parts."""
         raise NotImplementedError(f"{type(self).__name__} has no parts")
 
+    def packed(self) -> tuple[dict[str, Array], list[int]] | None:
+        """Return the parts of a quantized matrix as they are saved, and [rows, columns, bits, group]; None
+        for a leaf that is saved as its array."""
+        return None
+
     def trained_parts(self, path: str) -> dict[str, str]:
         """Return part -> parameter name of the trained parts of this leaf at `path`."""
         return {}

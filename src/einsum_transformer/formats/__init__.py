@@ -1,7 +1,7 @@
 """Read and write tensor files (safetensors, GGUF, npz), independent of any model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,8 @@ class Packed:
     """Shape of the dequantized values, as a matrix."""
     parts: Mapping[str, np.ndarray]
     """Read-only views of the mapped file, such as codes and scales, each with one row per matrix row."""
+    settings: Mapping[str, int] = field(default_factory=dict[str, int])
+    """What else the type needs, such as bits and group size."""
 
 
 class Names(list[str]):

@@ -214,6 +214,9 @@ class PackedWeight(QuantizedWeight):
         form = self.shape, self.dtype, self.out_axes, self.activation_bits
         return PackedWeight(*own, *form, parts.get("divisor"))
 
+    def packed(self) -> tuple[dict[str, Array], list[int]]:
+        return self.parts(), [len(self.codes), self.width, self.bits, self.group]
+
     @property
     def repeatable(self) -> bool:  # type: ignore[override]
         return True

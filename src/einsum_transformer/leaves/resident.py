@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,23 @@ def allocate(
         ends = np.cumsum([shapes[i][0] for i in stack]) if len(stack) > 1 else []
         arrays += np.split(array, ends[:-1]) if len(stack) > 1 else [array]
     return arrays
+
+
+def copied_together(
+    parts: Sequence[Mapping[str, Array]], groups: Sequence[Hashable]
+) -> list[dict[str, Array]]:
+    """Copy the named parts of matrices, such as codes and scales, into one block of memory for each name,
+    where those of consecutive matrices of a group are the rows of one matrix (see `allocate`)."""
+    found: list[dict[str, Array]] = [{} for _ in parts]
+    for name in dict.fromkeys(name for each in parts for name in each):
+        for size in sorted({each[name].itemsize for each in parts if name in each}):
+            chosen = [i for i, each in enumerate(parts) if name in each and each[name].itemsize == size]
+            shapes, own = [parts[i][name].shape for i in chosen], [groups[i] for i in chosen]
+            memory = allocate(shapes, parts[chosen[0]][name].dtype, own, transpose=False)
+            for i, array in zip(chosen, memory):
+                found[i][name] = array.view(parts[i][name].dtype)
+                found[i][name][...] = parts[i][name]
+    return found
 
 
 def _stacks(shapes: Sequence[tuple[int, ...]], groups: Sequence[Hashable] | None) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from einsum_transformer.errors import ConfigError, FormatError, InputError
 from einsum_transformer.formats import TensorInfo, TensorSource
+from einsum_transformer.formats.codes import CodesFolder
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
@@ -20,7 +21,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.families.gguf_keys import sampling_settings
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.scheme import Quantization
-from einsum_transformer.models.unsupported import adapter_in
+from einsum_transformer.models.unsupported import adapter_in, is_own
 from einsum_transformer.text.tokenizer import Tokenizer
 
 _MOST_SHOWN = 3
@@ -44,6 +45,8 @@ class Contents:
     """Location of each weight, by its path."""
     tokenizer: Tokenizer | None = None
     generation_config: Mapping[str, Any] | None = None
+    quantization: Quantization | None = None
+    """How the weights in the source are quantized; None: they are not."""
 
     def add(self, error: InputError) -> None:
         """Append an error to the list of problems, or raise it if there is no list."""
@@ -90,6 +93,10 @@ def _look_into_folder(found: Contents, folder: Path) -> None:
         return  # for an adapter alone, the problem of the config is sufficient
     with found.problem():
         found.tensors = open_tensors(folder, found.options.allow_links)
+        settings = found.keys.get("quantization_config")
+        if isinstance(settings, dict) and is_own(settings):
+            found.tensors = CodesFolder(found.tensors, settings)
+            found.quantization = Quantization.saved(settings, str(folder / "config.json"))
         _look_at_tensors(found, found.tensors)
     with found.problem():
         check_beside(folder)

@@ -71,8 +71,10 @@ def load(
         with suppress(InputError):  # `look` raises it, with the name of the config
             chosen = Quantization.of(found.quantization, quantization_mode, quantization_exclude)
     options = replace(options, quantization=chosen)
-    types = cache_types(cache_type_k, cache_type_v, chosen, quantization_mode == "simulated")
-    model = replace(_model(found, options), cache_types=types)
+    model = _model(found, options)
+    simulated = quantization_mode == "simulated"
+    types = cache_types(cache_type_k, cache_type_v, model.quantization, simulated)
+    model = replace(model, cache_types=types)
     if isinstance(found, RunConfig):
         model = replace(model, run_config=found)
     return model if adapter is None else with_adapter_tokenizer(with_adapter(model, adapter), adapter)
@@ -87,6 +89,10 @@ def _model(source: Source, options: Options) -> Model:
         if options.weight_budget is not None:
             raise InputError("`weight_budget` excludes `quantization`: quantized weights are in memory")
         quantizer = Quantizer(options.quantization, FAMILIES[config.model_type], weights_of(config))
+    if found.quantization is not None and quantizer is not None:
+        raise InputError(
+            f"{name_of(source)}: the model is already quantized to {found.quantization}: omit `quantization`"
+        )
     if found.tensors is None or found.places is None:
         if options.weight_budget is not None:
             raise InputError(
@@ -100,8 +106,9 @@ def _model(source: Source, options: Options) -> Model:
     if adapter := adapter_in(path):
         note(f"{path / 'adapter_config.json'}: not used: {adapter}")
     decoder = read_weights(found.tensors, config, found.places, options, quantizer)
-    return _with_quantization(
-        Model(config, decoder, found.tokenizer, found.generation_config, str(path)), quantizer
+    model = Model(config, decoder, found.tokenizer, found.generation_config, str(path))
+    return replace(
+        _with_quantization(model, quantizer), quantization=found.quantization or options.quantization
     )
 
 

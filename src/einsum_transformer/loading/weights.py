@@ -11,6 +11,7 @@ import numpy as np
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import Packed, TensorSource
+from einsum_transformer.formats.codes import DTYPE
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import allocate, read_all
 from einsum_transformer.loading.places import Place
@@ -18,13 +19,13 @@ from einsum_transformer.loading.sources import Options
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
-from einsum_transformer.models.quantization import Quantizer
+from einsum_transformer.models.quantization import Quantizer, packed_weight, together
 
 Array = np.ndarray
 
-PACKED: dict[str, Callable[[Packed, tuple[int, ...], np.dtype], Leaf]] = {}
-"""Type of a tensor in its file -> constructor of the leaf that stores it packed: (the tensor, the weight's
-shape, the type of the computation). Tensors of other types are converted to floating-point arrays."""
+PACKED: dict[str, Callable[[Packed, WeightSpec, np.dtype], Leaf]] = {DTYPE: packed_weight}
+"""Type of a tensor in its file -> constructor of the leaf that stores it packed: (the tensor, the weight, the
+type of the computation). Tensors of other types are converted to floating-point arrays."""
 
 
 def read_weights(
@@ -49,10 +50,12 @@ def read_weights(
     shared = Budget(budget or 0)
     for weight in weights_of(config):
         stored = places[weight.path].stored
-        kind = PACKED.get(tensors.info(stored.name).dtype) if stored.plain else None
+        kind = PACKED.get(tensors.info(stored.name).dtype)
+        if not stored.plain and stored.in_file_order is not np.transpose:
+            kind = None
         packed = None if kind is None else tensors.read_packed(stored.name)
         if kind is not None and packed is not None and packed.shape == weight.stored:
-            leaves[weight.path] = kind(packed, weight.shape, dtype)
+            leaves[weight.path] = kind(packed, weight, dtype)
         # Norms and biases are small and not used in matrix products: they are never lazy.
         elif budget is not None and len(weight.stored) > 1:
             leaves[weight.path] = LazyTensor(tensors, stored, weight.shape, dtype, shared)
@@ -62,7 +65,8 @@ def read_weights(
     arrays = read_all(tensors, [places[weight.path].stored for weight in resident], dtype, groups)
     leaves |= {weight.path: array.reshape(weight.shape) for weight, array in zip(resident, arrays)}
     if quantizer is None:
-        return build(config, lambda weight: leaves[weight.path])
+        found = together(leaves, weights_of(config))
+        return build(config, lambda weight: found[weight.path])
     return build(config, lambda weight: quantizer.leaf(weight, leaves[weight.path]))
 
 

@@ -1,6 +1,6 @@
 """Model: a decoder with its config, its tokenizer and the checkpoint names of its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from einsum_transformer.components.cache_types import UNCHANGED, CacheType
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import Gradients, Leaf, blas
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.codes import METHOD
 from einsum_transformer.formats.files import write_json
 from einsum_transformer.formats.folder import write_safetensors_folder
 from einsum_transformer.formats.safetensors import float32_to_bf16
@@ -172,22 +173,30 @@ class Model:
     ) -> None:
         """Write a folder that transformers loads: config, weights, tokenizer, generation settings.
 
-        dtype: storage dtype of the weights ("float32", "bfloat16"), by default the computation dtype. Errors:
+        dtype: storage dtype of the weights ("float32", "bfloat16"), by default the computation dtype. The
+        codes and scales of quantized weights are written as they are; only this package reads them. Errors:
         InputError for a model with adapters: merge them, or write only them (`save_adapter`).
         """
         folder = Path(folder)
         if self.lora is not None:
             raise InputError(f"{folder}: the model has an adapter: merge it first, or save only the adapter")
-        if self.quantization is not None:
-            raise InputError(
-                f"{folder}: a model that is quantized to {self.quantization} cannot be saved yet"
-            )
+        if self.quantization is not None and self.quantization.simulated:
+            raise InputError(f"{folder}: simulated quantization is not saved: quantize with mode real")
         if field := unwritten_field(self.family, self.config):
             value, kind = getattr(self.config, field), self.family.model_type
             raise InputError(f"{folder}: a {kind} config.json cannot represent {field} = {value}")
         config = with_training_keys(self.family.write_config(self.config), self.config.training)
         head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
-        parameters = self.named_parameters()
+        codes, quantized = self._codes()
+        parameters = self._named(self.decoder, quantized)
+        if self.quantization is not None:
+            config["quantization_config"] = {
+                "quant_method": METHOD,
+                "scheme": str(self.quantization.scheme),
+                "activation_bits": self.quantization.scheme.activation_bits,
+                "exclude": list(self.quantization.exclude),
+                "weights": quantized,
+            }
         if dtype == "bfloat16":
             parameters = {name: float32_to_bf16(np.asarray(w, np.float32)) for name, w in parameters.items()}
         elif dtype is not None:
@@ -198,9 +207,22 @@ class Model:
             self.tokenizer.save(folder, self.config.model_type)
         if self.generation_config is not None:
             write_json(folder / "generation_config.json", dict(self.generation_config))
-        write_safetensors_folder(folder, parameters, max_shard_bytes)
+        write_safetensors_folder(folder, parameters | codes, max_shard_bytes)
         # Last: if the weights cannot be written, config.json still describes the weights of an earlier save.
         write_json(folder / "config.json", head | config | {"dtype": dtype})
+
+    def _codes(self) -> tuple[dict[str, Array], dict[str, list[int]]]:
+        """The parts of the quantized weights by tensor name, and the weights as `formats.codes` describes
+        them: checkpoint name -> [rows, columns, bits, group, transposed]."""
+        arrays: dict[str, Array] = {}
+        described: dict[str, list[int]] = {}
+        for path, leaf in named_leaves(self.decoder):
+            packed = leaf.packed() if isinstance(leaf, Leaf) else None
+            if packed is not None:
+                name = self.family.checkpoint_name(path)
+                arrays |= {f"{name}.{part}": array for part, array in packed[0].items()}
+                described[name] = [*packed[1], int(self.family.is_transposed(path))]
+        return arrays, described
 
     def checked(self, tokens: Any, what: str = "`tokens`") -> Array:
         """`tokens` as a (b, t) array of ids that are in the vocabulary."""
@@ -213,8 +235,8 @@ class Model:
             raise InputError(f"{what}: id {bad} is outside the vocabulary of {self.config.vocab_size}")
         return tokens
 
-    def _named(self, decoder: Decoder) -> dict[str, Array]:
-        """The leaves of a decoder, or of a gradient, by checkpoint name."""
+    def _named(self, decoder: Decoder, skipped: Collection[str] = ()) -> dict[str, Array]:
+        """The leaves of a decoder, or of a gradient, by checkpoint name, without the names `skipped`."""
         specs, adapters = self.weights, self.adapters
         found: dict[str, Array] = {}
         pairs: dict[str, tuple[Array | None, Array]] = {}
@@ -226,11 +248,12 @@ class Model:
                 pairs[path] = _own_pair(adapters[path])
             base = leaf.base_weight() if isinstance(leaf, Leaf) else leaf
             # With tied embeddings the head exists only for adapters; it is not a separate parameter.
-            if path != HEAD or not self.config.tie_word_embeddings:
+            name = self.family.checkpoint_name(path)
+            if name not in skipped and (path != HEAD or not self.config.tie_word_embeddings):
                 array = base.array() if isinstance(base, Leaf) else base
                 stored = array.reshape(specs[path].stored)
                 transposed = self.family.is_transposed(path)
-                found[self.family.checkpoint_name(path)] = stored.T if transposed else stored
+                found[name] = stored.T if transposed else stored
         return found | self._pairs(pairs)
 
     def _pairs(self, pairs: Mapping[str, tuple[Array | None, Array]]) -> dict[str, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats import Packed
 from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
-from einsum_transformer.leaves.resident import allocate
+from einsum_transformer.leaves.resident import allocate, copied_together
 from einsum_transformer.models.builder import WeightSpec
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
@@ -165,6 +166,23 @@ def quantized(model: Model, quantization: Quantization) -> Model:
     quantizer.finish(model.source, decoder)
     types = model.cache_types if quantization.scheme.kv_bits is None else quantization.cache_types
     return replace(model, decoder=decoder, quantization=quantization, cache_types=types)
+
+
+def packed_weight(packed: Packed, spec: WeightSpec, dtype: np.dtype) -> Leaf:
+    """The leaf of a quantized matrix in a file (`formats.codes`)."""
+    parts, settings = packed.parts, packed.settings
+    own = parts["codes"], parts["scales"], parts.get("zeros"), settings["group"], settings["bits"]
+    form = spec.shape, dtype, spec.out_axes, settings["activation_bits"]
+    return PackedWeight(*own, *form, parts.get("divisor"))
+
+
+def together(weights: Mapping[str, Any], specs: Sequence[WeightSpec]) -> dict[str, Any]:
+    """The weights, path -> array or leaf, with the quantized ones copied from their file into memory; the
+    matrices of a component are consecutive, so that they have one product (`Leaf.joined`)."""
+    own = [spec for spec in specs if isinstance(weights[spec.path], Leaf) and weights[spec.path].packed()]
+    parts = copied_together([weights[spec.path].parts() for spec in own], [spec.component for spec in own])
+    copied = {spec.path: weights[spec.path].with_parts(each) for spec, each in zip(own, parts)}
+    return {**weights, **copied}
 
 
 def check_unquantized(model: Model) -> None:

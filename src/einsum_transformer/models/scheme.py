@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import re2  # pyright: ignore[reportMissingTypeStubs]
 
 from einsum_transformer.components.cache_types import UNCHANGED, CacheType, cache_type
-from einsum_transformer.errors import InputError
+from einsum_transformer.errors import ConfigError, InputError
 
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -115,6 +115,20 @@ class Quantization:
         for pattern in exclude:
             _compiled(pattern)
         return Quantization(parsed, mode == "simulated", tuple(exclude))
+
+    @staticmethod
+    def saved(settings: Mapping[str, Any], source: str) -> Quantization:
+        """Return the quantization of a `quantization_config` that `Model.save` wrote. Errors: ConfigError."""
+        scheme, exclude = settings.get("scheme"), settings.get("exclude", [])
+        if not isinstance(scheme, str) or not isinstance(exclude, list):
+            raise ConfigError(f"{source}: quantization_config: expected `scheme`, and a list `exclude`")
+        try:
+            found = Quantization.of(scheme, "real", [str(each) for each in exclude])
+        except InputError as error:
+            raise ConfigError(f"{source}: quantization_config: {error}") from None
+        if found is None:
+            raise ConfigError(f"{source}: quantization_config: `scheme` is {scheme!r}")
+        return found
 
     @property
     def cache_types(self) -> tuple[CacheType, CacheType]:

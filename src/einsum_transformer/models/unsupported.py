@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.errors import ConfigError, InputError
+from einsum_transformer.formats.codes import METHOD
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.models.config import MOST_LAYERS
 
@@ -59,9 +60,14 @@ def quantized(raw: Mapping[str, Any]) -> str:
     """The quantization that a config.json describes, with what to use instead; "" if there is none."""
     for keys in _whole_and_text(raw):
         for name in ("quantization_config", "quantization", "compression_config"):
-            if (settings := keys.get(name)) is not None:
+            if (settings := keys.get(name)) is not None and not is_own(settings):
                 return f"{name}: {_method(settings)}"
     return ""
+
+
+def is_own(settings: Any) -> bool:
+    """Whether a `quantization_config` describes codes and scales that `Model.save` wrote."""
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 
 
 def _whole_and_text(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
