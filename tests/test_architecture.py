@@ -352,7 +352,7 @@ PLANTED = [
     (check_import_side_effects, COMPONENT, "print('loaded')"),
     (check_import_side_effects, COMPONENT, "for name in THREADS:\n    os.environ[name] = '1'"),
     (check_import_side_effects, COMPONENT, "try:\n    import mkl\nexcept ImportError: pass"),
-    (check_legend, COMPONENT, "einsum('ij,jk->ik', a, b)"),
+    (check_legend, COMPONENT, "einsum('xj,jk->xk', a, b)"),
     (check_legend, COMPONENT, "weight_grad(w, 'btD,btf->fD', dy, x)"),
     (check_legend, COMPONENT, "einsum(text, a, b)"),
     (check_backward_equations, COMPONENT,

@@ -27,6 +27,7 @@ from einsum_transformer.cli.app import _application
 from einsum_transformer.loading import hub
 from einsum_transformer.models.parameters import trainable
 from einsum_transformer.models.peft import save_adapter
+from einsum_transformer.tree import named_leaves
 from golden_files import FOLDER, load_golden, write_folder
 from tiny_models import tiny_model
 
@@ -64,6 +65,7 @@ KEYS = {
     " tokens_per_second parameters trainable gradient_bytes optimizer_bytes peak_rss_bytes blas threads"
     " advice losses validation folder",
     "merge": "model folder tensors",
+    "quantize": "model quantization operations tensors",
     "eval ppl": "model quantization kv_cache convention ctx_size chunks tokens perplexity standard_error"
     " negative_log_likelihood",
     "eval kld": "model quantization kv_cache reference convention ctx_size chunks tokens kl_mean"
@@ -307,6 +309,25 @@ def test_inspect_of_a_checkpoint_with_problems(files: Files) -> None:
     Path("broken/config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     found = same("inspect", etx("inspect", "broken", "--json"), et.inspect("broken"), code=1)
     assert found["problems"]
+
+
+def test_quantize(files: Files) -> None:
+    model = et.load(files.model)
+    given = {"MODEL": files.model, "model": model}
+    ran, result = both(row_of("quantization_report"), given, ["-o", "small"], {})
+    assert isinstance(result, et.QuantizationReport)
+    assert ran.err.splitlines()[-1] == "the quantized model is in small"
+    found = same("quantize", Ran(ran.code, ran.out, ""), result)
+    assert [row["operation"] for row in found["operations"]][-1] == "total"
+    held = sum(leaf.nbytes for _, leaf in named_leaves(et.quantize(model, "W4A16g32").decoder))
+    assert found["operations"][-1]["weights_held"] == held
+    loaded = et.load("small")
+    ids = np.arange(9)[None]
+    np.testing.assert_array_equal(loaded.logits(ids), et.quantize(model, "W4A16g32").logits(ids))
+    flags = ["--quantization", "W3A8", "--method", "gptq", "--calibration", files.text]
+    ran = etx("quantize", files.model, *flags, "--calibration-chunks", 2, "-o", "gptq", "--json")
+    assert ran.code == 2
+    assert "tokens: at least" in ran.err
 
 
 def test_eval(files: Files) -> None:

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.inspect import Inspection
     from einsum_transformer.analysis.machine import Machine
     from einsum_transformer.analysis.parity import Parity
+    from einsum_transformer.analysis.quantization import QuantizationReport
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
     from einsum_transformer.api.evaluate import divergence, perplexity
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
     from einsum_transformer.api.profile import Profile, profile
-    from einsum_transformer.api.quantize import quantize
+    from einsum_transformer.api.quantize import quantization_report, quantize
     from einsum_transformer.api.train import Training, TrainingObserver, train
     from einsum_transformer.cluster.data_parallel import RayWorkers
     from einsum_transformer.engine.contract import einsum
@@ -73,6 +74,7 @@ __all__ = [
     "Perplexity",
     "Profile",
     "Program",
+    "QuantizationReport",
     "RandomTokens",
     "RayWorkers",
     "Recorder",
@@ -107,6 +109,7 @@ __all__ = [
     "perplexity",
     "profile",
     "pull",
+    "quantization_report",
     "quantize",
     "read_run_config",
     "save_adapter",
@@ -143,6 +146,7 @@ _HOMES = {
     "Parity": "analysis.parity",
     "Perplexity": "analysis.evaluate",
     "Profile": "api.profile",
+    "QuantizationReport": "analysis.quantization",
     "Program": "analysis.explain",
     "RandomTokens": "training.data",
     "RayWorkers": "cluster.data_parallel",
@@ -179,6 +183,7 @@ _HOMES = {
     "perplexity": "api.evaluate",
     "profile": "api.profile",
     "pull": "loading.hub",
+    "quantization_report": "api.quantize",
     "quantize": "api.quantize",
     "read_run_config": "models.switches",
     "save_adapter": "models.peft",

@@ -1,10 +1,12 @@
-"""`quantize`: the weights of a model as integers of a few bits."""
+"""`quantize`: the weights of a model as integers of a few bits; `quantization_report`: bytes and errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from einsum_transformer.analysis import quantization as analysis
+from einsum_transformer.analysis.quantization import QuantizationReport
 from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
@@ -74,3 +76,15 @@ def quantize(
     return load(
         source, quantization=scheme, quantization_mode=mode, quantization_exclude=quantization.exclude
     )
+
+
+@checked
+def quantization_report(model: Model, reference: AnySource | None = None) -> QuantizationReport:
+    """Return the bytes of a quantized model by operation, and the error of each quantized weight.
+
+    model: a model that `quantize` or `load` quantized. reference: the model without quantization, or any
+    source that `load` takes; without it, no errors are listed.
+
+    Raises InputError for a model that is not quantized.
+    """
+    return analysis.quantization_report(model, None if reference is None else model_of(reference))

@@ -25,6 +25,7 @@ from einsum_transformer.cli.machine import machine
 from einsum_transformer.cli.merge import merge
 from einsum_transformer.cli.parity import parity
 from einsum_transformer.cli.pull import pull
+from einsum_transformer.cli.quantize import quantize
 from einsum_transformer.cli.run import run
 from einsum_transformer.cli.train import train
 from einsum_transformer.errors import InputError
@@ -113,7 +114,22 @@ def _application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     application.callback(epilog=EXIT_CODES)(_etx)
-    for command in (run, chat, explain, diff, inspect, train, merge, eval, gradcheck, parity, pull, machine):
+    commands = (
+        run,
+        chat,
+        explain,
+        diff,
+        inspect,
+        train,
+        merge,
+        quantize,
+        eval,
+        gradcheck,
+        parity,
+        pull,
+        machine,
+    )
+    for command in commands:
         application.command(command.__name__, epilog=EXIT_CODES)(ungrouped(command))
     return application
 
@@ -144,6 +160,7 @@ def _etx(
     etx inspect my-model                           what a checkpoint contains, and which keys are used
     etx train --lora --data notes.txt -o my-run    train adapters of the default model on a text
     etx merge --adapter-path my-run/step-00000010 -o my-model   add an adapter to the weights
+    etx quantize --quantization W4A16g64 -o my-small-model   write a model with weights of 4 bits
     etx eval ppl -f notes.txt                      perplexity on a text; kld: divergence of a quantized model
     etx gradcheck fast_lora                        hand-derived gradients against central differences
     etx machine                                    measure the BLAS libraries of this machine

@@ -133,15 +133,9 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Loading(Machine):
-    """The loading of a model for generation."""
+class Quantized(Machine):
+    """The quantization of the weights, and the library of the products."""
 
-    weight_budget: str | None = flag(
-        metavar="SIZE", help="Maximum size of weights in memory (500M, 2G); others are read when needed."
-    )
-    adapter_path: AdapterPath = None
-    max_layers: MaxLayers = None
-    dtype: Dtype = None
     quantization: str | None = flag(
         metavar="SCHEME", help="Quantize the weights: W8A16, W4A16g64, ...; none: ignore that of a config."
     )
@@ -151,6 +145,18 @@ class Loading(Machine):
     quantization_exclude: list[str] | None = flag(
         metavar="NAME", help="A module that is not quantized, by name or regular expression; may be repeated."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Loading(Quantized):
+    """The loading of a model for generation."""
+
+    weight_budget: str | None = flag(
+        metavar="SIZE", help="Maximum size of weights in memory (500M, 2G); others are read when needed."
+    )
+    adapter_path: AdapterPath = None
+    max_layers: MaxLayers = None
+    dtype: Dtype = None
     cache_type_k: str | None = flag(
         "--cache-type-k", "-ctk", metavar="TYPE", help="Stored keys: float32, float16, int8 or int4."
     )

@@ -96,6 +96,10 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         for a leaf that is saved as its array."""
         return None
 
+    def bits_per_element(self) -> int | None:
+        """Return the bits of a code of a quantized weight, None for other leaves."""
+        return None
+
     def trained_parts(self, path: str) -> dict[str, str]:
         """Return part -> parameter name of the trained parts of this leaf at `path`."""
         return {}

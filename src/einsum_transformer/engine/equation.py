@@ -27,6 +27,9 @@ LEGEND = {
     "r": "LoRA rank",
     "c": "latent (MLA)",
     "j": "joined rows (q, k and v; gate and up)",
+    "o": "output of a quantized matrix",
+    "i": "input of a quantized matrix",
+    "l": "another input of a quantized matrix",
 }
 """The meaning of each letter in the equations of all components."""
 

@@ -16,7 +16,7 @@ Array = np.ndarray
 class Calibrated(Leaf):
     """A matrix, and the second moments of its inputs in forward passes.
 
-    hessian: sum over the rows of x of x_k x_l, (k, l) in float64; None before the first product. count: the
+    hessian: the sum of x_i x_l over the rows x, (i, l) in float64; None before the first product. count: the
     number of rows. Products in which x is not a set of rows (a batch letter of the weight) are not counted.
     """
 
@@ -44,6 +44,6 @@ class Calibrated(Leaf):
             return
         rows = x.transpose([term.index(letter) for letter in outer + inputs])
         rows = rows.reshape(-1, math.prod(self.shape[self.out_axes :]))
-        added = einsum("mk,ml->kl", rows, rows)
+        added = einsum("ti,tl->il", rows, rows)
         self.count += len(rows)
         self.hessian = added.astype(np.float64) if self.hessian is None else self.hessian + added

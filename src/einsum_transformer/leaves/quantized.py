@@ -88,6 +88,9 @@ class QuantizedWeight(Leaf):
     def add_rows(self, indices: Array, dy: Array) -> None:
         return None
 
+    def bits_per_element(self) -> int:
+        return self.bits
+
     def writable(self) -> QuantizedWeight:
         return self
 

@@ -1,7 +1,7 @@
 """AWQ: scale the columns of a matrix by their activations before it is rounded, and limit large weights.
 
-Columns with large activations matter more for the outputs. Multiplied by s_k > 1 before they are rounded, and
-divided by it afterwards, their error is smaller; s_k = r_k^a, where r_k is the root mean square of input k,
+Columns with large activations matter more for the outputs. Multiplied by s_i > 1 before they are rounded, and
+divided by it afterwards, their error is smaller; s_i = r_i^a, where r_i is the root mean square of input i,
 and a is the best of a grid. Then each group's range is limited to the share of its maximum that changes the
 outputs least.
 
@@ -27,9 +27,10 @@ LIMITS = tuple(1 - i / 20 for i in range(11))
 def awq(
     weights: Sequence[Array], hessian: Array, bits: int, group: int | None, symmetric: bool = True
 ) -> list[Quantized]:
-    """Return matrices w (n, k) with the same inputs, rounded to codes of `bits` bits, with the same divisor.
+    """Return matrices w (o, i) with the same inputs, rounded to codes of `bits` bits, with the same divisor.
 
-    hessian: sum of x_k x_l over the inputs, (k, k). The change of the outputs is sum_n e_n H e_n^T.
+    hessian: H, the sum of x_i x_l over the calibration tokens. With the error e, the outputs change by
+    sum e_oi H_il e_ol.
     """
     root = np.sqrt(hessian.diagonal())
     root = np.where(root > 0, root, root[root > 0].min(initial=1))
@@ -41,7 +42,7 @@ def awq(
         change = 0.0
         for w in weights:
             error = dequantize(quantize(w * s, bits, group, symmetric)) / s - w
-            change += float(einsum("nk,nk->", einsum("nk,kl->nl", error, h), error))
+            change += float(einsum("ol,ol->", einsum("oi,il->ol", error, h), error))
         if change < best:
             best, divisor = change, s
     h /= divisor[:, None] * divisor
@@ -49,9 +50,10 @@ def awq(
 
 
 def _limited(w: Array, h: Array, bits: int, group: int | None, symmetric: bool, divisor: Array) -> Quantized:
-    """Round w (n, k) with the range of each group limited to the best of `LIMITS`.
+    """Round w (o, i) with the range of each group limited to the best of `LIMITS`.
 
-    The change of the outputs by a group is measured alone: sum over k, l of the group of e_k H_kl e_l.
+    The change of the outputs by a group is measured alone: the sum of e_oi H_il e_ol over i and l in
+    the group.
     """
     found = quantize(w, bits, group, symmetric)
     if group is None:
@@ -66,7 +68,7 @@ def _limited(w: Array, h: Array, bits: int, group: int | None, symmetric: bool, 
         for i, start in enumerate(range(0, width, found.group)):
             columns = slice(start, start + found.group)
             e = error[:, columns]
-            change = einsum("nl,nl->n", einsum("nk,kl->nl", e, h[columns, columns]), e)
+            change = einsum("ol,ol->o", einsum("oi,il->ol", e, h[columns, columns]), e)
             better = change < best[:, i]
             best[better, i], share[better, i] = change[better], limit
     scales = found.scales * share

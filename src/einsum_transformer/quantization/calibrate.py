@@ -22,7 +22,7 @@ from einsum_transformer.notes import note
 from einsum_transformer.numerics.uniform import Quantized, quantize
 from einsum_transformer.quantization.awq import awq
 from einsum_transformer.quantization.gptq import gptq, inverse_factor
-from einsum_transformer.tree import map_named, named_leaves
+from einsum_transformer.tree import map_named
 
 Array = np.ndarray
 
@@ -49,13 +49,16 @@ def calibrated(
     def rebuild(i: int, block: Any, run: Callable[[Any], None]) -> Any:
         prefix = f"layers.{i}"
 
+        leaves: dict[str, Calibrated] = {}
+
         def watch(path: str, weight: Any) -> Any:
             spec = specs[path]
-            return weight if quantizer.bits(spec) is None else Calibrated(weight, spec.out_axes)
+            if quantizer.bits(spec) is None:
+                return weight
+            leaves[path] = Calibrated(weight, spec.out_axes)
+            return leaves[path]
 
-        watched = map_named(watch, block, prefix)
-        run(watched)
-        leaves = {path: leaf for path, leaf in named_leaves(watched, prefix) if isinstance(leaf, Calibrated)}
+        run(map_named(watch, block, prefix))
         found = _quantized(leaves, quantizer, specs, method)
         uncounted.extend(path for path, leaf in leaves.items() if not leaf.count)
 
@@ -99,12 +102,12 @@ def _quantized(
         settings = bits, group, symmetric
         if hessian is None or not hessian.diagonal().any():
             found |= {path: quantize(matrix, *settings) for path, matrix in matrices.items()}
+        elif not np.isfinite(hessian).all():
+            raise InputError("the activations of the calibration text contain nan or inf")
         elif method == "awq":
             weights = [matrix.astype(np.float32, copy=False) for matrix in matrices.values()]
             found |= dict(zip(paths, awq(weights, hessian, *settings)))
         else:
-            if not np.isfinite(hessian).all():
-                raise InputError("the activations of the calibration text contain nan or inf")
             factor = inverse_factor(hessian)
             found |= {path: gptq(matrix, factor, *settings) for path, matrix in matrices.items()}
     return found
