@@ -26,6 +26,7 @@ from einsum_transformer.models.adapters import merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import EMBEDDING, HEAD
 from einsum_transformer.models.peft_names import named_pairs
+from einsum_transformer.models.quantization import Bfloat16
 from einsum_transformer.tree import map_named, named_leaves
 from golden_files import MODELS, Folders, Models, load_golden, write_folder
 
@@ -67,6 +68,13 @@ def calibrating(folder: Path, dtype: str) -> et.Model:
     return replace(model, decoder=map_named(leaf, model.decoder))
 
 
+def in_bfloat16(folder: Path, dtype: str) -> et.Model:
+    model = et.load(folder, dtype=dtype)
+    specs = model.weights
+    storage = Bfloat16(list(specs.values()))
+    return replace(model, decoder=map_named(lambda path, w: storage.leaf(specs[path], w), model.decoder))
+
+
 def all_watched(folder: Path, dtype: str) -> et.Model:
     model = et.load(folder, dtype=dtype)
     return replace(model, decoder=watched(model.decoder))
@@ -94,6 +102,7 @@ LEAVES: dict[str, Callable[[Path, str], et.Model]] = {
     "quantized": lambda folder, dtype: quantized(folder, dtype, "real"),
     "quantized, simulated": lambda folder, dtype: quantized(folder, dtype, "simulated"),
     "calibrated": calibrating,
+    "bfloat16": in_bfloat16,
     "LoRA on quantized": lambda folder, dtype: filled(quantized(folder, dtype, "real"), "all-linear"),
     "LoRA": lambda folder, dtype: filled(et.load(folder, dtype=dtype), "all-linear"),
     "LoRA on embedding and head": on_ends,

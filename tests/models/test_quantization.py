@@ -11,7 +11,7 @@ import pytest
 
 import einsum_transformer as et
 from einsum_transformer.engine import Leaf
-from einsum_transformer.leaves.quantized import PackedWeight, QuantizedWeight, SimulatedWeight
+from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
 from einsum_transformer.models.model import EMBEDDING
 from einsum_transformer.models.scheme import Quantization, Scheme
 from einsum_transformer.numerics.uniform import dequantize, quantize
@@ -21,8 +21,12 @@ from golden_files import MODELS, Models, load_golden
 Array = np.ndarray
 
 
-def quantized_leaves(model: et.Model) -> dict[str, QuantizedWeight]:
-    return {path: leaf for path, leaf in named_leaves(model.decoder) if isinstance(leaf, QuantizedWeight)}
+def quantized_leaves(model: et.Model) -> dict[str, PackedWeight | SimulatedWeight]:
+    return {
+        path: leaf
+        for path, leaf in named_leaves(model.decoder)
+        if isinstance(leaf, PackedWeight | SimulatedWeight)
+    }
 
 
 class TestSchemes:
@@ -70,7 +74,7 @@ def test_every_family_has_the_logits_of_its_simulation(
     name: str, scheme: str, golden_model: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are multiplied in blocks of few rows, so that every product has several."""
-    monkeypatch.setattr("einsum_transformer.leaves.quantized._BLOCK", 100)
+    monkeypatch.setattr("einsum_transformer.leaves.blockwise._BLOCK", 100)
     golden, model = load_golden(name), golden_model(name, "float64")
     real, simulated = et.quantize(model, scheme), et.quantize(model, scheme, mode="simulated")
     assert quantized_leaves(real).keys() == quantized_leaves(simulated).keys()
@@ -85,7 +89,7 @@ def test_gradients_of_what_is_not_quantized(
     name: str, golden_model: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without rounding of activations, they are those of a model of the rounded weights."""
-    monkeypatch.setattr("einsum_transformer.leaves.quantized._BLOCK", 100)
+    monkeypatch.setattr("einsum_transformer.leaves.blockwise._BLOCK", 100)
     monkeypatch.setattr("einsum_transformer.leaves.quantized.rounded", lambda x, bits, axes: x)
     golden, model = load_golden(name), golden_model(name, "float64")
     real = et.quantize(model, "W4A16")

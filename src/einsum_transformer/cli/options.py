@@ -41,7 +41,11 @@ Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(metavar="float32|float64", help="Type of the computation; default float32.")
+    str | None,
+    typer.Option(
+        metavar="float32|float64|bfloat16",
+        help="Type of weights and computation; default float32. bfloat16: of the matrices only.",
+    ),
 ]
 MaxLayers = Annotated[
     int | None,
@@ -168,6 +172,8 @@ class Loading(Quantized):
         self, source: str | RunConfig, hub: Hub, seed: int | None, quiet: bool
     ) -> tuple[LoadedModel, float]:
         """Return the model and the seconds of loading, see `open_model`."""
+        from einsum_transformer.models.run_config import RunConfig
+
         more = {"max_layers": self.max_layers, "adapter": self.adapter_path, "seed": seed}
         quantized = {
             "quantization": self.quantization,
@@ -176,7 +182,10 @@ class Loading(Quantized):
             "cache_type_k": self.cache_type_k,
             "cache_type_v": self.cache_type_v,
         }
-        return open_model(source, hub, self, self.dtype, quiet, self.weight_budget, **more, **quantized)
+        dtype = self.dtype
+        if dtype is None and self.weight_budget is None and isinstance(source, RunConfig):
+            dtype = "bfloat16" if source.weight_dtype == "bfloat16" else None
+        return open_model(source, hub, self, dtype, quiet, self.weight_budget, **more, **quantized)
 
 
 @dataclass(frozen=True, slots=True)

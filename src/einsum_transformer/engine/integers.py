@@ -1,6 +1,6 @@
-"""Products of 8-bit integer matrices by numkong, which has SIMD instructions for them and computes exactly.
+"""Products of matrices of 8-bit integers and of bfloat16 by numkong, which has SIMD instructions for them.
 
-int8 x int8 -> int32: y[n, m] = sum over k of a[n, k] * b[m, k].
+y[n, m] = sum over k of a[n, k] * b[m, k]; int8 x int8 -> int32 is exact, bfloat16 x bfloat16 -> float32.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from einsum_transformer.engine import blas
@@ -62,6 +63,25 @@ def _is_exact(numkong: Any) -> bool:
         if not np.array_equal(_dots(numkong, b)(a, 2), expected):
             return False
     return True
+
+
+@cache
+def bfloat16_available() -> bool:
+    """Return whether products of bfloat16 are available and accurate."""
+    if _library() is None:
+        return False
+    a = np.random.default_rng(0).standard_normal((70, 259)).astype(ml_dtypes.bfloat16)
+    expected = a.astype(np.float64) @ a[:3].T.astype(np.float64)
+    try:
+        return bool(np.abs(bfloat16_dots(a, a[:3], 2) - expected).max() < 1e-4)
+    except Exception:
+        return False
+
+
+def bfloat16_dots(a: Array, b: Array, threads: int = 1) -> Array:
+    """Return a . b^T, (n, m) of float32; a (n, k), b (m, k): ml_dtypes.bfloat16 with contiguous rows."""
+    numkong = _library()
+    return np.asarray(numkong.dots_packed(a, numkong.dots_pack(b), threads=threads))
 
 
 def dots(a: Array, b: Array, threads: int = 1) -> Array:

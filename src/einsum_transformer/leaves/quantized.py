@@ -7,9 +7,6 @@ activations is exact for the rounded weight, and passes the rounding of activati
 
 from __future__ import annotations
 
-import math
-import time
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +14,10 @@ import numpy as np
 
 from einsum_transformer.engine import Equation, Leaf, ShapeArray, integers
 from einsum_transformer.engine.blas import FEW, matmul, shares
-from einsum_transformer.engine.contract import product, report
+from einsum_transformer.engine.contract import product
 from einsum_transformer.engine.parallel import for_each
-from einsum_transformer.engine.recorder import reads_events
-from einsum_transformer.engine.replay import recorded
 from einsum_transformer.engine.side_by_side import consecutive
+from einsum_transformer.leaves.blockwise import COARSE, Blockwise, ByRows
 from einsum_transformer.numerics.uniform import (
     DIGIT_BASE,
     Quantized,
@@ -35,8 +31,6 @@ from einsum_transformer.numerics.uniform import (
 
 Array = np.ndarray
 
-_COARSE = 1 << 19
-"""Elements of a weight from which its blocks are divided over the threads."""
 _PIECE = 1 << 19
 """Elements that are converted at once for few rows, so that they stay in the cache of one core."""
 _COARSE_FEW = 1 << 22
@@ -45,99 +39,45 @@ _FEW_ROWS = 8
 """Rows of x up to which three integer products, for more than 8 bits, are faster than one of floats."""
 _ROWS = 128
 """Rows of activations that are quantized at once, so that they stay in the CPU cache."""
-_BLOCK = 1 << 21
-"""Elements that are dequantized at once: 8 MB of float32, which stay in the CPU cache."""
 
 
-class QuantizedWeight(Leaf):
-    """A weight with values of a few bits, and the bits of the activations that it is multiplied with.
+class SimulatedWeight(Leaf):
+    """The values of a quantized weight as an array: float products, without less memory.
 
-    out_axes: number of leading axes of `shape` that are outputs, the rows of the quantized matrix. divisor:
-    the columns of the matrix are divided by it (see `quantization.awq`), and so are the activations before
-    they are rounded; None: they are not.
+    bits: of a code. out_axes: number of leading axes that are outputs. activation_bits, divisor: see
+    `PackedWeight`.
     """
 
     trained = False
 
     def __init__(
-        self,
-        bits: int,
-        shape: tuple[int, ...],
-        dtype: Any,
-        out_axes: int,
-        activation_bits: int,
-        divisor: Array | None = None,
+        self, weight: Array, bits: int, out_axes: int, activation_bits: int, divisor: Array | None = None
     ) -> None:
+        self.weight: Array = weight
+        self.shape: tuple[int, ...] = weight.shape
+        self.dtype: np.dtype = weight.dtype
         self.bits: int = bits
-        self.shape: tuple[int, ...] = shape
-        self.dtype: np.dtype = np.dtype(dtype)
         self.out_axes: int = out_axes
         self.activation_bits: int = activation_bits
         self.divisor: Array | None = divisor
 
-    @abstractmethod
-    def values(self, indices: Array) -> Array:
-        """Return the values at indices of the first axis."""
+    def array(self) -> Array:
+        return self.weight
 
     def rows(self, indices: Array) -> Any:
         """The rows of an embedding, rounded as the activations are."""
-        if any(isinstance(part, ShapeArray) for part in self.parts().values()):
+        if isinstance(self.weight, ShapeArray):
             return ShapeArray((*indices.shape, *self.shape[1:]), self.dtype)
-        return rounded(self.values(indices), self.activation_bits, (-1,))
+        return rounded(np.take(self.weight, indices, axis=0), self.activation_bits, (-1,))
 
     def add_rows(self, indices: Array, dy: Array) -> None:
         return None
 
-    def bits_per_element(self) -> int:
-        return self.bits
-
-    def writable(self) -> QuantizedWeight:
+    def writable(self) -> SimulatedWeight:
         return self
 
-    def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
-        parsed = Equation.parse(equation)
-        if len(operands) != 2:
-            return product(equation, (*operands[:position], self.array(), *operands[position + 1 :]), order)
-        x, weight, term = operands[1 - position], parsed.inputs[position], parsed.inputs[1 - position]
-        inputs = weight[self.out_axes :]
-        if not set(inputs) & set(parsed.output) and not isinstance(x, ShapeArray):
-            y = self._by_rows(equation, parsed, x, position)
-            if y is not None:
-                return y
-            axes = tuple(map(term.index, inputs))
-            if self.divisor is None:
-                x = rounded(x, self.activation_bits, axes)
-            else:
-                divisor = self.divisor.reshape(self.shape[self.out_axes :]).transpose(np.argsort(axes))
-                sizes = [x.shape[i] if i in axes else 1 for i in range(len(term))]
-                divisor = divisor.reshape(sizes)
-                x = rounded(x / divisor, self.activation_bits, axes) * divisor
-        return self._product(equation, parsed, x, position, order)
-
-    def _by_rows(self, equation: str, parsed: Equation, x: Any, position: int) -> Array | None:
-        """The product with the rows of x, before they are rounded, or None if it is computed in blocks."""
-        return None
-
-    def _product(self, equation: str, parsed: Equation, x: Any, position: int, order: str) -> Array:
-        """The product with x."""
-        weight = ShapeArray(self.shape, self.dtype) if isinstance(x, ShapeArray) else self.array()
-        return product(equation, (weight, x) if position == 0 else (x, weight), order)
-
-
-class SimulatedWeight(QuantizedWeight):
-    """The values of a quantized weight as an array: float products, without less memory."""
-
-    def __init__(
-        self, weight: Array, bits: int, out_axes: int, activation_bits: int, divisor: Array | None = None
-    ) -> None:
-        super().__init__(bits, weight.shape, weight.dtype, out_axes, activation_bits, divisor)
-        self.weight: Array = weight
-
-    def array(self) -> Array:
-        return self.weight
-
-    def values(self, indices: Array) -> Array:
-        return np.take(self.weight, indices, axis=0)
+    def bits_per_element(self) -> int:
+        return self.bits
 
     def parts(self) -> dict[str, Any]:
         return {"weight": self.weight} | ({} if self.divisor is None else {"divisor": self.divisor})
@@ -146,9 +86,28 @@ class SimulatedWeight(QuantizedWeight):
         own = parts["weight"], self.bits, self.out_axes, self.activation_bits
         return SimulatedWeight(*own, parts.get("divisor"))
 
+    def contract(self, equation: str, operands: tuple[Any, ...], position: int, order: str = "K") -> Array:
+        parsed = Equation.parse(equation)
+        inputs = parsed.inputs[position][self.out_axes :]
+        given = list(operands)
+        given[position] = self.weight
+        if len(operands) == 2 and not set(inputs) & set(parsed.output):
+            x, term = operands[1 - position], parsed.inputs[1 - position]
+            if set(inputs) <= set(term) and not isinstance(x, ShapeArray):
+                axes = tuple(map(term.index, inputs))
+                given[1 - position] = _rounded(x, self.activation_bits, axes, self.divisor)
+        return product(equation, tuple(given), order)
 
-class PackedWeight(QuantizedWeight):
-    """A weight as integer codes, two per byte with at most 4 bits, and scales; dequantized in blocks."""
+
+class PackedWeight(Blockwise):
+    """A weight as integer codes, two per byte with at most 4 bits, and scales.
+
+    codes, scales, zeros, group: see `Quantized`. activation_bits: of the activations that it is multiplied
+    with. divisor: the columns of the matrix are divided by it (see `quantization.awq`), and so are the
+    activations before they are rounded; None: they are not.
+    """
+
+    trained = False
 
     def __init__(
         self,
@@ -163,14 +122,14 @@ class PackedWeight(QuantizedWeight):
         activation_bits: int,
         divisor: Array | None = None,
     ) -> None:
-        super().__init__(bits, shape, dtype, out_axes, activation_bits, divisor)
+        super().__init__(shape, dtype, out_axes)
         self.codes: Array = codes
         self.scales: Array = scales
         self.zeros: Array | None = zeros
         self.group: int = group
-        self.width: int = math.prod(shape[out_axes:])
-        self._inner = math.prod(shape[1:out_axes])
-        """Rows of the matrix per element of the first axis."""
+        self.bits: int = bits
+        self.activation_bits: int = activation_bits
+        self.divisor: Array | None = divisor
 
     @classmethod
     def of(
@@ -187,26 +146,19 @@ class PackedWeight(QuantizedWeight):
         parts = codes, quantized.scales, quantized.zeros, quantized.group
         return cls(*parts, bits, shape, dtype, out_axes, activation_bits, quantized.divisor)
 
-    def array(self) -> Array:
-        return self._block(0, self.shape[0])
+    def rows(self, indices: Array) -> Any:
+        """The rows of an embedding, rounded as the activations are."""
+        values = super().rows(indices)
+        return values if isinstance(values, ShapeArray) else rounded(values, self.activation_bits, (-1,))
 
-    def _block(self, start: int, stop: int) -> Array:
-        """The values at start:stop of the first axis."""
-        matrix = np.empty(((stop - start) * self._inner, self.width), self.dtype)
-        step = max(1, -(-len(matrix) // shares()))
+    def add_rows(self, indices: Array, dy: Array) -> None:
+        return None
 
-        def fill(first: int) -> None:
-            rows = slice(first, min(first + step, len(matrix)))
-            self._matrix(
-                slice(start * self._inner + rows.start, start * self._inner + rows.stop), matrix[rows]
-            )
+    def writable(self) -> PackedWeight:
+        return self
 
-        firsts = [(first,) for first in range(0, len(matrix), step)]
-        for_each(fill, firsts, coarse=matrix.size >= _COARSE)
-        return matrix.reshape(-1, *self.shape[1:])
-
-    def values(self, indices: Array) -> Array:
-        return self._matrix(indices.ravel()).reshape(*indices.shape, *self.shape[1:])
+    def bits_per_element(self) -> int:
+        return self.bits
 
     def parts(self) -> dict[str, Any]:
         parts = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "divisor": self.divisor}
@@ -219,10 +171,6 @@ class PackedWeight(QuantizedWeight):
 
     def packed(self) -> tuple[dict[str, Array], list[int]]:
         return self.parts(), [len(self.codes), self.width, self.bits, self.group]
-
-    @property
-    def repeatable(self) -> bool:  # type: ignore[override]
-        return True
 
     def joined(self, others: Sequence[Leaf]) -> Leaf | None:
         weights = [self, *(each for each in others if isinstance(each, PackedWeight))]
@@ -246,90 +194,7 @@ class PackedWeight(QuantizedWeight):
         form = self.bits, self.group, self.width, self.dtype, self.activation_bits
         return *form, self.zeros is None, self.divisor is None, self.shape[-1], self.ndim - self.out_axes
 
-    def _by_rows(self, equation: str, parsed: Equation, x: Any, position: int) -> Array | None:
-        """With integers, if they are exact or the rows are few, or with floats, if the rows are few."""
-        weight, term = parsed.inputs[position], parsed.inputs[1 - position]
-        outer, outputs, inputs = (
-            self._outer(parsed, position),
-            weight[: self.out_axes],
-            weight[self.out_axes :],
-        )
-        if outer is None:
-            return None
-        count = math.prod(x.shape[term.index(letter)] for letter in outer)
-        digit = self.activation_bits <= 8
-        integer = self.bits == 8 and self.scales.shape[1] == 1 and self.width <= integers.LONGEST
-        integer = integer and (digit or (count <= _FEW_ROWS and self.dtype == np.float32))
-        integer = integer and integers.available()
-        if count > (math.inf if integer else FEW):
-            return None
-        parsed.sizes([self.shape, x.shape] if position == 0 else [x.shape, self.shape])
-        start = time.perf_counter()
-        rows = x.transpose([term.index(letter) for letter in outer + inputs])
-        shape = rows.shape[: len(outer)]
-        rows = rows.reshape(count, self.width)
-        rows = rows if self.divisor is None else rows / self.divisor
-        given = self.codes, self.scales, self.zeros, rows, self.activation_bits
-        if integer:
-            y = recorded(_integer_product, *given)
-        else:
-            y = recorded(_float_product, *given, self.bits, self.group)
-        y = y.reshape(*self.shape[: self.out_axes], *shape)
-        y = y.transpose([(outputs + outer).index(letter) for letter in parsed.output])
-        if reads_events():
-            ordered = [x, ShapeArray(self.shape, self.codes.dtype)]
-            kind = f"{1 if digit else 3} int8" if integer else "dequantized"
-            how = f"{kind}: {len(self.codes)} x {self.width} x {count}"
-            seconds = time.perf_counter() - start
-            report(equation, parsed, ordered[::-1] if position == 0 else ordered, y, how, seconds)
-        return y
-
-    def _outer(self, parsed: Equation, position: int) -> str | None:
-        """The letters of x besides the inputs of the weight, if the product is that of two matrices: x has
-        none of the outputs, and all letters but the inputs are in the result."""
-        weight, term = parsed.inputs[position], parsed.inputs[1 - position]
-        outputs, inputs = weight[: self.out_axes], weight[self.out_axes :]
-        outer = "".join(letter for letter in term if letter not in inputs)
-        plain = len(set(term)) == len(term) and len(set(weight)) == len(weight) and set(inputs) <= set(term)
-        if not plain or set(outer) & set(outputs) or sorted(outer + outputs) != sorted(parsed.output):
-            return None
-        return outer
-
-    def _product(self, equation: str, parsed: Equation, x: Any, position: int, order: str) -> Array:
-        """The product with x, in blocks of the weight's first axis."""
-
-        def of(weight: Any, x: Any) -> Array:
-            return product(equation, (weight, x) if position == 0 else (x, weight), order)
-
-        if isinstance(x, ShapeArray):
-            return super()._product(equation, parsed, x, position, order)
-        weight, term = parsed.inputs[position], parsed.inputs[1 - position]
-        count, step = self.shape[0], max(1, _BLOCK // math.prod(self.shape[1:]))
-        few = math.prod(size for letter, size in zip(term, x.shape) if letter not in weight) <= FEW
-        coarse = few and math.prod(self.shape) >= _COARSE
-        if coarse:
-            # Each thread multiplies its own blocks, which stay in its cache.
-            step = min(step, -(-count // shares()))
-        if count <= step:
-            return super()._product(equation, parsed, x, position, order)
-        letter = weight[0]
-        parts: list[Any] = [None] * -(-count // step)
-
-        def run(i: int) -> None:
-            block = slice(i * step, min((i + 1) * step, count))
-            part = x[(slice(None),) * term.index(letter) + (block,)] if letter in term else x
-            parts[i] = of(self._block(block.start, block.stop), part)
-
-        for_each(run, [(i,) for i in range(len(parts))], coarse)
-        if letter in parsed.output:
-            return np.concatenate(parts, axis=parsed.output.index(letter))
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
-        return total
-
-    def _matrix(self, rows: Any, out: Array | None = None) -> Array:
-        """The values of rows of the matrix."""
+    def matrix(self, rows: Any, out: Array | None = None) -> Array:
         codes, scales, zeros = self.codes[rows], self.scales, self.zeros
         if self.bits <= 4:
             codes = unpack_nibbles(codes, self.width)
@@ -337,11 +202,43 @@ class PackedWeight(QuantizedWeight):
             scales, zeros = scales[rows], None if zeros is None else zeros[rows]
         return dequantize(Quantized(codes, scales, zeros, self.group, self.divisor), self.dtype, out)
 
+    def prepared(self, x: Array, axes: tuple[int, ...]) -> Array:
+        return _rounded(x, self.activation_bits, axes, self.divisor)
+
+    def by_rows(self, count: int) -> ByRows | None:
+        """With integers, if they are exact or the rows are few, or with floats, if the rows are few."""
+        parts = self.codes, self.scales, self.zeros, self.divisor, self.activation_bits
+        exact = self.activation_bits <= 8
+        if self.bits == 8 and self.scales.shape[1] == 1 and self.width <= integers.LONGEST:
+            few = count <= _FEW_ROWS and self.dtype == np.float32
+            if (exact or few) and integers.available():
+                return ByRows(_integer_product, parts, f"{1 if exact else 3} int8")
+        if count > FEW:
+            return None
+        return ByRows(_float_product, (*parts, self.bits, self.group), "dequantized")
+
+
+def _rounded(x: Array, bits: int, axes: tuple[int, ...], divisor: Array | None) -> Array:
+    """x with rounded activations; axes: those of the inputs of the weight."""
+    if divisor is None:
+        return rounded(x, bits, axes)
+    sizes = [x.shape[axis] for axis in axes]
+    ordered = divisor.reshape(sizes).transpose(np.argsort(axes))
+    ordered = ordered.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
+    return rounded(x / ordered, bits, axes) * ordered
+
 
 def _integer_product(
-    codes: Array, scales: Array, zeros: Array | None, x: Array, bits: int, out: Array | None = None
+    x: Array,
+    codes: Array,
+    scales: Array,
+    zeros: Array | None,
+    divisor: Array | None,
+    bits: int,
+    out: Array | None = None,
 ) -> Array:
     """Return the product (n, m) of a quantized matrix (n, k) with the rows x (m, k) as integers."""
+    x = x if divisor is None else x / divisor
     m, width = x.shape
     if m <= _ROWS:
         return integers.scaled_dots(codes, scales, zeros, *digits(x, bits), DIGIT_BASE, out)
@@ -350,16 +247,17 @@ def _integer_product(
     def run(i: int) -> None:
         parts[i] = digits(x[i * _ROWS : (i + 1) * _ROWS], bits)
 
-    for_each(run, [(i,) for i in range(len(parts))], coarse=m * width >= _COARSE)
+    for_each(run, [(i,) for i in range(len(parts))], coarse=m * width >= COARSE)
     of_x = np.concatenate([part for part, _ in parts], axis=1), np.concatenate([scale for _, scale in parts])
     return integers.scaled_dots(codes, scales, zeros, *of_x, DIGIT_BASE, out)
 
 
 def _float_product(
+    x: Array,
     codes: Array,
     scales: Array,
     zeros: Array | None,
-    x: Array,
+    divisor: Array | None,
     activation_bits: int,
     bits: int,
     group: int,
@@ -370,7 +268,7 @@ def _float_product(
     A group of codes is multiplied with its part of x before its scale: y[n, m] = sum_g scales[n, g] *
     (sum_k codes[n, g, k] x[m, g, k] - zeros[n, g] sum_k x[m, g, k]).
     """
-    x = rounded(x, activation_bits, (-1,))
+    x = rounded(x if divisor is None else x / divisor, activation_bits, (-1,))
     n, (m, width) = len(codes), x.shape
     y = np.empty((n, m), x.dtype) if out is None else out
     half = codes.shape[1]  # of the width, with two codes per byte

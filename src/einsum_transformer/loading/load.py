@@ -5,8 +5,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
 from einsum_transformer.loading.contents import look
@@ -19,7 +17,7 @@ from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
-from einsum_transformer.models.quantization import Quantizer
+from einsum_transformer.models.quantization import Bfloat16, Quantizer
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.scheme import Quantization, cache_types
 from einsum_transformer.models.unsupported import adapter_in
@@ -49,9 +47,10 @@ def load(
     GGUF model can be given by any of its parts, a single GGUF model by its folder, and one of several GGUF
     models in a hub repository as `owner/name:Q4_K_M`.
 
-    dtype: float32 or float64, the type of the computation. max_layers: load only the first layers. seed: seed
-    of random weights. weight_budget: maximum bytes of weights in memory; the rest is read from the file
-    whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
+    dtype: "float32" or "float64", the type of weights and computation; "bfloat16": of the matrices, which
+    then take two bytes per element; the computation is in float32. max_layers: load only the first layers.
+    seed: seed of random weights. weight_budget: maximum bytes of weights in memory; the rest is read from the
+    file whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
     (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base model.
     revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
     lead out of the model's folder, as in shared stores.
@@ -84,11 +83,15 @@ def _model(source: Source, options: Options) -> Model:
     found = look(source, options)
     assert found.config is not None
     config = options.truncated(found.config)
-    quantizer = None
+    quantizer: Quantizer | Bfloat16 | None = None
     if options.quantization is not None:
         if options.weight_budget is not None:
             raise InputError("`weight_budget` excludes `quantization`: quantized weights are in memory")
         quantizer = Quantizer(options.quantization, FAMILIES[config.model_type], weights_of(config))
+    elif options.dtype == "bfloat16" and found.quantization is None:
+        if options.weight_budget is not None:
+            raise InputError("`weight_budget` excludes `dtype` bfloat16: such weights are in memory")
+        quantizer = Bfloat16(weights_of(config))
     if found.quantization is not None and quantizer is not None:
         raise InputError(
             f"{name_of(source)}: the model is already quantized to {found.quantization}: omit `quantization`"
@@ -99,7 +102,7 @@ def _model(source: Source, options: Options) -> Model:
                 f"`weight_budget` needs weights in files, but those of {name_of(source)} are random"
             )
         seed = options.seed or 0
-        decoder = random_weights(config, np.dtype(options.dtype), seed, name_of(source), quantizer)
+        decoder = random_weights(config, options.computed_in, seed, name_of(source), quantizer)
         name = f"{name_of(source)} (random weights, seed {seed})"
         return _with_quantization(Model(config, decoder, source=name), quantizer)
     path = found.tensors.path
@@ -112,9 +115,9 @@ def _model(source: Source, options: Options) -> Model:
     )
 
 
-def _with_quantization(model: Model, quantizer: Quantizer | None) -> Model:
+def _with_quantization(model: Model, quantizer: Quantizer | Bfloat16 | None) -> Model:
     """The model with the settings of its quantization, which a note describes."""
     if quantizer is None:
         return model
     quantizer.finish(model.source, model.decoder)
-    return replace(model, quantization=quantizer.quantization)
+    return model if isinstance(quantizer, Bfloat16) else replace(model, quantization=quantizer.quantization)

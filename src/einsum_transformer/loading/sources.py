@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import single_gguf
@@ -16,7 +18,8 @@ from einsum_transformer.models.ready import available_configs, ready_config
 from einsum_transformer.models.run_config import RunConfig, parse_run_config
 from einsum_transformer.models.scheme import Quantization
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16")
+"""bfloat16: of the matrices in memory; computations are in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,18 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InputError(f"`dtype` is {self.dtype!r}: expected {' or '.join(DTYPES)}")
+            raise InputError(f"`dtype` is {self.dtype!r}: expected {', '.join(DTYPES)}")
         if self.weight_budget is not None and self.weight_budget < 0:
             raise InputError(
                 f"`weight_budget` is {self.weight_budget}: expected a number of bytes, 0 or more"
             )
         if self.max_layers is not None and self.max_layers < 1:
             raise InputError(f"`max_layers` is {self.max_layers}: expected 1 or more")
+
+    @property
+    def computed_in(self) -> np.dtype:
+        """The type of the computation."""
+        return np.dtype(np.float32 if self.dtype == "bfloat16" else self.dtype)
 
     def truncated(self, config: ModelConfig) -> ModelConfig:
         """Return the config truncated to its first `max_layers` layers."""

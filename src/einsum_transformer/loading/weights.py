@@ -19,7 +19,7 @@ from einsum_transformer.loading.sources import Options
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
-from einsum_transformer.models.quantization import Quantizer, packed_weight, together
+from einsum_transformer.models.quantization import Bfloat16, Quantizer, packed_weight, together
 
 Array = np.ndarray
 
@@ -33,7 +33,7 @@ def read_weights(
     config: ModelConfig,
     places: Mapping[str, Place],
     options: Options,
-    quantizer: Quantizer | None = None,
+    quantizer: Quantizer | Bfloat16 | None = None,
 ) -> Decoder:
     """Return the decoder. Each weight is the first of these that applies:
 
@@ -41,9 +41,9 @@ def read_weights(
     2. under a budget, a matrix that stays in the file until an equation needs it;
     3. an array in memory, or a view of the memory-mapped file.
 
-    With a quantizer, the weights are read and quantized one by one.
+    With a quantizer, the weights are read and converted one by one.
     """
-    budget, dtype = options.weight_budget, np.dtype(options.dtype)
+    budget, dtype = options.weight_budget, options.computed_in
     if quantizer is not None:
         budget = 0
     leaves, resident = {}, []
@@ -71,14 +71,21 @@ def read_weights(
 
 
 def random_weights(
-    config: ModelConfig, dtype: np.dtype, seed: int, source: str, quantizer: Quantizer | None = None
+    config: ModelConfig,
+    dtype: np.dtype,
+    seed: int,
+    source: str,
+    quantizer: Quantizer | Bfloat16 | None = None,
 ) -> Decoder:
     """Return normally distributed weights (std: initializer_range), norms that scale by 1 and zero biases;
     each tensor has a separate random stream. With a quantizer, they are quantized one by one."""
     if seed < 0:
         raise InputError(f"`seed` is {seed}: expected 0 or more")
     weights = weights_of(config)
-    needed = sum(_nbytes(weight, dtype, quantizer) for weight in weights)
+    needed = sum(
+        math.prod(weight.stored) * dtype.itemsize if quantizer is None else quantizer.nbytes(weight)
+        for weight in weights
+    )
     if needed > (present := memory()):
         sizes = f"{needed / 2**30:,.1f} GiB of random weights, the machine has {present / 2**30:,.1f} GiB"
         raise InputError(f"{source}: {sizes}; `etx explain` works without weights")
@@ -103,13 +110,6 @@ def random_weights(
         return places[weight.path].reshape(weight.shape)
 
     return build(config, leaf)
-
-
-def _nbytes(weight: WeightSpec, dtype: np.dtype, quantizer: Quantizer | None) -> float:
-    """Bytes of a weight, without the scales of a quantized one."""
-    bits = None if quantizer is None else quantizer.bits(weight)
-    real = quantizer is not None and not quantizer.quantization.simulated
-    return math.prod(weight.stored) * (bits / 8 if bits is not None and real else dtype.itemsize)
 
 
 def memory() -> int:

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import Packed
+from einsum_transformer.formats.safetensors import float32_to_bf16
+from einsum_transformer.leaves.bfloat16 import Bfloat16Weight
 from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
 from einsum_transformer.leaves.resident import allocate, copied_together
 from einsum_transformer.models.builder import WeightSpec
@@ -119,6 +122,11 @@ class Quantizer:
                 own["codes"] = own["codes"].view(np.uint8)
         return self._memory
 
+    def nbytes(self, spec: WeightSpec) -> float:
+        """Bytes of a weight in its new form, without its scales."""
+        bits = None if self.quantization.simulated else self.bits(spec)
+        return math.prod(spec.stored) * (4 if bits is None else bits / 8)
+
     def finish(self, source: str, decoder: Any) -> None:
         """Log what was quantized, and what was not."""
         self._tell_groups(source)
@@ -166,6 +174,32 @@ def quantized(model: Model, quantization: Quantization) -> Model:
     quantizer.finish(model.source, decoder)
     types = model.cache_types if quantization.scheme.kv_bits is None else quantization.cache_types
     return replace(model, decoder=decoder, quantization=quantization, cache_types=types)
+
+
+class Bfloat16:
+    """Stores the matrices of a model in bfloat16, one by one; norms and biases stay float32."""
+
+    def __init__(self, specs: Sequence[WeightSpec]) -> None:
+        own = [spec for spec in specs if len(spec.stored) > 1]
+        shapes, groups = [spec.stored for spec in own], [spec.component for spec in own]
+        memory = allocate(shapes, np.dtype(np.uint16), groups, transpose=False)
+        self._memory = {spec.path: array.view(ml_dtypes.bfloat16) for spec, array in zip(own, memory)}
+
+    def leaf(self, spec: WeightSpec, weight: Any) -> Any:
+        """The weight in its new form, from an array or a leaf."""
+        array = weight.array() if isinstance(weight, Leaf) else weight
+        if spec.path not in self._memory:
+            return array
+        stored = self._memory[spec.path]
+        stored[...] = float32_to_bf16(array.reshape(spec.stored).astype(np.float32, copy=False))
+        return Bfloat16Weight(stored, spec.shape, spec.out_axes, array.dtype)
+
+    def nbytes(self, spec: WeightSpec) -> float:
+        """Bytes of a weight in its new form."""
+        return math.prod(spec.stored) * (2 if spec.path in self._memory else 4)
+
+    def finish(self, source: str, decoder: Any) -> None:
+        """Nothing is noted: the type was asked for."""
 
 
 def packed_weight(packed: Packed, spec: WeightSpec, dtype: np.dtype) -> Leaf:
