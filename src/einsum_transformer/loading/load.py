@@ -50,8 +50,9 @@ def load(
     dtype: "float32" or "float64", the type of weights and computation; "bfloat16": of the matrices, which
     then take two bytes per element; the computation is in float32. max_layers: load only the first layers.
     seed: seed of random weights. weight_budget: maximum bytes of weights in memory; the rest is read from the
-    file whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the weights
-    (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base model.
+    file whenever an equation needs it. adapter: a PEFT or mlx-lm folder, whose adapters are applied to the
+    weights (unmerged; see `merge`); its tokenizer and chat template take precedence over those of the base
+    model.
     revision: revision of the hub repository. offline: use cached files only. allow_links: follow links that
     lead out of the model's folder, as in shared stores.
 

@@ -1,0 +1,195 @@
+"""The price of quantization on SmolLM2: perplexity, KL divergence, bytes, speed of prefill and decode.
+
+Each scheme runs in a process of its own. The text is the beginning of examples/shakespeare.txt; GPTQ and AWQ
+are calibrated on a later part of it. Accuracy and speed can be measured apart, because the accuracy does not
+depend on what else the machine does.
+
+    python benchmarks/quantization_table.py --json table.json
+    python benchmarks/quantization_table.py --measure accuracy --json table.json
+    python benchmarks/quantization_table.py --measure speed --json table.json --markdown
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import Table, machine_line, median, progress, save_json, show, touch_memory
+from processes import ROOT
+
+TEXT = ROOT / "examples" / "shakespeare.txt"
+SCORED = 60_000
+"""Bytes of the text that are scored."""
+CALIBRATION = slice(200_000, 500_000)
+ROWS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "W8A16": {"scheme": "W8A16"},
+    "W8A8": {"scheme": "W8A8"},
+    "W8A8KV8": {"scheme": "W8A8KV8"},
+    "W8A8KV4": {"scheme": "W8A8KV4"},
+    "W4A16g64": {"scheme": "W4A16g64"},
+    "W4A16g64 GPTQ": {"scheme": "W4A16g64", "method": "gptq"},
+    "W4A16g64 AWQ": {"scheme": "W4A16g64", "method": "awq"},
+    "W4A8g64": {"scheme": "W4A8g64"},
+    "W4A4g64": {"scheme": "W4A4g64"},
+}
+STEPS = 128
+AGREEMENT_CHUNKS = 4
+
+
+def quantized(row: dict[str, Any], mode: str = "real") -> Any:
+    """The model of a row."""
+    import einsum_transformer as et
+
+    if "scheme" not in row:
+        return et.load(dtype=row.get("dtype", "float32"))
+    calibrated = {} if "method" not in row else {"method": row["method"], "calibration": calibration()}
+    return et.quantize("smollm2-135m", row["scheme"], mode=mode, **calibrated)
+
+
+def calibration() -> str:
+    return TEXT.read_bytes()[CALIBRATION].decode("utf-8", "ignore")
+
+
+def simulation(model: Any) -> Any:
+    """A quantized model with its values as arrays: the simulated mode, without calibrating again."""
+    from dataclasses import replace
+
+    from einsum_transformer.components.cache_types import cache_type
+    from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
+    from einsum_transformer.tree import map_named
+
+    def leaf(_: str, weight: Any) -> Any:
+        if not isinstance(weight, PackedWeight):
+            return weight
+        form = weight.bits, weight.out_axes, weight.activation_bits, weight.divisor
+        return SimulatedWeight(weight.array(), *form)
+
+    bits = model.quantization.scheme.kv_bits
+    types = cache_type(bits, simulated=True), cache_type(bits, simulated=True)
+    return replace(model, decoder=map_named(leaf, model.decoder), cache_types=types)
+
+
+def accuracy(row: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity and divergence of a row, and the divergence between its real and simulated modes."""
+    import einsum_transformer as et
+
+    text = TEXT.read_bytes()[:SCORED].decode("utf-8", "ignore")
+    model = quantized(row)
+    if not row:
+        found = et.perplexity(model, text)
+        return {
+            "perplexity": found.perplexity,
+            "standard_error": found.standard_error,
+            "tokens": found.tokens,
+        }
+    compared = et.divergence(model, et.load(), text)
+    names = "perplexity", "kl_mean", "kl_standard_error", "kl_p99", "same_top", "tokens"
+    result = {name: getattr(compared, name) for name in names}
+    if "scheme" in row:
+        agreement = et.divergence(simulation(model), model, text, chunks=AGREEMENT_CHUNKS)
+        result["real_and_simulated"] = agreement.kl_mean
+    return result
+
+
+def speed(row: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a prefill of 512 tokens and of a decode step, bytes of the weights and peak memory."""
+    touch_memory()
+    import numpy as np
+
+    from einsum_transformer.tree import named_leaves
+
+    # The methods change the codes, not the speed.
+    row = {key: value for key, value in row.items() if key != "method"}
+    model = quantized(row)
+    held = sum(weight.nbytes for _, weight in named_leaves(model.decoder))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 512 + STEPS))
+    prefills, steps = [], []
+    for _ in range(4):
+        cache = model.cache(512)
+        start = time.perf_counter()
+        model.decoder.forward(tokens[:, :512], cache, "last")
+        prefills.append((time.perf_counter() - start) * 1e3)
+        cache = model.cache(128 + STEPS)
+        model.decoder.forward(tokens[:, :128], cache, "last")
+        start = time.perf_counter()
+        for i in range(128, 128 + STEPS):
+            model.decoder.forward(tokens[:, i : i + 1], cache, "last")
+        steps.append((time.perf_counter() - start) * 1e3 / STEPS)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "bytes": held,
+        "prefill_ms": median(prefills[1:]),
+        "decode_ms": median(steps[1:]),
+        "cache_bytes": cache.nbytes,
+        "peak_rss_bytes": peak,
+    }
+
+
+def table(found: dict[str, dict[str, Any]]) -> Table:
+    header = (
+        *("scheme", "perplexity", "KL mean", "KL 99 %", "same top", "real/simulated"),
+        *("weights MB", "prefill ms", "decode ms"),
+    )
+    rows = []
+    for name in ROWS:
+        row = found.get(name, {})
+
+        def cell(key: str, form: str, factor: float = 1, row: dict[str, Any] = row) -> str:
+            return format(row[key] * factor, form) if key in row else ""
+
+        rows.append(
+            (
+                name,
+                cell("perplexity", ".2f"),
+                cell("kl_mean", ".4f"),
+                cell("kl_p99", ".3f"),
+                cell("same_top", ".1%"),
+                cell("real_and_simulated", ".0e"),
+                cell("bytes", ".0f", 1e-6),
+                cell("prefill_ms", ".0f"),
+                cell("decode_ms", ".1f"),
+            )
+        )
+    return Table("Quantization of SmolLM2-135M-Instruct", header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", choices=("accuracy", "speed", "both"), default="both")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--json", type=Path, help="results; those of an earlier run are kept")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--one", choices=("accuracy", "speed"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        task = accuracy if options.one == "accuracy" else speed
+        print(json.dumps(task(ROWS[options.rows[0]])))
+        return
+    found: dict[str, dict[str, Any]] = {}
+    if options.json is not None and options.json.exists():
+        found = json.loads(options.json.read_text(encoding="utf-8"))["rows"]
+    for measure in ("accuracy", "speed") if options.measure == "both" else (options.measure,):
+        for name in options.rows:
+            start = time.perf_counter()
+            command = [sys.executable, __file__, "--one", measure, "--rows", name]
+            ran = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
+            )
+            if ran.returncode:
+                raise SystemExit(f"{name}: {ran.stderr[-2000:]}")
+            found[name] = found.get(name, {}) | json.loads(ran.stdout)
+            progress(f"{measure} of {name}: {time.perf_counter() - start:.0f} s")
+            save_json(options.json, {"machine": machine_line(), "rows": found})
+    show([machine_line()], [table(found)], options.markdown)
+
+
+if __name__ == "__main__":
+    main()
