@@ -180,9 +180,7 @@ def main() -> None:
         for name in options.rows:
             start = time.perf_counter()
             command = [sys.executable, __file__, "--one", measure, "--rows", name]
-            ran = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
-            )
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
             if ran.returncode:
                 raise SystemExit(f"{name}: {ran.stderr[-2000:]}")
             found[name] = found.get(name, {}) | json.loads(ran.stdout)

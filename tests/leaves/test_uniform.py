@@ -38,7 +38,7 @@ def test_round_trip(bits: int, symmetric: bool, x: Array, group: int | None) -> 
     assert found.codes.dtype == np.int8
     assert found.codes.min() >= lowest
     assert found.codes.max() <= highest
-    assert found.scales.dtype == np.float32
+    assert found.scales.dtype in (np.float32, np.float16)
     y = dequantize(found, np.float64)
     step = spread(found.scales, found.group, x.shape[1]).astype(np.float64)
     assert (np.abs(y - x) <= step * 0.5 * (1 + 1e-4)).all()
@@ -50,7 +50,11 @@ def test_one_scale_per_group() -> None:
     """The last group of a row is shorter."""
     x = np.array([[1.0, -3.0, 8.0, 4.0, 2.0], [0.0, 0.0, 1.0, -1.0, 7.0]], np.float32)
     found = quantize(x, 4, 2)
-    np.testing.assert_allclose(found.scales, np.array([[3, 8, 2], [7, 1, 7]]) / 7)  # a group of zeros: 1
+    exact = np.array([[3, 8, 2], [7, 1, 7]]) / 7  # a group of zeros: 1
+    assert found.scales.dtype == np.float16
+    assert (found.scales >= exact).all()
+    np.testing.assert_allclose(found.scales, exact, rtol=2**-10)
+    assert quantize(x * 1e-6, 4, 2).scales.dtype == np.float32  # not in the range of float16
     np.testing.assert_array_equal(quantize(x, 4, None).scales, [[8 / np.float32(7)]])
 
 

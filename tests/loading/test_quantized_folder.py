@@ -110,7 +110,7 @@ def with_part(part: str, change: Callable[[Array], Array]) -> Callable[[Path], N
         (settings(lambda s: s["weights"].pop(NAME)), "missing from the file"),
         (with_part("codes", lambda a: a[:-1]), "config.json requires U8"),
         (with_part("codes", lambda a: a.astype(np.float32)), "is F32"),
-        (with_part("scales", lambda a: a[:, :-1]), "config.json requires F32"),
+        (with_part("scales", lambda a: a[:, :-1]), "config.json requires F32 or F16"),
         (with_part("scales", lambda a: a * np.nan), "contains 0, nan or inf"),
         (with_part("scales", lambda a: a * 0), "contains 0, nan or inf"),
         (tensors(lambda arrays: arrays.pop(f"{NAME}.scales")), "scales' is missing"),

@@ -13,7 +13,7 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.leaves.calibrated import Calibrated
 from einsum_transformer.leaves.quantized import PackedWeight
 from einsum_transformer.models.scheme import Quantization
-from einsum_transformer.numerics.uniform import dequantize, quantize
+from einsum_transformer.numerics.uniform import dequantize, quantize, short
 from einsum_transformer.quantization.awq import awq
 from einsum_transformer.quantization.calibrate import METHODS, calibrated
 from einsum_transformer.quantization.gptq import DAMPING, gptq, inverse_factor
@@ -52,7 +52,7 @@ def by_definition(weight: Array, hessian: Array, bits: int, group: int | None, s
             own = quantize(w[:, k : k + size], bits, size, symmetric)
         elif k == 0:
             own = found
-        scale = own.scales[:, 0].astype(float)
+        scale = (short(own.scales) if found.scales.dtype == np.float16 else own.scales)[:, 0].astype(float)
         zero = 0 if own.zeros is None else own.zeros[:, 0].astype(float)
         half = 1 << bits - 1
         code = np.clip(np.rint(w[:, k] / scale) + zero, 1 - half if symmetric else -half, half - 1)

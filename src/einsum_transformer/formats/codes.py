@@ -42,10 +42,10 @@ class _Form:
         shapes = {"codes": ((self.rows, codes),), "scales": groups, "zeros": groups}
         return {**shapes, "divisor": ((self.columns,),)}
 
-    def types(self) -> dict[str, str]:
-        """Part -> its type."""
-        codes = "U8" if self.bits <= 4 else "I8"
-        return {"codes": codes, "scales": "F32", "zeros": "I8", "divisor": "F32"}
+    def types(self) -> dict[str, tuple[str, ...]]:
+        """Part -> the types that it can have."""
+        codes = ("U8",) if self.bits <= 4 else ("I8",)
+        return {"codes": codes, "scales": ("F32", "F16"), "zeros": ("I8",), "divisor": ("F32",)}
 
 
 class CodesFolder:
@@ -98,10 +98,10 @@ class CodesFolder:
         shapes, types = form.shapes(), form.types()
         for part, info in infos.items():
             expected = [list(shape) for shape in shapes[part]]
-            if info.shape not in shapes[part] or info.dtype != types[part]:
+            if info.shape not in shapes[part] or info.dtype not in types[part]:
                 raise FormatError(
                     f"{self.path}: {quoted(info.name)} is {info.dtype} {list(info.shape)}: config.json "
-                    f"requires {types[part]} {' or '.join(map(str, expected))}"
+                    f"requires {' or '.join(types[part])} {' or '.join(map(str, expected))}"
                 )
         if "zeros" in infos and infos["zeros"].shape != infos["scales"].shape:
             raise FormatError(f"{self.path}: the zeros and scales of {quoted(name)} have different shapes")

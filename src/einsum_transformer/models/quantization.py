@@ -94,7 +94,7 @@ class Quantizer:
         memory = self._memory or self._allocate()
         parts = memory[spec.path]
         for name, part in packed.parts().items():
-            if name in parts:
+            if name in parts and parts[name].dtype == part.dtype:
                 parts[name][...] = part
             else:
                 parts[name] = part
@@ -112,7 +112,7 @@ class Quantizer:
             scales.append((1, 1) if group is None else (rows, -(-width // group)))
         parts = {
             "codes": allocate(codes, np.dtype(np.int8), groups, transpose=False),
-            "scales": allocate(scales, np.dtype(np.float32), groups, transpose=False),
+            "scales": self._scales(scales, groups),
         }
         if not self.quantization.scheme.symmetric:
             parts["zeros"] = allocate(scales, np.dtype(np.int8), groups, transpose=False)
@@ -126,6 +126,17 @@ class Quantizer:
         """Bytes of a weight in its new form, without its scales."""
         bits = None if self.quantization.simulated else self.bits(spec)
         return math.prod(spec.stored) * (4 if bits is None else bits / 8)
+
+    def _scales(self, shapes: Sequence[tuple[int, ...]], groups: Sequence[str]) -> list[Array]:
+        """Memory for scales: float16 if a row has several (see `Quantized`)."""
+        kinds = [np.dtype(np.float16 if shape[1] > 1 else np.float32) for shape in shapes]
+        found: list[Any] = [None] * len(shapes)
+        for kind in set(kinds):
+            own = [i for i, each in enumerate(kinds) if each == kind]
+            arrays = allocate([shapes[i] for i in own], kind, [groups[i] for i in own], transpose=False)
+            for i, array in zip(own, arrays):
+                found[i] = array
+        return found
 
     def finish(self, source: str, decoder: Any) -> None:
         """Log what was quantized, and what was not."""

@@ -12,6 +12,8 @@ import numpy as np
 
 Array = np.ndarray
 
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+_SMALLEST_HALF = float(np.finfo(np.float16).tiny)
 TINY = np.finfo(np.float32).tiny
 _PIECE = 1 << 18  # elements that are quantized at once
 
@@ -20,7 +22,8 @@ _PIECE = 1 << 18  # elements that are quantized at once
 class Quantized:
     """A quantized matrix (r, d).
 
-    codes: int8 (r, d). scales: float32 (r, groups), or (1, 1) for the whole matrix; zeros: the codes of 0,
+    codes: int8 (r, d). scales: (r, groups), or (1, 1) for the whole matrix, float32; those of several groups
+    per row are float16 if all are in its range. zeros: the codes of 0,
     int8 of the same shape, or None if they are all 0. divisor: float32 (d,), by which columns are divided, or
     None. group: elements per group; the last
     group of a row may be shorter.
@@ -55,6 +58,7 @@ def quantize(x: Array, bits: int, group: int | None, symmetric: bool = True) -> 
     scales = np.maximum(high, -low) / highest if symmetric else (high - low) / (highest - lowest)
     # A subnormal scale would not be precise; that of a group of zeros is arbitrary.
     scales = np.where(scales == 0, 1, np.maximum(scales, TINY)).astype(np.float32)
+    scales = short(scales) if size < x.shape[1] else scales
     zeros = None if symmetric else np.clip(np.rint(lowest - low / scales), lowest, highest).astype(np.int8)
     found = Quantized(np.empty(x.shape, np.int8), scales, zeros, group or x.shape[1])
     step = max(1, _PIECE // x.shape[1])
@@ -68,6 +72,15 @@ def quantize(x: Array, bits: int, group: int | None, symmetric: bool = True) -> 
         np.clip(codes, lowest, highest, out=codes)
         found.codes[rows] = codes
     return found
+
+
+def short(scales: Array) -> Array:
+    """Return the scales rounded up to float16, so that the codes still cover the range of the values, or
+    unchanged if one is outside of the range of its normal numbers."""
+    if scales.min() < _SMALLEST_HALF or scales.max() >= _FLOAT16_MAX:
+        return scales
+    found = scales.astype(np.float16)
+    return np.where(found < scales, np.nextafter(found, np.float16(np.inf)), found)
 
 
 def _of_rows(of_groups: Array, rows: slice, quantized: Quantized) -> Array:
@@ -130,9 +143,6 @@ def halves(packed: Array) -> tuple[Array, Array]:
     low -= 8
     high -= 8
     return low.view(np.int8), high.view(np.int8)
-
-
-_FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def rounded(x: Array, bits: int, axes: tuple[int, ...]) -> Array:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from einsum_transformer.engine import einsum
-from einsum_transformer.numerics.uniform import Quantized, code_range, dequantize, quantize, spread
+from einsum_transformer.numerics.uniform import Quantized, code_range, dequantize, quantize, short, spread
 
 Array = np.ndarray
 
@@ -72,5 +72,7 @@ def _limited(w: Array, h: Array, bits: int, group: int | None, symmetric: bool, 
             better = change < best[:, i]
             best[better, i], share[better, i] = change[better], limit
     scales = found.scales * share
-    codes = np.clip(np.rint(w / spread(scales, found.group, width)) + zeros, lowest, highest)
+    scales = short(scales) if found.scales.dtype == np.float16 else scales
+    scale = spread(scales, found.group, width).astype(np.float32)
+    codes = np.clip(np.rint(w / scale) + zeros, lowest, highest)
     return Quantized(codes.astype(np.int8), scales, found.zeros, found.group, divisor)

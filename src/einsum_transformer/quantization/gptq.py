@@ -9,10 +9,12 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from einsum_transformer.engine import einsum
-from einsum_transformer.numerics.uniform import Quantized, code_range, quantize
+from einsum_transformer.numerics.uniform import Quantized, code_range, quantize, short
 
 Array = np.ndarray
 
@@ -42,6 +44,10 @@ def gptq(weight: Array, factor: Array, bits: int, group: int | None, symmetric: 
             if group is not None and i and i % size == 0:
                 # Groups are as long as a block or divide it, so the whole group is corrected.
                 own = quantize(w[i : i + size].T, bits, size, symmetric)
+                if scales.dtype == np.float16:
+                    rounded = short(own.scales)
+                    scales = scales.astype(rounded.dtype, copy=False)
+                    own = replace(own, scales=rounded)
                 scales[:, i // size] = own.scales[:, 0]
                 if zeros is not None and own.zeros is not None:
                     zeros[:, i // size] = own.zeros[:, 0]
