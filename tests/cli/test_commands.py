@@ -285,6 +285,38 @@ def test_the_quantization_is_in_every_output(etx: Etx, config: Path) -> None:
         assert json.loads(out)["quantization"] == expected
 
 
+def test_types_of_the_cache(etx: Etx, config: Path) -> None:
+    flags = ["run", config, "-n", 2, "-ctk", "q8_0", "--cache-type-v", "int4"]
+    code, _, err = etx(*flags)
+    assert code == 0
+    assert "KV cache: keys int8, values int4" in err
+    full = json.loads(etx("run", config, "-n", 2, "--json")[1])
+    found = json.loads(etx(*flags, "--json")[1])
+    assert found["kv_cache"] == ["int8", "int4"]
+    assert full["kv_cache"] == ["unchanged", "unchanged"]
+    assert found["kv_cache_bytes"] < 0.6 * full["kv_cache_bytes"]
+
+
+def test_weights_in_bfloat16(etx: Etx, config: Path) -> None:
+    """By a flag, or by the key of the config."""
+    flag = json.loads(etx("run", config, "-n", 3, "--json", "--dtype", "bfloat16")[1])
+    key = json.loads(etx("run", config, "-n", 3, "--json", "--set", "weight_dtype=bfloat16")[1])
+    assert flag["tokens"] == key["tokens"]
+    code, _, err = etx("run", config, "--dtype", "int8")
+    assert code == 2
+    assert "--dtype is 'int8': expected float32, float64, bfloat16" in err
+
+
+def test_adapters_on_quantized_weights(etx: Etx, config: Path) -> None:
+    flags = ["train", config, "--lora", "--quantization", "W4A16", "--steps", 2, "--json"]
+    code, out, err = etx(*flags)
+    assert code == 0, err
+    assert json.loads(out)["parameters"] > json.loads(out)["trainable"]
+    code, _, err = etx("train", config, "--quantization", "W4A16", "--steps", 2)
+    assert code == 2
+    assert "have no gradient: train adapters" in err
+
+
 def test_a_config_runs_on_random_tokens(etx: Etx, config: Path) -> None:
     code, out, err = etx("run", "--config", config)
     assert code == 0

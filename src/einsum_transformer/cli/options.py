@@ -150,6 +150,14 @@ class Quantized(Machine):
         metavar="NAME", help="A module that is not quantized, by name or regular expression; may be repeated."
     )
 
+    def quantized(self) -> dict[str, Any]:
+        """The arguments of `load`."""
+        return {
+            "quantization": self.quantization,
+            "quantization_mode": self.quantization_mode,
+            "quantization_exclude": self.quantization_exclude or (),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Loading(Quantized):
@@ -175,17 +183,13 @@ class Loading(Quantized):
         from einsum_transformer.models.run_config import RunConfig
 
         more = {"max_layers": self.max_layers, "adapter": self.adapter_path, "seed": seed}
-        quantized = {
-            "quantization": self.quantization,
-            "quantization_mode": self.quantization_mode,
-            "quantization_exclude": self.quantization_exclude or (),
-            "cache_type_k": self.cache_type_k,
-            "cache_type_v": self.cache_type_v,
-        }
+        caches = {"cache_type_k": self.cache_type_k, "cache_type_v": self.cache_type_v}
         dtype = self.dtype
         if dtype is None and self.weight_budget is None and isinstance(source, RunConfig):
             dtype = "bfloat16" if source.weight_dtype == "bfloat16" else None
-        return open_model(source, hub, self, dtype, quiet, self.weight_budget, **more, **quantized)
+        return open_model(
+            source, hub, self, dtype, quiet, self.weight_budget, **more, **caches, **self.quantized()
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ def parity(
         float, typer.Option(metavar="X", min=0, help="Maximum relative error of a step.")
     ] = 1e-4,
     adapter_path: options.AdapterPath = None,
-    machine: options.Machine,
+    machine: options.Quantized,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
     hub: options.Hub,
@@ -38,7 +38,8 @@ def parity(
     The model runs on the tokens of the reference or of --tokens; embedding, norms, the product of every
     matrix, attention, feed-forward, layers and logits are compared one by one. The reference names them as
     the checkpoint names its modules (model.layers.0.self_attn.q_proj), with `tokens` and `logits`;
-    tools/dump_reference.py writes such a file from transformers. The exit code is 1 if a step differs. In
+    tools/dump_reference.py writes such a file from transformers. With --quantization, the differences are
+    those of the quantized model. The exit code is 1 if a step differs. In
     Python: et.parity.
 
     \b
@@ -48,7 +49,7 @@ def parity(
     """
     from einsum_transformer.api.compare import parity as call
 
-    more = {"max_layers": max_layers, "adapter": adapter_path}
+    more = {"max_layers": max_layers, "adapter": adapter_path, **machine.quantized()}
     loaded, _ = options.open_model(named.source(), hub, machine, dtype, shown.silent, **more)
     ids = None if tokens is None else loaded.checked(read_tokens(Path(tokens)), f"the ids of {tokens}")
     found = call(loaded, reference, tokens=ids, tolerance=tolerance)

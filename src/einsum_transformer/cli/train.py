@@ -47,7 +47,7 @@ def train(
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot the loss to this file.")] = None,
     cluster: train_flags.ClusterFlags,
     seed: options.Seed = None,
-    machine: options.Machine,
+    machine: options.Quantized,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
     assignments: options.Assignments = None,
@@ -58,7 +58,8 @@ def train(
 
     Without --data all tokens are random; with --fix-batch all steps use one batch, whose loss a correct
     backward pass reduces. --lora, or a run config with use_lora, trains adapters and freezes all other
-    weights. A run config has no tokenizer: one with vocab_size tokens is trained on --data first.
+    weights, which --quantization can store as integers. A run config has no tokenizer: one with vocab_size
+    tokens is trained on --data first.
 
     The log and metrics.jsonl are written to --output, or to a new folder under runs/. --output also receives
     a checkpoint of the last step: a model folder, or a PEFT folder of adapters, with the optimizer's state.
@@ -67,6 +68,7 @@ def train(
     \b
     etx train fast_lora --lr 0.05 --steps 10 --max-layers 4 --fix-batch --seed 42
     etx train --lora --data notes.txt --optimizer adamw --lr 2e-4 --steps 100 -o my-run --save-every 20
+    etx train --lora --quantization W4A16 --data notes.txt --steps 100 -o my-run
     etx train --lora --data chats.jsonl --mask-prompt --pad --steps 100 -o my-run --resume
     etx run --adapter-path my-run/step-00000100 -p "Once upon a time"
     """
@@ -78,7 +80,7 @@ def train(
     keys = None if isinstance(source, str) else source
     settings = {"optimizer": optimizer.settings(), "workers": cluster.settings(machine.threads)}
     settings["lora"] = adapters.settings(keys, adapter_path is not None)
-    more = {"max_layers": max_layers, "seed": seed, "adapter": adapter_path}
+    more = {"max_layers": max_layers, "seed": seed, "adapter": adapter_path, **machine.quantized()}
     loaded, _ = options.open_model(source, hub, machine, dtype, quiet=True, **more)
     log_folder = None if keep.output else new_run_folder(loaded.source)
     with TrainingProgress(shown.silent) as progress:
