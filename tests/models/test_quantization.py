@@ -106,6 +106,29 @@ def test_gradients_of_what_is_not_quantized(
         np.testing.assert_allclose(gradient, expected[each], rtol=0, atol=1e-10, err_msg=each)
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "W4A16,asymmetric"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_adapters_are_those_of_the_simulation(
+    name: str, scheme: str, golden_model: Models
+) -> None:
+    """Through a frozen base, in float64."""
+    golden, model = load_golden(name), golden_model(name, "float64")
+    found = []
+    for mode in ("real", "simulated"):
+        quantized = et.quantize(model, scheme, mode=mode)
+        adapted = et.with_lora(quantized, et.LoRAConfig(r=2, target_modules="all-linear"), seed=1)
+        rng = np.random.default_rng(2)
+        arrays = adapted.adapter_parameters()
+        filled = {each: 0.1 * rng.standard_normal(array.shape) for each, array in arrays.items()}
+        adapted.set_adapter_parameters(filled)
+        found.append(adapted.loss_and_gradients(golden.tokens, golden.targets))
+    (loss, gradients), (expected_loss, expected) = found
+    assert loss == pytest.approx(expected_loss, abs=1e-9)
+    assert gradients.keys() == expected.keys() != set()
+    for each, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[each], rtol=0, atol=1e-8, err_msg=each)
+
+
 def test_values_and_held_bytes(golden_model: Models) -> None:
     model = golden_model("llama_gqa")
     for scheme, bits, group in (("W8A16", 8, None), ("W4A16g32", 4, 32), ("W2A16,channel", 2, None)):
