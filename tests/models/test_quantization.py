@@ -154,9 +154,7 @@ def test_rows_of_an_embedding(golden_model: Models) -> None:
 
 
 def test_what_is_not_quantized(golden_model: Models) -> None:
-    model = et.quantize(
-        golden_model("mixtral_mqa"), "W4A16", exclude=["down_proj", r".*layers\.0\.self_attn.*"]
-    )
+    model = et.quantize(golden_model("mixtral_mqa"), "W4A16", exclude=["w2", r".*layers\.0\.self_attn.*"])
     kept = {
         model.module(path)
         for path, w in named_leaves(model.decoder)
@@ -219,6 +217,8 @@ def test_refusals(golden_model: Models) -> None:
         et.quantize(real, "W4A16")
     with pytest.raises(et.InputError, match="has an adapter"):
         et.quantize(et.with_lora(model, et.LoRAConfig(r=2)), "W4A16")
+    with pytest.raises(et.InputError, match=r"'o_prj': no matrix has this name.* are embed_tokens, q_proj"):
+        et.quantize(model, "W8A16", exclude=["o_prj"])
     with pytest.raises(et.InputError, match="expected real or simulated"):
         et.quantize(model, "W4A16", mode="fake")
     with pytest.raises(et.InputError, match="scheme such as W8A16"):

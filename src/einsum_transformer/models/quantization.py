@@ -54,6 +54,9 @@ class Quantizer:
     _memory: dict[str, dict[str, Array]] = field(default_factory=dict[str, "dict[str, Array]"])
     """Path of a weight -> the memory of its codes, scales and zero points."""
 
+    def __post_init__(self) -> None:
+        self.quantization.check_excluded([self._name(spec) for spec in self.specs if len(spec.stored) > 1])
+
     def bits(self, spec: WeightSpec) -> int | None:
         """The bits of a weight; None if it keeps its type."""
         last = spec.path.removesuffix(".weight").split(".")[-1]

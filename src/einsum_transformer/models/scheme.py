@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -145,10 +145,17 @@ class Quantization:
 
     def excludes(self, name: str) -> bool:
         """Return whether a module of this name is excluded."""
-        return any(
-            name == pattern or name.endswith(f".{pattern}") or _compiled(pattern).fullmatch(name) is not None
-            for pattern in self.exclude
-        )
+        return any(_matches(pattern, name) for pattern in self.exclude)
+
+    def check_excluded(self, names: Collection[str]) -> None:
+        """Raise InputError for an exclusion that matches none of these modules."""
+        for pattern in self.exclude:
+            if not any(_matches(pattern, name) for name in names):
+                last = dict.fromkeys(name.rpartition(".")[2] for name in names)
+                raise InputError(
+                    f"`quantization_exclude` {pattern!r}: no matrix has this name; the last parts of their "
+                    f"names are {', '.join(last)}"
+                )
 
 
 def cache_types(
@@ -166,6 +173,11 @@ def _cache_type(name: str, value: str, simulated: bool) -> CacheType:
     if value.lower() not in CACHE_BITS:
         raise InputError(f"`{name}` is {value!r}: expected one of {', '.join(CACHE_BITS)}")
     return cache_type(CACHE_BITS[value.lower()], simulated)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    whole = name == pattern or name.endswith(f".{pattern}")
+    return whole or _compiled(pattern).fullmatch(name) is not None
 
 
 @lru_cache(maxsize=256)

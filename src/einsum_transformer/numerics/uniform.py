@@ -23,10 +23,9 @@ class Quantized:
     """A quantized matrix (r, d).
 
     codes: int8 (r, d). scales: (r, groups), or (1, 1) for the whole matrix, float32; those of several groups
-    per row are float16 if all are in its range. zeros: the codes of 0,
-    int8 of the same shape, or None if they are all 0. divisor: float32 (d,), by which columns are divided, or
-    None. group: elements per group; the last
-    group of a row may be shorter.
+    per row are float16 if all are in its range. zeros: the codes of 0, int8 of the same shape, or None if
+    they are all 0. group: elements per group; the last group of a row may be shorter. divisor: float32 (d,),
+    by which columns are divided, or None.
     """
 
     codes: Array
