@@ -41,62 +41,50 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A4g64": {"scheme": "W4A4g64"},
 }
 STEPS = 128
-AGREEMENT_CHUNKS = 4
 
 
-def quantized(row: dict[str, Any], mode: str = "real") -> Any:
-    """The model of a row."""
+def quantized(row: dict[str, Any], mode: str = "real", dtype: str = "float32") -> Any:
+    """The model of a row; dtype: of the computation, for a scheme."""
     import einsum_transformer as et
 
     if "scheme" not in row:
-        return et.load(dtype=row.get("dtype", "float32"))
+        return et.load(dtype=row.get("dtype", dtype))
     calibrated = {} if "method" not in row else {"method": row["method"], "calibration": calibration()}
-    return et.quantize("smollm2-135m", row["scheme"], mode=mode, **calibrated)
+    return et.quantize(et.load(dtype=dtype), row["scheme"], mode=mode, **calibrated)
 
 
 def calibration() -> str:
     return TEXT.read_bytes()[CALIBRATION].decode("utf-8", "ignore")
 
 
-def simulation(model: Any) -> Any:
-    """A quantized model with its values as arrays: the simulated mode, without calibrating again."""
-    from dataclasses import replace
-
-    from einsum_transformer.components.cache_types import cache_type
-    from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
-    from einsum_transformer.tree import map_named
-
-    def leaf(_: str, weight: Any) -> Any:
-        if not isinstance(weight, PackedWeight):
-            return weight
-        form = weight.bits, weight.out_axes, weight.activation_bits, weight.divisor
-        return SimulatedWeight(weight.array(), *form)
-
-    bits = model.quantization.scheme.kv_bits
-    types = cache_type(bits, simulated=True), cache_type(bits, simulated=True)
-    return replace(model, decoder=map_named(leaf, model.decoder), cache_types=types)
+def text() -> str:
+    """The scored text."""
+    return TEXT.read_bytes()[:SCORED].decode("utf-8", "ignore")
 
 
 def accuracy(row: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity and divergence of a row, and the divergence between its real and simulated modes."""
+    """Perplexity of a row, and its divergence from the model without quantization."""
     import einsum_transformer as et
 
-    text = TEXT.read_bytes()[:SCORED].decode("utf-8", "ignore")
     model = quantized(row)
     if not row:
-        found = et.perplexity(model, text)
-        return {
-            "perplexity": found.perplexity,
-            "standard_error": found.standard_error,
-            "tokens": found.tokens,
-        }
-    compared = et.divergence(model, et.load(), text)
-    names = "perplexity", "kl_mean", "kl_standard_error", "kl_p99", "same_top", "tokens"
-    result = {name: getattr(compared, name) for name in names}
-    if "scheme" in row:
-        agreement = et.divergence(simulation(model), model, text, chunks=AGREEMENT_CHUNKS)
-        result["real_and_simulated"] = agreement.kl_mean
-    return result
+        found: Any = et.perplexity(model, text())
+        names = "perplexity", "standard_error", "tokens"
+    else:
+        found = et.divergence(model, et.load(), text())
+        names = "perplexity", "kl_mean", "kl_standard_error", "kl_p99", "same_top", "tokens"
+    return {name: getattr(found, name) for name in names}
+
+
+def agreement(row: dict[str, Any]) -> dict[str, Any]:
+    """The divergence between the real and the simulated mode, in float64: rounded activations amplify the
+    last bits of float32."""
+    import einsum_transformer as et
+
+    if "scheme" not in row or "method" in row:
+        return {}
+    models = [quantized(row, mode, "float64") for mode in ("real", "simulated")]
+    return {"real_and_simulated": et.divergence(*models, text(), chunks=1).kl_mean}
 
 
 def speed(row: dict[str, Any]) -> dict[str, Any]:
@@ -161,22 +149,24 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
     return Table("Quantization of SmolLM2-135M-Instruct", header, rows)
 
 
+MEASURES = {"accuracy": accuracy, "agreement": agreement, "speed": speed}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", choices=("accuracy", "speed", "both"), default="both")
+    parser.add_argument("--measure", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--json", type=Path, help="results; those of an earlier run are kept")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--one", choices=("accuracy", "speed"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=list(MEASURES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        task = accuracy if options.one == "accuracy" else speed
-        print(json.dumps(task(ROWS[options.rows[0]])))
+        print(json.dumps(MEASURES[options.one](ROWS[options.rows[0]])))
         return
     found: dict[str, dict[str, Any]] = {}
     if options.json is not None and options.json.exists():
         found = json.loads(options.json.read_text(encoding="utf-8"))["rows"]
-    for measure in ("accuracy", "speed") if options.measure == "both" else (options.measure,):
+    for measure in options.measure:
         for name in options.rows:
             start = time.perf_counter()
             command = [sys.executable, __file__, "--one", measure, "--rows", name]
