@@ -52,9 +52,7 @@ def test_cache_is_what_a_cache_would_hold(name: str, golden_model: Models) -> No
     model.decoder.forward(golden.tokens, cache)
     held = 0
     for layer, window in zip(cache.layers, model.config.windows):
-        keys, values = layer._keys, layer._values
-        assert keys is not None
-        assert values is not None
+        (keys,), (values,) = layer._stored
         kept = length if window is None else min(length, window)
         held += sum(4 * kept * int(np.prod(lines.shape[:-1])) for lines in (keys, values))
     assert cache_bytes(model.config, len(golden.tokens), length) == held

@@ -89,6 +89,8 @@ def test_what_cannot_be_evaluated(model: et.Model, tmp_path: Path) -> None:
         et.perplexity(model, "short", ctx_size=32)
     with pytest.raises(et.InputError, match="`ctx_size` is 65: expected 4 to the positions of the model, 64"):
         et.perplexity(model, TEXT, ctx_size=65)
+    with pytest.raises(et.InputError, match="only one token would be scored"):
+        et.perplexity(model, TEXT, ctx_size=4, chunks=1)
     with pytest.raises(et.InputError, match="`chunks` is 0"):
         et.perplexity(model, TEXT, ctx_size=32, chunks=0)
     with pytest.raises(et.InputError, match="no tokenizer"):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
+from command_line import save_with_tokenizer
 from einsum_transformer.api.profile import DEFAULT_PROMPT
 from einsum_transformer.cli.app import main
 from einsum_transformer.engine import blas
@@ -720,3 +721,25 @@ def test_speculation_in_a_config(etx: Etx, tmp_path: Path) -> None:
     assert said["tokens"] == plain["tokens"]
     assert sum(said["speculation"]["drafted"]) > 0
     assert "speculation" not in plain
+
+
+def test_the_reference_of_a_divergence(etx: Etx, tmp_path: Path) -> None:
+    """What is measured is not applied to the reference: neither an adapter nor bfloat16."""
+    folder = save_with_tokenizer(tmp_path / "model", tiny_model(vocab_size=128, eos_token_id=None))
+    model = et.with_lora(et.load(folder), et.LoRAConfig(r=2))
+    arrays = model.adapter_parameters()
+    model.set_adapter_parameters({name: np.full(array.shape, 0.3) for name, array in arrays.items()})
+    et.save_adapter(model, tmp_path / "adapter")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9, encoding="utf-8")
+    command = ["eval", "kld", folder, "-f", text, "-c", 16, "--json"]
+    plain = json.loads(etx("eval", "ppl", folder, "-f", text, "-c", 16, "--json")[1])["perplexity"]
+    for flags in (
+        ["--adapter-path", tmp_path / "adapter", "--reference-model", folder],
+        ["--dtype", "bfloat16"],
+    ):
+        found = json.loads(etx(*command, *flags)[1])
+        assert found["reference_perplexity"] == pytest.approx(plain, rel=1e-6)
+        assert found["kl_mean"] > 0
+    assert etx("quantize", folder, "--quantization", "W8A8", "-o", folder)[0] == 2
+    assert etx("quantize", folder, "--quantization", "W8A8", "--calibration-chunks", 3)[0] == 2

@@ -58,10 +58,24 @@ def test_divisors_are_saved(golden_model: Models, tmp_path: Path) -> None:
     np.testing.assert_array_equal(et.load(tmp_path).logits(golden.tokens), changed.logits(golden.tokens))
 
 
-def test_adapters_and_second_quantization(golden_model: Models, tmp_path: Path) -> None:
+def test_what_a_quantized_folder_excludes(
+    golden_model: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     et.quantize(golden_model("llama_gqa"), "W4A16g32").save(tmp_path)
     with pytest.raises(et.InputError, match=r"already quantized to W4A16g32 \(real\): omit `quantization`"):
         et.load(tmp_path, quantization="W8A8")
+    for message, settings in {
+        "stored as W4A16g32: load the original model": {"quantization": "none"},
+        "`quantization_exclude` needs `quantization`": {"quantization_exclude": ["q_proj"]},
+        "`quantization_mode` needs `quantization`": {"quantization_mode": "simulated"},
+        "in memory as integers: omit `weight_budget`": {"weight_budget": 1000},
+        "in memory as integers: omit `dtype`": {"dtype": "bfloat16"},
+    }.items():
+        with pytest.raises(et.InputError, match=message):
+            et.load(tmp_path, **settings)
+    assert "quantization_config" not in caplog.text
+    et.explain(tmp_path)
+    assert "costs are those of the weights without quantization" in caplog.text
     with pytest.raises(et.InputError, match="simulated quantization is not saved"):
         et.quantize(golden_model("llama_gqa"), "W8A8", mode="simulated").save(tmp_path / "other")
     adapted = et.with_lora(et.load(tmp_path), et.LoRAConfig(r=2))
@@ -100,6 +114,7 @@ def with_part(part: str, change: Callable[[Array], Array]) -> Callable[[Path], N
     ("damage", "message"),
     [
         (settings(lambda s: s.update(scheme="W9A9")), "quantization_config: quantization 'W9A9': expected"),
+        (settings(lambda s: s.update(scheme="W8A8")), "`scheme` W8A8 contradicts the rest"),
         (settings(lambda s: s.update(scheme=None)), "quantization_config: expected `scheme`"),
         (settings(lambda s: s.update(activation_bits=5)), "expected `activation_bits` 4, 8 or 16"),
         (settings(lambda s: s.update(weights=[])), "expected `activation_bits` 4, 8 or 16, and `weights`"),

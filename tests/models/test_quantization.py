@@ -219,6 +219,10 @@ def test_refusals(golden_model: Models) -> None:
         et.quantize(et.with_lora(model, et.LoRAConfig(r=2)), "W4A16")
     with pytest.raises(et.InputError, match=r"'o_prj': no matrix has this name.* are embed_tokens, q_proj"):
         et.quantize(model, "W8A16", exclude=["o_prj"])
+    with pytest.raises(et.InputError, match="excludes all matrices"):
+        et.quantize(model, "W8A16", exclude=[".*"])
+    with pytest.raises(et.InputError, match="`dtype` bfloat16 excludes `quantization`"):
+        et.load("fast_lora", dtype="bfloat16", quantization="W8A8", max_layers=1)
     with pytest.raises(et.InputError, match="expected real or simulated"):
         et.quantize(model, "W4A16", mode="fake")
     with pytest.raises(et.InputError, match="scheme such as W8A16"):

@@ -168,6 +168,8 @@ def _windows(model: Model, text: str | Path, ctx_size: int, chunks: int | None) 
     if chunks is not None and chunks < 1:
         raise InputError(f"`chunks` is {chunks}: expected 1 or more")
     windows = token_chunks(model.tokenizer, text, ctx_size, chunks)
+    if len(windows) * (ctx_size - 1 - ctx_size // 2) < 2:
+        raise InputError("only one token would be scored: use a larger `ctx_size` or more text")
     return model.checked(windows, "the tokens of the text")
 
 

@@ -114,7 +114,8 @@ def quantization_report(model: Model, reference: Model | None) -> QuantizationRe
     if quantization is None:
         raise InputError(f"{model.source}: the model is not quantized")
     weights = dict(named_leaves(model.decoder))
-    rows = [_operation(name, model, weights) for name in OPERATIONS]
+    before = weights if reference is None else dict(named_leaves(reference.decoder))
+    rows = [_operation(name, model, weights, before) for name in OPERATIONS]
     rows = [row for row in rows if row.weights_before or row.activations_before]
     numbers = {
         name: sum(getattr(row, name) for row in rows)
@@ -126,16 +127,22 @@ def quantization_report(model: Model, reference: Model | None) -> QuantizationRe
     return QuantizationReport(model.source, str(quantization), tuple(rows), errors)
 
 
-def _operation(name: str, model: Model, weights: dict[str, Any]) -> OperationBytes:
+def _operation(name: str, model: Model, weights: dict[str, Any], originals: dict[str, Any]) -> OperationBytes:
+    """The bytes of an operation; originals: the weights before, or the same ones if they are not known."""
     own = {path: weight for path, weight in weights.items() if operation_of(path) == name}
     dtype = next(iter(weights.values())).dtype
     types: dict[str, None] = {}
+    sources: dict[str, None] = {}
     before = formula = held = 0
-    for weight in own.values():
+    for path, weight in own.items():
         bits = weight.bits_per_element() if isinstance(weight, Leaf) else None
         size = math.prod(weight.shape)
         types[str(dtype) if bits is None else f"{bits} bits"] = None
-        before += size * dtype.itemsize
+        original = originals[path]
+        stored = next(iter(original.parts().values()), original) if isinstance(original, Leaf) else original
+        known = original is not weight
+        sources[str(stored.dtype) if known else str(dtype)] = None
+        before += original.nbytes if known else size * dtype.itemsize
         formula += size * dtype.itemsize if bits is None else -(-size * bits // 8)
         held += weight.nbytes
     scheme = model.quantization.scheme if model.quantization is not None else None
@@ -145,7 +152,7 @@ def _operation(name: str, model: Model, weights: dict[str, Any]) -> OperationByt
     bits = 32 if scheme is None else scheme.activation_bits
     as_floats = values * dtype.itemsize
     target = ", ".join(sorted(types)) or str(dtype)
-    source = str(dtype) if own else ""
+    source = ", ".join(sorted(sources))
     return OperationBytes(
         name, source, target if own else "", before, formula, held, as_floats, values * bits // 8, as_floats
     )

@@ -156,7 +156,7 @@ def gradcheck(
     if model.quantization is not None:
         raise InputError(
             f"{model.source}: rounded activations ({model.quantization}) have no derivative that differences "
-            "could confirm: check the model without quantization (--set quantization=null)"
+            "could confirm: check the model without quantization"
         )
     config = model.run_config
     if config is not None and config.lora is not None and model.lora is None:

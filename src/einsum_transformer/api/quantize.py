@@ -14,6 +14,7 @@ from einsum_transformer.loading.load import load
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.quantization import quantized
 from einsum_transformer.models.scheme import Quantization
+from einsum_transformer.notes import note
 from einsum_transformer.quantization.calibrate import METHODS, calibrated
 from einsum_transformer.text.chunks import token_chunks
 
@@ -69,6 +70,11 @@ def quantize(
             raise InputError(f"`calibration_chunks` is {calibration_chunks}: expected 1 or more")
         size = min(_CHUNK, model.config.max_position_embeddings)
         chunks = token_chunks(model.tokenizer, calibration, size, calibration_chunks)
+        if len(chunks) < calibration_chunks:
+            note(
+                f"the calibration text has {len(chunks)} chunks of {size} tokens, fewer than the "
+                f"{calibration_chunks} to use"
+            )
         batches = [chunk[None] for chunk in model.checked(chunks, "the tokens of the text")]
         return calibrated(model, quantization, method, batches, progress)
     if isinstance(source, Model):

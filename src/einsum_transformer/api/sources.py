@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.analysis.explain import without_weights
-from einsum_transformer.loading.configs import read_config
+from einsum_transformer.loading.configs import folder_keys, read_config
 from einsum_transformer.loading.load import load
-from einsum_transformer.loading.sources import Options, find, name_of
+from einsum_transformer.loading.sources import Folder, Options, find, name_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
 from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.models.unsupported import is_own
+from einsum_transformer.notes import note
 
 AnySource = Model | str | Path | RunConfig
 """A model, or a source that `load` takes: a folder, a hub id, a .gguf file, a JSON config, or the name of a
@@ -38,6 +40,8 @@ def described(
         if isinstance(found, RunConfig):
             source = found
         config, name = read_config(source, offline, allow_links), name_of(found)
+        if isinstance(found, Folder) and is_own(folder_keys(found.path).get("quantization_config")):
+            note(f"{name}: costs are those of the weights without quantization")
         if adapter is None:
             return source if isinstance(source, RunConfig) else config
     elif isinstance(source, Model):

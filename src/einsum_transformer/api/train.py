@@ -22,6 +22,7 @@ from einsum_transformer.analysis.training import (
 from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
 from einsum_transformer.cluster.data_parallel import RayWorkers, check_rows
+from einsum_transformer.components.cache_types import UNCHANGED
 from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.context import check_length
@@ -170,6 +171,8 @@ def train(
     text = TextSettings(data, valid, valid_share, mask_prompt, pad, long)
     loaded = model_of(source, seed=seed)
     keys = loaded.run_config
+    if any(each is not UNCHANGED for each in loaded.cache_types):
+        note(f"{loaded.source}: training uses no KV cache: its types have no effect")
     merge = merge or bool(keys and keys.use_lora and keys.lora_merge_after_training)
     if merge and output is None:
         raise InputError("`merge` (lora_merge_after_training) needs `output`, the folder of the merged model")

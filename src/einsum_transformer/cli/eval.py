@@ -26,7 +26,7 @@ def eval(
     reference_model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="kld: the model to compare with; default MODEL without quantization."
+            metavar="MODEL", help="kld: what to compare with; default the same without quantization."
         ),
     ] = None,
     ctx_size: Annotated[
@@ -61,14 +61,26 @@ def eval(
     if metric == "ppl" and reference_model is not None:
         raise InputError("--reference-model is for kld")
     source, path = named.source(), Path(file)
-    plain = replace(loading, quantization="none", cache_type_k=None, cache_type_v=None)
+    plain = replace(
+        loading,
+        quantization="none",
+        quantization_mode="real",
+        quantization_exclude=None,
+        cache_type_k=None,
+        cache_type_v=None,
+        dtype=None if loading.dtype == "bfloat16" else loading.dtype,
+        adapter_path=loading.adapter_path if reference_model is None else None,
+    )
     changed = loading.quantization not in (None, "none") or loading.cache_type_k or loading.cache_type_v
+    changed = changed or loading.dtype == "bfloat16"
     if isinstance(source, RunConfig) and loading.quantization is None:
         changed = changed or source.quantization not in (None, "none")
     if metric == "kld" and reference_model is None and not changed:
-        raise InputError("kld compares two models: give --reference-model MODEL or --quantization SCHEME")
+        raise InputError(
+            "kld compares two models: give --reference-model MODEL, or a change such as --quantization SCHEME"
+        )
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: not a file")
     progress = output.progress("chunks", shown.silent)
     size = {} if ctx_size is None else {"ctx_size": ctx_size}
     model, _ = loading.open(source, hub, seed, shown.silent)

@@ -186,7 +186,9 @@ class Loading(Quantized):
         caches = {"cache_type_k": self.cache_type_k, "cache_type_v": self.cache_type_v}
         dtype = self.dtype
         if dtype is None and self.weight_budget is None and isinstance(source, RunConfig):
-            dtype = "bfloat16" if source.weight_dtype == "bfloat16" else None
+            scheme = source.quantization if self.quantization is None else self.quantization
+            plain = scheme in (None, "none")
+            dtype = "bfloat16" if plain and source.weight_dtype == "bfloat16" else None
         return open_model(
             source, hub, self, dtype, quiet, self.weight_budget, **more, **caches, **self.quantized()
         )

@@ -19,10 +19,16 @@ class Method:
         default="rtn", metavar="rtn|gptq|awq", help="Round to nearest, or use a calibration text."
     )
     calibration: str | None = flag(metavar="FILE", help="The text of gptq and awq, in UTF-8.")
-    calibration_chunks: int = flag(
-        default=32, metavar="N", min=1, help="Chunks of 512 tokens of the text to use."
+    calibration_chunks: int | None = flag(
+        metavar="N", min=1, help="Chunks of 512 tokens of the text to use (default 32)."
     )
     output: options.Output = None
+
+
+def check_other_folder(target: Path, source: Path) -> None:
+    """Raise InputError if the result would replace the model."""
+    if target.samefile(source):
+        raise InputError("--output is the folder of the model: choose another folder")
 
 
 def quantize(
@@ -54,13 +60,20 @@ def quantize(
         raise InputError("--quantization is required: a scheme such as W4A16g64")
     text = None if chosen.calibration is None else Path(chosen.calibration)
     if text is not None and not text.is_file():
-        raise InputError(f"{text}: no such file")
+        raise InputError(f"{text}: not a file")
+    if chosen.calibration_chunks is not None and text is None:
+        raise InputError("--calibration-chunks is used with --calibration only")
     settings: dict[str, Any] = {"mode": quantized.quantization_mode, "method": chosen.method}
     settings |= {"exclude": quantized.quantization_exclude or (), "calibration": text}
     more = {"max_layers": max_layers, "seed": seed, "quantization": "none"}
     plain, _ = options.open_model(named.source(assignments), hub, quantized, quiet=shown.silent, **more)
     progress = output.progress("layers", shown.silent)
-    model = call(plain, scheme, calibration_chunks=chosen.calibration_chunks, progress=progress, **settings)
+    if chosen.calibration_chunks is not None:
+        settings["calibration_chunks"] = chosen.calibration_chunks
+    target = None if chosen.output is None else Path(chosen.output)
+    if target is not None and target.is_dir() and Path(plain.source).is_dir():
+        check_other_folder(target, Path(plain.source))
+    model = call(plain, scheme, progress=progress, **settings)
     found = quantization_report(model, plain)
     if chosen.output is not None:
         model.save(chosen.output)

@@ -70,8 +70,18 @@ def load(
     if quantization is None and isinstance(found, RunConfig):
         with suppress(InputError):  # `look` raises it, with the name of the config
             chosen = Quantization.of(found.quantization, quantization_mode, quantization_exclude)
+    if chosen is None and quantization_exclude:
+        raise InputError("`quantization_exclude` needs `quantization`")
+    if chosen is None and quantization_mode == "simulated" and cache_type_k is cache_type_v is None:
+        raise InputError("`quantization_mode` needs `quantization`")
+    if chosen is not None and dtype == "bfloat16":
+        raise InputError("`dtype` bfloat16 excludes `quantization`, which stores the matrices as integers")
     options = replace(options, quantization=chosen)
     model = _model(found, options)
+    if quantization == "none" and model.quantization is not None:
+        raise InputError(
+            f"{model.source}: the weights are stored as {model.quantization.scheme}: load the original model"
+        )
     simulated = quantization_mode == "simulated"
     types = cache_types(cache_type_k, cache_type_v, model.quantization, simulated)
     model = replace(model, cache_types=types)
@@ -93,6 +103,9 @@ def _model(source: Source, options: Options) -> Model:
         if options.weight_budget is not None:
             raise InputError("`weight_budget` excludes `dtype` bfloat16: such weights are in memory")
         quantizer = Bfloat16(weights_of(config))
+    if found.quantization is not None and (options.weight_budget is not None or options.dtype == "bfloat16"):
+        name = "dtype" if options.weight_budget is None else "weight_budget"
+        raise InputError(f"{name_of(source)}: quantized weights are in memory as integers: omit `{name}`")
     if found.quantization is not None and quantizer is not None:
         raise InputError(
             f"{name_of(source)}: the model is already quantized to {found.quantization}: omit `quantization`"

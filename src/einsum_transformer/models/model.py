@@ -78,8 +78,8 @@ class Model:
 
     @checked
     def logits(self, tokens: Any) -> Array:
-        """Token ids (b, t) -> next-token logits (b, t, v). Errors: InputError for logits with nan or inf; it
-        names the step that first produces them."""
+        """Token ids (b, t) -> next-token logits (b, t, v), without a KV cache: its types have no effect.
+        Errors: InputError for logits with nan or inf; it names the step that first produces them."""
         tokens = self.checked(tokens)
         with np.errstate(over="ignore", invalid="ignore"):
             logits = self.decoder.forward(tokens)[0]

@@ -56,6 +56,8 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         self.quantization.check_excluded([self._name(spec) for spec in self.specs if len(spec.stored) > 1])
+        if not any(self.bits(spec) is not None for spec in self.specs):
+            raise InputError("`quantization_exclude` excludes all matrices: nothing is left to quantize")
 
     def bits(self, spec: WeightSpec) -> int | None:
         """The bits of a weight; None if it keeps its type."""

@@ -128,6 +128,10 @@ class Quantization:
             raise ConfigError(f"{source}: quantization_config: {error}") from None
         if found is None:
             raise ConfigError(f"{source}: quantization_config: `scheme` is {scheme!r}")
+        weights, known = settings.get("weights"), (found.scheme.weight_bits, 8)
+        bits = [each[2] for each in weights.values()] if isinstance(weights, dict) else []
+        if settings.get("activation_bits") != found.scheme.activation_bits or not set(bits) <= set(known):
+            raise ConfigError(f"{source}: quantization_config: `scheme` {scheme} contradicts the rest")
         return found
 
     @property
@@ -183,7 +187,9 @@ def _matches(pattern: str, name: str) -> bool:
 @lru_cache(maxsize=256)
 def _compiled(pattern: str) -> Any:
     try:
-        return re2.compile(pattern)
+        options = re2.Options()
+        options.log_errors = False
+        return re2.compile(pattern, options)
     except re2.error:
         raise InputError(f"`quantization_exclude` {pattern!r}: not a regular expression (RE2)") from None
 

@@ -14,6 +14,8 @@ from einsum_transformer.tables import first_names
 
 IGNORED = frozenset(
     {
+        # Read with the tensors (formats/codes.py).
+        "quantization_config",
         # Name and origin of the model.
         "_name_or_path",
         "architectures",
