@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class CodesFolder:
     """
 
     def __init__(self, tensors: TensorSource, settings: Mapping[str, Any]) -> None:
-        self.path = tensors.path
+        self.path: Path = tensors.path
         self._config = self.path / "config.json"
         self._tensors = tensors
         bits, weights = settings.get("activation_bits"), settings.get("weights")

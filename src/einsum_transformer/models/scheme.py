@@ -23,7 +23,7 @@ ACTIVATION_BITS = (4, 8, 16)
 KV_BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP = 64
-CACHE_BITS = {
+CACHE_BITS: dict[str, int | None] = {
     **{"float32": None, "float16": 16, "int8": 8, "int4": 4},
     **{"f32": None, "f16": 16, "q8_0": 8, "q4_0": 4},
 }
