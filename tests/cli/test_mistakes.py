@@ -146,7 +146,7 @@ MISTAKES = {
     "run tiny.json --seed -1": "--seed",
     "run tiny.json --stop @": "an empty stop string",
     "run tiny.json --blas fast": "--blas is 'fast': expected auto, numpy or mkl",
-    "run tiny.json --dtype float16": "--dtype is 'float16': expected float32 or float64",
+    "run tiny.json --dtype float16": "--dtype is 'float16': expected float32, float64, bfloat16",
     "run tiny.json --weight-budget 1G": "--weight-budget needs weights in files",
     "run tiny.json --tokens good.npy --ctx-size 5": "the prompt has 6 tokens, expected at most 5",
     "run tiny.json --tokens good.npy --ctx-size 5 --prefill-only": "expected at most 5 (the context)",

@@ -61,6 +61,19 @@ def test_scaled_products(
     np.testing.assert_allclose(divided, found, rtol=0, atol=2e-7 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_alone_has_the_result_of_the_row_among_others(bits: int, dtype: type) -> None:
+    """Bit for bit, so that a decode step adds no differences to those of a prefill."""
+    rng = np.random.default_rng(bits)
+    weight, scales = codes(rng, 300, 1537), rng.random((300, 1), np.float32)
+    x = rng.standard_normal((6, 1537)).astype(dtype)
+    together = integers.scaled_dots(weight, scales, None, *digits(x, bits), DIGIT_BASE)
+    for i in range(len(x)):
+        alone = integers.scaled_dots(weight, scales, None, *digits(x[i : i + 1], bits), DIGIT_BASE)
+        np.testing.assert_array_equal(alone[:, 0], together[:, i])
+
+
 def test_float64_is_kept() -> None:
     """With one digit, the result is exact in float64: the sums are integers."""
     rng = np.random.default_rng(0)

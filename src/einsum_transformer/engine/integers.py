@@ -123,12 +123,13 @@ def scaled_dots(
     """
     n, (count, m, k) = len(codes), x.shape
     if count * m == 1 and n * k < _READ and zeros is None:
-        # A decode step has a hundred of these products, of which each call takes a percent.
-        sums = np.empty(n)
-        _library().dot(codes, x[0], out=sums)
-        sums *= x_scales[0]
+        # A decode step has a hundred of these products, of which each call takes a percent. The sums are
+        # rounded to the type of the result before they are scaled, as those of several rows are.
         y = np.empty((n, 1), x_scales.dtype) if out is None else out
-        return np.multiply(sums[:, None], scales, out=y, casting="same_kind")
+        _library().dot(codes, x[0], out=y[:, 0])
+        y *= x_scales
+        y *= scales
+        return y
     columns = x.reshape(count * m, k)
     y = np.empty((n, m), x_scales.dtype) if out is None else out
     totals = None if zeros is None else columns.sum(axis=1, dtype=np.float64)

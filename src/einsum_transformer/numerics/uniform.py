@@ -162,7 +162,7 @@ def rounded(x: Array, bits: int, axes: tuple[int, ...]) -> Array:
 
 def _activation_codes(x: Array, bits: int, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Symmetric codes in the type of x, and the scales, one for all elements along `axes`."""
-    scale = np.abs(x).max(axis=axes, keepdims=True)
+    scale = np.maximum.reduce(np.abs(x), axis=axes, keepdims=True)
     scale /= code_range(bits, True)[1]
     # A subnormal scale would not be precise; that of zeros is arbitrary.
     np.maximum(scale, TINY, out=scale)
