@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.quantization import lines_of_types, stored_types
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
@@ -117,7 +118,15 @@ def perplexity(
     mean, error = _mean(every)
     value = math.exp(mean)
     return Perplexity(
-        *_facts(model), CONVENTION, ctx_size, len(windows), every.size, value, value * error, mean
+        model.source,
+        *stored_types(model),
+        CONVENTION,
+        ctx_size,
+        len(windows),
+        every.size,
+        value,
+        value * error,
+        mean,
     )
 
 
@@ -150,7 +159,7 @@ def divergence(
         progress(i + 1, len(windows))
     kl, same, own, expected = np.concatenate(found, axis=1)
     return Divergence(
-        *_facts(model), reference.source, CONVENTION, ctx_size, len(windows), kl.size,
+        model.source, *stored_types(model), reference.source, CONVENTION, ctx_size, len(windows), kl.size,
         *_mean(kl), float(np.median(kl)), float(np.quantile(kl, 0.99)), float(kl.max()),
         float(same.mean()), math.exp(-own.mean()), math.exp(-expected.mean()),
     )  # fmt: skip
@@ -213,23 +222,7 @@ def _mean(values: Array) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size))
 
 
-def _facts(model: Model) -> tuple[str, str | None, tuple[str, str]]:
-    keys, values = model.cache_types
-    return (
-        model.source,
-        None if model.quantization is None else str(model.quantization),
-        (
-            keys.name,
-            values.name,
-        ),
-    )
-
-
 def _settings(found: Perplexity | Divergence) -> str:
     """The settings of an evaluation in a line."""
     parts = [f"convention {found.convention}", f"{found.chunks} chunks of {found.ctx_size}"]
-    if found.quantization is not None:
-        parts.append(f"weights quantized to {found.quantization}")
-    if set(found.kv_cache) != {"unchanged"}:
-        parts.append(f"KV cache: keys {found.kv_cache[0]}, values {found.kv_cache[1]}")
-    return ", ".join(parts)
+    return ", ".join(parts + lines_of_types(found.quantization, found.kv_cache))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.arguments import checked
+from einsum_transformer.components.cache_types import UNCHANGED
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
@@ -106,6 +107,21 @@ def _bytes(row: OperationBytes) -> tuple[str, str, str]:
     numbers = row.activations_before, row.activations_formula, row.activations_held
     before, formula, held = (quantity(n, "B") if n else "" for n in numbers)
     return before, formula, held
+
+
+def stored_types(model: Model) -> tuple[str | None, tuple[str, str]]:
+    """Return the quantization of the weights, or None, and the types of cached keys and values."""
+    keys, values = model.cache_types
+    quantization = None if model.quantization is None else str(model.quantization)
+    return quantization, (keys.name, values.name)
+
+
+def lines_of_types(quantization: str | None, kv_cache: tuple[str, str]) -> list[str]:
+    """Describe `stored_types` as far as they are not those of the computation, one line each."""
+    lines = [] if quantization is None else [f"weights quantized to {quantization}"]
+    if set(kv_cache) != {UNCHANGED.name}:
+        lines.append(f"KV cache: keys {kv_cache[0]}, values {kv_cache[1]}")
+    return lines
 
 
 def quantization_report(model: Model, reference: Model | None) -> QuantizationReport:

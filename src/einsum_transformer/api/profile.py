@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from einsum_transformer.analysis.compare import cache_bytes
+from einsum_transformer.analysis.quantization import lines_of_types, stored_types
 from einsum_transformer.analysis.report import Report, Run, render, report, speculation_lines
 from einsum_transformer.analysis.routing import LayerRouting, RoutingReader
 from einsum_transformer.analysis.routing import render as render_routing
@@ -83,10 +84,7 @@ class Profile:
     def tables(self) -> Iterator[Any]:
         """Yield the tables and lines as rich renderables."""
         yield render(self.report)
-        if self.quantization is not None:
-            yield f"weights quantized to {self.quantization}"
-        if set(self.kv_cache) != {"unchanged"}:
-            yield f"KV cache: keys {self.kv_cache[0]}, values {self.kv_cache[1]}"
+        yield from lines_of_types(self.quantization, self.kv_cache)
         yield from speculation_lines(self.generations[0].speculation)
         if self.routing:
             yield ""
@@ -151,11 +149,8 @@ def profile(
     kv_cache_bytes = max(result.kv_cache_bytes for result in job.results)
     run = Run(model.config, started, seconds, load_seconds, prompt_lengths, new_lengths, kv_cache_bytes)
     found = report(recorder.spans, run)
-    quantization = None if model.quantization is None else str(model.quantization)
-    keys, values = model.cache_types
-    types = keys.name, values.name
     routing = tuple(routers.layers())
-    return Profile(model.source, tuple(job.results), found, routing, likeliest, quantization, types)
+    return Profile(model.source, tuple(job.results), found, routing, likeliest, *stored_types(model))
 
 
 def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) -> None:

@@ -45,17 +45,15 @@ class Bfloat16Weight(Blockwise):
 
     def matrix(self, rows: Any, out: Array | None = None) -> Array:
         stored = self.weight[rows].view(np.uint16)
-        if out is None or out.dtype != np.float32:
-            y = np.empty(stored.shape, np.float32)
-        else:
-            y = out
+        y = np.empty(stored.shape, self.dtype) if out is None else out
+        values = y if y.dtype == np.float32 else np.empty(stored.shape, np.float32)
         # The upper half of the bits of a float32.
-        bits = y.view(np.uint32)
+        bits = values.view(np.uint32)
         np.copyto(bits, stored)
         bits <<= 16
-        if y is out or (out is None and self.dtype == np.float32):
-            return y
-        return y.astype(self.dtype) if out is None else np.add(y, 0, out=out)
+        if values is not y:
+            np.copyto(y, values)
+        return y
 
     def by_rows(self, count: int) -> ByRows | None:
         if count > _FEW_ROWS or self.dtype != np.float32 or not integers.bfloat16_available():

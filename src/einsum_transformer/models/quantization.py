@@ -19,6 +19,7 @@ from einsum_transformer.leaves.bfloat16 import Bfloat16Weight
 from einsum_transformer.leaves.quantized import PackedWeight, SimulatedWeight
 from einsum_transformer.leaves.resident import allocate, copied_together
 from einsum_transformer.models.builder import WeightSpec
+from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
 from einsum_transformer.models.scheme import Quantization
@@ -187,7 +188,13 @@ def quantized(model: Model, quantization: Quantization) -> Model:
     specs = model.weights
     quantizer = Quantizer(quantization, model.family, list(specs.values()))
     decoder = map_named(lambda path, weight: quantizer.leaf(specs[path], weight), model.decoder)
+    return with_quantized(model, decoder, quantizer)
+
+
+def with_quantized(model: Model, decoder: Decoder, quantizer: Quantizer) -> Model:
+    """The model with the decoder that a quantizer made, which a note describes."""
     quantizer.finish(model.source, decoder)
+    quantization = quantizer.quantization
     types = model.cache_types if quantization.scheme.kv_bits is None else quantization.cache_types
     return replace(model, decoder=decoder, quantization=quantization, cache_types=types)
 

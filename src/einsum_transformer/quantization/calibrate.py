@@ -7,7 +7,6 @@ changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.leaves.calibrated import Calibrated
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.quantization import Quantizer, check_unquantized
+from einsum_transformer.models.quantization import Quantizer, check_unquantized, with_quantized
 from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.uniform import Quantized, quantize
@@ -80,9 +79,7 @@ def calibrated(
             f"{model.source}: {len(uncounted)} matrices got no calibration token and are rounded to nearest, "
             f"such as {model.module(uncounted[0])}"
         )
-    quantizer.finish(model.source, decoder)
-    types = model.cache_types if quantization.scheme.kv_bits is None else quantization.cache_types
-    return replace(model, decoder=decoder, quantization=quantization, cache_types=types)
+    return with_quantized(model, decoder, quantizer)
 
 
 def _quantized(
