@@ -179,28 +179,81 @@ class Halved(Leaf):
         self.tensor, self.shape, self.dtype = packed, spec.shape, dtype
 
     def array(self) -> Array:
-        numbers = self.tensor.parts["codes"] * self.tensor.parts["scales"].astype(self.dtype)
-        return numbers.reshape(self.shape) / 2
+        return dequantize(self.tensor.parts["stored"], gguf.GGMLQuantizationType.Q8_0).reshape(self.shape) / 2
 
 
 def test_a_kind_of_leaf_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registry decides what becomes of a tensor that the file holds packed, whatever the budget is; rows
-    that the file has in another order are read as numbers."""
+    """The registry decides what becomes of a tensor that the file holds packed; its rows are in the order of
+    the weight."""
     config, code = hf_config(**WIDE), gguf.GGMLQuantizationType.Q8_0
     file = write_gguf_quantized(tmp_path / "m.gguf", config, random_weights(config), code)
     plain = et.load(file).named_parameters()
     monkeypatch.setitem(PACKED, "Q8_0", Halved)
-    for budget in (None, 0):
-        halved = et.load(file, weight_budget=budget)
-        kinds = {path: type(leaf) for path, leaf in named_leaves(halved.decoder)}
-        assert kinds["layers.0.mlp.down_proj"] is Halved
-        assert kinds["layers.0.self_attn.q_proj"] is not Halved
-        parameters = halved.named_parameters()
-        for name, array in plain.items():
-            path = name.removeprefix("model.").removesuffix(".weight")
-            factor = 0.5 if kinds.get(path, kinds.get(f"{path}.weight")) is Halved else 1
-            np.testing.assert_allclose(parameters[name], factor * array, rtol=1e-6)
-        assert np.isfinite(halved.logits(IDS)).all()
+    halved = et.load(file, packed=True)
+    kinds = {path: type(leaf) for path, leaf in named_leaves(halved.decoder)}
+    assert kinds["layers.0.mlp.down_proj"] is kinds["layers.0.self_attn.q_proj"] is Halved
+    parameters = halved.named_parameters()
+    for name, array in plain.items():
+        np.testing.assert_array_equal(parameters[name], (0.5 if array.ndim == 2 else 1) * array)
+    assert np.isfinite(halved.logits(IDS)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_matrices_stay_in_the_encoding_of_the_file(tmp_path: Path, kind: str, dtype: str) -> None:
+    config, code = hf_config(**WIDE), gguf.GGMLQuantizationType[kind]
+    file = write_gguf_quantized(tmp_path / "m.gguf", config, random_weights(config), code)
+    plain, packed = et.load(file, dtype=dtype), et.load(file, dtype=dtype, packed=True)
+    for _, leaf in named_leaves(packed.decoder):
+        assert (leaf.encoding if isinstance(leaf, Leaf) else "") == (kind if leaf.ndim > 1 else "")
+    elements, nbytes = gguf.GGML_QUANT_SIZES[code]
+    matrices = [leaf for _, leaf in named_leaves(packed.decoder) if isinstance(leaf, Leaf)]
+    assert sum(leaf.nbytes for leaf in matrices) * elements == nbytes * sum(
+        np.prod(m.shape) for m in matrices
+    )
+    before = plain.named_parameters()
+    for name, array in packed.named_parameters().items():
+        np.testing.assert_array_equal(array, before[name])
+        assert array.dtype == dtype
+    atol = 1e-5 if dtype == "float32" else 1e-11
+    expected = plain.logits(IDS)
+    np.testing.assert_allclose(packed.logits(IDS), expected, rtol=0, atol=atol)
+    cache = packed.cache(90)
+    steps = [packed.decoder.forward(IDS[:, i : i + 1], cache)[0] for i in range(90)]
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected, rtol=0, atol=atol)
+    assert packed.save(tmp_path / "saved") is None
+    np.testing.assert_allclose(
+        et.load(tmp_path / "saved", dtype=dtype).logits(IDS), expected, rtol=0, atol=atol
+    )
+
+
+def test_settings_that_exclude_the_encoding_of_the_file(tmp_path: Path) -> None:
+    config, code = hf_config(**WIDE), gguf.GGMLQuantizationType.Q8_0
+    file = write_gguf_quantized(tmp_path / "m.gguf", config, random_weights(config), code)
+    for settings, named in (
+        ({"weight_budget": 1000}, "`weight_budget`"),
+        ({"dtype": "bfloat16"}, "`dtype` bfloat16"),
+        ({"quantization": "W8A16"}, "`quantization`"),
+    ):
+        with pytest.raises(et.InputError, match=f"`packed` excludes {named}"):
+            et.load(file, packed=True, **settings)
+    plain = write_gguf(tmp_path / "plain.gguf", config, random_weights(config))
+    with pytest.raises(et.InputError, match="`packed` needs quantized tensors"):
+        et.load(plain, packed=True)
+    with pytest.raises(et.InputError, match="`packed` needs"):
+        et.load("fast_lora", packed=True)
+
+
+def test_matrices_stay_encoded_if_their_floats_need_too_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, code = hf_config(**WIDE), gguf.GGMLQuantizationType.Q8_0
+    file = write_gguf_quantized(tmp_path / "m.gguf", config, random_weights(config), code)
+    monkeypatch.setattr("einsum_transformer.loading.load.memory", lambda: 100_000)
+    assert et.load(file).decoder.layers[0].mlp.down_proj.encoding == "Q8_0"
+    assert "stay in their encoding (Q8_0)" in caplog.text
+    assert isinstance(et.load(file, packed=False).decoder.layers[0].mlp.down_proj, np.ndarray)
+    assert not isinstance(et.load(file, weight_budget=1000).decoder.layers[0].mlp.down_proj, np.ndarray)
 
 
 def write_gguf_quantized(path: Path, config: dict[str, Any], weights: dict[str, Array], code: Any) -> Path:

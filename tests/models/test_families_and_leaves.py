@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize
 
 import einsum_transformer as et
 from einsum_transformer.analysis import gradcheck as checks
 from einsum_transformer.engine import Leaf, is_trained
 from einsum_transformer.formats.safetensors import float32_to_bf16
 from einsum_transformer.leaves.calibrated import Calibrated
+from einsum_transformer.leaves.encoded import EncodedWeight
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.lora import LoRA
 from einsum_transformer.leaves.watched import watched
@@ -75,6 +78,22 @@ def in_bfloat16(folder: Path, dtype: str) -> et.Model:
     return replace(model, decoder=map_named(lambda path, w: storage.leaf(specs[path], w), model.decoder))
 
 
+def encoded(folder: Path, dtype: str) -> et.Model:
+    """Matrices whose rows are whole blocks, as Q8_0 of a GGUF file."""
+    model = et.load(folder, dtype=dtype)
+    specs = model.weights
+
+    def leaf(path: str, weight: Any) -> Any:
+        spec = specs[path]
+        if len(spec.stored) < 2 or spec.stored[1] % 32:
+            return weight
+        values = np.asarray(weight, np.float32).reshape(spec.stored)
+        stored = quantize(values, GGMLQuantizationType.Q8_0)
+        return EncodedWeight(stored, "Q8_0", (32, 34), spec.shape, dtype, spec.out_axes)
+
+    return replace(model, decoder=map_named(leaf, model.decoder))
+
+
 def all_watched(folder: Path, dtype: str) -> et.Model:
     model = et.load(folder, dtype=dtype)
     return replace(model, decoder=watched(model.decoder))
@@ -103,6 +122,7 @@ LEAVES: dict[str, Callable[[Path, str], et.Model]] = {
     "quantized, simulated": lambda folder, dtype: quantized(folder, dtype, "simulated"),
     "calibrated": calibrating,
     "bfloat16": in_bfloat16,
+    "encoded": encoded,
     "LoRA on quantized": lambda folder, dtype: filled(quantized(folder, dtype, "real"), "all-linear"),
     "LoRA": lambda folder, dtype: filled(et.load(folder, dtype=dtype), "all-linear"),
     "LoRA on embedding and head": on_ends,
@@ -142,7 +162,7 @@ def expected_gradients(model: et.Model, gradients: dict[str, Array]) -> dict[str
 
 def test_every_kind_of_leaf_is_here(golden_folder: Folders) -> None:
     """A new subclass of Leaf fails this test until a line of LEAVES has it."""
-    folder = golden_folder(MODELS[0])
+    folder = golden_folder("llama_mha_tied")  # rows of 32 elements, a block of Q8_0
     kinds = {type(leaf) for make in LEAVES.values() for leaf in leaves_of(make(folder, "float32"))}
     missing = {
         kind

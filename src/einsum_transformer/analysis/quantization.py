@@ -113,6 +113,9 @@ def stored_types(model: Model) -> tuple[str | None, tuple[str, str]]:
     """Return the quantization of the weights, or None, and the types of cached keys and values."""
     keys, values = model.cache_types
     quantization = None if model.quantization is None else str(model.quantization)
+    leaves = [leaf for _, leaf in named_leaves(model.decoder) if isinstance(leaf, Leaf)]
+    if encodings := sorted({leaf.encoding for leaf in leaves} - {""}):
+        quantization = f"{', '.join(encodings)}, as in the file"
     return quantization, (keys.name, values.name)
 
 

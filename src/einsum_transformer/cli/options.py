@@ -160,7 +160,21 @@ class Quantized(Machine):
 
 
 @dataclass(frozen=True, slots=True)
-class Loading(Quantized):
+class Stored(Quantized):
+    """How the weights are stored in memory."""
+
+    packed: bool | None = flag(
+        "--packed/--no-packed",
+        help="Keep matrices of a GGUF file in its encoding; default: if their floats are too large.",
+    )
+
+    def stored(self) -> dict[str, Any]:
+        """The arguments of `load`."""
+        return {**self.quantized(), "packed": self.packed}
+
+
+@dataclass(frozen=True, slots=True)
+class Loading(Stored):
     """The loading of a model for generation."""
 
     weight_budget: str | None = flag(
@@ -190,7 +204,7 @@ class Loading(Quantized):
             plain = scheme in (None, "none")
             dtype = "bfloat16" if plain and source.weight_dtype == "bfloat16" else None
         return open_model(
-            source, hub, self, dtype, quiet, self.weight_budget, **more, **caches, **self.quantized()
+            source, hub, self, dtype, quiet, self.weight_budget, **more, **caches, **self.stored()
         )
 
 

@@ -27,7 +27,7 @@ def parity(
         float, typer.Option(metavar="X", min=0, help="Maximum relative error of a step.")
     ] = 1e-4,
     adapter_path: options.AdapterPath = None,
-    machine: options.Quantized,
+    machine: options.Stored,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
     hub: options.Hub,
@@ -49,7 +49,7 @@ def parity(
     """
     from einsum_transformer.api.compare import parity as call
 
-    more = {"max_layers": max_layers, "adapter": adapter_path, **machine.quantized()}
+    more = {"max_layers": max_layers, "adapter": adapter_path, **machine.stored()}
     loaded, _ = options.open_model(named.source(), hub, machine, dtype, shown.silent, **more)
     ids = None if tokens is None else loaded.checked(read_tokens(Path(tokens)), f"the ids of {tokens}")
     found = call(loaded, reference, tokens=ids, tolerance=tolerance)

@@ -47,7 +47,7 @@ def train(
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot the loss to this file.")] = None,
     cluster: train_flags.ClusterFlags,
     seed: options.Seed = None,
-    machine: options.Quantized,
+    machine: options.Stored,
     max_layers: options.MaxLayers = None,
     dtype: options.Dtype = None,
     assignments: options.Assignments = None,
@@ -80,7 +80,7 @@ def train(
     keys = None if isinstance(source, str) else source
     settings = {"optimizer": optimizer.settings(), "workers": cluster.settings(machine.threads)}
     settings["lora"] = adapters.settings(keys, adapter_path is not None)
-    more = {"max_layers": max_layers, "seed": seed, "adapter": adapter_path, **machine.quantized()}
+    more = {"max_layers": max_layers, "seed": seed, "adapter": adapter_path, **machine.stored()}
     loaded, _ = options.open_model(source, hub, machine, dtype, quiet=True, **more)
     log_folder = None if keep.output else new_run_folder(loaded.source)
     with TrainingProgress(shown.silent) as progress:

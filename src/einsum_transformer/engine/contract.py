@@ -33,6 +33,8 @@ class Leaf(NDArrayOperatorsMixin, ABC):
     dtype: np.dtype
     trained = True
     """Whether its gradient is computed."""
+    encoding: str = ""
+    """The type in the file, of a weight that stays in the encoding of its file."""
     repeatable: bool = False
     """Whether its products use the same arrays at every step, so that a replay can repeat them."""
 

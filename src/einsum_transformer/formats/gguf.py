@@ -16,7 +16,7 @@ import numpy as np
 
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import Packed, TensorInfo, as_rows
-from einsum_transformer.formats.dequantize import PACKED, dequantize
+from einsum_transformer.formats.dequantize import dequantize
 from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
 from einsum_transformer.formats.unsupported import instead
 
@@ -64,6 +64,8 @@ _TYPES = {
     41: ("Q1_0", 128, 18),
 }
 _BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in _TYPES.values()}
+ENCODINGS = frozenset(_BLOCKS) - DTYPES.keys()
+"""The types of blocks, whose tensors can stay in their encoding (`read_packed`)."""
 
 # Metadata type number -> NumPy type
 _NUMBERS = {
@@ -135,13 +137,13 @@ class GGUFFile(MappedFile):
 
     def read_packed(self, name: str) -> Packed | None:
         info = self.info(name)
-        block = PACKED.get(info.dtype)
-        if block is None or len(info.shape) < 2:
+        if info.dtype in DTYPES or len(info.shape) < 2:
             return None
-        rows = math.prod(info.shape[:-1])
-        blocks = self._stored(info).view(block).reshape(rows, -1)
-        parts = {part: blocks[part].reshape(rows, blocks.shape[1], -1) for part in block.names or ()}
-        return Packed(info.dtype, (rows, info.shape[-1]), parts)
+        rows, (elements, nbytes) = math.prod(info.shape[:-1]), _BLOCKS[info.dtype]
+        stored = self._stored(info)
+        self._dequantized(info, stored[:nbytes])  # an unknown type is an error now
+        settings = {"elements": elements, "nbytes": nbytes}
+        return Packed(info.dtype, (rows, info.shape[-1]), {"stored": stored.reshape(rows, -1)}, settings)
 
     def _dequantized(self, info: TensorInfo, stored: np.ndarray) -> np.ndarray:
         elements, nbytes = _BLOCKS[info.dtype]

@@ -1,5 +1,6 @@
 """`load` a model from a folder, a file or the hub."""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -7,13 +8,15 @@ from pathlib import Path
 
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
-from einsum_transformer.loading.contents import look
+from einsum_transformer.formats.gguf import ENCODINGS
+from einsum_transformer.loading.contents import Contents, look
 from einsum_transformer.loading.hub import DEFAULT_MODEL
 from einsum_transformer.loading.libraries import use_default
 from einsum_transformer.loading.sources import Options, Source, find, name_of
-from einsum_transformer.loading.weights import random_weights, read_weights
+from einsum_transformer.loading.weights import memory, random_weights, read_weights
 from einsum_transformer.models.adapter_text import with_adapter_tokenizer
 from einsum_transformer.models.builder import weights_of
+from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.peft import with_adapter
@@ -22,6 +25,7 @@ from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.scheme import Quantization, cache_types
 from einsum_transformer.models.unsupported import adapter_in
 from einsum_transformer.notes import note
+from einsum_transformer.tables import quantity
 
 
 @checked
@@ -40,6 +44,7 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     allow_links: bool = False,
+    packed: bool | None = None,
 ) -> Model:
     """Load a model from a Hugging Face folder, a hub id, a .gguf file or a config JSON (random weights).
 
@@ -61,10 +66,12 @@ def load(
     and `exclude` of `quantize`.
     cache_type_k, cache_type_v: how cached keys and values are stored: "float32" (the type of the
     computation, the default), "float16", "int8" or "int4" (with a scale per token and 64 elements of a head).
+    packed: keep the quantized matrices of a GGUF file in its encoding (Q4_K, Q8_0, ...) and dequantize them
+    inside products; None: only if their floats would need more than half of the memory.
     Raises InputError, in one line; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
     use_default()
-    options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links)
+    options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links, packed=packed)
     found = find(source, options)
     chosen = Quantization.of(quantization, quantization_mode, quantization_exclude)
     if quantization is None and isinstance(found, RunConfig):
@@ -111,6 +118,8 @@ def _model(source: Source, options: Options) -> Model:
             f"{name_of(source)}: the model is already quantized to {found.quantization}: omit `quantization`"
         )
     if found.tensors is None or found.places is None:
+        if options.packed:
+            raise InputError(f"`packed` needs a GGUF file, but the weights of {name_of(source)} are random")
         if options.weight_budget is not None:
             raise InputError(
                 f"`weight_budget` needs weights in files, but those of {name_of(source)} are random"
@@ -120,6 +129,7 @@ def _model(source: Source, options: Options) -> Model:
         name = f"{name_of(source)} (random weights, seed {seed})"
         return _with_quantization(Model(config, decoder, source=name), quantizer)
     path = found.tensors.path
+    options = replace(options, packed=_is_packed(found, config, options, quantizer))
     if adapter := adapter_in(path):
         note(f"{path / 'adapter_config.json'}: not used: {adapter}")
     decoder = read_weights(found.tensors, config, found.places, options, quantizer)
@@ -127,6 +137,33 @@ def _model(source: Source, options: Options) -> Model:
     return replace(
         _with_quantization(model, quantizer), quantization=found.quantization or options.quantization
     )
+
+
+def _is_packed(
+    found: Contents, config: ModelConfig, options: Options, quantizer: Quantizer | Bfloat16 | None
+) -> bool:
+    """Whether matrices stay in the encoding of their file: as asked for, or if their floats would need more
+    than half of the memory. Raises InputError for settings that exclude it."""
+    assert found.tensors is not None
+    source = found.tensors.path
+    others = {"weight_budget": options.weight_budget is not None, "`dtype` bfloat16": quantizer is not None}
+    others["quantization"] = options.quantization is not None
+    excluded = next((f"`{name}`".replace("``", "`") for name in reversed(others) if others[name]), None)
+    encodings = sorted({info.dtype for info in found.infos.values()} & ENCODINGS)
+    if options.packed and not encodings and found.quantization is None:
+        raise InputError(f"{source}: `packed` needs quantized tensors in a GGUF file, and there are none")
+    if options.packed and excluded:
+        raise InputError(f"`packed` excludes {excluded}: both decide how matrices are stored")
+    if options.packed is not None or excluded or not encodings:
+        return bool(options.packed)
+    needed = sum(math.prod(weight.stored) for weight in weights_of(config)) * options.computed_in.itemsize
+    if needed <= memory() / 2:
+        return False
+    note(
+        f"{source}: the matrices stay in their encoding ({', '.join(encodings)}), since as "
+        f"{options.dtype} they would need {quantity(needed, 'B')} (`packed`)"
+    )
+    return True
 
 
 def _with_quantization(model: Model, quantizer: Quantizer | Bfloat16 | None) -> Model:

@@ -34,6 +34,7 @@ class Options:
     offline: bool = False
     allow_links: bool = False
     quantization: Quantization | None = None
+    packed: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -12,8 +12,10 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import Packed, TensorSource
 from einsum_transformer.formats.codes import DTYPE
+from einsum_transformer.formats.gguf import ENCODINGS
+from einsum_transformer.leaves.encoded import EncodedWeight
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
-from einsum_transformer.leaves.resident import allocate, read_all
+from einsum_transformer.leaves.resident import Stored, allocate, read_all
 from einsum_transformer.loading.places import Place
 from einsum_transformer.loading.sources import Options
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
@@ -23,7 +25,17 @@ from einsum_transformer.models.quantization import Bfloat16, Quantizer, packed_w
 
 Array = np.ndarray
 
-PACKED: dict[str, Callable[[Packed, WeightSpec, np.dtype], Leaf]] = {DTYPE: packed_weight}
+
+def encoded_weight(packed: Packed, spec: WeightSpec, dtype: np.dtype) -> Leaf:
+    """The leaf of a matrix that stays in the encoding of a GGUF file."""
+    block = packed.settings["elements"], packed.settings["nbytes"]
+    return EncodedWeight(packed.parts["stored"], packed.dtype, block, spec.shape, dtype, spec.out_axes)
+
+
+PACKED: dict[str, Callable[[Packed, WeightSpec, np.dtype], Leaf]] = {
+    DTYPE: packed_weight,
+    **dict.fromkeys(ENCODINGS, encoded_weight),
+}
 """Type of a tensor in its file -> constructor of the leaf that stores it packed: (the tensor, the weight, the
 type of the computation). Tensors of other types are converted to floating-point arrays."""
 
@@ -37,7 +49,7 @@ def read_weights(
 ) -> Decoder:
     """Return the decoder. Each weight is the first of these that applies:
 
-    1. a leaf of `PACKED`, which stores the tensor as in its file;
+    1. a leaf of `PACKED`, which stores the tensor as in its file; those of `ENCODINGS` if `options.packed`;
     2. under a budget, a matrix that stays in the file until an equation needs it;
     3. an array in memory, or a view of the memory-mapped file.
 
@@ -50,11 +62,10 @@ def read_weights(
     shared = Budget(budget or 0)
     for weight in weights_of(config):
         stored = places[weight.path].stored
-        kind = PACKED.get(tensors.info(stored.name).dtype)
-        if not stored.plain and stored.in_file_order is not np.transpose:
-            kind = None
-        packed = None if kind is None else tensors.read_packed(stored.name)
-        if kind is not None and packed is not None and packed.shape == weight.stored:
+        encoding = tensors.info(stored.name).dtype
+        kind = PACKED.get(encoding) if options.packed or encoding not in ENCODINGS else None
+        packed = None if kind is None else _packed(tensors, stored)
+        if kind is not None and packed is not None:
             leaves[weight.path] = kind(packed, weight, dtype)
         # Norms and biases are small and not used in matrix products: they are never lazy.
         elif budget is not None and len(weight.stored) > 1:
@@ -66,8 +77,28 @@ def read_weights(
     leaves |= {weight.path: array.reshape(weight.shape) for weight, array in zip(resident, arrays)}
     if quantizer is None:
         found = together(leaves, weights_of(config))
+        for weight in weights_of(config):
+            if leaves[weight.path] is not found[weight.path]:  # copied
+                tensors.release(places[weight.path].stored.name)
         return build(config, lambda weight: found[weight.path])
     return build(config, lambda weight: quantizer.leaf(weight, leaves[weight.path]))
+
+
+def _packed(tensors: TensorSource, stored: Stored) -> Packed | None:
+    """The rows of a matrix in the encoding of their file, or None if it has values in another order."""
+    if stored.minus or stored.others:
+        return None
+    packed = tensors.read_packed(stored.name)
+    rows, width = stored.shape[0], stored.shape[-1]
+    if packed is None or len(stored.shape) != 2 or packed.shape[1] != width:
+        return None
+    if packed.shape[0] == rows and stored.in_file_order in (None, np.transpose):
+        return packed
+    chosen: Any = slice(stored.first_row, stored.first_row + rows)
+    if stored.in_file_order is not None:
+        chosen = stored.first_row + np.argsort(stored.in_file_order(np.arange(rows)).ravel())
+    parts = {name: part[chosen] for name, part in packed.parts.items()}
+    return Packed(packed.dtype, stored.shape, parts, packed.settings)
 
 
 def random_weights(

@@ -234,9 +234,9 @@ def packed_weight(packed: Packed, spec: WeightSpec, dtype: np.dtype) -> Leaf:
 
 
 def together(weights: Mapping[str, Any], specs: Sequence[WeightSpec]) -> dict[str, Any]:
-    """The weights, path -> array or leaf, with the quantized ones copied from their file into memory; the
+    """The weights, path -> array or leaf, with the parts of leaves copied from their file into memory; the
     matrices of a component are consecutive, so that they have one product (`Leaf.joined`)."""
-    own = [spec for spec in specs if isinstance(weights[spec.path], Leaf) and weights[spec.path].packed()]
+    own = [spec for spec in specs if isinstance(weights[spec.path], Leaf) and weights[spec.path].parts()]
     parts = copied_together([weights[spec.path].parts() for spec in own], [spec.component for spec in own])
     copied = {spec.path: weights[spec.path].with_parts(each) for spec, each in zip(own, parts)}
     return {**weights, **copied}
