@@ -90,6 +90,19 @@ def test_activations_have_one_scale_per_token(bits: int) -> None:
     np.testing.assert_array_equal(rounded(x.reshape(6, 5), bits, (1,)), y.reshape(6, 5))
 
 
+def test_all_values_of_float16_and_those_between() -> None:
+    """Rounding by bits gives what two conversions give: ties, subnormal numbers, overflow, nan and inf."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    own = every[np.isfinite(every)].astype(np.float32)
+    between = np.arange(0, 1 << 32, 65521, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    edges = np.array([65519.996, 65520, -65520, 1e38, np.inf, -np.inf, np.nan], np.float32)
+    x = np.concatenate([own, np.nextafter(own, np.float32(1e9)), (own[:-1] + own[1:]) / 2, between, edges])
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = np.clip(x.astype(np.float16).astype(np.float32), -65504, 65504)
+        found = rounded(x, 16, (0,))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_activations_in_float16() -> None:
     x = np.array([1.0, 1.0001, -1e6, 1e6, 3e-9], np.float32)
     np.testing.assert_array_equal(rounded(x, 16, (0,)), [1.0, 1.0, -65504, 65504, 0])

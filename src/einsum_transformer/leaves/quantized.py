@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.engine import Equation, Leaf, ShapeArray, integers
+from einsum_transformer.engine import Equation, Leaf, ShapeArray, four_bit, integers
 from einsum_transformer.engine.blas import FEW, matmul, shares
 from einsum_transformer.engine.contract import product
+from einsum_transformer.engine.four_bit import FourBits
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.engine.side_by_side import consecutive
 from einsum_transformer.leaves.blockwise import COARSE, Blockwise, ByRows
@@ -130,6 +131,7 @@ class PackedWeight(Blockwise):
         self.bits: int = bits
         self.activation_bits: int = activation_bits
         self.divisor: Array | None = divisor
+        self._few: FourBits | None = None
 
     @classmethod
     def of(
@@ -213,9 +215,33 @@ class PackedWeight(Blockwise):
             few = count <= _FEW_ROWS and self.dtype == np.float32
             if (exact or few) and integers.available():
                 return ByRows(_integer_product, parts, f"{1 if exact else 3} int8")
+        size = self._block_size
+        if count <= four_bit.FEW and size and self.dtype == np.float32 and four_bit.available():
+            own = self.divisor, self.activation_bits, self._four_bits(size)
+            return ByRows(_four_bit_product, own, "4 bits")
         if count > FEW:
             return None
         return ByRows(_float_product, (*parts, self.bits, self.group), "dequantized")
+
+    @property
+    def _block_size(self) -> int:
+        """The size of the groups for `four_bit`, or 0: those that it has, or one group per row."""
+        if self.bits > 4 or len(self.scales) == 1:
+            return 0
+        if self.scales.shape[1] == 1:
+            return four_bit.SIZES[-1]
+        return self.group if self.group in four_bit.SIZES else 0
+
+    def _four_bits(self, size: int) -> FourBits:
+        """The codes in the order of `four_bit`, made for the first product."""
+        if self._few is None:
+            count = -(-self.width // size) if self.scales.shape[1] == 1 else self.scales.shape[1]
+            shape = len(self.codes), count
+            scales = np.broadcast_to(self.scales, shape).astype(np.float32)
+            zeros = None if self.zeros is None else (np.broadcast_to(self.zeros, shape) + 8).astype(np.uint8)
+            codes = (unpack_nibbles(self.codes, self.width) + np.int8(8)).view(np.uint8)
+            self._few = FourBits(codes, scales, zeros, size)
+        return self._few
 
 
 def _rounded(x: Array, bits: int, axes: tuple[int, ...], divisor: Array | None) -> Array:
@@ -250,6 +276,13 @@ def _integer_product(
     for_each(run, [(i,) for i in range(len(parts))], coarse=m * width >= COARSE)
     of_x = np.concatenate([part for part, _ in parts], axis=1), np.concatenate([scale for _, scale in parts])
     return integers.scaled_dots(codes, scales, zeros, *of_x, DIGIT_BASE, out)
+
+
+def _four_bit_product(
+    x: Array, divisor: Array | None, activation_bits: int, matrix: FourBits, out: Array | None = None
+) -> Array:
+    """Return the product (n, m) of a matrix (n, k) of 4-bit codes with a few rows x (m, k)."""
+    return matrix.product(rounded(x if divisor is None else x / divisor, activation_bits, (-1,)), out)
 
 
 def _float_product(
