@@ -27,7 +27,7 @@ from machine import (
     touch_memory,
 )
 from processes import Worker
-from quantized_workers import CANDIDATES
+from quantized_workers import CANDIDATES, FTYPES
 from workers import random_tokens
 
 SCRIPT = str(Path(__file__).with_name("quantized_workers.py"))
@@ -52,11 +52,11 @@ def prepared(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     sources["llama.cpp F32"] = facts["sources"]["gguf"]
     for name in options.candidates:
         form = CANDIDATES[name].form
-        if CANDIDATES[name].kind == "llama.cpp" and form != "F32":
-            target = str(Path(folder, f"{form}.gguf"))
-            given = {"source": sources["llama.cpp F32"], "target": target, "form": form}
-            ask_once(options.oracle_python, requantize=given)
-            sources[name] = target
+        if form in FTYPES:
+            sources[name] = str(Path(folder, f"{form}.gguf"))
+            given = {"source": sources["llama.cpp F32"], "target": sources[name], "form": form}
+            if not Path(sources[name]).exists():
+                ask_once(options.oracle_python, requantize=given)
     return {"sources": sources, "vocabulary": facts["vocabulary"]}
 
 

@@ -31,6 +31,8 @@ CANDIDATES = {
     "W8A16": Candidate("ours, W8A16", "ours", "W8A16"),
     "W4A16g64": Candidate("ours, W4A16g64", "ours", "W4A16g64"),
     "W4A8g64": Candidate("ours, W4A8g64", "ours", "W4A8g64"),
+    "Q8_0": Candidate("ours, a file in Q8_0, packed", "ours", "Q8_0"),
+    "Q4_0": Candidate("ours, a file in Q4_0, packed", "ours", "Q4_0"),
     "llama.cpp F32": Candidate("llama.cpp, F32", "llama.cpp", "F32"),
     "llama.cpp Q8_0": Candidate("llama.cpp, Q8_0", "llama.cpp", "Q8_0"),
     "llama.cpp Q4_0": Candidate("llama.cpp, Q4_0", "llama.cpp", "Q4_0"),
@@ -65,8 +67,11 @@ def opened(candidate: Candidate, source: str, threads: int, context: int) -> tup
 
     engine.np, engine.blas, engine._generate, engine._threads = np, blas, et.generate, threads
     blas.set_threads(threads)
-    quantized = candidate.form.startswith("W")
-    settings = {"quantization": candidate.form} if quantized else {"dtype": candidate.form}
+    settings: dict[str, Any] = {"dtype": candidate.form}
+    if candidate.form.startswith("W"):
+        settings = {"quantization": candidate.form}
+    elif candidate.form in FTYPES:
+        settings = {"packed": True}
     engine.model = et.load(source, **settings)
     return engine, sum(weight.nbytes for _, weight in named_leaves(engine.model.decoder))
 

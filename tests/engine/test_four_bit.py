@@ -28,17 +28,22 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("width", "size"), [(64, 16), (150, 32), (300, 64), (129, 128), (300, 256)])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_against_numpy(rows: int, width: int, size: int, zeros: bool) -> None:
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-8, 8), (-7, 8), (0, 16), (-11, 5), (3, 12), (0, 32), (-16, 1), (-127, 128), (-128, 128)],
+)
+def test_against_numpy(low: int, high: int, rows: int, width: int, size: int, zeros: bool) -> None:
+    """Codes of one digit and of two, whatever their range is."""
     rng = np.random.default_rng(width)
     groups = -(-width // size)
-    codes = rng.integers(0, 16, (rows, width), np.uint8)
+    codes = rng.integers(low, high, (rows, width)).astype(np.int8)
     scales = rng.standard_normal((rows, groups), np.float32)
-    own = rng.integers(0, 16, (rows, groups), np.uint8) if zeros else None
+    own = rng.integers(low, high, (rows, groups)).astype(np.int8) if zeros else None
     x = rng.standard_normal((3, width), np.float32)
-    offsets = np.repeat(np.full((rows, groups), 8) if own is None else own.astype(int), size, axis=1)
+    offsets = np.repeat(np.zeros((rows, groups)) if own is None else own.astype(int), size, axis=1)
     weight = (codes - offsets[:, :width]) * np.repeat(scales.astype(float), size, axis=1)[:, :width]
     expected = weight @ x.T
-    matrix = four_bit.FourBits(codes, scales, own, size)
+    matrix = four_bit.GroupedCodes(codes, scales, own, size)
     atol = 1e-6 * (np.abs(weight) @ np.abs(x.T)).max()
     np.testing.assert_allclose(matrix.product(x), expected, rtol=0, atol=atol)
     out = np.empty((rows, 3), np.float32)
@@ -50,9 +55,9 @@ def test_large_matrices_are_divided_over_the_threads(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(four_bit, "_COARSE", 1)
     monkeypatch.setattr("einsum_transformer.engine.blas.free_threads", lambda: 3)
     rng = np.random.default_rng(0)
-    codes, x = rng.integers(0, 16, (70, 64), np.uint8), rng.standard_normal((2, 64), np.float32)
-    scales, zeros = rng.random((70, 2), np.float32), rng.integers(0, 16, (70, 2), np.uint8)
-    matrix = four_bit.FourBits(codes, scales, zeros, 32)
+    codes, zeros = (rng.integers(-8, 8, (70, n)).astype(np.int8) for n in (64, 2))
+    scales, x = rng.random((70, 2), np.float32), rng.standard_normal((2, 64), np.float32)
+    matrix = four_bit.GroupedCodes(codes, scales, zeros, 32)
     assert len(matrix._sessions) == 3
     weight = (codes - np.repeat(zeros.astype(int), 32, axis=1)) * np.repeat(scales, 32, axis=1)
     np.testing.assert_allclose(matrix.product(x), weight @ x.T, rtol=0, atol=1e-3)
@@ -61,7 +66,7 @@ def test_large_matrices_are_divided_over_the_threads(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("activation_bits", [4, 8, 16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 32, 48, 64, 1000])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_quantized_weights(
     bits: int, group: int | None, symmetric: bool, activation_bits: int, library: bool
 ) -> None:
@@ -74,7 +79,8 @@ def test_quantized_weights(
     leaf = PackedWeight.of(quantized, bits, (40, 200), np.float32, 1, activation_bits)
     how = leaf.by_rows(1)
     assert how is not None
-    assert (how.how == "4 bits") == (library and group in (32, 64, 1000))
+    in_groups = library and group in ((32, 64) if bits == 8 else (32, 64, 1000))
+    assert (how.how == "codes in groups") == in_groups
     for count in (1, 4, 5):
         x = rng.standard_normal((1, count, 200)).astype(np.float32)
         values = rounded(x / divisor, activation_bits, (2,)).astype(float) * divisor
@@ -107,7 +113,7 @@ def test_a_wrong_product_is_not_used(
         assert not four_bit.available()
         assert not four_bit.available()
         assert [record.getMessage() for record in caplog.records] == [
-            "4-bit products of ONNX Runtime are wrong here; weights of 4 bits are multiplied by NumPy, "
+            "4-bit products of ONNX Runtime are wrong here; codes in groups are multiplied by NumPy, "
             "which is slower"
         ]
         four_bit._libraries.cache_clear()

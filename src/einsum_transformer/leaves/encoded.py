@@ -10,7 +10,7 @@ import numpy as np
 
 from einsum_transformer.engine import Leaf, four_bit
 from einsum_transformer.engine.blas import FEW, matmul, shares
-from einsum_transformer.engine.four_bit import FourBits
+from einsum_transformer.engine.four_bit import GroupedCodes
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.engine.side_by_side import consecutive
 from einsum_transformer.formats.dequantize import GROUPS, dequantize
@@ -20,8 +20,6 @@ Array = np.ndarray
 
 _PIECE = 1 << 18
 """Elements that are unpacked at once for few rows of x, so that they stay in the cache of one core."""
-_FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
-"""The encodings with codes of 4 bits that differ by 1."""
 _COARSE = 1 << 20
 """Elements of a weight from which a product with few rows of x is divided over the threads."""
 
@@ -46,7 +44,7 @@ class EncodedWeight(Blockwise):
         self.stored: Array = stored
         self.encoding: str = encoding
         self.block: tuple[int, int] = block
-        self._few: tuple[FourBits, Array | None, int] | None = None
+        self._few: tuple[GroupedCodes, Array | None, int] | None = None
 
     def parts(self) -> dict[str, Any]:
         return {"stored": self.stored}
@@ -78,19 +76,14 @@ class EncodedWeight(Blockwise):
             np.copyto(y, values)
         return y
 
-    def _four_bits(self) -> tuple[FourBits, Array | None, int]:
-        """The codes in the order of `four_bit`, the minimums of the groups and their size, made for the first
-        product."""
+    def _grouped(self) -> tuple[GroupedCodes, Array | None, int]:
+        """The codes for products with a few rows, the minimums of the groups and their size, made for the
+        first product."""
         if self._few is None:
             n = len(self.stored)
             codes, scales, minimums, subtracted = GROUPS[self.encoding](self.stored.reshape(-1))
-            size = codes.shape[-1]
-            if codes.dtype == np.int8:  # codes - 8
-                codes = (codes + np.int8(8)).view(np.uint8)
-                zeros = None
-            else:
-                zeros = np.zeros((n, self.width // size), np.uint8)
-            matrix = FourBits(codes.reshape(n, -1), scales.reshape(n, -1), zeros, size)
+            codes, size = codes.view(np.int8), codes.shape[-1]
+            matrix = GroupedCodes(codes.reshape(n, -1), scales.reshape(n, -1), None, size)
             if minimums is not None:
                 minimums = (-minimums if subtracted else minimums).reshape(n, -1)
             self._few = matrix, minimums, size
@@ -100,15 +93,15 @@ class EncodedWeight(Blockwise):
         # In float64, values that are rounded to float32 are needed.
         if count > FEW or self.encoding not in GROUPS or self.dtype != np.float32:
             return None
-        if count <= four_bit.FEW and self.encoding in _FOUR_BITS and four_bit.available():
-            return ByRows(_four_bit_product, self._four_bits(), self.encoding)
+        if count <= four_bit.FEW and four_bit.available():
+            return ByRows(_grouped_product, self._grouped(), self.encoding)
         return ByRows(_product, (self.stored, self.encoding, self.block), self.encoding)
 
 
-def _four_bit_product(
-    x: Array, matrix: FourBits, minimums: Array | None, size: int, out: Array | None = None
+def _grouped_product(
+    x: Array, matrix: GroupedCodes, minimums: Array | None, size: int, out: Array | None = None
 ) -> Array:
-    """Return the product (n, m) of a matrix of 4-bit codes with a few rows x (m, k), see `_product`."""
+    """Return the product (n, m) of a matrix (n, k) of codes in groups with a few rows x (m, k)."""
     y = matrix.product(x, out)
     if minimums is not None:
         y += matmul(minimums, x.reshape(len(x), -1, size).sum(axis=2).T)

@@ -15,7 +15,7 @@ import numpy as np
 from einsum_transformer.engine import Equation, Leaf, ShapeArray, four_bit, integers
 from einsum_transformer.engine.blas import FEW, matmul, shares
 from einsum_transformer.engine.contract import product
-from einsum_transformer.engine.four_bit import FourBits
+from einsum_transformer.engine.four_bit import GroupedCodes
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.engine.side_by_side import consecutive
 from einsum_transformer.leaves.blockwise import COARSE, Blockwise, ByRows
@@ -131,7 +131,7 @@ class PackedWeight(Blockwise):
         self.bits: int = bits
         self.activation_bits: int = activation_bits
         self.divisor: Array | None = divisor
-        self._few: FourBits | None = None
+        self._few: GroupedCodes | None = None
 
     @classmethod
     def of(
@@ -217,8 +217,8 @@ class PackedWeight(Blockwise):
                 return ByRows(_integer_product, parts, f"{1 if exact else 3} int8")
         size = self._block_size
         if count <= four_bit.FEW and size and self.dtype == np.float32 and four_bit.available():
-            own = self.divisor, self.activation_bits, self._four_bits(size)
-            return ByRows(_four_bit_product, own, "4 bits")
+            own = self.divisor, self.activation_bits, self._grouped(size)
+            return ByRows(_grouped_product, own, "codes in groups")
         if count > FEW:
             return None
         return ByRows(_float_product, (*parts, self.bits, self.group), "dequantized")
@@ -226,21 +226,21 @@ class PackedWeight(Blockwise):
     @property
     def _block_size(self) -> int:
         """The size of the groups for `four_bit`, or 0: those that it has, or one group per row."""
-        if self.bits > 4 or len(self.scales) == 1:
+        if len(self.scales) == 1:
             return 0
         if self.scales.shape[1] == 1:
-            return four_bit.SIZES[-1]
+            return four_bit.SIZES[-1] if self.bits <= 4 else 0
         return self.group if self.group in four_bit.SIZES else 0
 
-    def _four_bits(self, size: int) -> FourBits:
-        """The codes in the order of `four_bit`, made for the first product."""
+    def _grouped(self, size: int) -> GroupedCodes:
+        """The codes for products with a few rows, made for the first one."""
         if self._few is None:
             count = -(-self.width // size) if self.scales.shape[1] == 1 else self.scales.shape[1]
             shape = len(self.codes), count
             scales = np.broadcast_to(self.scales, shape).astype(np.float32)
-            zeros = None if self.zeros is None else (np.broadcast_to(self.zeros, shape) + 8).astype(np.uint8)
-            codes = (unpack_nibbles(self.codes, self.width) + np.int8(8)).view(np.uint8)
-            self._few = FourBits(codes, scales, zeros, size)
+            zeros = None if self.zeros is None else np.broadcast_to(self.zeros, shape)
+            codes = unpack_nibbles(self.codes, self.width) if self.bits <= 4 else self.codes
+            self._few = GroupedCodes(codes, scales, zeros, size)
         return self._few
 
 
@@ -278,10 +278,10 @@ def _integer_product(
     return integers.scaled_dots(codes, scales, zeros, *of_x, DIGIT_BASE, out)
 
 
-def _four_bit_product(
-    x: Array, divisor: Array | None, activation_bits: int, matrix: FourBits, out: Array | None = None
+def _grouped_product(
+    x: Array, divisor: Array | None, activation_bits: int, matrix: GroupedCodes, out: Array | None = None
 ) -> Array:
-    """Return the product (n, m) of a matrix (n, k) of 4-bit codes with a few rows x (m, k)."""
+    """Return the product (n, m) of a matrix (n, k) of codes in groups with a few rows x (m, k)."""
     return matrix.product(rounded(x if divisor is None else x / divisor, activation_bits, (-1,)), out)
 
 
