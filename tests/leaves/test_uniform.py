@@ -103,6 +103,25 @@ def test_all_values_of_float16_and_those_between() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_float16_in_any_memory_layout() -> None:
+    x = np.random.default_rng(0).standard_normal((40, 50, 60)).astype(np.float32)
+    views = (
+        x,
+        x.transpose(2, 0, 1),
+        x[::2],
+        x.T[:, 3:],
+        x[:, ::-1],
+        np.broadcast_to(x[:1], x.shape),
+        x[:, :, :1],
+    )
+    for view in views:
+        expected = view.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(
+            rounded(np.repeat(view, 3, axis=0), 16, (0,)), expected.repeat(3, axis=0)
+        )
+        np.testing.assert_array_equal(rounded(view, 16, (0,)), expected)
+
+
 def test_activations_in_float16() -> None:
     x = np.array([1.0, 1.0001, -1e6, 1e6, 3e-9], np.float32)
     np.testing.assert_array_equal(rounded(x, 16, (0,)), [1.0, 1.0, -65504, 65504, 0])
