@@ -17,6 +17,7 @@ from gguf.quants import quantize
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import gguf as module
 from einsum_transformer.formats.dequantize import GROUPS
+from einsum_transformer.formats.encodings import Blocks
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
 from hostile import (
@@ -217,7 +218,7 @@ def test_packed_rows_are_views_of_the_file(tmp_path, kind):
     assert (packed.dtype, packed.shape) == (kind, (8, 96))
     assert not any(part.flags.writeable or part.base is None for part in packed.parts.values())
     elements, nbytes = GGML_QUANT_SIZES[code]
-    assert packed.settings == {"elements": elements, "nbytes": nbytes}
+    assert packed.encoding == Blocks(kind, elements, nbytes)
     np.testing.assert_array_equal(packed.parts["stored"], stored.reshape(8, -1))
     assert source.read_packed("f") is source.read_packed("flat") is None
 

@@ -9,6 +9,7 @@ from gguf.quants import dequantize
 
 from einsum_transformer.engine import einsum
 from einsum_transformer.formats.dequantize import GROUPS
+from einsum_transformer.formats.encodings import Blocks
 from einsum_transformer.leaves.encoded import EncodedWeight
 
 KINDS = [*GROUPS, "TQ1_0", "IQ3_S"]
@@ -26,7 +27,7 @@ def test_products_are_those_of_the_values(kind: str, dtype: str) -> None:
     stored = rng.integers(1, 60, (70, width // elements * nbytes), dtype=np.uint8)
     values = dequantize(stored, code)
     assert np.isfinite(values).all()
-    leaf = EncodedWeight(stored, kind, (elements, nbytes), (70, width), dtype, 1)
+    leaf = EncodedWeight({"stored": stored}, Blocks(kind, elements, nbytes), (70, width), dtype, 1)
     np.testing.assert_array_equal(leaf.array(), values)
     np.testing.assert_array_equal(leaf.rows(np.array([[3, 69]])), values[[[3, 69]]])
     for count in (1, 5, 40):
@@ -43,10 +44,10 @@ def test_products_are_those_of_the_values(kind: str, dtype: str) -> None:
 def test_weights_of_different_types_are_not_joined() -> None:
     memory = np.zeros(2 * 4 * 34 * 2, np.uint8)
     first, second = memory[:272].reshape(4, 68), memory[272:].reshape(4, 68)
-    a = EncodedWeight(first, "Q8_0", (32, 34), (4, 64), np.float32, 1)
-    b = EncodedWeight(second, "Q8_0", (32, 34), (4, 64), np.float32, 1)
+    a = EncodedWeight({"stored": first}, Blocks("Q8_0", 32, 34), (4, 64), np.float32, 1)
+    b = EncodedWeight({"stored": second}, Blocks("Q8_0", 32, 34), (4, 64), np.float32, 1)
     joined = a.joined([b])
     assert joined is not None
     assert joined.shape == (8, 64)
-    other = EncodedWeight(second, "Q8_1", (32, 34), (4, 64), np.float32, 1)
+    other = EncodedWeight({"stored": second}, Blocks("Q8_1", 32, 34), (4, 64), np.float32, 1)
     assert a.joined([other]) is None

@@ -536,21 +536,12 @@ def test_a_multimodal_base_model(prefixes: tuple[str, str], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (
-            {"quantization": {"group_size": 64, "bits": 4}},
-            "quantization: weights that mlx-lm quantized to 4 bits",
-        ),
-        (
-            {"quantization_config": {"group_size": 64, "bits": 4, "mode": "affine"}},
-            "mlx-lm quantized to 4 bits",
-        ),
         *(
             ({"quantization_config": {"quant_method": name, "bits": 4}}, f"{name!r} checkpoints are not")
-            for name in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8", "mxfp4", "quanto", "hqq")
+            for name in ("bitsandbytes", "mxfp4", "quanto", "hqq", "modelopt")
         ),
         ({"quantization_config": {"quant_method": "torchao"}}, "'torchao' checkpoints"),
         ({"quantization_config": {"load_in_4bit": True}}, "'bitsandbytes' checkpoints"),
-        ({"compression_config": {"config_groups": {}}}, "'compressed-tensors' checkpoints"),
         ({"quantization_config": {}}, "quantized checkpoints are not supported"),
     ],
 )
@@ -560,6 +551,25 @@ def test_quantized_checkpoints_are_named(keys: dict[str, Any], message: str, tmp
     found = refusal(folder)
     assert message in found
     assert "use the unquantized" in found
+
+
+@pytest.mark.parametrize(
+    ("keys", "label"),
+    [
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"group_size": 64, "bits": 4, "mode": "affine"}}, "MLX"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}, "GPTQ"),
+        ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "FP8"),
+        ({"compression_config": {"config_groups": {}}}, "compressed-tensors"),
+    ],
+)
+def test_quantized_checkpoints_without_quantized_tensors(
+    keys: dict[str, Any], label: str, tmp_path: Path
+) -> None:
+    folder, _ = write_tiny(tmp_path)
+    write_config(folder / "config.json", hf_config() | keys)
+    assert f"describes {label} weights, but no tensor is quantized" in refusal(folder)
 
 
 @pytest.mark.parametrize(

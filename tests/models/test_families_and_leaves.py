@@ -19,6 +19,7 @@ from gguf.quants import quantize
 import einsum_transformer as et
 from einsum_transformer.analysis import gradcheck as checks
 from einsum_transformer.engine import Leaf, is_trained
+from einsum_transformer.formats.encodings import Blocks
 from einsum_transformer.formats.safetensors import float32_to_bf16
 from einsum_transformer.leaves.calibrated import Calibrated
 from einsum_transformer.leaves.encoded import EncodedWeight
@@ -89,7 +90,7 @@ def encoded(folder: Path, dtype: str) -> et.Model:
             return weight
         values = np.asarray(weight, np.float32).reshape(spec.stored)
         stored = quantize(values, GGMLQuantizationType.Q8_0)
-        return EncodedWeight(stored, "Q8_0", (32, 34), spec.shape, dtype, spec.out_axes)
+        return EncodedWeight({"stored": stored}, Blocks("Q8_0", 32, 34), spec.shape, dtype, spec.out_axes)
 
     return replace(model, decoder=map_named(leaf, model.decoder))
 

@@ -148,7 +148,7 @@ SAID = {
     "rope factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.*factor"),
     "rope text": ({"rope_scaling": "linear"}, "rope_scaling.*'linear'"),
     "eos texts": ({"eos_token_id": ["</s>"]}, "eos_token_id.*</s>"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*gptq"),
+    "quantized": ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "quantization_config.*hqq"),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class Packed:
     """Read-only views of the mapped file, such as codes and scales, each with one row per matrix row."""
     settings: Mapping[str, int] = field(default_factory=dict[str, int])
     """What else the type needs, such as bits and group size."""
+    encoding: Any = None
+    """How the parts are encoded (`encodings.Encoding`), or None."""
 
 
 class Names(list[str]):

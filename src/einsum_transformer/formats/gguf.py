@@ -17,6 +17,7 @@ import numpy as np
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import Packed, TensorInfo, as_rows
 from einsum_transformer.formats.dequantize import dequantize
+from einsum_transformer.formats.encodings import Blocks
 from einsum_transformer.formats.mapped import DTYPES, MappedFile, quoted
 from einsum_transformer.formats.unsupported import instead
 
@@ -142,8 +143,8 @@ class GGUFFile(MappedFile):
         rows, (elements, nbytes) = math.prod(info.shape[:-1]), _BLOCKS[info.dtype]
         stored = self._stored(info)
         self._dequantized(info, stored[:nbytes])  # an unknown type is an error now
-        settings = {"elements": elements, "nbytes": nbytes}
-        return Packed(info.dtype, (rows, info.shape[-1]), {"stored": stored.reshape(rows, -1)}, settings)
+        parts, encoding = {"stored": stored.reshape(rows, -1)}, Blocks(info.dtype, elements, nbytes)
+        return Packed(info.dtype, (rows, info.shape[-1]), parts, encoding=encoding)
 
     def _dequantized(self, info: TensorInfo, stored: np.ndarray) -> np.ndarray:
         elements, nbytes = _BLOCKS[info.dtype]

@@ -13,6 +13,7 @@ from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.formats.links import BROKEN_LINK, is_broken_link
 from einsum_transformer.formats.mapped import quoted
+from einsum_transformer.formats.quantized_methods import METHODS
 from einsum_transformer.formats.unsupported import check_kind
 from einsum_transformer.loading.gguf import gguf_place
 from einsum_transformer.loading.places import Place, folder_place
@@ -106,6 +107,7 @@ def tensor_problems(
         *_named("in the file but not in the model", unexpected),
         *_wrong_types(held),
         *_wrong_shapes(held, stored),
+        *_transposed(held, places, config.model_type),
         *(_other_head(tensors, spare, places["embed_tokens.weight"]) if spare in found else ()),
     ]
 
@@ -173,6 +175,14 @@ def _wrong_shapes(held: Mapping[str, TensorInfo], stored: Mapping[str, tuple[int
         if info.shape != stored[name] and 0 not in info.shape  # `_meaning` reports empty tensors
     ]
     return [first_names(wrong, 8, "; ")] if wrong else []
+
+
+def _transposed(held: Mapping[str, TensorInfo], places: Mapping[str, Place], model_type: str) -> list[str]:
+    """Report quantized tensors whose rows are the inputs: the formats describe rows of outputs."""
+    labels = {method.label for method in METHODS.values()}
+    names = [place.stored.name for place in places.values() if place.stored.in_file_order is not None]
+    found = [name for name in names if name in held and held[name].dtype in labels]
+    return [f"{_name(found[0])}: quantized matrices of {model_type} are not supported"] if found else []
 
 
 def _other_head(tensors: TensorSource, head: str, embedding: Place) -> list[str]:

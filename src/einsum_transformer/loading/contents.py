@@ -12,6 +12,8 @@ from einsum_transformer.formats.codes import CodesFolder
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.formats.folder import open_tensors
 from einsum_transformer.formats.gguf import GGUFFile
+from einsum_transformer.formats.quantized_folder import QuantizedFolder
+from einsum_transformer.formats.quantized_methods import METHODS, method_name
 from einsum_transformer.loading.checks import check_beside, places_of, tensor_problems
 from einsum_transformer.loading.configs import folder_config, folder_keys, stated_config
 from einsum_transformer.loading.gguf import gguf_config, gguf_keys, whole_model
@@ -21,7 +23,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.families.gguf_keys import sampling_settings
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.scheme import Quantization
-from einsum_transformer.models.unsupported import adapter_in, is_own
+from einsum_transformer.models.unsupported import adapter_in, is_own, quantization_settings
 from einsum_transformer.text.tokenizer import Tokenizer
 
 _MOST_SHOWN = 3
@@ -93,10 +95,12 @@ def _look_into_folder(found: Contents, folder: Path) -> None:
         return  # for an adapter alone, the problem of the config is sufficient
     with found.problem():
         found.tensors = open_tensors(folder, found.options.allow_links)
-        settings = found.keys.get("quantization_config")
-        if isinstance(settings, dict) and is_own(settings):
+        settings = quantization_settings(found.keys)
+        if is_own(settings):
             found.tensors = CodesFolder(found.tensors, settings)
             found.quantization = Quantization.saved(settings, str(folder / "config.json"))
+        elif method_name(settings) in METHODS:
+            found.tensors = QuantizedFolder(found.tensors, settings)
         _look_at_tensors(found, found.tensors)
     with found.problem():
         check_beside(folder)

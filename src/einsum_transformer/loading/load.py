@@ -8,12 +8,11 @@ from pathlib import Path
 
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.gguf import ENCODINGS
 from einsum_transformer.loading.contents import Contents, look
 from einsum_transformer.loading.hub import DEFAULT_MODEL
 from einsum_transformer.loading.libraries import use_default
 from einsum_transformer.loading.sources import Options, Source, find, name_of
-from einsum_transformer.loading.weights import memory, random_weights, read_weights
+from einsum_transformer.loading.weights import ENCODINGS, memory, random_weights, read_weights
 from einsum_transformer.models.adapter_text import with_adapter_tokenizer
 from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
@@ -66,8 +65,9 @@ def load(
     and `exclude` of `quantize`.
     cache_type_k, cache_type_v: how cached keys and values are stored: "float32" (the type of the
     computation, the default), "float16", "int8" or "int4" (with a scale per token and 64 elements of a head).
-    packed: keep the quantized matrices of a GGUF file in its encoding (Q4_K, Q8_0, ...) and dequantize them
-    inside products; None: only if their floats would need more than half of the memory.
+    packed: keep the matrices of a quantized checkpoint in the encoding of its files (GGUF types, FP8, GPTQ,
+    AWQ, compressed-tensors, MLX) and dequantize them inside products; None: only if their floats would need
+    more than half of the memory.
     Raises InputError, in one line; a tensor that is missing, unexpected or of the wrong shape is an error.
     """
     use_default()
@@ -119,7 +119,9 @@ def _model(source: Source, options: Options) -> Model:
         )
     if found.tensors is None or found.places is None:
         if options.packed:
-            raise InputError(f"`packed` needs a GGUF file, but the weights of {name_of(source)} are random")
+            raise InputError(
+                f"`packed` needs a quantized checkpoint, but the weights of {name_of(source)} are random"
+            )
         if options.weight_budget is not None:
             raise InputError(
                 f"`weight_budget` needs weights in files, but those of {name_of(source)} are random"
@@ -151,7 +153,7 @@ def _is_packed(
     excluded = next((f"`{name}`".replace("``", "`") for name in reversed(others) if others[name]), None)
     encodings = sorted({info.dtype for info in found.infos.values()} & ENCODINGS)
     if options.packed and not encodings and found.quantization is None:
-        raise InputError(f"{source}: `packed` needs quantized tensors in a GGUF file, and there are none")
+        raise InputError(f"{source}: `packed` needs quantized tensors, and there are none")
     if options.packed and excluded:
         raise InputError(f"`packed` excludes {excluded}: both decide how matrices are stored")
     if options.packed is not None or excluded or not encodings:

@@ -12,7 +12,9 @@ from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import Packed, TensorSource
 from einsum_transformer.formats.codes import DTYPE
-from einsum_transformer.formats.gguf import ENCODINGS
+from einsum_transformer.formats.encodings import SHARED
+from einsum_transformer.formats.gguf import ENCODINGS as GGUF_ENCODINGS
+from einsum_transformer.formats.quantized_methods import METHODS
 from einsum_transformer.leaves.encoded import EncodedWeight
 from einsum_transformer.leaves.lazy import Budget, LazyTensor
 from einsum_transformer.leaves.resident import Stored, allocate, read_all
@@ -25,11 +27,13 @@ from einsum_transformer.models.quantization import Bfloat16, Quantizer, packed_w
 
 Array = np.ndarray
 
+ENCODINGS = GGUF_ENCODINGS | {method.label for method in METHODS.values()}
+"""Types of tensors that can stay in the encoding of their file."""
+
 
 def encoded_weight(packed: Packed, spec: WeightSpec, dtype: np.dtype) -> Leaf:
-    """The leaf of a matrix that stays in the encoding of a GGUF file."""
-    block = packed.settings["elements"], packed.settings["nbytes"]
-    return EncodedWeight(packed.parts["stored"], packed.dtype, block, spec.shape, dtype, spec.out_axes)
+    """The leaf of a matrix that stays in the encoding of its file."""
+    return EncodedWeight(packed.parts, packed.encoding, spec.shape, dtype, spec.out_axes)
 
 
 PACKED: dict[str, Callable[[Packed, WeightSpec, np.dtype], Leaf]] = {
@@ -97,8 +101,8 @@ def _packed(tensors: TensorSource, stored: Stored) -> Packed | None:
     chosen: Any = slice(stored.first_row, stored.first_row + rows)
     if stored.in_file_order is not None:
         chosen = stored.first_row + np.argsort(stored.in_file_order(np.arange(rows)).ravel())
-    parts = {name: part[chosen] for name, part in packed.parts.items()}
-    return Packed(packed.dtype, stored.shape, parts, packed.settings)
+    parts = {name: part if name in SHARED else part[chosen] for name, part in packed.parts.items()}
+    return Packed(packed.dtype, stored.shape, parts, packed.settings, packed.encoding)
 
 
 def random_weights(

@@ -7,6 +7,7 @@ from typing import Any
 from einsum_transformer.errors import ConfigError, InputError
 from einsum_transformer.formats.codes import METHOD
 from einsum_transformer.formats.files import read_json
+from einsum_transformer.formats.quantized_methods import METHODS, method_name
 from einsum_transformer.models.config import MOST_LAYERS
 
 _MOST_EXPERTS = 1 << 16
@@ -56,11 +57,23 @@ def other_model(raw: Mapping[str, Any]) -> str:
     return found
 
 
+_SETTINGS = ("quantization_config", "quantization", "compression_config")
+"""Keys of config.json that describe quantized weights."""
+
+
+def quantization_settings(keys: Mapping[str, Any]) -> Any:
+    """The description of quantized weights in a config.json, or None."""
+    return next((keys[name] for name in _SETTINGS if keys.get(name) is not None), None)
+
+
 def quantized(raw: Mapping[str, Any]) -> str:
-    """The quantization that a config.json describes, with what to use instead; "" if there is none."""
+    """The quantization that a config.json describes, with what to use instead; "" if it is supported or there
+    is none."""
     for keys in _whole_and_text(raw):
-        for name in ("quantization_config", "quantization", "compression_config"):
-            if (settings := keys.get(name)) is not None and not is_own(settings):
+        for name in _SETTINGS:
+            settings = keys.get(name)
+            supported = keys is raw and (is_own(settings) or method_name(settings) in METHODS)
+            if settings is not None and not supported:
                 return f"{name}: {_method(settings)}"
     return ""
 
@@ -79,11 +92,6 @@ def _whole_and_text(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 def _method(settings: Any) -> str:
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if isinstance(settings, dict) and method is None:
-        if "group_size" in settings and "bits" in settings and "w_bit" not in settings:
-            return (
-                f"weights that mlx-lm quantized to {settings['bits']!r:.9} bits are not supported; use the "
-                "unquantized model, or `mlx_lm.convert --dequantize`"
-            )
         marks = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "w_bit": "awq"}
         marks |= {"config_groups": "compressed-tensors", "weight_block_size": "fp8"}
         method = next((name for key, name in marks.items() if key in settings), None)
