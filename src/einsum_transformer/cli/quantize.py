@@ -9,6 +9,7 @@ from typing import Any
 from einsum_transformer.cli import options, output
 from einsum_transformer.cli.flags import flag
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.codes import METHOD
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,10 @@ class Method:
         metavar="N", min=1, help="Chunks of 512 tokens of the text to use (default 32)."
     )
     output: options.Output = None
+    save_format: str | None = flag(
+        metavar="einsum_transformer|compressed-tensors",
+        help="The format of --output; vLLM and transformers load compressed-tensors.",
+    )
 
 
 def check_other_folder(target: Path, source: Path) -> None:
@@ -51,6 +56,7 @@ def quantize(
     etx quantize --quantization W8A8
     etx quantize --quantization W4A16g64 -o my-small-model
     etx quantize --quantization W4A16g64 --method awq --calibration notes.txt -o my-small-model
+    etx quantize --quantization W4A16g64 -o for-vllm --save-format compressed-tensors
     """
     from einsum_transformer.api.quantize import quantization_report
     from einsum_transformer.api.quantize import quantize as call
@@ -70,12 +76,14 @@ def quantize(
     progress = output.progress("layers", shown.silent)
     if chosen.calibration_chunks is not None:
         settings["calibration_chunks"] = chosen.calibration_chunks
+    if chosen.save_format is not None and chosen.output is None:
+        raise InputError("--save-format is used with --output only")
     target = None if chosen.output is None else Path(chosen.output)
     if target is not None and target.is_dir() and Path(plain.source).is_dir():
         check_other_folder(target, Path(plain.source))
     model = call(plain, scheme, progress=progress, **settings)
     found = quantization_report(model, plain)
     if chosen.output is not None:
-        model.save(chosen.output)
+        model.save(chosen.output, save_format=chosen.save_format or METHOD)
         output.note(f"the quantized model is in {chosen.output}")
     output.write_line(found.to_dict() if shown.json else str(found))

@@ -18,6 +18,7 @@ from einsum_transformer.formats.folder import write_safetensors_folder
 from einsum_transformer.formats.safetensors import float32_to_bf16
 from einsum_transformer.leaves.lora import LoRA, adapters_of
 from einsum_transformer.models.builder import WeightSpec, weights_of
+from einsum_transformer.models.compressed_tensors import compressed
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families import FAMILIES
@@ -169,13 +170,19 @@ class Model:
 
     @checked
     def save(
-        self, folder: str | Path, max_shard_bytes: int = 5_000_000_000, dtype: str | None = None
+        self,
+        folder: str | Path,
+        max_shard_bytes: int = 5_000_000_000,
+        dtype: str | None = None,
+        save_format: str = "einsum_transformer",
     ) -> None:
         """Write a folder that transformers loads: config, weights, tokenizer, generation settings.
 
         dtype: storage dtype of the weights ("float32", "bfloat16"), by default the computation dtype. The
-        codes and scales of quantized weights are written as they are; only this package reads them. Errors:
-        InputError for a model with adapters: merge them, or write only them (`save_adapter`).
+        codes and scales of quantized weights are written as they are; only this package reads them, unless
+        `save_format` is "compressed-tensors", which vLLM and transformers load, with the embedding and the
+        output head as floats. Errors: InputError for a model with adapters: merge them, or write only them
+        (`save_adapter`).
         """
         folder = Path(folder)
         if self.lora is not None:
@@ -187,9 +194,16 @@ class Model:
             raise InputError(f"{folder}: a {kind} config.json cannot represent {field} = {value}")
         config = with_training_keys(self.family.write_config(self.config), self.config.training)
         head = {"architectures": [self.family.architecture], "model_type": self.config.model_type}
-        codes, quantized = self._codes()
-        parameters = self._named(self.decoder, quantized)
-        if self.quantization is not None:
+        if save_format not in (METHOD, "compressed-tensors"):
+            raise InputError(f"`save_format` is {save_format!r}: expected {METHOD} or compressed-tensors")
+        quantized: Mapping[str, Any] = {}
+        if save_format == METHOD:
+            codes, quantized = self._codes()
+            parameters = self._named(self.decoder, quantized)
+        else:
+            codes, names, config["quantization_config"] = compressed(self)
+            parameters = self._named(self.decoder, names)
+        if self.quantization is not None and save_format == METHOD:
             config["quantization_config"] = {
                 "quant_method": METHOD,
                 "scheme": str(self.quantization.scheme),
