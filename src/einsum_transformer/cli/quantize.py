@@ -9,7 +9,6 @@ from typing import Any
 from einsum_transformer.cli import options, output
 from einsum_transformer.cli.flags import flag
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.codes import METHOD
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +83,6 @@ def quantize(
     model = call(plain, scheme, progress=progress, **settings)
     found = quantization_report(model, plain)
     if chosen.output is not None:
-        model.save(chosen.output, save_format=chosen.save_format or METHOD)
+        model.save(chosen.output, **({"save_format": chosen.save_format} if chosen.save_format else {}))
         output.note(f"the quantized model is in {chosen.output}")
     output.write_line(found.to_dict() if shown.json else str(found))

@@ -50,7 +50,7 @@ def compressed(model: Model) -> tuple[dict[str, Array], set[str], dict[str, Any]
         parts, (rows, width, bits, group) = packed
         if "divisor" in parts:
             raise InputError(
-                f"{model.source}: compressed-tensors cannot describe the scaled columns of {name} (method awq)"
+                f"{model.source}: compressed-tensors has no scales of columns, as those of {name} (awq)"
             )
         if scheme.granularity == "group" and width % group:
             raise InputError(f"{model.source}: the rows of {name} are not a multiple of {group} elements")
