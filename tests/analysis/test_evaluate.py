@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 import einsum_transformer as et
 from command_line import save_with_tokenizer
+from einsum_transformer.analysis import evaluate
+from golden_files import FOLDER
 from tiny_models import tiny_model
 
 Array = np.ndarray
@@ -72,6 +75,49 @@ def test_divergence(model: et.Model) -> None:
     assert (same.kl_mean, same.kl_max, same.same_top) == (0, 0, 1)
 
 
+def test_probabilities_of_the_scored_tokens(model: et.Model) -> None:
+    other = et.quantize(model, "W2A8")
+    windows = windows_of(model, 32)
+    targets = windows[:, 17:, None]
+    p, q = (np.take_along_axis(log_probabilities(m, windows)[:, 16:-1], targets, -1) for m in (model, other))
+    found = et.divergence(other, model, TEXT, ctx_size=32)
+    assert found.probability_rms == pytest.approx(np.sqrt(np.mean((np.exp(p) - np.exp(q)) ** 2)), rel=1e-4)
+    assert found.kl_median <= found.kl_p90 <= found.kl_p99 <= found.kl_max
+
+
+@pytest.mark.parametrize("convention", ["llamacpp", "llamacpp-stride", "hf-stride", "gptq", "lm-eval"])
+def test_conventions_are_those_of_other_programs(convention: str) -> None:
+    """The perplexities that tools/golden_perplexity.py computed with these programs."""
+    golden = json.loads((FOLDER / "perplexity.json").read_text())
+    text = (Path(__file__).parents[2] / "examples" / "shakespeare.txt").read_text(encoding="utf-8")
+    stride = golden["stride"] if convention.endswith("stride") else None
+    found = et.perplexity(
+        "smollm2-135m",
+        text[: golden["characters"]],
+        ctx_size=golden["ctx_size"],
+        convention=convention,
+        stride=stride,
+    )
+    assert (found.convention, found.ctx_size, found.stride) == (convention, golden["ctx_size"], stride)
+    expected = golden[convention]
+    if convention == "lm-eval":
+        assert found.word_perplexity == pytest.approx(expected["word_perplexity"], rel=1e-5)
+        assert found.bits_per_byte == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+        expected = expected["perplexity"]
+    # llama.cpp's cache is float16.
+    assert found.perplexity == pytest.approx(expected, rel=5e-4 if "llamacpp" in convention else 1e-5)
+
+
+def test_windows_that_are_computed_in_pieces(model: et.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {
+        name: et.perplexity(model, TEXT, 40, convention=name).perplexity for name in ("hf-stride", "gptq")
+    }
+    monkeypatch.setattr(evaluate, "_PIECE", 7)
+    monkeypatch.setattr(evaluate, "_ROWS", 3)
+    for name, expected in whole.items():
+        assert et.perplexity(model, TEXT, 40, convention=name).perplexity == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_quantized_cache_counts(model: et.Model) -> None:
     """The predictions of an evaluation are made through the KV cache."""
     keys = replace(model, cache_types=et.quantize(model, "W8A8KV4").cache_types)
@@ -91,6 +137,14 @@ def test_what_cannot_be_evaluated(model: et.Model, tmp_path: Path) -> None:
         et.perplexity(model, TEXT, ctx_size=65)
     with pytest.raises(et.InputError, match="only one token would be scored"):
         et.perplexity(model, TEXT, ctx_size=4, chunks=1)
+    with pytest.raises(et.InputError, match="`convention` is 'wiki': expected llamacpp"):
+        et.perplexity(model, TEXT, convention="wiki")
+    with pytest.raises(et.InputError, match="`stride` is used by llamacpp-stride and hf-stride, not by gptq"):
+        et.perplexity(model, TEXT, convention="gptq", stride=16)
+    with pytest.raises(et.InputError, match="`stride` is 33: expected 1 to `ctx_size`, 32"):
+        et.perplexity(model, TEXT, ctx_size=32, convention="hf-stride", stride=33)
+    with pytest.raises(et.InputError, match=r"the text has \d+ tokens: at least 80 are needed"):
+        et.perplexity(model, TEXT[:60], ctx_size=32, convention="llamacpp-stride", stride=16)
     with pytest.raises(et.InputError, match="`chunks` is 0"):
         et.perplexity(model, TEXT, ctx_size=32, chunks=0)
     with pytest.raises(et.InputError, match="no tokenizer"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,11 +32,25 @@ def eval(
     ctx_size: Annotated[
         int | None,
         typer.Option(
-            "--ctx-size", "-c", metavar="N", min=1, help="Tokens of the context: of a chunk (default 512)."
+            "--ctx-size",
+            "-c",
+            metavar="N",
+            min=1,
+            help="Tokens of the context: of a chunk (default 512 or 2048).",
         ),
     ] = None,
     chunks: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Use only the first N chunks.")
+    ] = None,
+    convention: Annotated[
+        str,
+        typer.Option(
+            metavar="llamacpp|llamacpp-stride|hf-stride|gptq|lm-eval", help="Which tokens are scored."
+        ),
+    ] = "llamacpp",
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tokens between chunks, for conventions with a stride."),
     ] = None,
     loading: options.Loading,
     seed: options.Seed = None,
@@ -45,11 +59,13 @@ def eval(
 ) -> None:
     """Evaluate a model on a text: its perplexity, or the KL divergence from another model.
 
-    The convention is llama.cpp's: the second half of each chunk of tokens is scored. With kld and a
-    quantization, the reference is the same model without it. In Python: et.perplexity, et.divergence.
+    Numbers of different conventions cannot be compared; the default is llama.cpp's, which scores the second
+    half of each chunk of tokens. With kld and a quantization, the reference is the same model without it. In
+    Python: et.perplexity, et.divergence.
 
     \b
     etx eval ppl -f notes.txt
+    etx eval ppl -f notes.txt --convention hf-stride --ctx-size 1024 --stride 512
     etx eval kld -f notes.txt --quantization W4A16g64 --chunks 20
     etx eval kld small.gguf --reference-model big.gguf -f notes.txt --json
     """
@@ -82,12 +98,17 @@ def eval(
     if not path.is_file():
         raise InputError(f"{path}: not a file")
     progress = output.progress("chunks", shown.silent)
-    size = {} if ctx_size is None else {"ctx_size": ctx_size}
+    which: dict[str, Any] = {
+        "ctx_size": ctx_size,
+        "chunks": chunks,
+        "convention": convention,
+        "stride": stride,
+    }
     model, _ = loading.open(source, hub, seed, shown.silent)
     if metric == "ppl":
-        found = perplexity(model, path, chunks=chunks, progress=progress, **size)
+        found = perplexity(model, path, progress=progress, **which)
     else:
         other = reference_model if reference_model is not None else source
         compared, _ = plain.open(other, hub, seed, shown.silent)
-        found = divergence(model, compared, path, chunks=chunks, progress=progress, **size)
+        found = divergence(model, compared, path, progress=progress, **which)
     output.write_line(found.to_dict() if shown.json else str(found))

@@ -83,6 +83,7 @@ def quantize(
     model = call(plain, scheme, progress=progress, **settings)
     found = quantization_report(model, plain)
     if chosen.output is not None:
-        model.save(chosen.output, **({"save_format": chosen.save_format} if chosen.save_format else {}))
+        form: dict[str, Any] = {"save_format": chosen.save_format} if chosen.save_format else {}
+        model.save(chosen.output, **form)
         output.note(f"the quantized model is in {chosen.output}")
     output.write_line(found.to_dict() if shown.json else str(found))

@@ -21,7 +21,7 @@ def token_chunks(tokenizer: Tokenizer, text: str | Path, size: int, most: int | 
     The first token of each chunk is replaced by BOS if the tokenizer adds one to a text. most: the number of
     chunks; default all. Raises InputError for a text that is shorter than a chunk or not in UTF-8.
     """
-    content, name = (_read(text), str(text)) if isinstance(text, Path) else (text, "the text")
+    content, name = (read_text(text), str(text)) if isinstance(text, Path) else (text, "the text")
     bos = tokenizer.bos_id if tokenizer.encode("a")[:1] == [tokenizer.bos_id] else None
     tokens = np.array(tokenizer.encode(content, add_special_tokens=False), np.int64)
     tokens = tokens if bos is None else np.concatenate([[bos], tokens])
@@ -34,7 +34,8 @@ def token_chunks(tokenizer: Tokenizer, text: str | Path, size: int, most: int | 
     return chunks
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file. Raises InputError if it is too large or not in UTF-8."""
     if path.stat().st_size > _LARGEST:
         raise InputError(f"{path}: larger than {_LARGEST >> 20} MiB")
     try:
