@@ -66,8 +66,8 @@ KEYS = {
     " advice losses validation folder",
     "merge": "model folder tensors",
     "quantize": "model quantization operations tensors",
-    "eval ppl": "model quantization kv_cache convention ctx_size stride chunks tokens perplexity standard_error"
-    " negative_log_likelihood bits_per_byte word_perplexity",
+    "eval ppl": "model quantization kv_cache convention ctx_size stride chunks tokens perplexity"
+    " standard_error negative_log_likelihood bits_per_byte word_perplexity",
     "eval kld": "model quantization kv_cache reference convention ctx_size stride chunks tokens kl_mean"
     " kl_standard_error kl_median kl_p90 kl_p99 kl_max probability_rms same_top perplexity"
     " reference_perplexity",

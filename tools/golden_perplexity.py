@@ -3,9 +3,10 @@
     python tools/golden_perplexity.py --folder FOLDER --gguf FILE.gguf
 
 writes tests/golden/perplexity.json. FOLDER: SmolLM2 as `Model.save` writes it. FILE: the same weights in F32,
-because llama.cpp rounds activations to 8 bits where weights are quantized. It needs torch, transformers, lm-eval and llama-cpp-python. The loops are those of the documentation of
-transformers (hf-stride) and of GPTQ's code (gptq); lm-eval divides a document with its own functions;
-llama.cpp's logits are scored as its program llama-perplexity does (llamacpp, llamacpp-stride).
+because llama.cpp rounds activations to 8 bits where weights are quantized. It needs torch, transformers,
+lm-eval and llama-cpp-python. The loops are those of the documentation of transformers (hf-stride) and of GPTQ's
+code (gptq); lm-eval divides a document with its own functions; llama.cpp's logits are scored as its program
+llama-perplexity does (llamacpp, llamacpp-stride).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "examples" / "shakespeare.txt"
-CHARACTERS, SIZE, STRIDE = 6000, 256, 96
+CHARACTERS, SIZE, STRIDE = 3000, 256, 96
 
 
 def hf_stride(model: Any, ids: Any) -> float:
