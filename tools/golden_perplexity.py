@@ -4,9 +4,9 @@
 
 writes tests/golden/perplexity.json. FOLDER: SmolLM2 as `Model.save` writes it. FILE: the same weights in F32,
 because llama.cpp rounds activations to 8 bits where weights are quantized. It needs torch, transformers,
-lm-eval and llama-cpp-python. The loops are those of the documentation of transformers (hf-stride) and of GPTQ's
-code (gptq); lm-eval divides a document with its own functions; llama.cpp's logits are scored as its program
-llama-perplexity does (llamacpp, llamacpp-stride).
+lm-eval and llama-cpp-python. The loops are those of the documentation of transformers (hf-stride) and of GPTQ
+(gptq); lm-eval divides a document with its own functions; logits of llama.cpp are scored as by its program
+llama-perplexity (llamacpp, llamacpp-stride).
 """
 
 from __future__ import annotations
