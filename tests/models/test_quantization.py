@@ -249,3 +249,31 @@ def test_generation_with_a_simulation_repeats_its_steps(golden_model: Models) ->
     real = et.quantize(golden_model("llama_gqa"), "W4A16")
     options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.0, "ignore_eos": True}
     assert et.generate(model, [3, 4], **options).tokens == et.generate(real, [3, 4], **options).tokens
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_mha_tied", "gpt2_plain"])
+def test_adapters_are_merged_into_dequantized_weights(
+    name: str, golden_model: Models, tmp_path: Path
+) -> None:
+    """The merged model computes with the values of the codes plus the adapters, and without rounding."""
+    golden = load_golden(name)
+    quantized = et.with_lora(
+        et.quantize(golden_model(name), "W4A16"), et.LoRAConfig(r=2, target_modules="all-linear")
+    )
+    rng = np.random.default_rng(0)
+    for leaf in quantized.adapters.values():
+        leaf.b[...] = 0.1 * rng.standard_normal(leaf.b.shape)
+        base: Any = leaf.base_weight()
+        base.activation_bits = 32
+    for _, each in named_leaves(quantized.decoder):
+        if isinstance(each, PackedWeight):
+            each.activation_bits = 32
+    with pytest.raises(et.InputError, match="load the model without quantization, or merge.*`dequantize`"):
+        et.merge(quantized)
+    found = et.merge(quantized, dequantize=True, output=tmp_path)
+    assert found.model.quantization is None
+    assert not any(isinstance(leaf, Leaf) for _, leaf in named_leaves(found.model.decoder))
+    assert found.worst.relative < 1e-5
+    expected = quantized.logits(golden.tokens)
+    np.testing.assert_allclose(found.model.logits(golden.tokens), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(et.load(tmp_path).logits(golden.tokens), expected, rtol=0, atol=1e-4)

@@ -64,6 +64,7 @@ def merge(
     *,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     unmerge: bool = False,
+    dequantize: bool = False,
     revision: str | None = None,
     offline: bool = False,
     allow_links: bool = False,
@@ -73,7 +74,8 @@ def merge(
     source: a model with adapters, or a model (or any source that `load` takes) with `adapter`, the folder of
     an adapter. output: the folder to write the result to, with a record of the adapter, so that it is not
     merged twice. dtype: the storage type, to which the weights are rounded. unmerge: subtract an adapter that
-    was merged; the base weights are restored up to the rounding of the storage type. revision, offline,
+    was merged; the base weights are restored up to the rounding of the storage type. dequantize: merge into
+    the values of quantized weights, as floats; activations are then not rounded. revision, offline,
     allow_links: as in `load`.
 
     Returns a Merge: `.model` is the merged model, `.tensors` lists the weights that changed.
@@ -94,7 +96,7 @@ def merge(
     model = source if isinstance(source, Model) else model_of(source, adapter=adapter, **where)
     if model is source and adapter is not None:
         model = with_adapter(model, adapter)
-    whole, report = merged(model, dtype, -1 if unmerge else 1)
+    whole, report = merged(model, dtype, -1 if unmerge else 1, dequantize)
     added = [own] if own is not None and not unmerge else []
     digests = [each for each in recorded if each != own] + added
     saved = None if output is None else str(output)

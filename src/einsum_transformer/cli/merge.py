@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,9 @@ def merge(
     unmerge: Annotated[
         bool, typer.Option("--unmerge", help="Subtract an adapter that was merged into the weights.")
     ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Merge into the values of quantized weights, as floats.")
+    ] = False,
     hub: options.Hub,
     shown: options.Shown,
 ) -> None:
@@ -44,6 +47,7 @@ def merge(
     etx merge --adapter-path my-run/step-00000100 -o my-model
     etx merge my-base --adapter-path my-adapter --save-dtype bfloat16 -o my-model
     etx merge my-model --adapter-path my-adapter --unmerge -o my-base-again
+    etx merge my-4-bit-model --adapter-path my-adapter --dequantize -o my-model
     """
     from einsum_transformer.api.merge import merge as call
 
@@ -54,7 +58,8 @@ def merge(
         raise InputError(f"--save-dtype is {stored.save_dtype!r}: expected float32 or bfloat16")
     dtype, source = _TYPES[stored.save_dtype], named.source()
     with output.announced(f"merging {adapter_path} ...", shown.silent):
-        found = call(source, adapter_path, folder, dtype=dtype, unmerge=unmerge, **asdict(hub))  # type: ignore[arg-type]
+        choices: dict[str, Any] = {"dtype": dtype, "unmerge": unmerge, "dequantize": dequantize}
+        found = call(source, adapter_path, folder, **choices, **asdict(hub))
     if shown.json:
         output.write_line(found.to_dict())
     elif not shown.quiet:

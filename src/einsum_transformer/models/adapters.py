@@ -172,17 +172,21 @@ class Merged:
         return self.error / self.change if self.change else 0.0
 
 
-def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, list[Merged]]:
+def merged(
+    model: Model, dtype: str = "float32", sign: int = 1, dequantize: bool = False
+) -> tuple[Model, list[Merged]]:
     """The model with W + scaling * B A in place of each adapter, and the rounding error of each weight.
 
     dtype: storage dtype ("float32", "float64", "bfloat16") that values are rounded to; the arrays keep the
     computation dtype. sign: -1 removes a merged adapter. Tied embeddings with an adapter on one of the roles
-    become two matrices.
+    become two matrices. dequantize: the result has the values of quantized weights as floats; without it,
+    quantized weights are an error.
     """
-    if model.quantization is not None:
+    if model.quantization is not None and not dequantize:
         raise InputError(
             f"{model.source}: adapters cannot be merged into weights that are quantized to "
-            f"{model.quantization}: load the model without quantization"
+            f"{model.quantization}: load the model without quantization, or merge into its dequantized "
+            "weights (`dequantize`)"
         )
     report: list[Merged] = []
 
@@ -191,7 +195,8 @@ def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, 
             return leaf
         delta = leaf.delta()
         if delta is None:
-            return leaf.base_weight()
+            base = leaf.base_weight()
+            return base.array() if dequantize and isinstance(base, Leaf) else base
         exact = np.asarray(leaf.base_weight()).astype(np.float64)
         delta = delta.astype(np.float64)
         exact += sign * delta
@@ -205,7 +210,8 @@ def merged(model: Model, dtype: str = "float32", sign: int = 1) -> tuple[Model, 
         raise InputError(f"{model.source}: the model has no adapter to merge")
     tied = model.config.tie_word_embeddings and decoder.lm_head is None
     config = replace(model.config, tie_word_embeddings=tied)
-    return replace(model, config=config, decoder=decoder, lora=None), report
+    quantization = None if dequantize else model.quantization
+    return replace(model, config=config, decoder=decoder, lora=None, quantization=quantization), report
 
 
 def rounded(array: Array, dtype: str) -> Array:
