@@ -257,18 +257,14 @@ def test_adapters_are_merged_into_dequantized_weights(
 ) -> None:
     """The merged model computes with the values of the codes plus the adapters, and without rounding."""
     golden = load_golden(name)
-    quantized = et.with_lora(
-        et.quantize(golden_model(name), "W4A16"), et.LoRAConfig(r=2, target_modules="all-linear")
-    )
+    base = et.quantize(golden_model(name), "W4A16")
+    for leaf in quantized_leaves(base).values():
+        leaf.activation_bits = 32
+    quantized = et.with_lora(base, et.LoRAConfig(r=2, target_modules="all-linear"))
     rng = np.random.default_rng(0)
-    for leaf in quantized.adapters.values():
-        leaf.b[...] = 0.1 * rng.standard_normal(leaf.b.shape)
-        base: Any = leaf.base_weight()
-        base.activation_bits = 32
-    for _, each in named_leaves(quantized.decoder):
-        if isinstance(each, PackedWeight):
-            each.activation_bits = 32
-    with pytest.raises(et.InputError, match="load the model without quantization, or merge.*`dequantize`"):
+    for adapter in quantized.adapters.values():
+        adapter.b[...] = 0.1 * rng.standard_normal(adapter.b.shape)
+    with pytest.raises(et.InputError, match=r"load the model without quantization, or merge.*`dequantize`"):
         et.merge(quantized)
     found = et.merge(quantized, dequantize=True, output=tmp_path)
     assert found.model.quantization is None
