@@ -71,6 +71,7 @@ KEYS = {
     "eval kld": "model quantization kv_cache reference convention ctx_size stride chunks tokens kl_mean"
     " kl_standard_error kl_median kl_p90 kl_p99 kl_max probability_rms same_top perplexity"
     " reference_perplexity",
+    "sensitivity": "model by schemes ctx_size chunks tokens bytes_before parts uniform budget mixed curve",
     "gradcheck": "model tolerance loss whole rows filled passed",
     "machine": "processor threads libraries measured bandwidth choice date path",
 }
@@ -343,6 +344,19 @@ def test_eval(files: Files) -> None:
     )
     model = et.load(files.model, quantization="W4A16")
     same("eval kld", quantized, et.divergence(model, files.model, files.text, ctx_size=16))
+
+
+def test_sensitivity(files: Files) -> None:
+    given = {"MODEL": files.model, "model": files.model, "FILE": files.text}
+    flags = ["-c", 16, "--chunks", 2, "--by", "layer", "--scheme", "W4A16g32", "--scheme", "W8A16"]
+    flags += ["--budget", "30K", "--plot", "pareto.png", "--results", "measured.jsonl"]
+    more = {"ctx_size": 16, "chunks": 2, "by": "layer", "schemes": ["W4A16g32", "W8A16"], "budget": 30_000}
+    ran, result = both(row_of("sensitivity"), given, flags, more)
+    assert isinstance(result, et.Sensitivity)
+    assert same("sensitivity", ran, result)["mixed"]["bytes"] <= 30_000
+    assert Path("pareto.png").read_bytes()[:4] == b"\x89PNG"
+    flags = [each for each in flags if each not in ("--plot", "pareto.png")]
+    assert etx("sensitivity", files.model, "-f", files.text, *flags).out == f"{result}\n"
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

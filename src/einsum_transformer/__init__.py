@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.machine import Machine
     from einsum_transformer.analysis.parity import Parity
     from einsum_transformer.analysis.quantization import QuantizationReport
+    from einsum_transformer.analysis.sensitivity import Sensitivity
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
     from einsum_transformer.api.evaluate import divergence, perplexity
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
     from einsum_transformer.api.profile import Profile, profile
     from einsum_transformer.api.quantize import quantization_report, quantize
+    from einsum_transformer.api.sensitivity import sensitivity
     from einsum_transformer.api.train import Training, TrainingObserver, train
     from einsum_transformer.cluster.data_parallel import RayWorkers
     from einsum_transformer.engine.contract import einsum
@@ -80,6 +82,7 @@ __all__ = [
     "Recorder",
     "RunConfig",
     "Schedule",
+    "Sensitivity",
     "StepReport",
     "TextBatches",
     "Tokenizer",
@@ -113,6 +116,7 @@ __all__ = [
     "quantize",
     "read_run_config",
     "save_adapter",
+    "sensitivity",
     "stream",
     "train",
     "with_lora",
@@ -154,6 +158,7 @@ _HOMES = {
     "RunConfig": "models.run_config",
     "SGD": "training.optimizers",
     "Schedule": "training.schedule",
+    "Sensitivity": "analysis.sensitivity",
     "StepReport": "training.loop",
     "TextBatches": "training.data",
     "Tokenizer": "text.tokenizer",
@@ -187,6 +192,7 @@ _HOMES = {
     "quantize": "api.quantize",
     "read_run_config": "models.switches",
     "save_adapter": "models.peft",
+    "sensitivity": "api.sensitivity",
     "stream": "generation.decode",
     "train": "api.train",
     "with_lora": "models.adapters",

@@ -44,6 +44,20 @@ def test_a_saved_model_is_the_same(name: str, scheme: str, golden_model: Models,
     assert not et.inspect(tmp_path).problems
 
 
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2_plain", "qwen3_moe_normalized"])
+def test_schemes_by_name_are_saved(name: str, golden_model: Models, tmp_path: Path) -> None:
+    golden, by_name = load_golden(name), {r".*\.0\..*": "W2A8,asymmetric", r".*\.1\..*(proj|fc)": "W8A8"}
+    model = et.quantize(golden_model(name), "W4A8g32", by_name=by_name)
+    model.save(tmp_path)
+    loaded = et.load(tmp_path)
+    assert loaded.quantization == model.quantization
+    np.testing.assert_array_equal(loaded.logits(golden.tokens), model.logits(golden.tokens))
+    original = tmp_path / "original"
+    golden_model(name).save(original)
+    again = et.load(original, quantization="W4A8g32", quantization_by_name=by_name)
+    np.testing.assert_array_equal(again.logits(golden.tokens), model.logits(golden.tokens))
+
+
 def test_divisors_are_saved(golden_model: Models, tmp_path: Path) -> None:
     golden, model = load_golden("llama_gqa"), golden_model("llama_gqa")
     quantized = et.quantize(model, "W4A8g32")
@@ -115,6 +129,8 @@ def with_part(part: str, change: Callable[[Array], Array]) -> Callable[[Path], N
     [
         (settings(lambda s: s.update(scheme="W9A9")), "quantization_config: quantization 'W9A9': expected"),
         (settings(lambda s: s.update(scheme="W8A8")), "`scheme` W8A8 contradicts the rest"),
+        (settings(lambda s: s.update(by_name=[])), "expected an object `by_name`"),
+        (settings(lambda s: s.update(by_name={"x": "W8A8"})), "other bits of activations"),
         (settings(lambda s: s.update(scheme=None)), "quantization_config: expected `scheme`"),
         (settings(lambda s: s.update(activation_bits=5)), "expected `activation_bits` 4, 8 or 16"),
         (settings(lambda s: s.update(weights=[])), "expected `activation_bits` 4, 8 or 16, and `weights`"),

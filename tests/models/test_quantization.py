@@ -145,6 +145,48 @@ def test_values_and_held_bytes(golden_model: Models) -> None:
             assert leaf.nbytes == codes + (4 if groups == 1 else 2) * len(matrix) * groups
 
 
+@pytest.mark.parametrize("mode", ["real", "simulated"])
+def test_schemes_by_name(mode: str, golden_model: Models) -> None:
+    """Each matrix is that of the model in its scheme, and the first name that matches applies."""
+    golden, model = load_golden("llama_gqa"), golden_model("llama_gqa")
+    by_name = {r".*\.1\.mlp\.down_proj": "W3A8,asymmetric", "down_proj": "W8A8", "k_proj": "W2A8g32"}
+    mixed = et.quantize(model, "W4A8g32", mode=mode, by_name=by_name)
+    own = {scheme: quantized_leaves(et.quantize(model, scheme, mode=mode)) for scheme in by_name.values()}
+    base, leaves = quantized_leaves(et.quantize(model, "W4A8g32", mode=mode)), quantized_leaves(mixed)
+    used = set()
+    for path, leaf in leaves.items():
+        layer, last = path.split(".")[:2], path.split(".")[-1]
+        scheme = {"down_proj": "W8A8", "k_proj": "W2A8g32"}.get(last, "W4A8g32")
+        scheme = "W3A8,asymmetric" if last == "down_proj" and layer[1] == "1" else scheme
+        used.add(scheme)
+        expected = own.get(scheme, base)[path]
+        assert leaf.bits == expected.bits
+        np.testing.assert_array_equal(leaf.array(), expected.array(), err_msg=path)
+    assert used == {"W4A8g32", *by_name.values()}
+    assert np.isfinite(mixed.logits(golden.tokens)).all()
+    assert str(mixed.quantization) == (
+        f"W4A8g32 mixed with W3A8g64,asymmetric, W8A8,channel, W2A8g32 ({mode})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("by_name", "message"),
+    [
+        ({"down_proj": "W8A16"}, "other bits of activations or of the cache than W4A8g32"),
+        ({"down_proj": "W8A8KV8"}, "other bits of activations or of the cache than W4A8g32"),
+        ({"down_proj": "none"}, "'down_proj' is none: exclude it"),
+        ({"down": "W8A8"}, "`quantization_by_name` 'down': no matrix has this name"),
+        ({"(": "W8A8"}, "not a regular expression"),
+        ({"down_proj": "W9A8"}, "expected none or W"),
+    ],
+)
+def test_wrong_schemes_by_name(by_name: dict[str, str], message: str, golden_model: Models) -> None:
+    with pytest.raises(et.InputError, match=message):
+        et.quantize(golden_model("llama_gqa"), "W4A8g32", by_name=by_name)
+    with pytest.raises(et.InputError, match="`quantization_by_name` needs `quantization`"):
+        et.load("fast_lora", quantization_by_name=by_name)
+
+
 def test_rows_of_an_embedding(golden_model: Models) -> None:
     model = et.quantize(golden_model("llama_gqa"), "W8A16")
     weight = model.decoder.embed_tokens.weight

@@ -171,7 +171,7 @@ def perplexity(model: Model, text: str | Path, selection: Selection, progress: P
     losses: list[Array] = []
     for i, window in enumerate(found.windows):
         log_likelihood = np.empty(window.scored)
-        for rows, (own,) in _log_probabilities(window, model):
+        for rows, (own,) in _scored(window, model):
             log_likelihood[rows] = own[np.arange(len(own)), _targets(window)[rows]]
         losses.append(-log_likelihood)
         progress(i + 1, len(found.windows))
@@ -221,7 +221,7 @@ def divergence(
         # KL, whether the most probable tokens are equal, log-likelihoods of the model and of the reference.
         scores = np.empty((4, window.scored))
         targets = _targets(window)
-        for rows, (q, p) in _log_probabilities(window, model, reference):
+        for rows, (q, p) in _scored(window, model, reference):
             at = np.arange(len(q)), targets[rows]
             scores[0, rows] = np.vecdot(np.exp(p), p - q)
             scores[1, rows] = p.argmax(axis=1) == q.argmax(axis=1)
@@ -244,27 +244,35 @@ def _targets(window: Window) -> Array:
     return window.tokens[len(window.tokens) - window.scored :]
 
 
-def _log_probabilities(window: Window, *models: Model) -> Iterator[tuple[slice, list[Array]]]:
+def _scored(window: Window, *models: Model) -> Iterator[tuple[slice, list[Array]]]:
     """Yield slices of the scored tokens and, for each model, their log-probabilities (rows, v) in float64."""
     done = 0
     for pieces in zip(*(_logits(model, window) for model in models)):
-        count = len(pieces[0])
-        for start in range(0, count, _ROWS):
-            size = min(_ROWS, count - start)
-            found = [np.empty((size, each.shape[1])) for each in pieces]
+        for rows, found in log_probabilities(*pieces):
+            yield slice(done + rows.start, done + rows.stop), found
+        done += len(pieces[0])
 
-            def run(
-                i: int, j: int, start: int = start, found: list[Array] = found, pieces: Any = pieces
-            ) -> None:
-                row = found[i][j]
-                row[...] = pieces[i][start + j]
-                row -= row.max()
-                row -= np.log(np.exp(row).sum())
 
-            pairs = [(i, j) for i in range(len(found)) for j in range(size)]
-            for_each(run, pairs, coarse=found[0].size > 1 << 16)
-            yield slice(done + start, done + start + size), found
-        done += count
+def log_probabilities(*logits: Array) -> Iterator[tuple[slice, list[Array]]]:
+    """Yield slices of rows and, for each of the logits (n, v), log-probabilities (rows, v) in float64."""
+    for start in range(0, len(logits[0]), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(logits[0])))
+        found = [np.empty((rows.stop - start, each.shape[1])) for each in logits]
+
+        def run(i: int, j: int, start: int = start, found: list[Array] = found) -> None:
+            row = found[i][j]
+            row[...] = logits[i][start + j]
+            row -= row.max()
+            row -= np.log(np.exp(row).sum())
+
+        pairs = [(i, j) for i in range(len(logits)) for j in range(rows.stop - start)]
+        for_each(run, pairs, coarse=found[0].size > 1 << 16)
+        yield rows, found
+
+
+def scored_logits(model: Model, window: Window) -> Array:
+    """Return the logits (n, v) before the scored tokens of a window."""
+    return np.concatenate(list(_logits(model, window)))
 
 
 def _logits(model: Model, window: Window) -> Iterator[Array]:
@@ -274,9 +282,8 @@ def _logits(model: Model, window: Window) -> Iterator[Array]:
     for start in (*range(0, first, _PIECE), *range(first, last, _PIECE)):
         stop = min(start + _PIECE, first if start < first else last)
         with np.errstate(over="ignore", invalid="ignore"):
-            logits = model.decoder.forward(tokens[:, start:stop], cache, "none" if stop <= first else "all")[
-                0
-            ]
+            positions = "none" if stop <= first else "all"
+            logits = model.decoder.forward(tokens[:, start:stop], cache, positions)[0]
         if stop > first:
             if not is_finite(logits):
                 raise model.not_finite(tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.plots import new_figure, write_figure
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.phases import (
     ATTENTION,
@@ -23,8 +23,6 @@ from einsum_transformer.engine.phases import (
     TRAINING,
 )
 from einsum_transformer.engine.recorder import Span
-from einsum_transformer.errors import InputError
-from einsum_transformer.formats.files import atomic_file
 from einsum_transformer.models.model import Model
 from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, with_lines
 from einsum_transformer.training.loop import StepReport, Trainer
@@ -281,39 +279,18 @@ def summary(found: TrainingReport) -> list[str]:
     ]
 
 
-def check_plot(path: str | Path) -> None:
-    """Raise InputError if `plot_losses` cannot write to `path`; called before a training starts."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise InputError('`plot` needs matplotlib: pip install "einsum-transformer[plot]"') from None
-    path = Path(path)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"`plot` {path}: expected a file in a folder with write permission")
-    if path.suffix.lower() != ".png":
-        raise InputError(f"`plot` {path}: expected a file name that ends in .png")
-
-
 def plot_losses(
     path: str | Path, losses: Mapping[int, float], validation: Mapping[int, float], title: str
 ) -> None:
     """Write a PNG file of the loss over the steps. losses, validation: step -> loss."""
-    check_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(path)
     axes = figure.add_subplot()
     axes.plot(list(losses), list(losses.values()), color="#1f77b4", linewidth=1, label="training batch")
     if validation:
         axes.plot(list(validation), list(validation.values()), "o-", color="#d62728", label="validation")
         axes.legend(frameon=False)
     axes.set(xlabel="step", ylabel="cross-entropy per token (nats)", title=title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(Path(path)) as file:
-        figure.savefig(file, dpi=150, format="png")
+    write_figure(figure, path)
 
 
 def step_line(report: StepReport, steps: int, reports: Sequence[StepReport]) -> str:

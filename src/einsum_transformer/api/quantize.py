@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from einsum_transformer.analysis import quantization as analysis
@@ -32,6 +32,7 @@ def quantize(
     calibration: str | Path | None = None,
     calibration_chunks: int = 32,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    by_name: Mapping[str, str] | None = None,
 ) -> Model:
     """Quantize the weights of a model: round(w / scale), with one scale per group, row or tensor.
 
@@ -45,6 +46,8 @@ def quantize(
     the same values.
     exclude: names of modules ("down_proj", "lm_head") or regular expressions (RE2) for whole names. Norms,
     biases, learned positions and routers are never quantized; embedding and head have at least 8 bits.
+    by_name: names of modules or regular expressions, as in `exclude`, with the scheme that they have instead
+    of `scheme`; the first that matches applies ({"down_proj": "W8A16"}). It may differ in the weights only.
     method: "rtn" rounds to nearest. "gptq" and "awq" round the matrices of the blocks so that their outputs
     on the text `calibration` (a text, or the Path of a file) change less: GPTQ corrects the columns that are
     not rounded yet, AWQ scales columns with large activations and limits the ranges of groups. They use the
@@ -54,7 +57,7 @@ def quantize(
     The quantized weights have no gradient; adapters can be added to them. Raises InputError for an unknown
     scheme, weights with nan or inf, and a model that is already quantized or has an adapter.
     """
-    quantization = Quantization.of(scheme, mode, exclude)
+    quantization = Quantization.of(scheme, mode, exclude, by_name)
     if quantization is None:
         raise InputError("`scheme` is 'none': expected a scheme such as W8A16")
     if method not in METHODS:
@@ -80,7 +83,11 @@ def quantize(
     if isinstance(source, Model):
         return quantized(source, quantization)
     return load(
-        source, quantization=scheme, quantization_mode=mode, quantization_exclude=quantization.exclude
+        source,
+        quantization=scheme,
+        quantization_mode=mode,
+        quantization_exclude=quantization.exclude,
+        quantization_by_name=by_name,
     )
 
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from einsum_transformer.analysis.plots import check_plot
 from einsum_transformer.analysis.training import (
     StepTimes,
     TrainingReport,
-    check_plot,
     plot_losses,
     render,
     step_line,

@@ -27,6 +27,7 @@ from einsum_transformer.cli.parity import parity
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.quantize import quantize
 from einsum_transformer.cli.run import run
+from einsum_transformer.cli.sensitivity import sensitivity
 from einsum_transformer.cli.train import train
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import LOGGER
@@ -124,6 +125,7 @@ def _application() -> typer.Typer:
         merge,
         quantize,
         eval,
+        sensitivity,
         gradcheck,
         parity,
         pull,
@@ -162,6 +164,7 @@ def _etx(
     etx merge --adapter-path my-run/step-00000010 -o my-model   add an adapter to the weights
     etx quantize --quantization W4A16g64 -o my-small-model   write a model with weights of 4 bits
     etx eval ppl -f notes.txt                      perplexity on a text; kld: divergence of a quantized model
+    etx sensitivity -f notes.txt --budget 90M      which matrices suffer from few bits; a mixed scheme
     etx gradcheck fast_lora                        hand-derived gradients against central differences
     etx machine                                    measure the BLAS libraries of this machine
     etx run fast_lora                              a model of random weights, described by a JSON file

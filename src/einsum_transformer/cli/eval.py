@@ -29,19 +29,8 @@ def eval(
             metavar="MODEL", help="kld: what to compare with; default the same without quantization."
         ),
     ] = None,
-    ctx_size: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx-size",
-            "-c",
-            metavar="N",
-            min=1,
-            help="Tokens of the context: of a chunk (default 512 or 2048).",
-        ),
-    ] = None,
-    chunks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Use only the first N chunks.")
-    ] = None,
+    ctx_size: options.ChunkSize = None,
+    chunks: options.Chunks = None,
     convention: Annotated[
         str,
         typer.Option(

@@ -77,6 +77,20 @@ Length = Annotated[int, typer.Option("--seq-len", metavar="N", min=1, help="Toke
 Output = Annotated[
     str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write the result to.")
 ]
+TextFile = Annotated[
+    str, typer.Option("--file", "-f", metavar="FILE", show_default=False, help="A text in UTF-8.")
+]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx-size", "-c", metavar="N", min=1, help="Tokens of the context: of a chunk (default 512)."
+    ),
+]
+Chunks = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Use only the first N chunks (default all; sensitivity 4)."),
+]
+Every = Annotated[bool, typer.Option("--every", help="Show all rows of the table.")]
 GradCheckpoint = Annotated[
     bool,
     typer.Option("--grad-checkpoint", help="Recompute blocks in the backward pass: less memory, more time."),
@@ -150,12 +164,25 @@ class Quantized(Machine):
         metavar="NAME", help="A module that is not quantized, by name or regular expression; may be repeated."
     )
 
+    quantization_by_name: list[str] | None = flag(
+        metavar="NAME=SCHEME", help="The scheme of a module, by name or regular expression; may be repeated."
+    )
+
+    def by_name(self) -> dict[str, str] | None:
+        """The schemes by name."""
+        pairs = [each.rpartition("=") for each in self.quantization_by_name or ()]
+        for name, equals, scheme in pairs:
+            if not (name and equals):
+                raise InputError(f"--quantization-by-name {scheme!r}: expected NAME=SCHEME")
+        return {name: scheme for name, _, scheme in pairs} or None
+
     def quantized(self) -> dict[str, Any]:
         """The arguments of `load`."""
         return {
             "quantization": self.quantization,
             "quantization_mode": self.quantization_mode,
             "quantization_exclude": self.quantization_exclude or (),
+            "quantization_by_name": self.by_name(),
         }
 
 

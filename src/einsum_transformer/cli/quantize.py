@@ -69,7 +69,8 @@ def quantize(
     if chosen.calibration_chunks is not None and text is None:
         raise InputError("--calibration-chunks is used with --calibration only")
     settings: dict[str, Any] = {"mode": quantized.quantization_mode, "method": chosen.method}
-    settings |= {"exclude": quantized.quantization_exclude or (), "calibration": text}
+    settings |= {"exclude": quantized.quantization_exclude or (), "by_name": quantized.by_name()}
+    settings["calibration"] = text
     more = {"max_layers": max_layers, "seed": seed, "quantization": "none"}
     plain, _ = options.open_model(named.source(assignments), hub, quantized, quiet=shown.silent, **more)
     progress = output.progress("layers", shown.silent)

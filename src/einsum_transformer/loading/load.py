@@ -1,7 +1,7 @@
 """`load` a model from a folder, a file or the hub."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,7 @@ def load(
     offline: bool = False,
     allow_links: bool = False,
     packed: bool | None = None,
+    quantization_by_name: Mapping[str, str] | None = None,
 ) -> Model:
     """Load a model from a Hugging Face folder, a hub id, a .gguf file or a config JSON (random weights).
 
@@ -61,8 +62,8 @@ def load(
     lead out of the model's folder, as in shared stores.
 
     quantization: a scheme such as "W8A16", see `quantize`; "none": no quantization, also if the run config
-    has a scheme. Weights are read and quantized one by one. quantization_mode, quantization_exclude: `mode`
-    and `exclude` of `quantize`.
+    has a scheme. Weights are read and quantized one by one. quantization_mode, quantization_exclude,
+    quantization_by_name: `mode`, `exclude` and `by_name` of `quantize`.
     cache_type_k, cache_type_v: how cached keys and values are stored: "float32" (the type of the
     computation, the default), "float16", "int8" or "int4" (with a scale per token and 64 elements of a head).
     packed: keep the matrices of a quantized checkpoint in the encoding of its files (GGUF types, FP8, GPTQ,
@@ -73,12 +74,15 @@ def load(
     use_default()
     options = Options(dtype, max_layers, seed, weight_budget, revision, offline, allow_links, packed=packed)
     found = find(source, options)
-    chosen = Quantization.of(quantization, quantization_mode, quantization_exclude)
+    details = quantization_mode, quantization_exclude, quantization_by_name
+    chosen = Quantization.of(quantization, *details)
     if quantization is None and isinstance(found, RunConfig):
         with suppress(InputError):  # `look` raises it, with the name of the config
-            chosen = Quantization.of(found.quantization, quantization_mode, quantization_exclude)
+            chosen = Quantization.of(found.quantization, *details)
     if chosen is None and quantization_exclude:
         raise InputError("`quantization_exclude` needs `quantization`")
+    if chosen is None and quantization_by_name:
+        raise InputError("`quantization_by_name` needs `quantization`")
     if chosen is None and quantization_mode == "simulated" and cache_type_k is cache_type_v is None:
         raise InputError("`quantization_mode` needs `quantization`")
     if chosen is not None and dtype == "bfloat16":

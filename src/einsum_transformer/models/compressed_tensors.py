@@ -32,6 +32,8 @@ def compressed(model: Model) -> tuple[dict[str, Array], set[str], dict[str, Any]
     if model.quantization is None:
         raise InputError(f"{model.source}: the model is not quantized: `save_format` has no effect")
     scheme = model.quantization.scheme
+    if model.quantization.by_name:
+        raise InputError("compressed-tensors: weights with schemes of their own are not supported")
     if scheme.weight_bits not in (4, 8) or scheme.activation_bits == 4:
         raise InputError(f"compressed-tensors: W4 and W8 with A8 and A16 are supported, not {scheme}")
     plain = scheme.weight_bits == 8 and scheme.activation_bits == 8

@@ -209,6 +209,7 @@ class Model:
                 "scheme": str(self.quantization.scheme),
                 "activation_bits": self.quantization.scheme.activation_bits,
                 "exclude": list(self.quantization.exclude),
+                "by_name": {name: str(scheme) for name, scheme in self.quantization.by_name},
                 "weights": quantized,
             }
         if dtype == "bfloat16":

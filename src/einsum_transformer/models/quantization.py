@@ -22,7 +22,7 @@ from einsum_transformer.models.builder import WeightSpec
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.model import EMBEDDING, HEAD, POSITIONS, Model
-from einsum_transformer.models.scheme import Quantization
+from einsum_transformer.models.scheme import Quantization, Scheme
 from einsum_transformer.notes import note
 from einsum_transformer.numerics.uniform import Quantized, dequantize, quantize
 from einsum_transformer.tables import quantity
@@ -48,15 +48,15 @@ class Quantizer:
     family: Family
     specs: Sequence[WeightSpec]
     """All weights of the model, in order."""
-    uneven: list[str] = field(default_factory=list[str])
-    """Names of the weights whose rows are not a multiple of the group size."""
+    uneven: dict[str, int] = field(default_factory=dict[str, int])
+    """Name of a weight whose rows are not a multiple of the group size -> the group size."""
     counts: Counter[int] = field(default_factory=Counter[int])
     """Bits -> number of weights that were quantized."""
     _memory: dict[str, dict[str, Array]] = field(default_factory=dict[str, "dict[str, Array]"])
     """Path of a weight -> the memory of its codes, scales and zero points."""
 
     def __post_init__(self) -> None:
-        self.quantization.check_excluded([self._name(spec) for spec in self.specs if len(spec.stored) > 1])
+        self.quantization.check_names([self._name(spec) for spec in self.specs if len(spec.stored) > 1])
         if not any(self.bits(spec) is not None for spec in self.specs):
             raise InputError("`quantization_exclude` excludes all matrices: nothing is left to quantize")
 
@@ -67,8 +67,12 @@ class Quantizer:
             return None
         if self.quantization.excludes(self._name(spec)):
             return None
-        bits = self.quantization.scheme.weight_bits
+        bits = self.scheme(spec).weight_bits
         return max(bits, _END_BITS) if spec.path in (EMBEDDING, HEAD) else bits
+
+    def scheme(self, spec: WeightSpec) -> Scheme:
+        """The scheme of a weight."""
+        return self.quantization.scheme_of(self._name(spec))
 
     def leaf(self, spec: WeightSpec, weight: Any) -> Any:
         """The weight rounded to nearest, from an array or a leaf. Errors: InputError for nan and inf."""
@@ -76,7 +80,7 @@ class Quantizer:
         array = weight.array() if isinstance(weight, Leaf) else weight
         if bits is None:
             return array
-        settings = bits, self.group(spec), self.quantization.scheme.symmetric
+        settings = bits, self.group(spec), self.scheme(spec).symmetric
         return self.packed(spec, quantize(self.matrix(spec, array), *settings), array.dtype)
 
     def matrix(self, spec: WeightSpec, array: Array) -> Array:
@@ -91,7 +95,7 @@ class Quantizer:
         bits, group = self.bits(spec) or 8, self.group(spec)
         self.counts[bits] += 1
         if group is not None and spec.stored[1] % group:
-            self.uneven.append(self._name(spec))
+            self.uneven[self._name(spec)] = group
         form = spec.out_axes, self.quantization.scheme.activation_bits
         if self.quantization.simulated:
             values = dequantize(quantized, dtype).reshape(spec.shape)
@@ -116,16 +120,15 @@ class Quantizer:
             (rows, width), group, bits = spec.stored, self.group(spec), self.bits(spec) or 8
             codes.append((rows, -(-width // 2) if bits <= 4 else width))
             scales.append((1, 1) if group is None else (rows, -(-width // group)))
-        parts = {
-            "codes": allocate(codes, np.dtype(np.int8), groups, transpose=False),
-            "scales": self._scales(scales, groups),
-        }
-        if not self.quantization.scheme.symmetric:
-            parts["zeros"] = allocate(scales, np.dtype(np.int8), groups, transpose=False)
-        for i, spec in enumerate(specs):
-            own = self._memory[spec.path] = {name: arrays[i] for name, arrays in parts.items()}
-            if (self.bits(spec) or 8) <= 4:
-                own["codes"] = own["codes"].view(np.uint8)
+        int8 = np.dtype(np.int8)
+        arrays = zip(specs, allocate(codes, int8, groups, transpose=False), self._scales(scales, groups))
+        for spec, own, own_scales in arrays:
+            own = own.view(np.uint8) if (self.bits(spec) or 8) <= 4 else own
+            self._memory[spec.path] = {"codes": own, "scales": own_scales}
+        chosen = [i for i, spec in enumerate(specs) if not self.scheme(spec).symmetric]
+        shapes, own_groups = [scales[i] for i in chosen], [groups[i] for i in chosen]
+        for i, zeros in zip(chosen, allocate(shapes, int8, own_groups, transpose=False)):
+            self._memory[specs[i].path]["zeros"] = zeros
         return self._memory
 
     def nbytes(self, spec: WeightSpec) -> float:
@@ -161,10 +164,10 @@ class Quantizer:
 
     def _tell_groups(self, source: str) -> None:
         if self.uneven:
-            size, others = self.quantization.scheme.group_size, len(self.uneven) - 1
+            (first, size), others = next(iter(self.uneven.items())), len(self.uneven) - 1
             more = f" and {others} others" if others else ""
             note(
-                f"{source}: the rows of {self.uneven[0]}{more} are not a multiple of {size} elements: "
+                f"{source}: the rows of {first}{more} are not a multiple of {size} elements: "
                 "the last group of each row is shorter"
             )
 
@@ -174,7 +177,7 @@ class Quantizer:
 
     def group(self, spec: WeightSpec) -> int | None:
         """The group size of a weight; None: one group for the tensor."""
-        scheme, width = self.quantization.scheme, spec.stored[1]
+        scheme, width = self.scheme(spec), spec.stored[1]
         if scheme.granularity == "tensor":
             return None
         if scheme.granularity == "channel" or spec.path in (EMBEDDING, HEAD):

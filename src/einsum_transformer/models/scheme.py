@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import product
@@ -94,43 +94,57 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """A scheme, its mode, and the weights that are excluded.
+    """A scheme, its mode, the weights that are excluded, and those with a scheme of their own.
 
     simulated: the weights are rounded and stored as floats; otherwise (real) codes and scales are stored.
     exclude: names of modules ("down_proj") or regular expressions (RE2) for whole names.
+    by_name: (name or regular expression, scheme); the first that matches a module replaces `scheme`. The
+    bits of activations and of the cache are those of `scheme`.
     """
 
     scheme: Scheme
     simulated: bool = False
     exclude: tuple[str, ...] = ()
+    by_name: tuple[tuple[str, Scheme], ...] = ()
 
     @staticmethod
-    def of(scheme: str | None, mode: str = "real", exclude: Sequence[str] = ()) -> Quantization | None:
+    def of(
+        scheme: str | None,
+        mode: str = "real",
+        exclude: Sequence[str] = (),
+        by_name: Mapping[str, str] | None = None,
+    ) -> Quantization | None:
         """Return the quantization, or None for no scheme. Raises InputError for what is not supported."""
         if mode not in MODES:
             raise InputError(f"`quantization_mode` is {mode!r}: expected {' or '.join(MODES)}")
         parsed = None if scheme is None else Scheme.parse(scheme)
         if parsed is None:
             return None
-        for pattern in exclude:
+        for pattern in (*exclude, *(by_name or ())):
             _compiled(pattern)
-        return Quantization(parsed, mode == "simulated", tuple(exclude))
+        own = tuple((name, _own_scheme(name, text, parsed)) for name, text in (by_name or {}).items())
+        return Quantization(parsed, mode == "simulated", tuple(exclude), own)
 
     @staticmethod
     def saved(settings: Mapping[str, Any], source: str) -> Quantization:
         """Return the quantization of a `quantization_config` that `Model.save` wrote. Errors: ConfigError."""
         scheme, exclude = settings.get("scheme"), settings.get("exclude", [])
+        by_name = settings.get("by_name", {})
         if not isinstance(scheme, str) or not isinstance(exclude, list):
             raise ConfigError(f"{source}: quantization_config: expected `scheme`, and a list `exclude`")
+        if not isinstance(by_name, dict):
+            raise ConfigError(f"{source}: quantization_config: expected an object `by_name`")
         try:
-            found = Quantization.of(scheme, "real", [str(each) for each in exclude])
+            own = {str(name): str(each) for name, each in by_name.items()}
+            found = Quantization.of(scheme, "real", [str(each) for each in exclude], own)
         except InputError as error:
             raise ConfigError(f"{source}: quantization_config: {error}") from None
         if found is None:
             raise ConfigError(f"{source}: quantization_config: `scheme` is {scheme!r}")
-        weights, known = settings.get("weights"), (found.scheme.weight_bits, 8)
+        weights = settings.get("weights")
+        known = {8, found.scheme.weight_bits, *(each.weight_bits for _, each in found.by_name)}
         bits = [each[2] for each in weights.values()] if isinstance(weights, dict) else []
-        if settings.get("activation_bits") != found.scheme.activation_bits or not set(bits) <= set(known):
+        if settings.get("activation_bits") != found.scheme.activation_bits or not set(bits) <= known:
             raise ConfigError(f"{source}: quantization_config: `scheme` {scheme} contradicts the rest")
         return found
 
@@ -145,21 +159,44 @@ class Quantization:
         return "simulated" if self.simulated else "real"
 
     def __str__(self) -> str:
-        return f"{self.scheme} ({self.mode})"
+        others = dict.fromkeys(str(scheme) for _, scheme in self.by_name if scheme != self.scheme)
+        mixed = f" mixed with {', '.join(others)}" if others else ""
+        return f"{self.scheme}{mixed} ({self.mode})"
+
+    def scheme_of(self, name: str) -> Scheme:
+        """Return the scheme of a module of this name."""
+        return next((scheme for pattern, scheme in self.by_name if _matches(pattern, name)), self.scheme)
 
     def excludes(self, name: str) -> bool:
         """Return whether a module of this name is excluded."""
         return any(_matches(pattern, name) for pattern in self.exclude)
 
-    def check_excluded(self, names: Collection[str]) -> None:
-        """Raise InputError for an exclusion that matches none of these modules."""
-        for pattern in self.exclude:
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise InputError for a name in `exclude` or `by_name` that matches none of these modules."""
+        patterns = [("exclude", pattern) for pattern in self.exclude]
+        patterns += [("by_name", pattern) for pattern, _ in self.by_name]
+        for kind, pattern in patterns:
             if not any(_matches(pattern, name) for name in names):
                 last = dict.fromkeys(name.rpartition(".")[2] for name in names)
                 raise InputError(
-                    f"`quantization_exclude` {pattern!r}: no matrix has this name; the last parts of their "
+                    f"`quantization_{kind}` {pattern!r}: no matrix has this name; the last parts of their "
                     f"names are {', '.join(last)}"
                 )
+
+
+def _own_scheme(name: str, text: str, base: Scheme) -> Scheme:
+    """The scheme of the modules `name` in a model of scheme `base`."""
+    scheme = Scheme.parse(text)
+    if scheme is None:
+        raise InputError(f"`quantization_by_name` {name!r} is none: exclude it (`quantization_exclude`)")
+    if scheme.kv_bits is None:
+        scheme = replace(scheme, kv_bits=base.kv_bits)
+    if (scheme.activation_bits, scheme.kv_bits) != (base.activation_bits, base.kv_bits):
+        raise InputError(
+            f"`quantization_by_name` {name!r}: {text} has other bits of activations or of the cache than "
+            f"{base}: only weights can have a scheme by name"
+        )
+    return scheme
 
 
 def cache_types(
@@ -191,7 +228,7 @@ def _compiled(pattern: str) -> Any:
         options.log_errors = False
         return re2.compile(pattern, options)
     except re2.error:
-        raise InputError(f"`quantization_exclude` {pattern!r}: not a regular expression (RE2)") from None
+        raise InputError(f"`quantization` {pattern!r}: not a regular expression (RE2)") from None
 
 
 def _unknown(text: str) -> InputError:

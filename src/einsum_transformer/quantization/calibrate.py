@@ -86,17 +86,16 @@ def _quantized(
     leaves: dict[str, Calibrated], quantizer: Quantizer, specs: dict[str, Any], method: str
 ) -> dict[str, Quantized]:
     """Quantize the matrices of a block; those with the same inputs share what is computed of them."""
-    symmetric = quantizer.quantization.scheme.symmetric
     found: dict[str, Quantized] = {}
-    for paths in _with_same_inputs(leaves):
+    for paths in _with_same_inputs(leaves, quantizer, specs):
         hessian = leaves[paths[0]].hessian
         matrices = {}
         for path in paths:
             weight = leaves[path].weight
             array = weight.array() if isinstance(weight, Leaf) else weight
             matrices[path] = quantizer.matrix(specs[path], array)
-        bits, group = quantizer.bits(specs[paths[0]]) or 8, quantizer.group(specs[paths[0]])
-        settings = bits, group, symmetric
+        first = specs[paths[0]]
+        settings = quantizer.bits(first) or 8, quantizer.group(first), quantizer.scheme(first).symmetric
         if hessian is None or not hessian.diagonal().any():
             found |= {path: quantize(matrix, *settings) for path, matrix in matrices.items()}
         elif not np.isfinite(hessian).all():
@@ -110,11 +109,15 @@ def _quantized(
     return found
 
 
-def _with_same_inputs(leaves: dict[str, Calibrated]) -> list[list[str]]:
-    """Group the paths of matrices of a component that had the same inputs."""
+def _with_same_inputs(
+    leaves: dict[str, Calibrated], quantizer: Quantizer, specs: dict[str, Any]
+) -> list[list[str]]:
+    """Group the paths of matrices of a component that had the same inputs and have the same scheme."""
     groups: list[list[str]] = []
+    scheme = {path: quantizer.scheme(specs[path]) for path in leaves}
     for path in leaves:
-        same = [group for group in groups if _same_inputs(group[0], path, leaves)]
+        alike = [group for group in groups if scheme[group[0]] == scheme[path]]
+        same = [group for group in alike if _same_inputs(group[0], path, leaves)]
         if same:
             same[0].append(path)
         else:
