@@ -234,7 +234,7 @@ def divergence(
         model.source, *stored_types(model), reference.source, selection.convention, selection.size(model),
         selection.step if selection.convention in STRIDED else None, len(windows), kl.size,
         *_mean(kl), float(np.median(kl)), float(np.quantile(kl, 0.9)), float(np.quantile(kl, 0.99)),
-        float(kl.max()), math.sqrt(float(np.vdot(changes, changes)) / kl.size), float(tops.mean()),
+        float(kl.max()), float(np.sqrt(np.mean(np.square(changes, dtype=np.float64)))), float(tops.mean()),
         math.exp(-own.mean()), math.exp(-expected.mean()),
     )  # fmt: skip
 

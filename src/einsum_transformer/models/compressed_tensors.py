@@ -6,33 +6,34 @@ Codes of 4 or 8 bits are packed into words of 32 bits along the inputs as code +
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from einsum_transformer.engine import Leaf
 from einsum_transformer.errors import InputError
+from einsum_transformer.models.decoder import Decoder
+from einsum_transformer.models.families.family import Family
 from einsum_transformer.models.peft_names import EMBEDDING, HEAD, POSITIONS
-from einsum_transformer.models.scheme import Scheme
+from einsum_transformer.models.scheme import Quantization, Scheme
 from einsum_transformer.numerics.uniform import unpack_nibbles
 from einsum_transformer.tree import named_leaves
-
-if TYPE_CHECKING:
-    from einsum_transformer.models.model import Model
 
 Array = np.ndarray
 
 
-def compressed(model: Model) -> tuple[dict[str, Array], set[str], dict[str, Any]]:
+def compressed(
+    decoder: Decoder, family: Family, quantization: Quantization | None, source: str
+) -> tuple[dict[str, Array], set[str], dict[str, Any]]:
     """Return the tensors of the quantized matrices, the checkpoint names of these matrices, and the
-    `quantization_config`; the embedding and the output head are not included.
+    `quantization_config`; the embedding and the output head are not included. source: the model, for messages.
 
     Raises InputError for a model that the format cannot describe.
     """
-    if model.quantization is None:
-        raise InputError(f"{model.source}: the model is not quantized: `save_format` has no effect")
-    scheme = model.quantization.scheme
-    if model.quantization.by_name:
+    if quantization is None:
+        raise InputError(f"{source}: the model is not quantized: `save_format` has no effect")
+    scheme = quantization.scheme
+    if quantization.by_name:
         raise InputError("compressed-tensors: weights with schemes of their own are not supported")
     if scheme.weight_bits not in (4, 8) or scheme.activation_bits == 4:
         raise InputError(f"compressed-tensors: W4 and W8 with A8 and A16 are supported, not {scheme}")
@@ -40,22 +41,22 @@ def compressed(model: Model) -> tuple[dict[str, Array], set[str], dict[str, Any]
     arrays: dict[str, Array] = {}
     names: set[str] = set()
     ignored: list[str] = []
-    for path, leaf in named_leaves(model.decoder):
-        name = model.family.checkpoint_name(path)
+    for path, leaf in named_leaves(decoder):
+        name = family.checkpoint_name(path)
         packed = leaf.packed() if isinstance(leaf, Leaf) else None
         if packed is None or path in (EMBEDDING, HEAD):
             if len(leaf.shape) > 1 and path not in (EMBEDDING, POSITIONS):
                 ignored.append(name.removesuffix(".weight"))
             continue
-        if model.family.is_transposed(path) or not name.endswith(".weight"):
-            raise InputError(f"{model.source}: compressed-tensors cannot describe {name}")
+        if family.is_transposed(path) or not name.endswith(".weight"):
+            raise InputError(f"{source}: compressed-tensors cannot describe {name}")
         parts, (rows, width, bits, group) = packed
         if "divisor" in parts:
             raise InputError(
-                f"{model.source}: compressed-tensors has no scales of columns, as those of {name} (awq)"
+                f"{source}: compressed-tensors has no scales of columns, as those of {name} (awq)"
             )
         if scheme.granularity == "group" and width % group:
-            raise InputError(f"{model.source}: the rows of {name} are not a multiple of {group} elements")
+            raise InputError(f"{source}: the rows of {name} are not a multiple of {group} elements")
         codes = unpack_nibbles(parts["codes"], width) if bits <= 4 else parts["codes"]
         own = {"weight": codes} if plain else packed_tensors(codes, bits)
         own["weight_scale"] = parts["scales"]

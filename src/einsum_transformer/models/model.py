@@ -201,7 +201,9 @@ class Model:
             codes, quantized = self._codes()
             parameters = self._named(self.decoder, quantized)
         else:
-            codes, names, config["quantization_config"] = compressed(self)
+            codes, names, config["quantization_config"] = compressed(
+                self.decoder, self.family, self.quantization, self.source
+            )
             parameters = self._named(self.decoder, names)
         if self.quantization is not None and save_format == METHOD:
             config["quantization_config"] = {
