@@ -22,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "examples" / "shakespeare.txt"
-CHARACTERS, SIZE, STRIDE = 3000, 256, 96
+CHARACTERS, SIZE, STRIDE = 1600, 128, 48
 
 
 def hf_stride(model: Any, ids: Any) -> float:

@@ -26,7 +26,7 @@ def compressed(
     decoder: Decoder, family: Family, quantization: Quantization | None, source: str
 ) -> tuple[dict[str, Array], set[str], dict[str, Any]]:
     """Return the tensors of the quantized matrices, the checkpoint names of these matrices, and the
-    `quantization_config`; the embedding and the output head are not included. source: the model, for messages.
+    `quantization_config`; the embedding and the output head are not included. source: for messages.
 
     Raises InputError for a model that the format cannot describe.
     """
