@@ -72,6 +72,7 @@ KEYS = {
     " kl_standard_error kl_median kl_p90 kl_p99 kl_max probability_rms same_top perplexity"
     " reference_perplexity",
     "sensitivity": "model by schemes ctx_size chunks tokens bytes_before parts uniform budget mixed curve",
+    "precision": "model tokens variants steps drift logits",
     "gradcheck": "model tolerance loss whole rows filled passed",
     "machine": "processor threads libraries measured bandwidth choice date path",
 }
@@ -357,6 +358,21 @@ def test_sensitivity(files: Files) -> None:
     assert Path("pareto.png").read_bytes()[:4] == b"\x89PNG"
     flags = [each for each in flags if each not in ("--plot", "pareto.png")]
     assert etx("sensitivity", files.model, "-f", files.text, *flags).out == f"{result}\n"
+
+
+def test_precision(files: Files) -> None:
+    given = {"MODEL": files.model, "model": files.model, "FILE": files.text}
+    flags, more = ["-c", 24, "--scheme", "W4A16g32"], {"ctx_size": 24, "schemes": ["W4A16g32"]}
+    ran, result = both(row_of("precision"), given, flags, more)
+    assert isinstance(result, et.Precision)
+    found = same("precision", ran, result)
+    assert found["variants"] == ["float32", "bfloat16", "W4A16g32"]
+    assert etx("precision", files.model, "-f", files.text, *flags).out == f"{result}\n"
+    every = etx("precision", files.model, "-f", files.text, *flags, "--every").out
+    assert every == f"{result.text(every=True)}\n"
+    ran = etx("precision", "fast_lora", "--max-layers", 1, "-c", 8, "--seed", 2, "--scheme", "W8A8", "--json")
+    model = et.load("fast_lora", max_layers=1, seed=2)
+    same("precision", ran, et.precision(model, schemes=["W8A8"], ctx_size=8, seed=2))
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         "Perplexity": et.perplexity(model, "a b c d " * 9, ctx_size=4),
         "QuantizationReport": et.quantization_report(et.quantize(model, "W8A8"), model),
         "Sensitivity": et.sensitivity(model, "a b c d " * 9, ["W8A16"], ctx_size=4),
+        "Precision": et.precision(model, None, ["W8A16"], ctx_size=4),
         "Divergence": et.divergence(model, model, "a b c d " * 9, ctx_size=4),
         "Inspection": et.inspect(folder),
         "Merge": et.merge(model, top / "adapter"),
@@ -103,6 +104,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         ("quantization_report",): {"model": et.quantize(model, "W8A8")},
         ("perplexity",): {"source": model, "text": "a b c d " * 9, "ctx_size": 4},
         ("sensitivity",): {"source": model, "text": "a b c d " * 9, "ctx_size": 4},
+        ("precision",): {"source": model, "ctx_size": 4},
         ("divergence",): {"source": model, "reference": model, "text": "a b c d " * 9, "ctx_size": 4},
         ("read_run_config",): {"path": "llama"},
         ("save_adapter",): {

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.inspect import Inspection
     from einsum_transformer.analysis.machine import Machine
     from einsum_transformer.analysis.parity import Parity
+    from einsum_transformer.analysis.precision import Precision
     from einsum_transformer.analysis.quantization import QuantizationReport
     from einsum_transformer.analysis.sensitivity import Sensitivity
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
     from einsum_transformer.api.evaluate import divergence, perplexity
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
+    from einsum_transformer.api.precision import precision
     from einsum_transformer.api.profile import Profile, profile
     from einsum_transformer.api.quantize import quantization_report, quantize
     from einsum_transformer.api.sensitivity import sensitivity
@@ -74,6 +76,7 @@ __all__ = [
     "ModelConfig",
     "Parity",
     "Perplexity",
+    "Precision",
     "Profile",
     "Program",
     "QuantizationReport",
@@ -110,6 +113,7 @@ __all__ = [
     "merge",
     "parity",
     "perplexity",
+    "precision",
     "profile",
     "pull",
     "quantization_report",
@@ -149,6 +153,7 @@ _HOMES = {
     "ModelConfig": "models.config",
     "Parity": "analysis.parity",
     "Perplexity": "analysis.evaluate",
+    "Precision": "analysis.precision",
     "Profile": "api.profile",
     "QuantizationReport": "analysis.quantization",
     "Program": "analysis.explain",
@@ -186,6 +191,7 @@ _HOMES = {
     "merge": "api.merge",
     "parity": "api.compare",
     "perplexity": "api.evaluate",
+    "precision": "api.precision",
     "profile": "api.profile",
     "pull": "loading.hub",
     "quantization_report": "api.quantize",

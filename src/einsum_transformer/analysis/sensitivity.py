@@ -39,6 +39,8 @@ _SHOWN = 20
 """Rows of the table, unless all are asked for."""
 _LABELS = 8
 """Parts that the plot names."""
+_APART = 0.12
+"""The distance of labels in powers of ten, so that they do not overlap."""
 _LEAST = 1e-9
 """The least divergence of the plot, whose axis is logarithmic."""
 _WHOLE = "model"
@@ -502,14 +504,17 @@ def _plot_parts(axes: Any, found: Sensitivity) -> None:
         name: [((each.bytes_before - each.bytes) / 1e6, max(each.kl_mean, _LEAST)) for each in row]
         for name, row in _by_part(found).items()
     }
-    for i, (name, own) in enumerate(points.items()):
+    labels: list[float] = []
+    for name, own in points.items():
         axes.plot(*zip(*own), color="0.85", linewidth=1, zorder=0)
-        if i < _LABELS:
-            highest = max(own, key=lambda point: point[1])
+        highest = max(own, key=lambda point: point[1])
+        free = all(abs(math.log10(highest[1] / other)) > _APART for other in labels)
+        if free and len(labels) < _LABELS:
+            labels.append(highest[1])
             axes.annotate(name, highest, fontsize=7, xytext=(4, 2), textcoords="offset points")
     for i, scheme in enumerate(found.schemes):
         axes.scatter(*zip(*(own[i] for own in points.values())), s=14, label=scheme)
-    axes.set(yscale="log", xlabel="bytes saved (MB)", ylabel="KL divergence (nats per token)")
+    axes.set(xscale="log", yscale="log", xlabel="bytes saved (MB)", ylabel="KL divergence (nats per token)")
     axes.set_title(f"one {found.by} quantized")
     axes.margins(x=0.2)
     axes.legend(frameon=False, fontsize=8)

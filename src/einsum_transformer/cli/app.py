@@ -24,6 +24,7 @@ from einsum_transformer.cli.inspect import inspect
 from einsum_transformer.cli.machine import machine
 from einsum_transformer.cli.merge import merge
 from einsum_transformer.cli.parity import parity
+from einsum_transformer.cli.precision import precision
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.quantize import quantize
 from einsum_transformer.cli.run import run
@@ -126,6 +127,7 @@ def _application() -> typer.Typer:
         quantize,
         eval,
         sensitivity,
+        precision,
         gradcheck,
         parity,
         pull,
@@ -165,6 +167,7 @@ def _etx(
     etx quantize --quantization W4A16g64 -o my-small-model   write a model with weights of 4 bits
     etx eval ppl -f notes.txt                      perplexity on a text; kld: divergence of a quantized model
     etx sensitivity -f notes.txt --budget 90M      which matrices suffer from few bits; a mixed scheme
+    etx precision -f notes.txt                     the error of each step against float64
     etx gradcheck fast_lora                        hand-derived gradients against central differences
     etx machine                                    measure the BLAS libraries of this machine
     etx run fast_lora                              a model of random weights, described by a JSON file

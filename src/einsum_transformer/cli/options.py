@@ -83,12 +83,16 @@ TextFile = Annotated[
 ChunkSize = Annotated[
     int | None,
     typer.Option(
-        "--ctx-size", "-c", metavar="N", min=1, help="Tokens of the context: of a chunk (default 512)."
+        "--ctx-size", "-c", metavar="N", min=1, help="Tokens of the context: of a chunk (512; precision 128)."
     ),
 ]
 Chunks = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Use only the first N chunks (default all; sensitivity 4)."),
+]
+Schemes = Annotated[
+    list[str] | None,
+    typer.Option("--scheme", metavar="SCHEME", help="A quantization to measure, W8A16; may be repeated."),
 ]
 Every = Annotated[bool, typer.Option("--every", help="Show all rows of the table.")]
 GradCheckpoint = Annotated[

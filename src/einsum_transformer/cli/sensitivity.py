@@ -15,11 +15,6 @@ from einsum_transformer.errors import InputError
 class Measured:
     """What is quantized, and where the results are written."""
 
-    schemes: list[str] | None = flag(
-        "--scheme",
-        metavar="SCHEME",
-        help="A scheme to measure; may be repeated (default W8A16, W4A16g32, W4A16g128).",
-    )
     by: str = flag(default="kind", metavar="tensor|layer|kind", help="What is quantized alone.")
     budget: str | None = flag(
         metavar="SIZE", help="Propose a mixed scheme with at most this size of weights (90M), and measure it."
@@ -34,6 +29,7 @@ def sensitivity(
     *,
     named: options.NamedOrConfig,
     file: options.TextFile = ...,  # type: ignore[assignment]
+    schemes: options.Schemes = None,
     measured: Measured,
     ctx_size: options.ChunkSize = None,
     chunks: options.Chunks = None,
@@ -63,10 +59,9 @@ def sensitivity(
         raise InputError(f"{path}: not a file")
     if measured.plot is not None:
         check_plot(measured.plot)
-    given = {"ctx_size": ctx_size, "chunks": chunks, "results": measured.results}
-    more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if measured.schemes:
-        more["schemes"] = measured.schemes
+    given: dict[str, Any] = {"ctx_size": ctx_size, "chunks": chunks, "results": measured.results}
+    given["schemes"] = schemes or None
+    more = {name: value for name, value in given.items() if value is not None}
     if measured.budget is not None:
         more["budget"] = options.parse_size(measured.budget, "--budget")
     settings = {"max_layers": max_layers, "seed": seed, "quantization": "none"}
