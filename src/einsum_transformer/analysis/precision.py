@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.evaluate import windows_of
+from einsum_transformer.analysis.evaluate import Selection
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Leaf, Recorder
 from einsum_transformer.errors import InputError
@@ -153,7 +153,8 @@ def _scheme(text: str) -> Quantization:
 def _tokens(model: Model, text: str | Path | None, ctx_size: int, seed: int) -> Array:
     """The first chunk of the text, or random tokens, (1, ctx_size)."""
     if text is not None:
-        return windows_of(model, text, ctx_size, 1)
+        window = Selection("llamacpp", ctx_size, chunks=1).windows(model, text).windows[0]
+        return window.tokens[None]
     most = model.config.max_position_embeddings
     if ctx_size < 2 or ctx_size > most:
         raise InputError(f"`ctx_size` is {ctx_size}: expected 2 to the positions of the model, {most:,}")
