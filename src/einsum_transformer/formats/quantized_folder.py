@@ -11,7 +11,7 @@ import numpy as np
 from einsum_transformer.errors import FormatError
 from einsum_transformer.formats import Names, Packed, TensorInfo, TensorSource
 from einsum_transformer.formats.mapped import quoted
-from einsum_transformer.formats.quantized_methods import METHODS, Form, Read, method_name
+from einsum_transformer.formats.quantized_methods import METHODS, Form, Method, Read, method_name
 from einsum_transformer.notes import note_once
 
 Array = np.ndarray
@@ -26,7 +26,7 @@ class QuantizedFolder:
     def __init__(self, tensors: TensorSource, settings: Mapping[str, Any]) -> None:
         self.path: Path = tensors.path
         self._tensors = tensors
-        self.method = METHODS[method_name(settings)](settings, str(self.path / "config.json"))
+        self.method: Method = METHODS[method_name(settings)](settings, str(self.path / "config.json"))
         suffixes = self.method.suffixes
         present = set(tensors.names())
         used: set[str] = {name for name in present if name.rpartition(".")[2] in self.method.unused}

@@ -49,7 +49,8 @@ class Method(ABC):
     """Last names of tensors without an effect on the values of the weights."""
 
     def __init__(self, settings: Mapping[str, Any], where: str) -> None:
-        self.settings, self.where = settings, where
+        self.settings: Mapping[str, Any] = settings
+        self.where: str = where
 
     @property
     def activations(self) -> bool:
@@ -110,9 +111,9 @@ class Fp8(Method):
     weight: F8_E4M3 (n, k). weight_scale_inv: (ceil(n / 128), ceil(k / 128)), or one number.
     """
 
-    label = "FP8"
+    label: ClassVar[str] = "FP8"
     suffixes: ClassVar[Mapping[str, str]] = {"codes": "weight", "scales": "weight_scale_inv"}
-    unused = ("activation_scale", "input_scale")
+    unused: ClassVar[tuple[str, ...]] = ("activation_scale", "input_scale")
 
     def __init__(self, settings: Mapping[str, Any], where: str) -> None:
         super().__init__(settings, where)
@@ -153,14 +154,14 @@ class Gptq(Method):
     is gptq_v2. scales: (groups, n). g_idx: I32 (k), the group of each column.
     """
 
-    label = "GPTQ"
+    label: ClassVar[str] = "GPTQ"
     suffixes: ClassVar[Mapping[str, str]] = {
         "codes": "qweight",
         "zeros": "qzeros",
         "scales": "scales",
         "columns": "g_idx",
     }
-    optional = ("columns",)
+    optional: ClassVar[tuple[str, ...]] = ("columns",)
 
     def __init__(self, settings: Mapping[str, Any], where: str) -> None:
         super().__init__(settings, where)
@@ -209,7 +210,7 @@ class Awq(Method):
     qweight: I32 (k, n / 8). qzeros: I32 (groups, n / 8). scales: (groups, n).
     """
 
-    label = "AWQ"
+    label: ClassVar[str] = "AWQ"
     suffixes: ClassVar[Mapping[str, str]] = {"codes": "qweight", "zeros": "qzeros", "scales": "scales"}
 
     def __init__(self, settings: Mapping[str, Any], where: str) -> None:
@@ -256,7 +257,7 @@ class CompressedTensors(Method):
     (ceil(n * bits / 32), groups), packed along the rows, or I8 (n, groups).
     """
 
-    label = "compressed-tensors"
+    label: ClassVar[str] = "compressed-tensors"
     suffixes: ClassVar[Mapping[str, str]] = {
         "packed": "weight_packed",
         "codes": "weight",
@@ -266,8 +267,8 @@ class CompressedTensors(Method):
         "shape": "weight_shape",
         "divisor": "weight_global_scale",
     }
-    optional = ("packed", "codes", "zeros", "columns", "shape", "divisor")
-    unused = (
+    optional: ClassVar[tuple[str, ...]] = ("packed", "codes", "zeros", "columns", "shape", "divisor")
+    unused: ClassVar[tuple[str, ...]] = (
         *("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point"),
         *("k_scale", "v_scale", "q_scale", "weight_observer"),
     )
@@ -399,9 +400,9 @@ class Mlx(Method):
     exponents; nvfp4: scales U8, which are float8.
     """
 
-    label = "MLX"
+    label: ClassVar[str] = "MLX"
     suffixes: ClassVar[Mapping[str, str]] = {"codes": "weight", "scales": "scales", "biases": "biases"}
-    optional = ("biases",)
+    optional: ClassVar[tuple[str, ...]] = ("biases",)
 
     def __init__(self, settings: Mapping[str, Any], where: str) -> None:
         super().__init__(settings, where)
