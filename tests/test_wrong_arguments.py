@@ -67,6 +67,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         "Sensitivity": et.sensitivity(model, "a b c d " * 9, ["W8A16"], ctx_size=4),
         "Precision": et.precision(model, None, ["W8A16"], ctx_size=4),
         "Divergence": et.divergence(model, model, "a b c d " * 9, ctx_size=4),
+        "Evaluation": et.Evaluation("a model", None, ("float32", "float32"), "0.4.13", {}, {}, {}, {}),
         "Inspection": et.inspect(folder),
         "Merge": et.merge(model, top / "adapter"),
         "Model": model,
@@ -105,6 +106,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         ("perplexity",): {"source": model, "text": "a b c d " * 9, "ctx_size": 4},
         ("sensitivity",): {"source": model, "text": "a b c d " * 9, "ctx_size": 4},
         ("precision",): {"source": model, "ctx_size": 4},
+        ("evaluate",): {"source": model, "tasks": "a_task"},
         ("divergence",): {"source": model, "reference": model, "text": "a b c d " * 9, "ctx_size": 4},
         ("read_run_config",): {"path": "llama"},
         ("save_adapter",): {

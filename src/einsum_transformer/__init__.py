@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.precision import Precision
     from einsum_transformer.analysis.quantization import QuantizationReport
     from einsum_transformer.analysis.sensitivity import Sensitivity
+    from einsum_transformer.analysis.tasks import Evaluation
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
-    from einsum_transformer.api.evaluate import divergence, perplexity
+    from einsum_transformer.api.evaluate import divergence, evaluate, perplexity
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
     from einsum_transformer.api.precision import precision
@@ -63,6 +64,7 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "Divergence",
+    "Evaluation",
     "FormatError",
     "Generation",
     "GenerationOptions",
@@ -104,6 +106,7 @@ __all__ = [
     "enable_prefill_decode_split",
     "enable_quantization",
     "enable_speculative_decoding",
+    "evaluate",
     "explain",
     "generate",
     "gradcheck",
@@ -140,6 +143,7 @@ _HOMES = {
     "Comparison": "analysis.compare",
     "ConfigError": "errors",
     "Divergence": "analysis.evaluate",
+    "Evaluation": "analysis.tasks",
     "FormatError": "errors",
     "Generation": "generation.rows",
     "GenerationOptions": "generation.options",
@@ -182,6 +186,7 @@ _HOMES = {
     "enable_prefill_decode_split": "models.switches",
     "enable_quantization": "models.switches",
     "enable_speculative_decoding": "models.switches",
+    "evaluate": "api.evaluate",
     "explain": "api.compare",
     "generate": "generation.decode",
     "gradcheck": "api.compare",

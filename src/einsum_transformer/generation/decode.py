@@ -187,7 +187,7 @@ def decode_batch(
             raise InputError(
                 f"the prompt has {start + longest} tokens, expected at most {limit} (the context)"
             )
-        tokens, pads = _left_padded([result.prompt_tokens for result in results])
+        tokens, pads = left_padded([result.prompt_tokens for result in results])
         model.checked(tokens)
         earlier: list[list[int]] = (
             [[] for _ in results] if cache is None else _cached_tokens(cache, len(results))
@@ -323,7 +323,7 @@ def encode(model: Model, text: str) -> list[int]:
     return tokens
 
 
-def _left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:
+def left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:
     """Return prompts as one array, padded on the left, and the padding of each."""
     longest = max(map(len, prompts))
     pads = np.array([longest - len(prompt) for prompt in prompts])
