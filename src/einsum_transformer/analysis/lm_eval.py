@@ -30,7 +30,7 @@ DEFAULT_BATCH = 8
 
 
 @register_model("einsum_transformer")
-class EinsumTransformerLM(LM):
+class _EinsumTransformerLM(LM):
     """A model of this package in lm-evaluation-harness.
 
     pretrained: a model, or a source that `load` takes. batch_size: requests per forward pass; "auto":
@@ -165,7 +165,7 @@ def run(
         manager = TaskManager(include_path=path)
     names = list(dict.fromkeys(name for task in tasks for name in _names(task, manager)))
     model = open_model()
-    lm = EinsumTransformerLM(model, **settings)
+    lm = _EinsumTransformerLM(model, **settings)
     try:
         found = lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, **options)
     except OSError as error:  # a data set that cannot be read or downloaded
