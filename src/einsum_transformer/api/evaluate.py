@@ -90,7 +90,7 @@ def evaluate(
 
     Texts are encoded, truncated and divided into windows as by the harness's own model class for
     transformers, so that scores can be compared. Log-probabilities are computed in float64.
-    source: a model, or any source that `load` takes. tasks: names, patterns such as "mmlu_*", or paths of
+    source: a model, or any source that `load` takes. tasks: names, patterns such as `mmlu_*`, or paths of
     YAML files. num_fewshot: examples in each prompt; default those of the task. limit: only the first
     documents of each task; below 1, this share of them. batch_size: requests per forward pass. include_path:
     a folder with further tasks. apply_chat_template: write prompts as conversations; a text is the name of
