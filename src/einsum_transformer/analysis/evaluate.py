@@ -223,8 +223,7 @@ def divergence(
         targets = _targets(window)
         for rows, (q, p) in _scored(window, model, reference):
             at = np.arange(len(q)), targets[rows]
-            scores[0, rows] = np.vecdot(np.exp(p), p - q)
-            scores[1, rows] = p.argmax(axis=1) == q.argmax(axis=1)
+            scores[0, rows], scores[1, rows] = row_divergences(p, q)
             scores[2, rows], scores[3, rows] = q[at], p[at]
         found.append(scores)
         progress(i + 1, len(windows))
@@ -237,6 +236,11 @@ def divergence(
         float(kl.max()), float(np.sqrt(np.mean(np.square(changes, dtype=np.float64)))), float(tops.mean()),
         math.exp(-own.mean()), math.exp(-expected.mean()),
     )  # fmt: skip
+
+
+def row_divergences(p: Array, q: Array) -> tuple[Array, Array]:
+    """Return KL(p || q) of each row of log-probabilities, and whether the most probable tokens are equal."""
+    return np.vecdot(np.exp(p), p - q), p.argmax(axis=1) == q.argmax(axis=1)
 
 
 def _targets(window: Window) -> Array:
@@ -260,14 +264,18 @@ def log_probabilities(*logits: Array) -> Iterator[tuple[slice, list[Array]]]:
         found = [np.empty((rows.stop - start, each.shape[1])) for each in logits]
 
         def run(i: int, j: int, start: int = start, found: list[Array] = found) -> None:
-            row = found[i][j]
-            row[...] = logits[i][start + j]
-            row -= row.max()
-            row -= np.log(np.exp(row).sum())
+            log_softmax(logits[i][start + j], found[i][j])
 
         pairs = [(i, j) for i in range(len(logits)) for j in range(rows.stop - start)]
         for_each(run, pairs, coarse=found[0].size > 1 << 16)
         yield rows, found
+
+
+def log_softmax(logits: Array, out: Array) -> None:
+    """Write the log-probabilities of a row of logits (v,) to `out`, in its type."""
+    out[...] = logits
+    out -= out.max()
+    out -= np.log(np.exp(out).sum())
 
 
 def scored_logits(model: Model, window: Window) -> Array:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from einsum_transformer.analysis.evaluate import log_softmax
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.decode import generate, left_padded
@@ -22,6 +23,7 @@ from einsum_transformer.models.families.family import token_ids
 from einsum_transformer.models.finite import is_finite
 from einsum_transformer.models.model import Model
 from einsum_transformer.text.tokenizer import Tokenizer
+from einsum_transformer.text.windows import rolling_windows
 
 Array = np.ndarray
 Item = TypeVar("Item")
@@ -260,15 +262,6 @@ class Answers:
         return found
 
 
-def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[Pair]:
-    """Yield (context, continuation) so that each token is in one continuation, in windows of `length` tokens
-    before the last one. All but the last have a context of one token; the last has as many as fit."""
-    for start in range(0, len(tokens), length):
-        end = min(start + length, len(tokens))
-        context = [prefix] if start == 0 else list(tokens[end - length - 1 : start])
-        yield context, list(tokens[start:end])
-
-
 def before(text: str, stops: Sequence[str]) -> str:
     """Return the text before the first stop string."""
     for stop in stops:
@@ -293,9 +286,8 @@ def _log_probabilities(
     first = length - tail
 
     def score(i: int, column: int, logits: Array) -> None:
-        row = logits.astype(np.float64)
-        row -= row.max()
-        row -= np.log(np.exp(row).sum())
+        row = np.empty(v)
+        log_softmax(logits, row)
         if column == length - 1:
             last[i] = row
         else:

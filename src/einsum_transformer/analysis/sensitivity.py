@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.evaluate import Selection, log_probabilities, scored_logits
+from einsum_transformer.analysis.evaluate import Selection, log_probabilities, row_divergences, scored_logits
 from einsum_transformer.analysis.measurements import Measurements
 from einsum_transformer.analysis.plots import new_figure, write_figure
 from einsum_transformer.arguments import checked
@@ -375,8 +375,7 @@ def _divergences(reference: Array, logits: Array) -> tuple[Array, Array]:
     """KL(reference || model) of each token, and whether the most probable tokens are equal."""
     kl, same = np.empty(len(logits)), np.empty(len(logits), bool)
     for rows, (p, q) in log_probabilities(reference, logits):
-        kl[rows] = np.vecdot(np.exp(p), p - q)
-        same[rows] = p.argmax(axis=1) == q.argmax(axis=1)
+        kl[rows], same[rows] = row_divergences(p, q)
     return kl, same
 
 

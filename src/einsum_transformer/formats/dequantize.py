@@ -19,8 +19,8 @@ _BYTES = 0x0101010101010101
 """A one in each byte of eight."""
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 """The values of the codes of IQ4_NL and IQ4_XS."""
-_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-"""Twice the values of the codes of MXFP4, floats with 2 bits of exponent and 1 of mantissa."""
+E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+"""Twice the values of the numbers of 4 bits with 2 bits of exponent and 1 of mantissa."""
 
 
 class Groups(NamedTuple):
@@ -196,7 +196,7 @@ def _mxfp4(stored: Array) -> Groups:
     bits = exponent.astype(np.uint32)
     bits = np.where(bits < 2, np.uint32(1 << 21) << bits, bits - np.uint32(1) << np.uint32(23))
     scales = bits.astype(np.uint32).view(np.float32)[:, None]
-    return Groups(_E2M1.take(_planes(q, 16, 4).reshape(-1, 1, 32)), scales)
+    return Groups(E2M1.take(_planes(q, 16, 4).reshape(-1, 1, 32)), scales)
 
 
 GROUPS: dict[str, Callable[[Array], Groups]] = {

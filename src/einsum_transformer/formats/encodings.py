@@ -14,15 +14,13 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from einsum_transformer.formats.dequantize import GROUPS, Groups, dequantize
+from einsum_transformer.formats.dequantize import E2M1, GROUPS, Groups, dequantize
 
 Array = np.ndarray
 Parts = Mapping[str, Array]
 
 SHARED = ("columns",)
 """Parts that all rows share."""
-E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-"""Twice the values of the numbers of 4 bits with 2 bits of exponent and 1 of mantissa."""
 
 
 class Encoding(Protocol):

@@ -152,9 +152,13 @@ def _is_packed(
     than half of the memory. Raises InputError for settings that exclude it."""
     assert found.tensors is not None
     source = found.tensors.path
-    others = {"weight_budget": options.weight_budget is not None, "`dtype` bfloat16": quantizer is not None}
-    others["quantization"] = options.quantization is not None
-    excluded = next((f"`{name}`".replace("``", "`") for name in reversed(others) if others[name]), None)
+    excluded = None
+    if options.quantization is not None:
+        excluded = "`quantization`"
+    elif quantizer is not None:
+        excluded = "`dtype` bfloat16"
+    elif options.weight_budget is not None:
+        excluded = "`weight_budget`"
     encodings = sorted({info.dtype for info in found.infos.values()} & ENCODINGS)
     if options.packed and not encodings and found.quantization is None:
         raise InputError(f"{source}: `packed` needs quantized tensors, and there are none")

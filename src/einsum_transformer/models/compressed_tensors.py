@@ -38,6 +38,10 @@ def compressed(
     if scheme.weight_bits not in (4, 8) or scheme.activation_bits == 4:
         raise InputError(f"compressed-tensors: W4 and W8 with A8 and A16 are supported, not {scheme}")
     plain = scheme.weight_bits == 8 and scheme.activation_bits == 8
+    if not plain and scheme.granularity == "tensor" and not scheme.symmetric:
+        raise InputError(
+            "compressed-tensors: packed weights with one zero point for a matrix are not supported"
+        )
     arrays: dict[str, Array] = {}
     names: set[str] = set()
     ignored: list[str] = []
@@ -69,10 +73,6 @@ def compressed(
             own = {key: each.reshape(1) if each.size == 1 else each for key, each in own.items()}
         names.add(name)
         arrays |= {name.removesuffix("weight") + key: np.ascontiguousarray(each) for key, each in own.items()}
-    if not plain and scheme.granularity == "tensor" and not scheme.symmetric:
-        raise InputError(
-            "compressed-tensors: packed weights with one zero point for a matrix are not supported"
-        )
     return arrays, names, settings(scheme, plain, ignored)
 
 

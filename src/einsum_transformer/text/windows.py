@@ -19,7 +19,7 @@ Windows differ in their length, their overlap and the tokens that begin them, an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +89,10 @@ def windows_of(
             raise InputError(
                 f"the tokenizer has neither BOS nor EOS, which {convention} needs before the text"
             )
-        found = _rolling(ids, ctx_size, prefix)
+        found = (
+            Window(np.array([*before, *own], np.int64), len(own), len(own))
+            for before, own in rolling_windows(ids.tolist(), prefix, ctx_size)
+        )
     chosen = tuple(window for _, window in zip(range(most or len(whole)), found))
     return Windows(chosen, len(whole), len(re.split(r"\s+", content)), len(content.encode()))
 
@@ -128,15 +131,10 @@ def _overlapping(tokens: Array, size: int, stride: int) -> Iterator[Window]:
             return
 
 
-def _rolling(tokens: Array, size: int, prefix: int) -> Iterator[Window]:
-    before = np.concatenate([np.array([prefix], np.int64), tokens])
-    first = min(size, len(tokens))
-    yield Window(before[: first + 1], first, first)
-    done = first
-    while done < len(tokens):
-        new = min(len(tokens) - done, size)
-        end = done + new
-        # The context of lm-eval's disjoint windows: as many tokens as fit, but one at least.
-        context = max(1, size - new + 1)
-        yield Window(before[end - new - context + 1 : end + 1], new, new)
-        done = end
+def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield (context, continuation) so that each token is in one continuation, in windows of `length` tokens
+    before the last one. All but the last have a context of one token; the last has as many as fit."""
+    for start in range(0, len(tokens), length):
+        end = min(start + length, len(tokens))
+        context = [prefix] if start == 0 else list(tokens[end - length - 1 : start])
+        yield context, list(tokens[start:end])
