@@ -66,6 +66,7 @@ KEYS = {
     " advice losses validation folder",
     "merge": "model folder tensors",
     "quantize": "model quantization operations tensors",
+    "convert": "file outtype bytes",
     "eval ppl": "model quantization kv_cache convention ctx_size stride chunks tokens perplexity"
     " standard_error negative_log_likelihood bits_per_byte word_perplexity",
     "eval kld": "model quantization kv_cache reference convention ctx_size stride chunks tokens kl_mean"
@@ -331,6 +332,30 @@ def test_quantize(files: Files) -> None:
     ran = etx("quantize", files.model, *flags, "--calibration-chunks", 2, "-o", "gptq", "--json")
     assert ran.code == 2
     assert "tokens: at least" in ran.err
+
+
+def test_convert(files: Files) -> None:
+    row = row_of("convert")
+    path = et.convert(files.model, "called.gguf", "Q8_0")
+    ran = etx(row.command, files.model, "--outtype", "q8_0", "-o", "model.gguf", "--json")
+    assert json.loads(ran.out) == {
+        "file": "model.gguf",
+        "outtype": "Q8_0",
+        "bytes": path.stat().st_size,
+    }
+    assert set(json.loads(ran.out)) == set(KEYS["convert"].split())
+    assert Path("model.gguf").read_bytes() == path.read_bytes()
+    ran = etx("convert", files.model, "-o", "model.gguf")
+    assert ran.code == 0
+    assert re.search(r"model\.gguf: [\d.]+ kB, with matrices of type F16", ran.err)
+    for wrong, message in (
+        ((), "--output is required"),
+        (("--outtype", "Q3_K", "-o", "a.gguf"), "--outtype is 'Q3_K': expected F32"),
+        (("-o", "none/a.gguf"), "the folder none does not exist"),
+    ):
+        ran = etx("convert", files.model, *wrong)
+        assert ran.code == 2
+        assert message in ran.err
 
 
 def test_eval(files: Files) -> None:

@@ -101,6 +101,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         ("enable_gqa", "enable_moe", "enable_mqa", "enable_prefill_decode_split"): {"config": config},
         ("enable_quantization", "enable_speculative_decoding"): {"config": config},
         ("quantize",): {"source": folder, "scheme": "W8A16"},
+        ("convert",): {"source": folder, "output": top / "converted.gguf"},
         ("parity",): {"source": gpt2, "reference": reference},
         ("quantization_report",): {"model": et.quantize(model, "W8A8")},
         ("perplexity",): {"source": model, "text": "a b c d " * 9, "ctx_size": 4},

@@ -1,6 +1,7 @@
-"""Compare llama.cpp on the files of tests/gguf_files.py with transformers on their source checkpoints.
+"""Compare llama.cpp on GGUF files with transformers on their source checkpoints.
 
-python tools/check_gguf.py [CASE ...] prints the largest difference of the logits of each case."""
+python tools/check_gguf.py [CASE ...] prints the largest difference of the logits of each case, for the files
+of tests/gguf_files.py and those of `et.convert`."""
 
 import argparse
 import json
@@ -20,6 +21,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import einsum_transformer as et
 from gguf_files import write_model_gguf
 
 F32 = 0
@@ -171,8 +173,8 @@ def random_model(case: Case, seed: int) -> Any:
     return model
 
 
-def check(name: str) -> tuple[float, float]:
-    """The largest difference of the logits, and the largest logit."""
+def check(name: str) -> tuple[float, float | str, float]:
+    """The largest difference of the logits for both files, and the largest logit."""
     case, seed = CASES[name], zlib.crc32(name.encode())
     model = random_model(case, seed)
     tokens = np.random.default_rng(seed + 1).integers(0, SIZES["vocab_size"], case.length)
@@ -185,7 +187,13 @@ def check(name: str) -> tuple[float, float]:
         vocabulary = {"tokenizer.ggml.model": "none", "{arch}.vocab_size": SIZES["vocab_size"]}
         path = write_model_gguf(Path(folder) / "model.gguf", config, weights, **vocabulary, **case.options)
         actual = llama_cpp_logits(path, case.context, tokens.tolist())
-    return float(np.abs(actual - expected).max()), float(np.abs(expected).max())
+        own: float | str
+        try:
+            converted = et.convert(folder, Path(folder) / "own.gguf", "F32")
+            own = float(np.abs(llama_cpp_logits(converted, case.context, tokens.tolist()) - expected).max())
+        except et.InputError as error:
+            own = str(error).removeprefix(f"{folder}: ")
+    return float(np.abs(actual - expected).max()), own, float(np.abs(expected).max())
 
 
 def llama_cpp_logits(path: Path, context: int, tokens: list[int]) -> np.ndarray:
@@ -215,8 +223,9 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for name in parser.parse_args().cases or CASES:
-        difference, largest = check(name)
-        print(f"{name:24} {difference:.1e} of {largest:.1f}", flush=True)
+        difference, own, largest = check(name)
+        own = own if isinstance(own, str) else f"{own:.1e}"
+        print(f"{name:24} {difference:.1e}, converted {own}, of {largest:.1f}", flush=True)
 
 
 if __name__ == "__main__":

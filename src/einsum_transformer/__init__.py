@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.sensitivity import Sensitivity
     from einsum_transformer.analysis.tasks import Evaluation
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
+    from einsum_transformer.api.convert import convert
     from einsum_transformer.api.evaluate import divergence, evaluate, perplexity
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
@@ -97,6 +98,7 @@ __all__ = [
     "TrainingSettings",
     "Turn",
     "available_configs",
+    "convert",
     "diff",
     "divergence",
     "einsum",
@@ -176,6 +178,7 @@ _HOMES = {
     "TrainingObserver": "api.train",
     "TrainingSettings": "training.loop",
     "Turn": "generation.chat",
+    "convert": "api.convert",
     "diff": "api.compare",
     "divergence": "api.evaluate",
     "available_configs": "models.ready",

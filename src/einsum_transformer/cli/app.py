@@ -15,6 +15,7 @@ import typer
 from typer.main import get_command
 
 from einsum_transformer.cli.chat import chat
+from einsum_transformer.cli.convert import convert
 from einsum_transformer.cli.diff import diff
 from einsum_transformer.cli.eval import eval
 from einsum_transformer.cli.explain import explain
@@ -125,6 +126,7 @@ def _application() -> typer.Typer:
         train,
         merge,
         quantize,
+        convert,
         eval,
         sensitivity,
         precision,

@@ -75,7 +75,7 @@ Rows = Annotated[
 ]
 Length = Annotated[int, typer.Option("--seq-len", metavar="N", min=1, help="Tokens of each row.")]
 Output = Annotated[
-    str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write the result to.")
+    str | None, typer.Option("--output", "-o", metavar="PATH", help="Folder to write the result to.")
 ]
 TextFile = Annotated[
     str, typer.Option("--file", "-f", metavar="FILE", show_default=False, help="A text in UTF-8.")

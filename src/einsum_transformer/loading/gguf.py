@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from einsum_transformer.components.rope import RopeConfig, inverse_frequencies
 from einsum_transformer.errors import ConfigError, FormatError, InputError
-from einsum_transformer.formats import TensorSource
+from einsum_transformer.formats import TensorInfo, TensorSource
 from einsum_transformer.formats.gguf import GGUFFile
 from einsum_transformer.leaves.resident import Stored
 from einsum_transformer.loading.places import EXPERT, Place, stacked
@@ -60,7 +61,20 @@ def gguf_keys(file: GGUFFile) -> Mapping[str, Any]:
     return {key: value for key, value in file.metadata.items() if key.startswith(own)}
 
 
-def gguf_config(file: GGUFFile) -> ModelConfig:
+class Described(Protocol):
+    """What describes a model: metadata, the names and shapes of tensors, and the values of a few. It is a
+    file, or the plan of one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    def names(self) -> Collection[str]: ...
+    def info(self, name: str) -> TensorInfo: ...
+    def read(self, name: str) -> Array: ...
+
+
+def gguf_config(file: Described) -> ModelConfig:
     """Build the config from a file's metadata and the names of its tensors."""
     architecture = file.metadata["general.architecture"]
     source = str(file.path)
@@ -98,7 +112,7 @@ def _gguf_biases(config: ModelConfig, family: Family, held: set[str]) -> dict[st
     return {kind: family.gguf_name(f"layers.0.{path}") in held for kind, path in kinds.items()}
 
 
-def _with_factors(config: ModelConfig, file: GGUFFile) -> RopeConfig | None:
+def _with_factors(config: ModelConfig, file: Described) -> RopeConfig | None:
     """Return the config's RoPE with the factors that the file stores as tensors."""
     found = {name: file.read(f"{name}.weight") for name in _FACTORS if f"{name}.weight" in file.names()}
     if not found:
@@ -135,21 +149,26 @@ def _named_factors(config: ModelConfig, rope: RopeConfig, factors: Array) -> Rop
     return replace(rope, frequency_factors=tuple(map(float, factors)))
 
 
-def gguf_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors: TensorSource) -> Place:
-    """Locate a weight in a GGUF file: names differ, and some weights are permuted for llama.cpp's kernels."""
+def gguf_place(
+    weight: WeightSpec, family: Family, config: ModelConfig, tensors: TensorSource | None
+) -> Place:
+    """Locate a weight in a GGUF file: names differ, and some weights are permuted for llama.cpp's kernels.
+
+    tensors: the file; None: a file as current converters write it."""
+    held = () if tensors is None else tensors.names()
     if (expert := EXPERT.fullmatch(weight.path)) and config.moe is not None:
         name = family.gguf_name(f"{expert['experts']}.{expert['part']}_proj")
         # Older files have one tensor per expert: blk.0.ffn_gate.7.weight
         single = name.replace("_exps.weight", f".{expert['index']}.weight")
-        if single in tensors.names() or (name not in tensors.names() and _unstacked(name, tensors)):
+        if single in held or (name not in held and _unstacked(name, held)):
             return Place(Stored(single, weight.stored), {single: weight.stored})
         shape = (config.moe.num_experts, *weight.stored)
         return stacked(weight, name, int(expert["index"]) * weight.stored[0], shape)
     name = family.gguf_name(weight.path)
-    if weight.path.endswith(".kv_b_proj") and name not in tensors.names():
+    if weight.path.endswith(".kv_b_proj") and name not in held:
         return _latent_parts(weight, family, config)
     shape = weight.stored
-    if weight.path.endswith(".shared_expert_gate") and name in tensors.names():
+    if weight.path.endswith(".shared_expert_gate") and tensors is not None and name in held:
         shape = tensors.info(name).shape  # [1, d] or [d]
         shape = shape if np.prod(shape) == np.prod(weight.stored) else weight.stored
     stored = Stored(name, weight.stored, _order(weight.path, family, config))
@@ -158,11 +177,11 @@ def gguf_place(weight: WeightSpec, family: Family, config: ModelConfig, tensors:
     return Place(stored, {name: shape})
 
 
-def _unstacked(name: str, tensors: TensorSource) -> bool:
+def _unstacked(name: str, held: Collection[str]) -> bool:
     """Whether the first experts of a layer have one tensor each; `name`: the stacked tensor of one matrix."""
     parts = [re.sub(r"(gate|up|down)_exps", each, name) for each in ("gate", "up", "down")]
     firsts = (part.replace(".weight", f".{i}.weight") for part in parts for i in range(_FIRST_EXPERTS))
-    return any(each in tensors.names() for each in firsts)
+    return any(each in held for each in firsts)
 
 
 def _order(path: str, family: Family, config: ModelConfig) -> Callable[[Array], Array] | None:

@@ -21,7 +21,7 @@ from einsum_transformer.text.pre_tokenizers import BEGINS_AND_KEEPS_WORDS, pre_t
 T = TypeVar("T")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
-_NAMES = {
+NAMES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
@@ -158,10 +158,10 @@ def _finish(
     add_eos: bool = False,
 ) -> GgufVocab:
     """Read the special ids, and register the control and user-defined tokens, which are matched in text."""
-    ids = {name: data.id(key, defaults.get(key)) for name, key in _NAMES.items()}
+    ids = {name: data.id(key, defaults.get(key)) for name, key in NAMES.items()}
     named = {name: data.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
     ends = [token_id for name in ("eot_token_id", "eom_token_id") if (token_id := data.id(name)) is not None]
-    stated = {token_id for key in _NAMES.values() if (token_id := data.id(key)) is not None}
+    stated = {token_id for key in NAMES.values() if (token_id := data.id(key)) is not None}
     special = {*data.of_type(CONTROL, UNKNOWN), *ends, *stated}
     added = [*sorted(special), *(index for index in data.of_type(USER_DEFINED) if index not in special)]
     tokens = [AddedToken(data.tokens[index], special=index in special, normalized=False) for index in added]

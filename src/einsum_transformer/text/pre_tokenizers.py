@@ -36,7 +36,7 @@ _DEEPSEEK3 = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 
-_LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 
 # The first pattern splits the text, each next pattern the pieces; text between matches is a piece as well.
 _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -80,6 +80,8 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 _BY_NAME = {name: patterns for names, patterns in _PATTERNS.items() for name in names}
+NAMES = tuple(_BY_NAME)
+"""The names of all pre-tokenizers."""
 
 # Vocabularies of tiktoken: a word in the vocabulary is one token, regardless of the merges, and a text begins
 # with BOS.

@@ -20,6 +20,7 @@ from einsum_transformer.text.chat_template import render_chat_spans
 from einsum_transformer.text.class_build import builds_another
 from einsum_transformer.text.classes import BACKEND, COMPLETE, class_name
 from einsum_transformer.text.folder import CLEAN_UP_BPE, has_tokenizer, read_folder
+from einsum_transformer.text.gguf_tokens import gguf_tokens
 from einsum_transformer.text.gguf_vocab import has_gguf_tokenizer, read_gguf_vocab
 from einsum_transformer.text.native import checked as run_native
 from einsum_transformer.text.streaming import StreamDecoder, clean_up, stream_decoder
@@ -124,6 +125,24 @@ class Tokenizer:
         )
         run_native("cannot train a tokenizer", lambda: backend.train_from_iterator(texts, trainer))
         return cls(backend, "trained on the data", {"eos_token": "<|endoftext|>"}, frozenset({0}), {})
+
+    @checked
+    def to_gguf(self, vocab_size: int) -> dict[str, Any]:
+        """Return the `tokenizer.*` metadata from which `from_gguf` and llama.cpp build this tokenizer.
+
+        vocab_size: rows of the model's embedding. Raises InputError for a tokenizer that GGUF files cannot
+        describe; a note names settings that llama.cpp does not have."""
+        if self.refusal is not None:
+            raise InputError(f"{self.source}: the tokenizer cannot be written: {self.refusal}")
+        before, _, after = self._marked("a")
+        edges = {"add_bos_token": self.bos_id in before, "add_eos_token": self.eos_id in after}
+        found = gguf_tokens(self.backend, self.named, edges, vocab_size, self.source)
+        prefix = "tokenizer.chat_template"
+        others = [name for name in self.chat_templates if name != "default"]
+        templates = {f"{prefix}.{name}": self.chat_templates[name] for name in others}
+        if self.chat_template is not None:
+            templates[prefix] = self.chat_template
+        return found | templates | ({f"{prefix}s": others} if others else {})
 
     @property
     def vocab_size(self) -> int:

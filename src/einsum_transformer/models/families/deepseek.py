@@ -76,6 +76,17 @@ def read_gguf_experts(keys: Keys, **settings: Any) -> MoEConfig:
     )
 
 
+def write_gguf_experts(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_gguf_experts`."""
+    moe = config.moe
+    assert moe is not None
+    return gguf.write_experts(config) | {
+        "leading_dense_block_count": moe.layers.index(True) if True in moe.layers else 0,
+        "expert_shared_count": moe.shared_intermediate_size // moe.moe_intermediate_size,
+        "expert_weights_scale": moe.routed_scaling_factor,
+    }
+
+
 FAMILY = Family(
     model_type="deepseek",
     architecture="DeepseekForCausalLM",
@@ -84,6 +95,7 @@ FAMILY = Family(
     read_gguf=lambda keys, metadata: gguf.read_shared(
         keys, metadata, "deepseek", moe=read_gguf_experts(keys)
     ),
+    write_gguf=lambda config: gguf.write_shared(config) | write_gguf_experts(config),
     gguf_names=gguf.NAMES | gguf.EXPERTS,
     gguf_permuted=gguf.PERMUTED,
     names={"shared_expert": "shared_experts"},

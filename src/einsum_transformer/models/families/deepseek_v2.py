@@ -8,7 +8,12 @@ from typing import Any
 from einsum_transformer.components.rope import RopeConfig
 from einsum_transformer.models.config import Keys, LatentConfig, ModelConfig
 from einsum_transformer.models.families import gguf
-from einsum_transformer.models.families.deepseek import read_experts, read_gguf_experts, write_experts
+from einsum_transformer.models.families.deepseek import (
+    read_experts,
+    read_gguf_experts,
+    write_experts,
+    write_gguf_experts,
+)
 from einsum_transformer.models.families.family import Family, check_allowed, read_rope
 from einsum_transformer.models.families.llama import read_shared, write_shared
 
@@ -118,12 +123,37 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _write_gguf(config: ModelConfig) -> dict[str, Any]:
+    """The metadata of the absorbed form: one head of keys and values, the latents."""
+    latent, moe, rope = config.latent, config.moe, config.rope
+    assert latent is not None
+    assert moe is not None
+    assert rope is not None
+    rank, rotated = latent.kv_lora_rank, latent.qk_rope_head_dim
+    written = {
+        "attention.head_count_kv": 1,
+        "attention.key_length": rank + rotated,
+        "attention.value_length": rank,
+        "attention.key_length_mla": latent.qk_nope_head_dim + rotated,
+        "attention.value_length_mla": latent.v_head_dim,
+        "attention.kv_lora_rank": rank,
+        "rope.dimension_count": rotated,
+    }
+    if latent.q_lora_rank is not None:
+        written["attention.q_lora_rank"] = latent.q_lora_rank
+    if moe.n_group > 1:
+        written |= {"expert_group_count": moe.n_group, "expert_group_used_count": moe.topk_group}
+    more = {} if not rope.mscale_all_dim else {"rope.scaling.yarn_log_multiplier": 0.1 * rope.mscale_all_dim}
+    return gguf.write_shared(config) | write_gguf_experts(config) | written | more
+
+
 FAMILY = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=_write_gguf,
     stacked_experts=True,
     gguf_names=gguf.NAMES
     | gguf.EXPERTS

@@ -35,6 +35,8 @@ class Family:
     """Returns the keys of a config.json that transformers reads."""
     read_gguf: Callable[[Keys, Mapping[str, Any]], ModelConfig] | None = None
     """Reads GGUF metadata without the architecture prefix (`block_count`, ...) and the whole metadata."""
+    write_gguf: Callable[[ModelConfig], dict[str, Any]] | None = None
+    """Returns GGUF metadata without the architecture prefix; None: no GGUF file describes the family."""
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     """Path of a weight within its layer (`self_attn.q_proj`) -> GGUF name (`attn_q`)."""
     gguf_architecture: str = ""
@@ -43,6 +45,8 @@ class Family:
     """Constant that GGUF files add to the weights of norms."""
     gguf_permuted: frozenset[str] = frozenset()
     """Weights whose rows GGUF stores in the pair order of interleaved RoPE."""
+    llama_cpp_windows: bool = True
+    """Whether llama.cpp applies the sliding window of a GGUF file."""
     prefix: str = "model."
     """The prefix of the names of all tensors except the head's."""
     other_prefixes: tuple[str, ...] = ()

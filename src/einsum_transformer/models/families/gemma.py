@@ -61,6 +61,7 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     read_gguf=lambda keys, metadata: read_gguf_common(keys, metadata, "gemma"),
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES,
     gguf_norm_offset=1.0,
 )

@@ -67,6 +67,14 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def write_gguf_common(config: ModelConfig, pattern: int) -> dict[str, Any]:
+    """The GGUF metadata shared by gemma2 and gemma3, without the attention scale (see `gguf_scale`).
+    pattern: the layers with full attention, of which llama.cpp assumes every n-th."""
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    written = {name: getattr(config, name) for name in caps if getattr(config, name) is not None}
+    return gguf.write_shared(config) | written | gguf.write_window(config, pattern)
+
+
 def gguf_scale(keys: Keys, largest: int) -> float:
     """The attention scale. GGUF does not store query_pre_attn_scalar: it is the head size, or hidden_size /
     heads in the largest model of each generation, which llama.cpp identifies by its number of layers."""
@@ -82,6 +90,7 @@ FAMILY = Family(
     read_config=_read,
     write_config=write_common,
     read_gguf=_read_gguf,
+    write_gguf=lambda config: write_gguf_common(config, 2),
     gguf_names=gguf.NAMES | gguf.POST_NORMS,
     gguf_norm_offset=1.0,
 )

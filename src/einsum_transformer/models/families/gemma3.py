@@ -11,7 +11,13 @@ from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig
 from einsum_transformer.models.families import gguf
 from einsum_transformer.models.families.family import Family, read_layered_ropes, write_layered_ropes
 from einsum_transformer.models.families.gemma import DEFAULTS, TANH, read_common, read_gguf_common
-from einsum_transformer.models.families.gemma2 import gguf_scale, read_scale, read_windows, write_common
+from einsum_transformer.models.families.gemma2 import (
+    gguf_scale,
+    read_scale,
+    read_windows,
+    write_common,
+    write_gguf_common,
+)
 
 _DEFAULTS = DEFAULTS | {
     "vocab_size": 262208,
@@ -74,7 +80,10 @@ def _read_nested(keys: Keys) -> ModelConfig:
 
 def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     context = keys.get("context_length", int)
-    rope = gguf.read_rope(keys, 1, context)
+    size = keys.get("embedding_length", int) // max(keys.get("attention.head_count", int), 1)
+    head_dim = keys.get("attention.key_length", int, size)
+    gguf.check_rotated(keys, head_dim)
+    rope = gguf.read_rope(keys, head_dim, context)
     windows = gguf.read_windows(keys, 6)
     attention = keys.get("rope.scaling.attn_factor", float, 1.0)
     local = RopeConfig(
@@ -90,10 +99,15 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
         qk_norm="head",
         final_logit_softcapping=keys.get("final_logit_softcapping", float, 0.0) or None,
         attention_scale=gguf_scale(keys, 62),
-        rope=replace(rope, partial_rotary_factor=1.0, rope_theta=keys.get("rope.freq_base", float, 1e6)),
+        rope=replace(rope, rope_theta=keys.get("rope.freq_base", float, 1e6)),
         local_rope=local if windows else None,
         **windows,
     )
+
+
+def _write_gguf(config: ModelConfig) -> dict[str, Any]:
+    local = {} if config.local_rope is None else {"rope.freq_base_swa": config.local_rope.rope_theta}
+    return write_gguf_common(config, 6) | local
 
 
 FAMILY = Family(
@@ -102,6 +116,7 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=_write_gguf,
     gguf_names=gguf.NAMES | gguf.POST_NORMS | gguf.QK_NORMS,
     gguf_architecture="gemma3",
     gguf_norm_offset=1.0,

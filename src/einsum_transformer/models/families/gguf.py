@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from einsum_transformer.components.rope import RopeConfig, RopeType
+from einsum_transformer.components.rope import RopeConfig, RopeType, inverse_frequencies
 from einsum_transformer.errors import ConfigError
 from einsum_transformer.models.config import FULL, SLIDING, Keys, ModelConfig, MoEConfig, shown
 from einsum_transformer.models.families.family import token_ids
@@ -78,12 +78,15 @@ def read_shared(keys: Keys, metadata: Mapping[str, Any], model_type: str, **sett
     }
     fields |= {name: read() for name, read in others.items() if name not in settings}
     if fields.get("rope") is not None and not partial:
-        rotated = keys.get("rope.dimension_count", int, head_dim)
-        if rotated != head_dim:
-            raise ConfigError(
-                f"{keys.source}: rope.dimension_count {rotated} is not the head size {head_dim}"
-            )
+        check_rotated(keys, head_dim)
     return ModelConfig(**fields | settings)
+
+
+def check_rotated(keys: Keys, head_dim: int) -> None:
+    """Raise ConfigError unless RoPE rotates all dimensions of a head."""
+    rotated = keys.get("rope.dimension_count", int, head_dim)
+    if rotated != head_dim:
+        raise ConfigError(f"{keys.source}: rope.dimension_count {rotated} is not the head size {head_dim}")
 
 
 def read_rope(keys: Keys, head_dim: int, context: int) -> RopeConfig:
@@ -154,3 +157,64 @@ def read_windows(keys: Keys, default_pattern: int) -> dict[str, Any]:
 def read_experts(keys: Keys, size: int, **settings: Any) -> MoEConfig:
     """Read the numbers of experts and of experts per token; size: hidden size of each expert."""
     return MoEConfig(keys.get("expert_count", int), keys.get("expert_used_count", int), size, **settings)
+
+
+def write_shared(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_shared`: metadata that all architectures share, without the prefix `{arch}.`."""
+    eps = "layer_norm_rms_epsilon" if config.norm == "rms" else "layer_norm_epsilon"
+    written: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        f"attention.{eps}": config.norm_eps,
+    }
+    return written | write_rope(config.rope, config.head_dim)
+
+
+def write_rope(rope: RopeConfig | None, head_dim: int) -> dict[str, Any]:
+    """The inverse of `read_rope`. The divisors of llama3 and longrope are tensors."""
+    if rope is None:
+        return {}
+    written: dict[str, Any] = {
+        "rope.dimension_count": int(head_dim * rope.partial_rotary_factor),
+        "rope.freq_base": rope.rope_theta,
+    }
+    scaling: dict[str, Any] = {}
+    if rope.rope_type in ("linear", "yarn"):
+        scaling |= {"type": rope.rope_type, "factor": rope.factor}
+    if rope.rope_type in ("longrope", "yarn"):
+        scaling["original_context_length"] = rope.original_max_position_embeddings
+    if rope.rope_type == "yarn":
+        scaling |= {"yarn_beta_fast": rope.beta_fast, "yarn_beta_slow": rope.beta_slow}
+        if rope.attention_factor is not None:
+            scaling["yarn_attn_factor"] = rope.attention_factor
+    elif (attention := inverse_frequencies(rope, head_dim)[1]) != 1:
+        scaling["attn_factor"] = attention
+    return written | {f"rope.scaling.{key}": value for key, value in scaling.items()}
+
+
+def write_window(config: ModelConfig, default_pattern: int = 0) -> dict[str, Any]:
+    """The inverse of `read_windows`. The layers are listed only if they differ from the default pattern, as
+    llama.cpp's converter does; 0: all layers have the window."""
+    if config.sliding_window is None:
+        return {}
+    windows = [window is not None for window in config.windows]
+    usual = [not default_pattern or i % default_pattern < default_pattern - 1 for i in range(len(windows))]
+    pattern = {} if windows == usual else {"attention.sliding_window_pattern": windows}
+    return {"attention.sliding_window": config.sliding_window} | pattern
+
+
+def write_experts(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_experts`."""
+    assert config.moe is not None
+    return {
+        "expert_count": config.moe.num_experts,
+        "expert_used_count": config.moe.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe.moe_intermediate_size,
+    }

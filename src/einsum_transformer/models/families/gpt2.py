@@ -46,12 +46,15 @@ def _read(keys: Keys) -> ModelConfig:
     scaled = keys.get("scale_attn_weights", bool, True)
     own = keys.renamed(_NAMES)
     hidden = own.get("hidden_size", int, _DEFAULTS["hidden_size"])
+    heads = own.get("num_attention_heads", int, _DEFAULTS["num_attention_heads"])
     return read_shared(
         own,
         "gpt2",
         _DEFAULTS | {"intermediate_size": 4 * hidden},
         eps="norm_eps",
         **_FIXED,
+        num_key_value_heads=heads,
+        head_dim=hidden // max(heads, 1),
         attention_scale=None if scaled else 1.0,
         scale_by_layer=keys.get("scale_attn_by_inverse_layer_idx", bool, False),
     )
@@ -74,6 +77,7 @@ FAMILY = Family(
     read_gguf=lambda keys, metadata: gguf.read_shared(
         keys, metadata, "gpt2", hidden_act="gelu_new", **_FIXED
     ),
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES | gguf.FUSED | {"embed_positions": "position_embd"},
     prefix="transformer.",
     other_prefixes=("",),

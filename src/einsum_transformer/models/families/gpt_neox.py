@@ -56,6 +56,9 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=lambda config: (
+        gguf.write_shared(config) | {"use_parallel_residual": config.block != "pre_norm"}
+    ),
     gguf_names=gguf.NAMES | gguf.FUSED,
     gguf_architecture="gptneox",
     prefix="gpt_neox.",

@@ -58,12 +58,23 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     return replace(config, attention_scale=config.scale_of(0))
 
 
+def _write_gguf(config: ModelConfig) -> dict[str, Any]:
+    factors = {
+        "embedding_scale": config.embedding_scale,
+        "attention.scale": config.scale_of(0),
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": 1 / config.logit_scale,
+    }
+    return gguf.write_shared(config) | factors
+
+
 FAMILY = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=_write_gguf,
     gguf_names=gguf.NAMES,
     gguf_permuted=gguf.PERMUTED,
 )

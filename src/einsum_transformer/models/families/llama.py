@@ -128,6 +128,7 @@ FAMILY = Family(
     read_config=_read,
     write_config=lambda config: write_shared(config, "attention_bias", "mlp_bias"),
     read_gguf=_read_gguf,
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES,
     gguf_permuted=gguf.PERMUTED,
 )

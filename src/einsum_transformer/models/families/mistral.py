@@ -17,6 +17,9 @@ FAMILY = Family(
     architecture="MistralForCausalLM",
     read_config=_read,
     write_config=lambda config: write_shared(config, "sliding_window"),
+    write_gguf=lambda config: gguf.write_shared(config) | gguf.write_window(config),
     gguf_names=gguf.NAMES,
+    gguf_architecture="llama",
+    llama_cpp_windows=False,
     gguf_permuted=gguf.PERMUTED,
 )

@@ -35,13 +35,20 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _write_gguf(config: ModelConfig) -> dict[str, Any]:
+    return gguf.write_shared(config) | gguf.write_window(config) | gguf.write_experts(config)
+
+
 FAMILY = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     read_config=_read,
     write_config=_write,
     stacked_experts=True,
+    write_gguf=_write_gguf,
     gguf_names=gguf.NAMES | gguf.EXPERTS,
+    gguf_architecture="llama",
+    llama_cpp_windows=False,
     gguf_permuted=gguf.PERMUTED,
     names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     module_names={"block_sparse_moe": "mlp"},

@@ -90,12 +90,18 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _write_gguf(config: ModelConfig) -> dict[str, Any]:
+    clip = {} if config.clip_qkv is None else {"attention.clamp_kqv": config.clip_qkv}
+    return gguf.write_shared(config) | {"attention.max_alibi_bias": config.alibi_bias_max or 0.0} | clip
+
+
 FAMILY = Family(
     model_type="mpt",
     architecture="MptForCausalLM",
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=_write_gguf,
     gguf_names=gguf.NAMES | gguf.FUSED,
     prefix="transformer.",
     names={

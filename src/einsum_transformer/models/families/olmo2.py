@@ -45,5 +45,6 @@ FAMILY = Family(
     read_config=lambda keys: read_common(keys, "olmo2"),
     write_config=lambda config: write_shared(config, "attention_bias"),
     read_gguf=_read_gguf,
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES | gguf.POST_NORMS | gguf.QK_NORMS,
 )

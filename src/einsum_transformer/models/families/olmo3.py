@@ -28,11 +28,18 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _write_gguf(config: ModelConfig) -> dict[str, Any]:
+    local = {} if config.local_rope is None else {"rope.freq_base_swa": config.local_rope.rope_theta}
+    return gguf.write_shared(config) | gguf.write_window(config, 4) | local
+
+
 FAMILY = Family(
     model_type="olmo3",
     architecture="Olmo3ForCausalLM",
     read_config=_read,
     write_config=_write,
     # In GGUF files it is olmo2 too, whose reader distinguishes them.
+    gguf_architecture="olmo2",
+    write_gguf=_write_gguf,
     gguf_names=gguf.NAMES | gguf.POST_NORMS | gguf.QK_NORMS,
 )

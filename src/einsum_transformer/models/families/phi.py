@@ -38,6 +38,7 @@ FAMILY = Family(
     read_gguf=lambda keys, metadata: gguf.read_shared(
         keys, metadata, "phi", partial=True, **_FIXED, hidden_act="gelu_new"
     ),
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES,
     gguf_architecture="phi2",
     names={"o_proj": "dense", "up_proj": "fc1", "down_proj": "fc2", "norm": "final_layernorm"},

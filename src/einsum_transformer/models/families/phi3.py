@@ -59,5 +59,10 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    # Without the key, older versions of llama.cpp assume a window.
+    write_gguf=lambda config: (
+        {"attention.sliding_window": 0} | gguf.write_shared(config) | gguf.write_window(config)
+    ),
+    llama_cpp_windows=False,
     gguf_names=gguf.NAMES | gguf.FUSED | {"mlp.gate_up_proj": "ffn_up"},
 )

@@ -41,5 +41,6 @@ FAMILY = Family(
     read_config=lambda keys: read_shared(keys, "qwen2", qkv_bias=True, **read_windows(keys)),
     write_config=lambda config: write_shared(config) | write_windows(config),
     read_gguf=lambda keys, metadata: gguf.read_shared(keys, metadata, "qwen2", qkv_bias=True),
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES,
 )

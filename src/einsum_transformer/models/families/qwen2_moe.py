@@ -85,12 +85,19 @@ def _read_gguf(keys: Keys, metadata: Mapping[str, Any]) -> ModelConfig:
     return gguf.read_shared(keys, metadata, "qwen2_moe", qkv_bias=True, moe=moe)
 
 
+def _write_gguf(config: ModelConfig) -> dict[str, Any]:
+    assert config.moe is not None
+    shared = {"expert_shared_feed_forward_length": config.moe.shared_intermediate_size}
+    return gguf.write_shared(config) | gguf.write_experts(config) | shared
+
+
 FAMILY = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=_write_gguf,
     stacked_experts=True,
     gguf_names=gguf.NAMES | gguf.EXPERTS,
     gguf_architecture="qwen2moe",

@@ -24,5 +24,6 @@ FAMILY = Family(
     read_config=_read,
     write_config=lambda config: write_shared(config, "attention_bias") | write_windows(config),
     read_gguf=lambda keys, metadata: gguf.read_shared(keys, metadata, "qwen3", qk_norm="head"),
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES | gguf.QK_NORMS,
 )

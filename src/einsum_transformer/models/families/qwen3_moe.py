@@ -41,6 +41,7 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=lambda config: gguf.write_shared(config) | gguf.write_experts(config),
     stacked_experts=True,
     gguf_names=gguf.NAMES | gguf.EXPERTS | gguf.QK_NORMS,
     gguf_architecture="qwen3moe",

@@ -68,6 +68,7 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     read_gguf=_read_gguf,
+    write_gguf=gguf.write_shared,
     gguf_names=gguf.NAMES,
     gguf_permuted=gguf.PERMUTED,
 )
