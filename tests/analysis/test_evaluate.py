@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,3 +152,61 @@ def test_what_cannot_be_evaluated(model: et.Model, tmp_path: Path) -> None:
         et.perplexity(replace(model, tokenizer=None), TEXT, ctx_size=32)
     with pytest.raises(et.InputError, match="the same vocabulary"):
         et.divergence(model, tiny_model(vocab_size=61), TEXT, ctx_size=32)
+
+
+def test_an_interrupted_evaluation_continues(model: et.Model, tmp_path: Path) -> None:
+    other = replace(model, source="another")
+    small = et.quantize(model, "W8A16")
+    runs: dict[str, Any] = {
+        "perplexity": lambda **more: et.perplexity(model, TEXT, ctx_size=32, **more),
+        "divergence": lambda **more: et.divergence(small, model, TEXT, ctx_size=32, **more),
+    }
+    for name, run in runs.items():
+        file = tmp_path / f"{name}.jsonl"
+        expected = run()
+
+        def stop(done: int, total: int) -> None:
+            if done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(results=file, progress=stop)
+        assert file.read_text().count("\n") == 3
+        with file.open("a") as opened:
+            opened.write('{"chunk": 2, "scor')  # the process ended while it wrote
+        assert run(results=file) == expected
+        lines = file.read_text()
+        assert lines.count("\n") == 1 + expected.chunks
+        assert run(results=file) == expected
+        assert run(results=file, chunks=3) == run(chunks=3)
+        assert file.read_text() == lines
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "_scored", None)  # nothing is computed again
+            assert run(results=file) == expected
+    file = tmp_path / "perplexity.jsonl"
+    for wrong, message in (
+        (lambda: et.perplexity(other, TEXT, ctx_size=32, results=file), "with other models: give another"),
+        (lambda: et.perplexity(small, TEXT, ctx_size=32, results=file), "with other weights, quantization"),
+        (
+            lambda: et.perplexity(model, "x" + TEXT, ctx_size=32, results=file),
+            "of another text or other chunks",
+        ),
+        (lambda: et.perplexity(model, TEXT, ctx_size=33, results=file), "of another text or other chunks"),
+        (
+            lambda: et.perplexity(model, TEXT, ctx_size=32, convention="gptq", results=file),
+            "with other convention",
+        ),
+        (lambda: et.divergence(model, small, TEXT, ctx_size=32, results=file), "with other models"),
+    ):
+        with pytest.raises(et.InputError, match=message):
+            wrong()
+    header = file.read_text().splitlines()[0]
+    for line in (
+        '{"chunk": 0}',
+        '{"chunk": "a", "tokens": "", "scores": [[]]}',
+        "[]",
+        '{"chunk": 0, "tokens": "", "scores": [["x"]]}',
+    ):
+        file.write_text(f"{header}\n{line}\n")
+        with pytest.raises(et.InputError, match="line 2"):
+            et.perplexity(model, TEXT, ctx_size=32, results=file)

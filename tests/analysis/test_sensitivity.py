@@ -194,7 +194,7 @@ def test_files_of_other_results(model: et.Model, tmp_path: Path) -> None:
             "not a measurement",
         ),
     ):
-        file.write_text("\n".join(change(before.decode().splitlines())))
+        file.write_text("\n".join(change(before.decode().splitlines())) + "\n")
         with pytest.raises(et.InputError, match=words):
             et.sensitivity(model, TEXT, ctx_size=32, results=file)
 

@@ -7,13 +7,14 @@ are scored, each after all tokens of the window before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.measurements import ResultFile, Scores, weights_digest
 from einsum_transformer.analysis.quantization import lines_of_types, stored_types
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine.parallel import for_each
@@ -165,16 +166,20 @@ class Selection:
         return found
 
 
-def perplexity(model: Model, text: str | Path, selection: Selection, progress: Progress) -> Perplexity:
+def perplexity(
+    model: Model, text: str | Path, selection: Selection, progress: Progress, results: Path | None = None
+) -> Perplexity:
     """Return the perplexity of a model; see `api.evaluate.perplexity`."""
     found = selection.windows(model, text)
-    losses: list[Array] = []
-    for i, window in enumerate(found.windows):
-        log_likelihood = np.empty(window.scored)
+
+    def score(window: Window) -> Array:
+        log_likelihood = np.empty((1, window.scored))
         for rows, (own,) in _scored(window, model):
-            log_likelihood[rows] = own[np.arange(len(own)), _targets(window)[rows]]
-        losses.append(-log_likelihood)
-        progress(i + 1, len(found.windows))
+            log_likelihood[0, rows] = own[np.arange(len(own)), _targets(window)[rows]]
+        return log_likelihood
+
+    scores = _every(found.windows, 1, score, results, selection, progress, model)
+    losses = [-each[0] for each in scores]
     every = np.concatenate(losses)
     weights = [window.weight for window in found.windows]
     mean = float(np.average([each.mean() for each in losses], weights=weights))
@@ -200,7 +205,12 @@ def _exp(value: float) -> float:
 
 
 def divergence(
-    model: Model, reference: Model, text: str | Path, selection: Selection, progress: Progress
+    model: Model,
+    reference: Model,
+    text: str | Path,
+    selection: Selection,
+    progress: Progress,
+    results: Path | None = None,
 ) -> Divergence:
     """Return the divergence of a model from a reference; see `api.evaluate.divergence`."""
     if model.config.vocab_size != reference.config.vocab_size:
@@ -216,8 +226,8 @@ def divergence(
             f"{model.source} and {reference.source} encode the text differently: a divergence needs the same "
             "vocabulary"
         )
-    found: list[Array] = []
-    for i, window in enumerate(windows):
+
+    def score(window: Window) -> Array:
         # KL, whether the most probable tokens are equal, log-likelihoods of the model and of the reference.
         scores = np.empty((4, window.scored))
         targets = _targets(window)
@@ -225,8 +235,9 @@ def divergence(
             at = np.arange(len(q)), targets[rows]
             scores[0, rows], scores[1, rows] = row_divergences(p, q)
             scores[2, rows], scores[3, rows] = q[at], p[at]
-        found.append(scores)
-        progress(i + 1, len(windows))
+        return scores
+
+    found = _every(windows, 4, score, results, selection, progress, model, reference)
     kl, tops, own, expected = np.concatenate(found, axis=1)
     changes: Array = np.exp(own) - np.exp(expected)
     return Divergence(
@@ -236,6 +247,40 @@ def divergence(
         float(kl.max()), float(np.sqrt(np.mean(np.square(changes, dtype=np.float64)))), float(tops.mean()),
         math.exp(-own.mean()), math.exp(-expected.mean()),
     )  # fmt: skip
+
+
+def _every(
+    windows: Sequence[Window],
+    rows: int,
+    score: Callable[[Window], Array],
+    results: Path | None,
+    selection: Selection,
+    progress: Progress,
+    *models: Model,
+) -> list[Array]:
+    """Return the scores (rows, tokens) of each window; those that the file `results` contains are not
+    computed again."""
+
+    def header() -> dict[str, Any]:
+        types = [stored_types(each) for each in models]
+        return {
+            "models": [each.source for each in models],
+            "weights": [weights_digest(each) for each in models],
+            "quantization": [quantization for quantization, _ in types],
+            "kv_cache": [list(names) for _, names in types],
+            "convention": selection.convention,
+        }
+
+    known = Scores(ResultFile(results, header), rows, windows)
+    found: list[Array] = []
+    for i, window in enumerate(windows):
+        scores = known.get(i)
+        if scores is None:
+            scores = score(window)
+            known.add(i, scores)
+        found.append(scores)
+        progress(i + 1, len(windows))
+    return found
 
 
 def row_divergences(p: Array, q: Array) -> tuple[Array, Array]:

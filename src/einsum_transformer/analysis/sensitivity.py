@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from einsum_transformer.analysis.evaluate import Selection, log_probabilities, row_divergences, scored_logits
-from einsum_transformer.analysis.measurements import Measurements
+from einsum_transformer.analysis.measurements import Measurements, ResultFile, tokens_digest, weights_digest
 from einsum_transformer.analysis.plots import new_figure, write_figure
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Leaf
@@ -192,7 +192,7 @@ def sensitivity(
         raise InputError(f"`by` is {by!r}: expected {', '.join(BY)}")
     quantizations = _quantizations(schemes)
     windows = Selection("llamacpp", ctx_size, chunks=chunks).windows(model, text).windows
-    measured = Measurements(results, lambda: _header(model, text, ctx_size))
+    measured = Measurements(ResultFile(results, lambda: _header(model, text, ctx_size)))
     made = [_Scheme(model, each) for each in quantizations]
     parts = _parts(model, by, list(made[0].leaves))
     others = sum(w.nbytes for path, w in named_leaves(model.decoder) if path not in made[0].leaves)
@@ -414,18 +414,11 @@ def _mixed(
 
 def _header(model: Model, text: str | Path, ctx_size: int) -> dict[str, Any]:
     """What the measurements of a file have in common: the values of the weights, and the tokens."""
-    weights = hashlib.sha256()
-    for path, weight in named_leaves(model.decoder):
-        for name, array in (weight.parts() if isinstance(weight, Leaf) else {"": weight}).items():
-            weights.update(f"{path}.{name} {array.dtype} {array.shape}".encode())
-            in_order: Array = np.ascontiguousarray(array.T if array.flags.f_contiguous else array)
-            weights.update(in_order.view(np.uint8).data)
     windows = Selection("llamacpp", ctx_size).windows(model, text).windows
-    tokens = np.concatenate([window.tokens for window in windows])
     return {
         "model": model.source,
-        "weights": weights.hexdigest(),
-        "text": hashlib.sha256(tokens.view(np.uint8).data).hexdigest(),
+        "weights": weights_digest(model),
+        "text": tokens_digest([window.tokens for window in windows]),
         "ctx_size": ctx_size,
     }
 

@@ -24,6 +24,7 @@ def perplexity(
     progress: Callable[[int, int], object] = lambda done, total: None,
     convention: str = "llamacpp",
     stride: int | None = None,
+    results: str | Path | None = None,
 ) -> Perplexity:
     """Return the perplexity of a model on a text: exp(mean of -log p(token | tokens before it)).
 
@@ -38,11 +39,12 @@ def perplexity(
     ctx_size: tokens of a window; default 512 for llama.cpp's, else 2,048 or the positions of the model.
     stride: tokens between the beginnings of windows of the two conventions with a stride; default 512.
     chunks: only this many windows; default all. progress: called with the number of finished windows and
-    their total.
+    their total. results: a file of JSON lines, written after each window; a second call with the same file
+    continues, also with more windows, and returns the same result as an uninterrupted one.
     Raises InputError for a text that is shorter than a window and a model without tokenizer.
     """
     selection = texts.Selection(convention, ctx_size, stride, chunks)
-    return texts.perplexity(model_of(source), text, selection, progress)
+    return texts.perplexity(model_of(source), text, selection, progress, _path(results))
 
 
 @checked
@@ -55,18 +57,23 @@ def divergence(
     progress: Callable[[int, int], object] = lambda done, total: None,
     convention: str = "llamacpp",
     stride: int | None = None,
+    results: str | Path | None = None,
 ) -> Divergence:
     """Return how much the predictions of a model differ from those of a reference model on a text.
 
     The KL divergence KL(reference || model) of each scored token, its mean and quantiles, how often both
     models find the same token most probable, and the root mean square of the change of the probabilities of
-    the scored tokens, in float64. text, ctx_size, chunks, progress, convention, stride: as in `perplexity`,
-    which scores the same tokens. The models need the same vocabulary: typically, `source` is a quantized form
-    of `reference`.
+    the scored tokens, in float64. text, ctx_size, chunks, progress, convention, stride, results: as in
+    `perplexity`, which scores the same tokens. The models need the same vocabulary: typically, `source` is a
+    quantized form of `reference`.
     """
     own = model_of(source)
     selection = texts.Selection(convention, ctx_size, stride, chunks)
-    return texts.divergence(own, model_of(reference), text, selection, progress)
+    return texts.divergence(own, model_of(reference), text, selection, progress, _path(results))
+
+
+def _path(results: str | Path | None) -> Path | None:
+    return None if results is None else Path(results)
 
 
 @checked

@@ -41,6 +41,7 @@ def eval(
         int | None,
         typer.Option(metavar="N", min=1, help="Tokens between chunks, for conventions with a stride."),
     ] = None,
+    results: options.Results = None,
     loading: options.Loading,
     seed: options.Seed = None,
     hub: options.Hub,
@@ -56,6 +57,7 @@ def eval(
     etx eval ppl -f notes.txt
     etx eval ppl -f notes.txt --convention hf-stride --ctx-size 1024 --stride 512
     etx eval kld -f notes.txt --quantization W4A16g64 --chunks 20
+    etx eval ppl -f notes.txt --results notes.jsonl
     etx eval kld small.gguf --reference-model big.gguf -f notes.txt --json
     """
     from einsum_transformer.api.evaluate import divergence, perplexity
@@ -92,6 +94,7 @@ def eval(
         "chunks": chunks,
         "convention": convention,
         "stride": stride,
+        "results": results,
     }
     model, _ = loading.open(source, hub, seed, shown.silent)
     if metric == "ppl":

@@ -77,6 +77,12 @@ Length = Annotated[int, typer.Option("--seq-len", metavar="N", min=1, help="Toke
 Output = Annotated[
     str | None, typer.Option("--output", "-o", metavar="PATH", help="Folder to write the result to.")
 ]
+Results = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="JSON lines, written after each measurement; a second run continues from them."
+    ),
+]
 TextFile = Annotated[
     str, typer.Option("--file", "-f", metavar="FILE", show_default=False, help="A text in UTF-8.")
 ]

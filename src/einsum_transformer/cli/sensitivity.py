@@ -19,9 +19,7 @@ class Measured:
     budget: str | None = flag(
         metavar="SIZE", help="Propose a mixed scheme with at most this size of weights (90M), and measure it."
     )
-    results: str | None = flag(
-        metavar="FILE", help="JSON lines, written after each measurement; a second run continues from them."
-    )
+    results: options.Results = None
     plot: str | None = flag(metavar="FILE.png", help="Plot bytes and divergence to this file.")
 
 
