@@ -3,11 +3,62 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
+
+
+class Observer:
+    """A context manager that observes the arrays of dry runs: their memory, and elementwise operations.
+
+    An array's memory is counted until its last view is deleted, as in a real run. on_pass: called with the
+    name of a NumPy function, the elements that it reads or writes (the larger number), and the type of its
+    result, for each elementwise operation, reduction and copy; not for einsums. Only one observer can be
+    active, and dry runs must be on one thread.
+    """
+
+    def __init__(self, on_pass: Callable[[str, int, np.dtype], object] | None = None) -> None:
+        self.on_pass = on_pass
+        self.live: int = 0
+        """Bytes of the arrays that exist now."""
+        self._peak = 0
+
+    def __enter__(self) -> Observer:
+        global _observer
+        if _observer is not None:
+            raise RuntimeError("another Observer of dry runs is active")
+        _observer = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _observer
+        _observer = None
+
+    def peak(self) -> int:
+        """Return the largest `live` since the last call."""
+        found, self._peak = self._peak, self.live
+        return found
+
+    def allocated(self, owner: np.ndarray, nbytes: int) -> None:
+        """Count an array until `owner`, which its views refer to, is deleted."""
+        self.live += nbytes
+        self._peak = max(self._peak, self.live)
+        weakref.finalize(owner, self._freed, nbytes)
+
+    def _freed(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+_observer: Observer | None = None
+
+
+def _count(name: str, elements: int, dtype: np.dtype) -> None:
+    """Report an operation on elements to the observer."""
+    if _observer is not None and _observer.on_pass is not None:
+        _observer.on_pass(name, elements, dtype)
 
 
 class ShapeArray(NDArrayOperatorsMixin):
@@ -20,7 +71,10 @@ class ShapeArray(NDArrayOperatorsMixin):
     __slots__ = ("dummy",)
 
     def __init__(self, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
-        self.dummy: np.ndarray = np.broadcast_to(np.zeros((), dtype), shape)
+        owner = np.zeros((), dtype)
+        self.dummy: np.ndarray = np.broadcast_to(owner, shape)
+        if _observer is not None:
+            _observer.allocated(owner, self.nbytes)
 
     def _view(self, dummy: np.ndarray) -> ShapeArray:
         """Return a view of this array, which has the same address."""
@@ -74,12 +128,16 @@ class ShapeArray(NDArrayOperatorsMixin):
 
     def __getitem__(self, index: Any) -> ShapeArray:
         part = self.dummy[index]
+        if isinstance(part, np.ndarray) and np.may_share_memory(part, self.dummy):
+            return self._view(part)
         # Advanced indexing returns a copy.
-        shares = isinstance(part, np.ndarray) and np.may_share_memory(part, self.dummy)
-        return self._view(part) if shares else ShapeArray(np.shape(part), self.dtype)
+        _count("copy", part.size, self.dtype)
+        return ShapeArray(np.shape(part), self.dtype)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        np.broadcast_shapes(self.dummy[index].shape, np.shape(value))
+        target = self.dummy[index]
+        np.broadcast_shapes(target.shape, np.shape(value))
+        _count("copy", target.size, self.dtype)
 
     def reshape(self, *shape: Any) -> ShapeArray:
         given = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
@@ -98,12 +156,14 @@ class ShapeArray(NDArrayOperatorsMixin):
         return self._view(self.dummy.swapaxes(first, second))
 
     def astype(self, dtype: Any, copy: bool = True) -> ShapeArray:
+        _count("copy", self.size, np.dtype(dtype))
         return ShapeArray(self.shape, dtype)
 
     def copy(self) -> ShapeArray:
-        return self
+        return _copy(self)
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> ShapeArray:
+        _count("add.reduce", self.size, self.dtype)
         return ShapeArray(_reduced(self.shape, axis, keepdims), self.dtype)
 
     mean = sum
@@ -111,9 +171,15 @@ class ShapeArray(NDArrayOperatorsMixin):
     min = sum
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
         if options.get("out"):
-            return options["out"][0]
+            out = options["out"][0]
+            if _observer is not None:
+                sizes = (int(np.prod(np.shape(value))) for value in (out, *inputs))
+                _count(name, max(sizes), out.dtype)
+            return out
         if method == "reduce":
+            _count(name, inputs[0].size, inputs[0].dtype)
             shape = _reduced(np.shape(inputs[0]), options.get("axis", 0), options.get("keepdims", False))
             return ShapeArray(shape, inputs[0].dtype)
         if method != "__call__" or ufunc.signature is not None or not all(map(_is_operand, inputs)):
@@ -124,6 +190,7 @@ class ShapeArray(NDArrayOperatorsMixin):
             for value in inputs
         ]
         dtype = ufunc.resolve_dtypes((*types, *[None] * ufunc.nout))[-1]
+        _count(name, math.prod(shape), dtype)
         return ShapeArray(shape, dtype)
 
     def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
@@ -156,7 +223,24 @@ def _concatenate(arrays: Any, axis: int = 0) -> ShapeArray:
         raise ValueError(f"cannot concatenate {[a.shape for a in arrays]} along axis {axis}")
     shape = list(arrays[0].shape)
     shape[axis] = sum(a.shape[axis] for a in arrays)
+    _count("copy", math.prod(shape), arrays[0].dtype)
     return ShapeArray(tuple(shape), arrays[0].dtype)
+
+
+def _copy(a: ShapeArray, order: str = "K") -> ShapeArray:
+    _count("copy", a.size, a.dtype)
+    return ShapeArray(a.shape, a.dtype)
+
+
+def _where(condition: Any, x: Any, y: Any) -> ShapeArray:
+    shape = np.broadcast_shapes(np.shape(condition), np.shape(x), np.shape(y))
+    _count("where", math.prod(shape), np.result_type(_kind(x), _kind(y)))
+    return ShapeArray(shape, np.result_type(_kind(x), _kind(y)))
+
+
+def _clip(a: ShapeArray, low: Any, high: Any, out: Any = None) -> ShapeArray:
+    _count("clip", a.size, a.dtype)
+    return a if out is None else out
 
 
 def _kind(value: Any) -> Any:
@@ -166,6 +250,7 @@ def _kind(value: Any) -> Any:
 
 def _take(a: ShapeArray, indices: Any, axis: int | None = None) -> ShapeArray:
     axis = 0 if axis is None else axis % a.ndim
+    _count("copy", a.size // a.shape[axis] * np.size(indices), a.dtype)
     return ShapeArray((*a.shape[:axis], *np.shape(indices), *a.shape[axis + 1 :]), a.dtype)
 
 
@@ -183,11 +268,9 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.concatenate: _concatenate,
     np.copyto: lambda target, source: target.__setitem__(..., source),
     np.take: _take,
-    np.copy: lambda a, order="K": a,
-    np.clip: lambda a, low, high, out=None: a,
-    np.where: lambda condition, x, y: ShapeArray(
-        np.broadcast_shapes(np.shape(condition), np.shape(x), np.shape(y)), np.result_type(_kind(x), _kind(y))
-    ),
+    np.copy: _copy,
+    np.clip: _clip,
+    np.where: _where,
     np.argpartition: _balanced_indices,
     np.take_along_axis: lambda a, indices, axis: ShapeArray(np.shape(indices), a.dtype),
     np.put_along_axis: lambda a, indices, values, axis: None,
