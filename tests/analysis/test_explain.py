@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.analysis.explain import _distinct, _layer_names
+from einsum_transformer.analysis.dry_run import distinct
+from einsum_transformer.analysis.explain import _layer_names
 from einsum_transformer.engine import Recorder, ShapeArray, blas
 from einsum_transformer.formats.files import read_json
 from einsum_transformer.models.adapters import with_lora
@@ -207,7 +208,7 @@ def test_layers_that_differ_are_told_apart() -> None:
     windowed = replace(attention, mixing=replace(attention.mixing, window=4))
     odd = replace(decoder.layers[1], self_attn=windowed)
     layers = tuple(odd if i % 2 else block for i, block in enumerate(decoder.layers))
-    blocks, members = _distinct(replace(decoder, layers=layers))
+    blocks, members = distinct(replace(decoder, layers=layers))
     assert [block.self_attn.mixing.window for block in blocks] == [None, 4]
     assert members == [(0, 2, 4), (1, 3)]
     names = [_layer_names(found) for found in ((7,), (0, 1, 2), (0, 2, 4))]

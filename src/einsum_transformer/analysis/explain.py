@@ -12,25 +12,24 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.dry_run import DTYPE, config_of, decoder_of_shapes, distinct
 from einsum_transformer.arguments import checked
-from einsum_transformer.engine import Equation, Leaf, Recorder, ShapeArray, blas, phase
+from einsum_transformer.engine import Equation, Recorder, blas, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
 from einsum_transformer.errors import InputError
-from einsum_transformer.models.adapters import Planned, add_adapters, plan
-from einsum_transformer.models.builder import WeightSpec, build, weights_of
+from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.model import EMBEDDING, HEAD, Model
-from einsum_transformer.models.parameters import trainable, with_arrays
+from einsum_transformer.models.parameters import trainable
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.tables import quantity
-from einsum_transformer.tree import named_leaves, tree_map
+from einsum_transformer.tree import named_leaves
 
 NOT_COUNTED = (
     "Look-ups and elementwise work (embedding, softmax, RoPE, activations, residuals) count no FLOPs."
 )
-_DTYPE = np.dtype(np.float32)
 _WIDTH = 100
 
 
@@ -134,91 +133,38 @@ def explain(
     for name, value in (("batch", batch), ("tokens", tokens)):
         if not 1 <= value <= _MOST:
             raise InputError(f"`{name}` is {value}: expected 1 to {_MOST:,}")
-    config = _config(model)
+    config = config_of(model)
     if config.learned_positions and tokens > config.max_position_embeddings:
         most = f"the {config.max_position_embeddings} learned positions of this {config.model_type} model"
         raise InputError(f"`tokens` is {tokens}: expected at most {most}")
-    decoder = _of_shapes(model, config)
-    blocks, members = _distinct(decoder)
+    decoder = decoder_of_shapes(model, config)
+    blocks, members = distinct(decoder)
     # One thread, so that the events of attention tiles come in program order.
     with Recorder(spans=False, events=True) as recorder, blas.one_thread():
         _dry_run(replace(decoder, layers=blocks), batch, tokens, backward)
     weights = weights_of(config)
     paths = {path for path, _ in named_leaves(decoder)}
     adapters = sum(prod(w.shape) for name, w in trainable(decoder).items() if name not in paths)
-    matrices = {_in_layer(weight.path) for weight in weights if len(weight.stored) > 1} | {EMBEDDING, HEAD}
+    matrices = {in_layer(weight.path) for weight in weights if len(weight.stored) > 1} | {EMBEDDING, HEAD}
     steps = tuple(_steps(recorder.events, members, matrices))
     parameters = sum(prod(weight.stored) for weight in weights)
     return Program(config, batch, tokens, backward, parameters, steps, adapters)
 
 
-def without_weights(config: ModelConfig, source: str) -> Model:
-    """Return a model whose weights have only shapes, to which `explain` can add an adapter."""
-    return Model(config, build(config, _stand_in), source=source)
-
-
-def _config(model: Any) -> ModelConfig:
-    if isinstance(model, Model):
-        return model.config
-    if isinstance(model, RunConfig):
-        return model.model_config()
-    if not isinstance(model, ModelConfig):
-        raise InputError(
-            f"explain: expected a model or a config, got {type(model).__name__}; for a file use `etx explain`"
-        )
-    return model
-
-
-def _of_shapes(model: Model | ModelConfig | RunConfig, config: ModelConfig) -> Decoder:
-    """Return the decoder with weights and adapters that have only shapes."""
-    if isinstance(model, Model):
-        return with_arrays(model.decoder, lambda _, weight: ShapeArray(tuple(weight.shape), _DTYPE))
-    decoder = build(config, _stand_in)
-    if not isinstance(model, RunConfig) or (lora := model.lora) is None:
-        return decoder
-    dry = without_weights(config, model.source)
-    return add_adapters(dry, lora, plan(dry, lora), _dry_pair).decoder
-
-
-def _dry_pair(path: str, planned: Planned, place: WeightSpec) -> tuple[Any, Any]:
-    outputs, inputs = place.shape[: place.out_axes], place.shape[place.out_axes :]
-    return ShapeArray((planned.rank, *inputs), _DTYPE), ShapeArray((*outputs, planned.rank), _DTYPE)
-
-
-def _stand_in(weight: WeightSpec) -> Any:
-    return ShapeArray(weight.shape, _DTYPE)
-
-
-def _role(event: Event, matrices: Collection[str]) -> str:
+def role_of(event: Event, matrices: Collection[str]) -> str:
     """Return the matrix or adapter of an equation, `dq_proj` for its gradient; else the innermost phase."""
     if event.weight is None:
         return event.path[-1]
     place, adapter, part = event.weight.partition(".lora_")
-    if _in_layer(place) not in matrices:
+    if in_layer(place) not in matrices:
         return event.path[-1]
     name = place.removesuffix(".weight").rpartition(".")[2]
     return f"{'d' * event.gradient}{name}{adapter}{part}"
 
 
-def _in_layer(path: str) -> str:
+def in_layer(path: str) -> str:
     """Return the path of a weight without its layer index: the dry run has fewer layers."""
     return re.sub(r"^layers\.\d+\.", "", path)
-
-
-def _distinct(decoder: Decoder) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
-    """Return one block of each kind and the layers of that kind: equal shapes and settings."""
-    kinds: dict[Any, list[int]] = {}
-    for i, block in enumerate(decoder.layers):
-        kinds.setdefault(tree_map(_kind, block), []).append(i)
-    layers = [tuple(members) for members in kinds.values()]
-    return tuple(decoder.layers[members[0]] for members in layers), layers
-
-
-def _kind(leaf: Any) -> tuple[Any, ...]:
-    """Return the properties of a leaf that determine its equations."""
-    parts = leaf.parts() if isinstance(leaf, Leaf) else {}
-    inside = tuple((name, type(part).__name__, part.shape) for name, part in parts.items())
-    return leaf.shape, str(leaf.dtype), type(leaf).__name__, inside
 
 
 def _dry_run(decoder: Decoder, batch: int, tokens: int, backward: bool) -> None:
@@ -235,7 +181,7 @@ def _steps(events: list[Event], members: list[tuple[int, ...]], matrices: Collec
     for (layer, _), visit in groupby(events, key=lambda event: (event.layer, event.path[:3])):
         alike: dict[Any, list[Event]] = {}
         for event in visit:
-            alike.setdefault((event.path, _role(event, matrices), event.equation), []).append(event)
+            alike.setdefault((event.path, role_of(event, matrices), event.equation), []).append(event)
         for (path, role, equation), calls in alike.items():
             yield _step(path, role, equation, calls, () if layer is None else members[layer])
 
@@ -281,9 +227,9 @@ def _heading(program: Program) -> list[str]:
         f"{queries} query and {keys} key/value heads of {config.head_dim}, "
         f"feed-forward {config.intermediate_size}, vocabulary {config.vocab_size}{tied}"
     )
-    size = quantity(_DTYPE.itemsize * program.parameters, "B")
+    size = quantity(DTYPE.itemsize * program.parameters, "B")
     rows = f"batch {program.batch}, {program.tokens} tokens"
-    run = f"{program.parameters:,} parameters ({size} in {_DTYPE}); {rows}"
+    run = f"{program.parameters:,} parameters ({size} in {DTYPE}); {rows}"
     if program.adapters:
         run += f"; LoRA adapters of {program.adapters:,} parameters, all other weights frozen"
     legend = ", ".join(

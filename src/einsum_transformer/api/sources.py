@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from einsum_transformer.analysis.explain import without_weights
+from einsum_transformer.analysis.dry_run import without_weights
 from einsum_transformer.loading.configs import folder_keys, read_config
 from einsum_transformer.loading.load import load
 from einsum_transformer.loading.sources import Folder, Options, find, name_of

@@ -209,6 +209,9 @@ def attend(
     if cache is not None:
         with phase("cache"):
             k, v, index = cache.append(k, v)
+    elif rotation is not None:
+        # q, k and v may be views of one array, which a saved view of v would keep in memory as a whole.
+        v = np.copy(v)
     return mixing.forward(q, k, v, context.mask(index, mixing.window), sinks)
 
 

@@ -62,6 +62,11 @@ class LayerCache(ABC):
         self._stored = tuple(part[rows] for part in keys), tuple(part[rows] for part in values)
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes that a token of all rows takes."""
+        return self.nbytes // self._slots
+
+    @property
     def _slots(self) -> int:
         return self._stored[0][0].shape[-1] if self._stored[0] else 0
 

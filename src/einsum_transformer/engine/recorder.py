@@ -369,6 +369,12 @@ def tap(name: str, value: Array, requested: bool = False) -> Array:
     return frame.recorder._replaced(_named(frame, name), value, name if requested else "")
 
 
+def position() -> tuple[Path, int | None]:
+    """Return the enclosing phases and the layer, as in an `Event`; ((), None) without an active recorder."""
+    frame = _frame.get()
+    return ((), None) if frame is None else (frame.path, frame.layer)
+
+
 def is_recording() -> bool:
     """Return whether a recorder is active in any thread."""
     return active > 0

@@ -76,6 +76,13 @@ class ShapeArray(NDArrayOperatorsMixin):
         if _observer is not None:
             _observer.allocated(owner, self.nbytes)
 
+    @classmethod
+    def unallocated(cls, shape: tuple[int, ...], dtype: Any = np.float32) -> ShapeArray:
+        """Return an array that a real run never has as a whole, so that no `Observer` counts its memory."""
+        found = cls.__new__(cls)
+        found.dummy = np.broadcast_to(np.zeros((), dtype), shape)
+        return found
+
     def _view(self, dummy: np.ndarray) -> ShapeArray:
         """Return a view of this array, which has the same address."""
         view = ShapeArray.__new__(ShapeArray)
@@ -121,6 +128,10 @@ class ShapeArray(NDArrayOperatorsMixin):
         if self.size != 1:
             raise ValueError(f"the truth value of an array of shape {self.shape} is ambiguous")
         return True
+
+    def __float__(self) -> float:
+        """Return 0, so that the value of a loss can be taken in a dry run."""
+        return 0.0 * bool(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         # Without this, np.asarray would iterate over all elements, for hours.
@@ -268,14 +279,15 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     np.concatenate: _concatenate,
     np.copyto: lambda target, source: target.__setitem__(..., source),
     np.take: _take,
+    np.sum: lambda a, axis=None, dtype=None, keepdims=False, where=True: a.sum(axis, keepdims),
     np.copy: _copy,
     np.clip: _clip,
     np.where: _where,
     np.argpartition: _balanced_indices,
     np.take_along_axis: lambda a, indices, axis: ShapeArray(np.shape(indices), a.dtype),
     np.put_along_axis: lambda a, indices, values, axis: None,
-    np.moveaxis: lambda a, source, to: ShapeArray(np.moveaxis(a.dummy, source, to).shape, a.dtype),
+    np.moveaxis: lambda a, source, to: a._view(np.moveaxis(a.dummy, source, to)),
     np.shape: lambda a: a.shape,
     np.ndim: lambda a: a.ndim,
-    np.broadcast_to: lambda a, shape: ShapeArray(np.broadcast_to(a.dummy, shape).shape, a.dtype),
+    np.broadcast_to: lambda a, shape: a._view(np.broadcast_to(a.dummy, shape)),
 }

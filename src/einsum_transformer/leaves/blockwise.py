@@ -91,7 +91,7 @@ class Blockwise(Leaf):
             return product(equation, (*operands[:position], self.array(), *operands[position + 1 :]), order)
         parsed, x = Equation.parse(equation), operands[1 - position]
         if isinstance(x, ShapeArray):
-            weight = ShapeArray(self.shape, self.dtype)
+            weight = ShapeArray.unallocated(self.shape, self.dtype)
             return product(equation, (weight, x) if position == 0 else (x, weight), order)
         weight, term = parsed.inputs[position], parsed.inputs[1 - position]
         inputs = weight[self.out_axes :]
@@ -123,7 +123,7 @@ class Blockwise(Leaf):
         y = y.transpose([(outputs + outer).index(letter) for letter in parsed.output])
         if reads_events():
             stored = next(iter(self.parts().values()))
-            operands = [x, ShapeArray(self.shape, stored.dtype)]
+            operands = [x, ShapeArray.unallocated(self.shape, stored.dtype)]
             text = f"{how.how}: {len(stored)} x {self.width} x {count}"
             seconds = time.perf_counter() - start
             report(equation, parsed, operands[::-1] if position == 0 else operands, y, text, seconds)

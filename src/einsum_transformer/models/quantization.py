@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from einsum_transformer.engine import Leaf
+from einsum_transformer.engine import Leaf, ShapeArray
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats import Packed
 from einsum_transformer.formats.safetensors import float32_to_bf16
@@ -83,6 +83,21 @@ class Quantizer:
         settings = bits, self.group(spec), self.scheme(spec).symmetric
         return self.packed(spec, quantize(self.matrix(spec, array), *settings), array.dtype)
 
+    def leaf_of_shapes(self, spec: WeightSpec) -> Any:
+        """The leaf of a weight for dry runs, whose codes and scales have only shapes."""
+        bits, dtype = self.bits(spec), np.dtype(np.float32)
+        form = spec.out_axes, self.quantization.scheme.activation_bits
+        if bits is None:
+            return ShapeArray(spec.shape, dtype)
+        if self.quantization.simulated:
+            return SimulatedWeight(ShapeArray(spec.shape, dtype), bits, *form)  # type: ignore[arg-type]
+        (rows, width), group = spec.stored, self.group(spec)
+        codes: Any = ShapeArray((rows, -(-width // 2) if bits <= 4 else width), np.int8)
+        shape = (1, 1) if group is None else (rows, -(-width // group))
+        scales: Any = ShapeArray(shape, _scale_type(shape))
+        zeros: Any = None if self.scheme(spec).symmetric else ShapeArray(shape, np.int8)
+        return PackedWeight(codes, scales, zeros, group or width, bits, spec.shape, dtype, *form)
+
     def matrix(self, spec: WeightSpec, array: Array) -> Array:
         """The weight as a matrix. Errors: InputError for nan and inf."""
         matrix = array.reshape(spec.stored)
@@ -138,7 +153,7 @@ class Quantizer:
 
     def _scales(self, shapes: Sequence[tuple[int, ...]], groups: Sequence[str]) -> list[Array]:
         """Memory for scales: float16 if a row has several (see `Quantized`)."""
-        kinds = [np.dtype(np.float16 if shape[1] > 1 else np.float32) for shape in shapes]
+        kinds = [_scale_type(shape) for shape in shapes]
         found: list[Any] = [None] * len(shapes)
         for kind in set(kinds):
             own = [i for i, each in enumerate(kinds) if each == kind]
@@ -183,6 +198,11 @@ class Quantizer:
         if scheme.granularity == "channel" or spec.path in (EMBEDDING, HEAD):
             return width
         return min(width, scheme.group_size)
+
+
+def _scale_type(shape: tuple[int, ...]) -> np.dtype:
+    """The type of scales: float16 if a row has several (see `Quantized`)."""
+    return np.dtype(np.float16 if shape[1] > 1 else np.float32)
 
 
 def quantized(model: Model, quantization: Quantization) -> Model:
