@@ -56,6 +56,8 @@ KEYS = {
     " kv_cache_bytes peak_rss_bytes rope",
     "chat": "model messages turns",
     "explain": "model batch tokens parameters adapters letters steps totals note",
+    "plan": "model batch tokens quantization kv_cache parameters active_parameters weight_bytes"
+    " kv_bytes_per_token kv_bytes phases training inference_bytes devices",
     "diff": "names batch tokens fields parameters components steps flops bytes_moved cache_per_token cache",
     "inspect": "source model_type config used defaulted ignored tensors missing problems parameters"
     " bytes_by_dtype",
@@ -313,6 +315,25 @@ def test_inspect_of_a_checkpoint_with_problems(files: Files) -> None:
     Path("broken/config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     found = same("inspect", etx("inspect", "broken", "--json"), et.inspect("broken"), code=1)
     assert found["problems"]
+
+
+def test_plan(files: Files) -> None:
+    given = {"MODEL": files.model, "model": files.model}
+    flags = ["--quantization", "W8A8", "--lora-rank", 4, "--grad-checkpoint"]
+    settings = {"quantization": "W8A8", "lora": ALL_LINEAR, "recompute": True}
+    ran, result = both(row_of("plan"), given, flags, settings)
+    assert isinstance(result, et.Plan)
+    same("plan", ran, result)
+    text = etx("plan", "fast_lora", "--set", "n_layers=2").out
+    assert "before" in text
+    assert text.startswith("fast_lora: ")
+    changed = json.loads(etx("plan", "fast_lora", "--set", "n_layers=2", "--json").out)
+    assert changed["before"]["parameters"] > changed["parameters"]
+    assert etx("plan", files.model, "--set", "n_layers=2").code == 2
+    assert etx("plan", files.model, "--dtype", "float64").code == 2
+
+
+ALL_LINEAR = et.LoRAConfig(r=4, target_modules="all-linear")
 
 
 def test_quantize(files: Files) -> None:

@@ -27,8 +27,9 @@ MOVED = {
 }
 """(command, old flag) -> its name now."""
 
-DEFAULTS = {"--seq-len", "--tolerance"}
-"""Flags whose default differs between commands, as the models and the checks are of other sizes."""
+DEFAULTS = {"--seq-len", "--tolerance", "--optimizer"}
+"""Flags whose default differs between commands: the models and the checks are of other sizes, and plan
+assumes the optimizer with the largest state."""
 
 
 def flags() -> dict[str, dict[str, Any]]:
@@ -51,8 +52,8 @@ def test_many_flags_are_shared() -> None:
         SHARED
     )
     assert set(FLAGS["--tokens"]) == {"run", "parity"}
-    assert set(FLAGS["--seq-len"]) == {"explain", "diff", "train", "gradcheck"}
-    assert set(FLAGS["-b"]) == {"run", "explain", "diff", "train", "gradcheck"}
+    assert set(FLAGS["--seq-len"]) == {"explain", "plan", "diff", "train", "gradcheck"}
+    assert set(FLAGS["-b"]) == {"run", "explain", "plan", "diff", "train", "gradcheck"}
     assert set(FLAGS["--save-dtype"]) == {"merge"}
 
 

@@ -63,6 +63,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         "Generation": et.generate(model, "a", max_new_tokens=1),
         "GradCheck": et.gradcheck(folder, parameters="norm", seq_len=2),
         "Perplexity": et.perplexity(model, "a b c d " * 9, ctx_size=4),
+        "Plan": et.plan("fast_lora", 1, 8),
         "QuantizationReport": et.quantization_report(et.quantize(model, "W8A8"), model),
         "Sensitivity": et.sensitivity(model, "a b c d " * 9, ["W8A16"], ctx_size=4),
         "Precision": et.precision(model, None, ["W8A16"], ctx_size=4),
@@ -90,7 +91,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
     settings = et.TrainingSettings(schedule)
     for names, arguments in {
         ("SGD", "AdamW", "LoRAConfig", "Recorder", "available_configs", "load", "pull", "machine"): {},
-        ("gradcheck", "explain", "train", "profile", "inspect", "merge"): {"source": folder},
+        ("gradcheck", "explain", "plan", "train", "profile", "inspect", "merge"): {"source": folder},
         ("Chat", "generate", "stream", "with_lora", "Trainer"): {"model": model},
         ("RandomTokens",): {"vocab_size": 61, "batch_size": 2, "length": 4},
         ("RayWorkers",): {"workers": 2},

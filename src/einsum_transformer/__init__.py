@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.inspect import Inspection
     from einsum_transformer.analysis.machine import Machine
     from einsum_transformer.analysis.parity import Parity
+    from einsum_transformer.analysis.plan import Plan
     from einsum_transformer.analysis.precision import Precision
     from einsum_transformer.analysis.quantization import QuantizationReport
     from einsum_transformer.analysis.sensitivity import Sensitivity
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from einsum_transformer.api.evaluate import divergence, evaluate, perplexity
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
+    from einsum_transformer.api.plan import plan
     from einsum_transformer.api.precision import precision
     from einsum_transformer.api.profile import Profile, profile
     from einsum_transformer.api.quantize import quantization_report, quantize
@@ -79,6 +81,7 @@ __all__ = [
     "ModelConfig",
     "Parity",
     "Perplexity",
+    "Plan",
     "Precision",
     "Profile",
     "Program",
@@ -118,6 +121,7 @@ __all__ = [
     "merge",
     "parity",
     "perplexity",
+    "plan",
     "precision",
     "profile",
     "pull",
@@ -159,6 +163,7 @@ _HOMES = {
     "ModelConfig": "models.config",
     "Parity": "analysis.parity",
     "Perplexity": "analysis.evaluate",
+    "Plan": "analysis.plan",
     "Precision": "analysis.precision",
     "Profile": "api.profile",
     "QuantizationReport": "analysis.quantization",
@@ -199,6 +204,7 @@ _HOMES = {
     "merge": "api.merge",
     "parity": "api.compare",
     "perplexity": "api.evaluate",
+    "plan": "api.plan",
     "precision": "api.precision",
     "profile": "api.profile",
     "pull": "loading.hub",

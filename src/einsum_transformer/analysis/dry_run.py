@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from einsum_transformer.engine import Leaf, Recorder, ShapeArray, blas
 from einsum_transformer.engine.recorder import Event, Path, Span, position
 from einsum_transformer.engine.shapes import Observer
 from einsum_transformer.errors import InputError
+from einsum_transformer.leaves.bfloat16 import Bfloat16Weight
 from einsum_transformer.models.adapters import Planned, add_adapters
 from einsum_transformer.models.adapters import plan as plan_adapters
 from einsum_transformer.models.builder import WeightSpec, build, weights_of
@@ -24,7 +26,7 @@ from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.families import FAMILIES
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.parameters import shapes_of, with_arrays
+from einsum_transformer.models.parameters import with_arrays
 from einsum_transformer.models.quantization import Quantizer
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.scheme import Quantization
@@ -95,14 +97,21 @@ def decoder_of_shapes(model: Model | ModelConfig | RunConfig, config: ModelConfi
     return with_lora(without_weights(config, model.source), lora)
 
 
-def stored_decoder(model: Model | ModelConfig, quantization: Quantization | None) -> Decoder:
+def stored_decoder(config: ModelConfig, quantization: Quantization | None, bfloat16: bool = False) -> Decoder:
     """Return the decoder whose weights have only shapes, in the types in which they are stored."""
-    if isinstance(model, Model):
-        return shapes_of(model.decoder)
+    if bfloat16:
+        return build(config, _in_bfloat16)
     if quantization is None:
-        return build(model, _stand_in)
-    quantizer = Quantizer(quantization, FAMILIES[model.model_type], weights_of(model))
-    return build(model, quantizer.leaf_of_shapes)
+        return build(config, _stand_in)
+    quantizer = Quantizer(quantization, FAMILIES[config.model_type], weights_of(config))
+    return build(config, quantizer.leaf_of_shapes)
+
+
+def _in_bfloat16(weight: WeightSpec) -> Any:
+    if len(weight.stored) < 2:
+        return _stand_in(weight)
+    stored: Any = ShapeArray(weight.stored, ml_dtypes.bfloat16)
+    return Bfloat16Weight(stored, weight.shape, weight.out_axes)
 
 
 def with_lora(model: Model, lora: LoRAConfig) -> Decoder:

@@ -1,45 +1,19 @@
-"""plan(): the costs and the memory of a model before it runs: prefill, decode and training.
+"""The costs and the memory of a model before it runs: prefill, decode and training, as data and as tables.
 
-All numbers are counted in dry runs of the program (`analysis.dry_run`); no weights are read.
+All numbers are counted in dry runs of the program (`analysis.dry_plan`); no weights are read.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from einsum_transformer.analysis.dry_run import (
-    Counts,
-    Mark,
-    counted,
-    distinct,
-    stored_decoder,
-    with_lora,
-    without_weights,
-)
-from einsum_transformer.analysis.explain import in_layer, role_of
+from einsum_transformer.analysis.devices import Device, devices
 from einsum_transformer.arguments import checked
-from einsum_transformer.components.cache_types import CacheType
-from einsum_transformer.components.kv_cache import KVCache
-from einsum_transformer.components.masks import Mask
-from einsum_transformer.engine import Equation, phase
-from einsum_transformer.engine.recorder import Event, Path
-from einsum_transformer.generation.rows import PREFILL_CHUNK
-from einsum_transformer.models.builder import weights_of
-from einsum_transformer.models.config import ModelConfig
-from einsum_transformer.models.decoder import Decoder
-from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.model import EMBEDDING, HEAD, Model
-from einsum_transformer.models.parameters import trainable
-from einsum_transformer.models.scheme import Quantization
-from einsum_transformer.tree import named_leaves
-
-Array = np.ndarray
+from einsum_transformer.engine.phases import ATTENTION, COUNTED_AS, FEED_FORWARD, PASS
+from einsum_transformer.engine.recorder import Path
+from einsum_transformer.tables import as_text, quantity, terminal_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +27,13 @@ class PlanStep:
     equation: str
     sizes: dict[str, int]
     """Letter -> size; the largest if the calls differ."""
+    dtype: str
+    """The type of the product: "float32"; "bfloat16" or "int8" if the weight is stored so and activations are
+    rounded to it."""
     layers: tuple[int, ...]
     calls: int
     flops: int
-    """Of the program: attention scores are computed in tiles, and a tile on the diagonal as a whole."""
+    """Operations of the program, which computes attention in tiles, also the masked part of a tile."""
     flops_causal: int
     """Only pairs of a query and a key that it attends to."""
     flops_dense: int
@@ -138,6 +115,24 @@ class Ledger:
     """Most bytes at any time: weights, optimizer, and the most of activations and gradients together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The roofline (Williams et al., 2009) of a plan on another machine: lower bounds from its data sheet.
+
+    A step takes at least its operations divided by the peak rate, and its bytes divided by the bandwidth.
+    """
+
+    device: str
+    memory: int
+    holds: bool
+    """Whether weights, KV cache and activations of prefill and decode fit into its memory."""
+    seconds: dict[str, float]
+    """Phase -> seconds."""
+    compute_bound: dict[str, float]
+    """Phase -> share of these seconds in steps that are bound by operations, not by bytes."""
+    source: str
+
+
 @checked
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -147,6 +142,7 @@ class Plan:
     batch: int
     tokens: int
     quantization: str | None
+    """The scheme of the weights, or "bfloat16"; None: float32."""
     kv_cache: tuple[str, str]
     parameters: int
     active_parameters: int
@@ -169,257 +165,171 @@ class Plan:
         peaks = [each.peak_bytes for each in self.phases if each.name != "training"]
         return self.weight_bytes + self.kv_bytes + max(peaks)
 
+    def estimates(self) -> tuple[Estimate, ...]:
+        """Return the roofline of each machine of `devices/*.json`, by memory."""
+        return tuple(_estimate(self, device) for device in devices())
 
-def plan(
-    model: Model | ModelConfig,
-    name: str,
-    batch: int,
-    tokens: int,
-    quantization: Quantization | None,
-    types: tuple[CacheType, CacheType],
-    lora: LoRAConfig,
-    moments: int,
-    recompute: bool,
-) -> Plan:
-    """Return the plan of a model; see `api.plan.plan`. lora: the adapters of the ledger; moments: arrays of
-    the optimizer's state per trained array."""
-    config = model.config if isinstance(model, Model) else model
-    decoder = stored_decoder(model, quantization)
-    dry = _DryModel(config, decoder)
-    float_decoder = dry if quantization is None else _DryModel(config, stored_decoder(config, None))
-    cache = dry.cache(batch, tokens + 1, types)
-    full, timeline = float_decoder.training(batch, tokens, recompute)
-    phases = (*dry.inference(batch, tokens, cache), full)
-    weights = weights_of(config)
-    parameters = sum(prod(weight.stored) for weight in weights)
-    return Plan(
-        name,
-        batch,
-        tokens,
-        None if quantization is None else str(quantization),
-        (types[0].name, types[1].name),
-        parameters,
-        parameters - _idle_parameters(config),
-        sum(leaf.nbytes for _, leaf in named_leaves(decoder)),
-        dry.cache_bytes(1, 1, types),
-        dry.cache_bytes(batch, tokens, types),
-        phases,
-        tuple(_ledgers(config, name, batch, tokens, quantization, lora, moments, recompute, timeline)),
-    )
-
-
-def _idle_parameters(config: ModelConfig) -> int:
-    """The parameters of experts that are not selected for a token."""
-    if config.moe is None:
-        return 0
-    experts = sum(prod(weight.stored) for weight in weights_of(config) if ".experts." in weight.path)
-    return experts - experts * config.moe.num_experts_per_tok // config.moe.num_experts
-
-
-class Timeline:
-    """The memory of a training step through all layers, from a dry run with two blocks of each kind."""
-
-    def __init__(self, marks: Sequence[Mark], members: Sequence[Sequence[int]]) -> None:
-        kinds = {layer: kind for kind, layers in enumerate(members) for layer in layers}
-        order = sorted(kinds)
-        changes: dict[tuple[Path, int | None], tuple[int, int]] = {}
-        before = 0
-        for mark in marks:
-            # The second block of a kind replaces the first one, in both directions.
-            changes[mark.path, _half(mark.layer)] = mark.peak - before, mark.live - before
-            before = mark.live
-        live = 0
-        self.peak: int = 0
-        """Most bytes of activations and gradients at any time."""
-        self.saved: int = 0
-        """Bytes of the activations that all layers save for the backward pass."""
-        for path in dict.fromkeys(mark.path for mark in marks):
-            outer = (path, None) in changes
-            layers = order[::-1] if path[0] == "backward" else order
-            for key in [(path, None)] if outer else [(path, kinds[layer]) for layer in layers]:
-                peak, change = changes[key]
-                self.peak = max(self.peak, live + peak)
-                live += change
-            if path == ("forward", "layer"):
-                self.saved = live
-
-
-def _half(layer: int | None) -> int | None:
-    return None if layer is None else layer // 2
-
-
-def _is_odd(layer: int | None) -> bool:
-    return layer is not None and layer % 2 == 1
-
-
-class _DryModel:
-    """A decoder of shapes with one block of each kind."""
-
-    def __init__(self, config: ModelConfig, decoder: Decoder) -> None:
-        self.config = config
-        blocks, self.members = distinct(decoder)
-        self.decoder: Decoder = replace(decoder, layers=blocks)
-        self.windows = [config.windows[members[0]] for members in self.members]
-        self.nbytes = {path: leaf.nbytes for path, leaf in named_leaves(self.decoder)}
-        self.sizes = {path: prod(leaf.shape) for path, leaf in named_leaves(self.decoder)}
-        self.matrices = {in_layer(path) for path, leaf in named_leaves(self.decoder) if len(leaf.shape) > 1}
-        self.matrices |= {EMBEDDING, HEAD}
-
-    def cache(self, batch: int, capacity: int, types: tuple[CacheType, CacheType]) -> KVCache:
-        """An empty cache whose memory is allocated."""
-        cache = KVCache(self.windows, capacity, horizon=capacity, types=types)
-        self.decoder.forward(np.zeros((batch, 1), np.int64), cache, "none")
-        cache.truncate(0)
-        return cache
-
-    def cache_bytes(self, batch: int, tokens: int, types: tuple[CacheType, CacheType]) -> int:
-        """The bytes of the cached tokens in all layers, without reserved memory."""
-        cache = KVCache(self.windows, types=types)
-        self.decoder.forward(np.zeros((batch, 1), np.int64), cache, "none")
-        return sum(
-            len(members) * layer.token_bytes * (tokens if window is None else min(tokens, window))
-            for members, layer, window in zip(self.members, cache.layers, self.windows)
-        )
-
-    def inference(self, batch: int, tokens: int, cache: KVCache) -> Iterator[PlanPhase]:
-        """The prefill of all tokens, in the chunks of a real run, and the decode of one more token."""
-
-        def prefill() -> None:
-            with phase("prefill"):
-                for start in range(0, tokens, PREFILL_CHUNK):
-                    stop = min(start + PREFILL_CHUNK, tokens)
-                    part = np.zeros((batch, stop - start), np.int64)
-                    self.decoder.forward(part, cache, "last" if stop == tokens else "none")
-
-        def decode() -> None:
-            with phase("decode"):
-                self.decoder.forward(np.zeros((batch, 1), np.int64), cache)
-
-        for run in (prefill, decode):
-            before = cache.length
-            counts = counted(run)
-            peak = max(mark.peak for mark in counts.marks)
-            yield self._phase(run.__name__, counts, batch, before, cache.length, peak)
-
-    def training(self, batch: int, tokens: int, recompute: bool) -> tuple[PlanPhase, Timeline]:
-        """A training step without the update, and its memory."""
-        given = np.zeros((batch, tokens), np.int64)
-        # Two blocks of each kind: the activations of a block are freed while the next one is computed.
-        twice = replace(self.decoder, layers=tuple(each for each in self.decoder.layers for _ in range(2)))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            counts = counted(lambda: twice.loss_and_gradient(given, given, recompute=recompute))
-        timeline = Timeline(counts.marks, self.members)
-        first = Counts(
-            [replace(each, layer=_half(each.layer)) for each in counts.events if not _is_odd(each.layer)],
-            [replace(each, layer=_half(each.layer)) for each in counts.passes if not _is_odd(each.layer)],
-        )
-        return self._phase("training", first, batch, 0, tokens, timeline.peak), timeline
-
-    def _phase(self, name: str, counts: Counts, batch: int, before: int, after: int, peak: int) -> PlanPhase:
-        heads = batch * self.config.num_attention_heads
-        pairs = {
-            window: (heads * _visible(window, before, after), heads * (after - before) * after)
-            for window in {*self.windows, None}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan in JSON types."""
+        found = asdict(self)
+        for own, each in zip(found["phases"], self.phases):
+            own["totals"] = {name: each.total(name) for name in _AMOUNTS} | {"elements": each.elements}
+        return found | {
+            "inference_bytes": self.inference_bytes,
+            "devices": list(map(asdict, self.estimates())),
         }
-        steps = tuple(self._steps(counts.events, pairs))
-        return PlanPhase(name, batch, after - before, after, steps, tuple(self._elementwise(counts)), peak)
 
-    def _steps(
-        self, events: Sequence[Event], pairs: Mapping[int | None, tuple[int, int]]
-    ) -> Iterator[PlanStep]:
-        """Yield one step for all calls of an equation in one role; pairs: window -> pairs of queries and keys
-        that are visible, and all of them."""
-        alike: defaultdict[Any, list[Event]] = defaultdict(list)
-        for event in events:
-            role = role_of(event, self.matrices)
-            alike[event.layer, event.path, role, event.equation].append(event)
-        for (layer, path, role, equation), calls in alike.items():
-            window = None if layer is None else self.windows[layer]
-            yield self._step(path, role, equation, calls, layer, pairs[window])
+    def tables(self) -> Iterator[Any]:
+        """Yield the tables and lines as rich renderables."""
+        yield from _heading(self)
+        yield ""
+        yield _phases_table(self)
+        for each in self.phases:
+            yield ""
+            yield _parts_table(each)
+        yield ""
+        yield _ledger_table(self.training)
+        yield ""
+        yield _devices_table(self)
+        yield from _NOTES
 
-    def _step(
-        self,
-        path: Path,
-        role: str,
-        equation: str,
-        calls: Sequence[Event],
-        layer: int | None,
-        pairs: tuple[int, int],
-    ) -> PlanStep:
-        parsed = Equation.parse(equation)
-        flops = sum(call.flops for call in calls)
-        sizes = {letter: max(call.sizes[letter] for call in calls) for letter in parsed.letters}
-        causal = dense = flops
-        if set("bkgts") <= set(parsed.letters):
-            # Pairs of a query and a key, in the tiles of all heads.
-            computed = sum(prod(call.sizes[letter] for letter in "bkgts") for call in calls)
-            causal, dense = (flops * heads_pairs // computed for heads_pairs in pairs)
-        weight, cached, other = (sum(each) for each in zip(*map(self._bytes, calls)))
-        layers = () if layer is None else self.members[layer]
-        return PlanStep(
-            path, role, equation, sizes, layers, len(calls), flops, causal, dense, weight, cached, other
+    def __str__(self) -> str:
+        return as_text(*self.tables())
+
+
+_AMOUNTS = ("flops", "flops_causal", "flops_dense", "weight_bytes", "kv_bytes", "activation_bytes")
+_NOTES = (
+    "FLOPs: attention in tiles, as computed; causal: only visible pairs of query and key; dense: all pairs.",
+    "Bytes: each operand and result of an equation once per call. Elementwise operations are not in FLOPs.",
+    "Machines: lower bounds by peak rates and bandwidths of data sheets, whose names are in to_dict().",
+)
+
+
+def _estimate(plan: Plan, device: Device) -> Estimate:
+    seconds: dict[str, float] = {}
+    compute: dict[str, float] = {}
+    for each in plan.phases:
+        total = bound = 0.0
+        for step in each.steps:
+            times = device.seconds(step.times * step.flops, step.times * step.bytes, step.dtype)
+            total += max(times)
+            bound += times[0] if times[0] >= times[1] else 0
+        seconds[each.name], compute[each.name] = total, bound / total if total else 0.0
+    holds = plan.inference_bytes <= device.memory
+    return Estimate(device.name, device.memory, holds, seconds, compute, device.source)
+
+
+def totals_table(plans: Sequence[tuple[str, Plan]]) -> Any:
+    """Return the totals of several plans as a rich table, with the ratio of the last to the first."""
+    names = [name for name, _ in plans]
+    table = terminal_table(("", *names, *(["ratio"] if len(plans) > 1 else [])))
+    for rows in zip(*(_totals(plan) for _, plan in plans)):
+        amounts = [amount for _, _, amount in rows]
+        ratio = [f"{amounts[-1] / amounts[0]:.3g}" if amounts[0] else ""] if len(plans) > 1 else []
+        table.add_row(rows[0][0], *(quantity(amount, unit) for _, unit, amount in rows), *ratio)
+    return table
+
+
+def _totals(plan: Plan) -> Iterator[tuple[str, str, int]]:
+    """Yield names, units and amounts."""
+    yield "parameters", "", plan.parameters
+    yield "active parameters", "", plan.active_parameters
+    yield "weights", "B", plan.weight_bytes
+    yield "KV cache, each token", "B", plan.kv_bytes_per_token
+    yield "KV cache", "B", plan.kv_bytes
+    for each in plan.phases:
+        yield f"{each.name}, FLOPs", "", each.total("flops")
+    yield "prefill and decode, memory", "B", plan.inference_bytes
+    yield "training all weights, memory", "B", plan.training[0].peak
+    yield "training adapters, memory", "B", plan.training[1].peak
+
+
+def _heading(plan: Plan) -> Iterator[str]:
+    active = plan.active_parameters
+    used = "" if active == plan.parameters else f" ({active:,} active per token)"
+    stored = f"{quantity(plan.weight_bytes, 'B')} in {plan.quantization or 'float32'}"
+    yield f"{plan.model}: {plan.parameters:,} parameters{used}, {stored}"
+    rows = f"{plan.batch} row{'s' * (plan.batch > 1)} of {plan.tokens:,} tokens"
+    cache = "" if plan.kv_cache == ("unchanged", "unchanged") else f" ({' and '.join(plan.kv_cache)})"
+    sizes = (plan.kv_bytes_per_token, plan.kv_bytes, plan.inference_bytes)
+    token, whole, needed = (quantity(size, "B") for size in sizes)
+    yield f"{rows}; KV cache{cache} {token} per token, {whole} in total; prefill and decode need {needed}"
+
+
+def _phases_table(plan: Plan) -> Any:
+    columns = ("FLOPs", "causal", "dense", "weights", "KV", "activations", "elementwise", "peak activations")
+    table = terminal_table(("phase", *columns))
+    for each in plan.phases:
+        amounts = [quantity(each.total(name), "" if "flops" in name else "B") for name in _AMOUNTS]
+        table.add_row(each.name, *amounts, quantity(each.elements), quantity(each.peak_bytes, "B"))
+    return table
+
+
+def _parts_table(phase: PlanPhase) -> Any:
+    """The steps of a phase, summed over the layers by part of the program."""
+    columns = ("FLOPs", "weights", "KV", "activations", "elementwise", "FLOPs per byte")
+    table = terminal_table((f"{phase.name}, all layers", *columns))
+    parts: dict[tuple[str, Path], list[int]] = {}
+    for step in phase.steps:
+        found = parts.setdefault(_part(phase, step.path), [0] * 5)
+        amounts = (step.flops, step.weight_bytes, step.kv_bytes, step.activation_bytes)
+        for i, amount in enumerate(amounts):
+            found[i] += step.times * amount
+    for each in phase.elementwise:
+        parts.setdefault(_part(phase, each.path), [0] * 5)[4] += each.times * each.elements
+    order = {path: i for i, path in enumerate(PASS)}
+    for (stage, path), (flops, *sizes, elements) in sorted(
+        parts.items(), key=lambda item: (_STAGES.index(item[0][0]), order.get(item[0][1], 99))
+    ):
+        label = PASS.get(path, path[-1] if path else "cross-entropy")
+        if path[:-1] in (ATTENTION, FEED_FORWARD):
+            label = f"{path[-2]}: {label}"
+        intensity = f"{flops / sum(sizes):.1f}" if flops and sum(sizes) else ""
+        cells = [quantity(size, "B") if size else "" for size in sizes]
+        staged = phase.name == "training" and stage != "loss"
+        table.add_row(
+            f"{stage}: {label}" if staged else label,
+            quantity(flops) if flops else "",
+            *cells,
+            quantity(elements) if elements else "",
+            intensity,
         )
-
-    def _bytes(self, event: Event) -> tuple[int, int, int]:
-        """The bytes of weights, of cached keys and values, and of other arrays of a call."""
-        parsed, cached = Equation.parse(event.equation), event.path[0] in ("prefill", "decode")
-        itemsize = np.dtype(event.dtype).itemsize
-        weight = kv = 0
-        other = event.bytes_written
-        for term in parsed.inputs:
-            size = itemsize * prod(event.sizes[letter] for letter in term)
-            is_weight = event.weight is not None and not event.gradient and not set(term) & set("bts")
-            if is_weight and event.weight is not None:
-                weight += self.nbytes.get(event.weight, size)
-            elif cached and "s" in term and "t" not in term and "b" in term:
-                kv += size
-            else:
-                other += size
-        return weight, kv, other
-
-    def _elementwise(self, counts: Counts) -> Iterator[Elementwise]:
-        for each in counts.passes:
-            layers = () if each.layer is None else self.members[each.layer]
-            yield Elementwise(each.path, each.function, each.dtype, layers, each.calls, each.elements)
+    return table
 
 
-def _visible(window: int | None, before: int, after: int) -> int:
-    """The number of pairs of a query at one of these positions and a key that it attends to."""
-    mask = Mask(np.arange(before, after), np.arange(after), window)
-    blocks = (mask.keys(slice(i, i + 1)) for i in range(after - before))
-    return sum(block.stop - block.start for block in blocks)
+_STAGES = ("prefill", "decode", "forward", "loss", "backward")
 
 
-def _ledgers(
-    config: ModelConfig,
-    name: str,
-    batch: int,
-    tokens: int,
-    quantization: Quantization | None,
-    lora: LoRAConfig,
-    moments: int,
-    recompute: bool,
-    full: Timeline,
-) -> Iterator[Ledger]:
-    """The memory of training all weights, adapters, and adapters on quantized weights."""
-    plain = without_weights(config, name)
-    adapted = with_lora(plain, lora)
-    yield _ledger("full", plain.decoder, moments, full)
-    # Activations and gradients do not depend on the type of the frozen weights.
-    _, timeline = _DryModel(config, adapted).training(batch, tokens, recompute)
-    yield _ledger(f"LoRA r={lora.r}", adapted, moments, timeline)
-    small = quantization or Quantization.of(QLORA)
-    packed = with_lora(replace(plain, decoder=stored_decoder(config, small)), lora)
-    yield _ledger(f"LoRA r={lora.r} on {small and small.scheme}", packed, moments, timeline)
+def _part(phase: PlanPhase, path: Path) -> tuple[str, Path]:
+    """The stage of a step, and its part of the program."""
+    inner = COUNTED_AS.get(path[1:4], path[1:4])
+    known = (inner[:depth] for depth in (3, 2, 1) if inner[:depth] in PASS)
+    return path[0], next(known, inner[:1])
 
 
-def _ledger(kind: str, decoder: Decoder, moments: int, timeline: Timeline) -> Ledger:
-    arrays = trainable(decoder).values()
-    gradients = sum(array.nbytes for array in arrays)
-    weights = sum(leaf.nbytes for _, leaf in named_leaves(decoder))
-    trained, state = sum(array.size for array in arrays), moments * gradients
-    return Ledger(kind, trained, weights, gradients, state, timeline.saved, weights + state + timeline.peak)
+def _ledger_table(ledgers: Sequence[Ledger]) -> Any:
+    columns = ("parameters", "weights", "gradients", "optimizer", "saved activations", "peak")
+    table = terminal_table(("memory of training", *columns))
+    for each in ledgers:
+        sizes = (each.weights, each.gradients, each.optimizer, each.saved, each.peak)
+        table.add_row(each.kind, f"{each.trained:,}", *(quantity(size, "B") for size in sizes))
+    return table
 
 
-QLORA = "W4A16g64"
-"""The scheme of the frozen weights if none is given."""
+def _devices_table(plan: Plan) -> Any:
+    table = terminal_table(("machine", "memory", "holds it", "prefill", "decode", "training", "bound"))
+    smallest = next((each.device for each in plan.estimates() if each.holds), None)
+    for each in plan.estimates():
+        times = [_duration(each.seconds[name]) for name in ("prefill", "decode", "training")]
+        bounds = [each.compute_bound[name] >= 0.5 for name in ("prefill", "decode")]
+        words = "/".join("compute" if bound else "memory" for bound in bounds)
+        holds = "yes, the smallest" if each.device == smallest else "yes" if each.holds else "no"
+        table.add_row(each.device, quantity(each.memory, "B"), holds, *times, words)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    for limit, factor, unit in ((1e-3, 1e6, "us"), (1, 1e3, "ms")):
+        if seconds < limit:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -25,6 +25,7 @@ from einsum_transformer.cli.inspect import inspect
 from einsum_transformer.cli.machine import machine
 from einsum_transformer.cli.merge import merge
 from einsum_transformer.cli.parity import parity
+from einsum_transformer.cli.plan import plan
 from einsum_transformer.cli.precision import precision
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.quantize import quantize
@@ -121,6 +122,7 @@ def _application() -> typer.Typer:
         run,
         chat,
         explain,
+        plan,
         diff,
         inspect,
         train,

@@ -101,6 +101,18 @@ Schemes = Annotated[
     typer.Option("--scheme", metavar="SCHEME", help="A quantization to measure, W8A16; may be repeated."),
 ]
 Every = Annotated[bool, typer.Option("--every", help="Show all rows of the table.")]
+CacheTypeK = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-type-k", "-ctk", metavar="TYPE", help="Stored keys: float32, float16, int8 or int4."
+    ),
+]
+CacheTypeV = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-type-v", "-ctv", metavar="TYPE", help="Stored values: float32, float16, int8 or int4."
+    ),
+]
 GradCheckpoint = Annotated[
     bool,
     typer.Option("--grad-checkpoint", help="Recompute blocks in the backward pass: less memory, more time."),
@@ -220,12 +232,8 @@ class Loading(Stored):
     adapter_path: AdapterPath = None
     max_layers: MaxLayers = None
     dtype: Dtype = None
-    cache_type_k: str | None = flag(
-        "--cache-type-k", "-ctk", metavar="TYPE", help="Stored keys: float32, float16, int8 or int4."
-    )
-    cache_type_v: str | None = flag(
-        "--cache-type-v", "-ctv", metavar="TYPE", help="Stored values: float32, float16, int8 or int4."
-    )
+    cache_type_k: CacheTypeK = None
+    cache_type_v: CacheTypeV = None
 
     def open(
         self, source: str | RunConfig, hub: Hub, seed: int | None, quiet: bool

@@ -98,6 +98,11 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         for a leaf that is saved as its array."""
         return None
 
+    @property
+    def product_type(self) -> str:
+        """The type of its products: the type of the activations after they are rounded."""
+        return str(self.dtype)
+
     def bits_per_element(self) -> int | None:
         """Return the bits of a code of a quantized weight, None for other leaves."""
         return None

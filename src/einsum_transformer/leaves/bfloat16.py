@@ -27,6 +27,10 @@ class Bfloat16Weight(Blockwise):
         super().__init__(shape, dtype, out_axes)
         self.weight: Array = weight
 
+    @property
+    def product_type(self) -> str:
+        return "bfloat16"
+
     def parts(self) -> dict[str, Any]:
         return {"weight": self.weight}
 

@@ -148,6 +148,10 @@ class PackedWeight(Blockwise):
         parts = codes, quantized.scales, quantized.zeros, quantized.group
         return cls(*parts, bits, shape, dtype, out_axes, activation_bits, quantized.divisor)
 
+    @property
+    def product_type(self) -> str:
+        return "int8" if self.activation_bits <= 8 else super().product_type
+
     def rows(self, indices: Array) -> Any:
         """The rows of an embedding, rounded as the activations are."""
         values = super().rows(indices)
