@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,10 +15,12 @@ from einsum_transformer.analysis.quantization import lines_of_types, stored_type
 from einsum_transformer.analysis.report import Report, Run, render, report, speculation_lines
 from einsum_transformer.analysis.routing import LayerRouting, RoutingReader
 from einsum_transformer.analysis.routing import render as render_routing
+from einsum_transformer.analysis.trace import Trace
 from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Recorder, phase
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.files import check_writable
 from einsum_transformer.generation.context import LengthNote, context_limit
 from einsum_transformer.generation.decode import Request, prefill, request, stated_options
 from einsum_transformer.generation.options import GenerationOptions
@@ -103,6 +106,7 @@ def profile(
     batch_size: int | None = None,
     load_seconds: float | None = None,
     on_text: Callable[[str], Any] | None = None,
+    trace: str | Path | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Profile:
     """Continue a prompt and measure the time of each part.
@@ -113,8 +117,12 @@ def profile(
 
     prefill_only: stop before the first new token; default: the value in the run config. load_seconds: seconds
     of loading the model, for the time to first token with loading; measured if this function loads `source`.
-    on_text: called with each piece of text as it is generated, if there is one prompt.
+    on_text: called with each piece of text as it is generated, if there is one prompt. trace: write a trace
+    of the run, its phases and its einsum calls, to this JSON file for https://ui.perfetto.dev; recording it
+    makes the run slower.
     """
+    if trace is not None:
+        check_writable(Path(trace), "trace")
     started = time.perf_counter()
     model = model_of(source)
     if load_seconds is None:
@@ -136,6 +144,9 @@ def profile(
     recorder, routers = Recorder(), RoutingReader()
     if model.config.moe is not None:
         recorder.on_value(routers, *RoutingReader.NAMES)
+    tracing = None if trace is None else Trace(job.counters)
+    if tracing is not None:
+        tracing.record(recorder)
     likeliest = None
     with recorder:
         started = time.perf_counter()
@@ -150,6 +161,8 @@ def profile(
     run = Run(model.config, started, seconds, load_seconds, prompt_lengths, new_lengths, kv_cache_bytes)
     found = report(recorder.spans, run)
     routing = tuple(routers.layers())
+    if trace is not None and tracing is not None:
+        tracing.write(trace, model.source)
     return Profile(model.source, tuple(job.results), found, routing, likeliest, *stored_types(model))
 
 

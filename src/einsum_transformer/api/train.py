@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from einsum_transformer.analysis.plots import check_plot
+from einsum_transformer.analysis.trace import Trace
 from einsum_transformer.analysis.training import (
     StepTimes,
     TrainingReport,
@@ -25,6 +26,7 @@ from einsum_transformer.cluster.data_parallel import RayWorkers, check_rows
 from einsum_transformer.components.cache_types import UNCHANGED
 from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.files import check_writable
 from einsum_transformer.generation.context import check_length
 from einsum_transformer.models.adapters import merged, with_lora
 from einsum_transformer.models.lora_config import LoRAConfig
@@ -125,6 +127,7 @@ def train(
     resume: bool = False,
     eval_every: int | None = None,
     plot: str | Path | None = None,
+    trace: str | Path | None = None,
     workers: int | RayWorkers | None = None,
     seed: int = 0,
     on_step: Callable[[StepReport], Any] | None = None,
@@ -156,7 +159,9 @@ def train(
     optimizer's state), log and metrics; None: no file is written. log_folder: the folder of the log without
     `output`. save_every: steps between checkpoints; keep_last: maximum number of checkpoints; older ones are
     removed. resume: continue from the newest checkpoint in `output`, bit for bit. eval_every: steps between
-    validations, in addition to those at the start and the end. plot: plot the losses to this PNG file.
+    validations, in addition to those at the start and the end. plot: plot the losses to this PNG file. trace:
+    write a trace of the steps, their phases and einsum calls, to this JSON file for https://ui.perfetto.dev;
+    recording it makes the steps slower.
 
     workers: number of Ray workers that share each batch, or a RayWorkers. seed: of batches, dropout and new
     adapters. on_step: called with the StepReport of every step. observer: see TrainingObserver.
@@ -168,6 +173,8 @@ def train(
         raise InputError("`resume` and `save_every` need `output`, the folder of the checkpoints")
     if plot is not None:
         check_plot(plot)
+    if trace is not None:
+        check_writable(Path(trace), "trace")
     text = TextSettings(data, valid, valid_share, mask_prompt, pad, long)
     loaded = model_of(source, seed=seed)
     keys = loaded.run_config
@@ -203,7 +210,8 @@ def train(
         stack.callback(trainer.compute.close)
         run = _Run(trainer, journal, steps, validation, rows, observer or TrainingObserver(), on_step)
         run.begin(resume)
-        run.train(save_every, keep_last, eval_every)
+        tracing = None if trace is None else Trace()
+        run.train(save_every, keep_last, eval_every, tracing)
         if output is not None:
             run.save(keep_last)
             if merge:
@@ -213,6 +221,9 @@ def train(
         if plot is not None:
             found.plot(plot)
             run.message(f"wrote {plot}")
+        if trace is not None and tracing is not None:
+            tracing.write(trace, loaded.source)
+            run.message(f"wrote {trace}")
     return found
 
 
@@ -291,9 +302,12 @@ class _Run:
         if self.validation is not None and not found:
             self.validate()
 
-    def train(self, save_every: int | None, keep_last: int, eval_every: int | None) -> None:
+    def train(
+        self, save_every: int | None, keep_last: int, eval_every: int | None, tracing: Trace | None = None
+    ) -> None:
         """Run the remaining steps."""
-        with Recorder() as recorder:
+        recorder = Recorder() if tracing is None else tracing.record(Recorder())
+        with recorder:
             for report in self.trainer.run(self.steps):
                 done = report.step + 1
                 stages = self.times.add(recorder.spans)

@@ -59,6 +59,25 @@ Seed = Annotated[
     int | None,
     typer.Option(metavar="N", min=0, help="Seed of sampling, random weights and random tokens; default 0."),
 ]
+
+
+def _writable(path: str | None) -> str | None:
+    """Check the file before the model is loaded."""
+    if path is not None:
+        from einsum_transformer.formats.files import check_writable
+
+        check_writable(Path(path), "trace")
+    return path
+
+
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.json",
+        callback=_writable,
+        help="Write a trace of phases and einsum calls for https://ui.perfetto.dev.",
+    ),
+]
 TokenFile = Annotated[
     str | None,
     typer.Option("--tokens", metavar="FILE.npy", help="Token ids of shape (time) or (batch, time)."),

@@ -42,6 +42,7 @@ def run(
         bool, typer.Option("--prefill-only", help="Stop before the first new token.")
     ] = False,
     batch_size: options.Rows = None,
+    trace: options.Trace = None,
     loading: options.Loading,
     assignments: options.Assignments = None,
     hub: options.Hub,
@@ -59,6 +60,7 @@ def run(
     etx run model.gguf --prompt-file story.txt --prefill-only --json
     etx run --config configs/fast_lora.json --set n_layers=4 -n 16
     etx run --prompt-file notes.txt --prompt-lookup 3 --num-draft-tokens 8
+    etx run -p "The sky is" -n 16 --trace trace.json
     """
     from einsum_transformer.api.profile import profile
 
@@ -82,6 +84,7 @@ def run(
             batch_size=batch_size,
             load_seconds=load_seconds,
             on_text=output.write if streamed else None,
+            trace=trace,
             **settings,
         )
     except KeyboardInterrupt:
@@ -95,6 +98,8 @@ def run(
         terminal = output.console()
         for part in ("", *found.tables()):
             terminal.print(part)
+        if trace is not None:
+            terminal.print(f"wrote {trace}")
 
 
 def _prompt(model: Model, given: dict[str, Any], chat: bool | None, template: ChatFlags) -> Any:

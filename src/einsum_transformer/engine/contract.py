@@ -350,7 +350,7 @@ def _run(text: str, equation: Equation, arrays: list[Any], order: str) -> Any:
         return plan.run(*arrays)
     start = time.perf_counter()
     result = plan.run(*arrays)
-    report(text, equation, arrays, result, plan.description(), time.perf_counter() - start)
+    report(text, equation, arrays, result, plan.description(), start, time.perf_counter() - start)
     return result
 
 
@@ -410,16 +410,22 @@ def _dry(text: str, equation: Equation, operands: Sequence[Any]) -> Any:
     result = ShapeArray(spelled.output_shape(sizes), dtype)
     if recorder.reads_events():
         how = plans.readable(plans.dry_lowering(spelled, operands), spelled, equation)
-        recorder.event(text, sizes, operands, result, how, 0.0, spelled.flops(sizes))
+        recorder.event(text, sizes, operands, result, how, time.perf_counter(), 0.0, spelled.flops(sizes))
     return result
 
 
 def report(
-    text: str, equation: Equation, operands: Sequence[Any], result: Array, how: str, seconds: float
+    text: str,
+    equation: Equation,
+    operands: Sequence[Any],
+    result: Array,
+    how: str,
+    start: float,
+    seconds: float,
 ) -> None:
-    """Report a call of einsum to the readers of events."""
+    """Report a call of einsum to the readers of events; start: of time.perf_counter."""
     spelled, indices = equation.spell([operand.shape for operand in operands])
     if indices is not None:
         operands = [operand[index] for operand, index in zip(operands, indices)]
     sizes = spelled.sizes([operand.shape for operand in operands])
-    recorder.event(text, sizes, operands, result, how, seconds, spelled.flops(sizes))
+    recorder.event(text, sizes, operands, result, how, start, seconds, spelled.flops(sizes))

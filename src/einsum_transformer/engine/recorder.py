@@ -37,6 +37,8 @@ class Event:
     dtype: str
     """The type of the result."""
     how: str
+    start: float
+    """time.perf_counter() at the start of the call."""
     seconds: float
     flops: int
     bytes_read: int
@@ -49,6 +51,8 @@ class Event:
     """The path of the weight that is an operand, or whose gradient is computed; None without a weight."""
     gradient: bool
     """Whether the result is part of the gradient of `weight`."""
+    thread: int
+    """threading.get_ident() of the calling thread."""
 
     @property
     def bytes(self) -> int:
@@ -63,6 +67,9 @@ class Span:
     layer: int | None
     start: float
     seconds: float
+    divided: bool = False
+    """Whether the phase ran in parallel tasks: start and seconds are then its share of their wall time, and
+    not the time when it ran."""
 
     @property
     def name(self) -> str:
@@ -454,6 +461,7 @@ def event(
     operands: Sequence[Any],
     result: Any,
     how: str,
+    start: float,
     seconds: float,
     flops: int,
 ) -> None:
@@ -471,10 +479,9 @@ def event(
                 break
     read = sum(operand.size * operand.dtype.itemsize for operand in operands)
     written = result.size * result.dtype.itemsize
-    dtype, where = str(result.dtype), (frame.path, frame.layer)
-    frame.recorder._notify(
-        readers, Event(equation, sizes, dtype, how, seconds, flops, read, written, *where, weight, gradient)
-    )
+    time_and_cost = start, seconds, flops, read, written
+    where = frame.path, frame.layer, weight, gradient, threading.get_ident()
+    frame.recorder._notify(readers, Event(equation, sizes, str(result.dtype), how, *time_and_cost, *where))
 
 
 class _Tally:
@@ -490,16 +497,22 @@ class _Tally:
             self._seconds[path[len(self.outer.path) :], layer] += seconds
 
     def spans(self, start: float, wall: float) -> Iterator[Span]:
-        """Split the wall time over the phases in proportion to their seconds: consecutive spans, inner phases
-        before outer ones."""
+        """Split the wall time over the phases in proportion to their seconds: consecutive spans inside of the
+        span of their outer phase, inner phases before outer ones."""
         busy = sum(seconds for (inner, _), seconds in self._seconds.items() if len(inner) == 1)
-        begins: defaultdict[Path, float] = defaultdict(lambda: start)
+        top: tuple[Path, int | None] = ((), None)
+        begins: dict[tuple[Path, int | None], float] = {top: start}
+        outers: dict[Path, tuple[Path, int | None]] = {(): top}
         placed: list[Span] = []
-        for (inner, layer), seconds in sorted(self._seconds.items(), key=lambda item: len(item[0][0])):
-            outer = inner[:-1]
-            span = Span((*self.outer.path, *inner), layer, begins[outer], wall * seconds / busy)
-            begins[inner] = min(begins[inner], span.start) if inner in begins else span.start
+        for key, seconds in sorted(self._seconds.items(), key=lambda item: len(item[0][0])):
+            inner, layer = key
+            # The outer phase has the same layer, unless this phase sets it.
+            outer = (inner[:-1], layer)
+            outer = outer if outer in begins else outers.get(inner[:-1], top)
+            span = Span((*self.outer.path, *inner), layer, begins[outer], wall * seconds / busy, True)
             begins[outer] += span.seconds
+            begins[key] = span.start
+            outers.setdefault(inner, key)
             placed.append(span)
         yield from reversed(placed)
 

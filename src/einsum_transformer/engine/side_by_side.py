@@ -47,7 +47,8 @@ def einsums(x: Array, *terms: Term) -> list[Array]:
     for (equation, _), array, result in zip(terms, arrays, results):
         assert array is not None
         own, how = seconds * array.size / size, f"{len(terms)} in one {joined.how}"
-        report(equation, Equation.parse(equation), [x, array], result, how, own)
+        report(equation, Equation.parse(equation), [x, array], result, how, start, own)
+        start += own
     return results
 
 

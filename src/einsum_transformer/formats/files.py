@@ -71,6 +71,22 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def check_writable(path: Path, name: str) -> None:
+    """Raise InputError if `path` is a folder or cannot be written; called before a long computation.
+
+    name: the argument that gives the path, for the message.
+    """
+    if path.is_dir():
+        raise InputError(f"`{name}` {path}: is a folder, expected a file")
+    try:
+        # Permissions do not describe a read-only file system, so a file is written and removed.
+        temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+        temporary.open("xb").close()
+        temporary.unlink()
+    except OSError as error:
+        raise InputError(f"`{name}` {path}: cannot be written: {error.strerror}") from None
+
+
 def sync(file: BinaryIO) -> None:
     """Flush everything written to `file` to disk."""
     file.flush()

@@ -86,6 +86,13 @@ class Request:
         """Generate the results and yield (row, new text)."""
         return decode_batch(model, self.results, self.sampling, self.settings, speculation=self.speculation)
 
+    def counters(self) -> dict[str, int]:
+        """Return the number of generated tokens, and the bytes of the KV cache at the newest of them."""
+        found = {"generated tokens": sum(len(result.tokens) for result in self.results)}
+        if cache_bytes := max(result.kv_cache_bytes for result in self.results):
+            found["KV cache (bytes)"] = cache_bytes
+        return found
+
 
 def request(
     model: Model, prompt: Any, given: GenerationOptions, stated: Mapping[str, Any] | None = None

@@ -126,7 +126,7 @@ class Blockwise(Leaf):
             operands = [x, ShapeArray.unallocated(self.shape, stored.dtype)]
             text = f"{how.how}: {len(stored)} x {self.width} x {count}"
             seconds = time.perf_counter() - start
-            report(equation, parsed, operands[::-1] if position == 0 else operands, y, text, seconds)
+            report(equation, parsed, operands[::-1] if position == 0 else operands, y, text, start, seconds)
         return y
 
     def _in_blocks(self, equation: str, parsed: Equation, x: Any, position: int, order: str) -> Array:
