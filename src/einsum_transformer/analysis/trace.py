@@ -30,8 +30,8 @@ _STEP_ENDS = {("prefill", "head"), ("draft", "head"), ("decode",), ("head",)}
 """Phases that end a step: a pass of the prefill, of a draft model, or of a validation; a decode step."""
 _STEP_BEGINS = ("batch",)
 """The first phase of a training step."""
-_BETWEEN = {"setup", "sampling", "text"}
-"""Outer phases between the steps of a generation."""
+_BETWEEN = {("setup",), ("prefill",), ("draft",), ("sampling",), ("text",)}
+"""Outer phases that are between the steps of a generation, or end after their last step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class _Value:
     """A counter at a time."""
 
     name: str
+    """With its unit as the last word."""
     start: float
     value: int
 
@@ -80,7 +81,7 @@ class Trace:
     reached, which also removes earlier steps. Einsum calls are removed first, then inner phases. The file and
     a note report how many events it contains.
 
-    counters: returns values to plot, by name; it is called once per step.
+    counters: returns values to plot, by name and unit ("KV cache bytes"); it is called once per step.
     """
 
     def __init__(self, counters: Callable[[], Mapping[str, int]] | None = None, limit: int = LIMIT) -> None:
@@ -107,7 +108,7 @@ class Trace:
     def _span(self, span: Span) -> None:
         if span.path == _STEP_BEGINS and self._in_step:
             self._end_step()
-        self._in_step = self._in_step or span.path[0] not in _BETWEEN
+        self._in_step = self._in_step or span.path not in _BETWEEN
         self._add(_OUTER if len(span.path) == 1 else _INNER, span)
         if span.path in _STEP_ENDS:
             self._end_step()
@@ -118,7 +119,7 @@ class Trace:
     def _end_step(self) -> None:
         now = time.perf_counter()
         resident = rss_bytes()
-        values = {} if resident is None else {"resident memory (bytes)": resident}
+        values = {} if resident is None else {"resident memory bytes": resident}
         for name, value in (values | dict(self._counters() if self._counters else {})).items():
             self._add(_OUTER, _Value(name, now, value))
         self._steps += 1
@@ -215,7 +216,8 @@ class Trace:
                 yield self._interval(record, threads[record.thread]) | _of_einsum(record)
             else:
                 at = {"ts": self._nanoseconds(record.start) / 1000, "pid": os.getpid(), "tid": 0}
-                yield {"ph": "C", "name": record.name, **at, "args": {"value": record.value}}
+                name, _, unit = record.name.rpartition(" ")
+                yield {"ph": "C", "name": name, **at, "args": {unit: record.value}}
 
     def _nanoseconds(self, now: float) -> int:
         return round((now - self.start) * 1e9)

@@ -90,7 +90,7 @@ class Request:
         """Return the number of generated tokens, and the bytes of the KV cache at the newest of them."""
         found = {"generated tokens": sum(len(result.tokens) for result in self.results)}
         if cache_bytes := max(result.kv_cache_bytes for result in self.results):
-            found["KV cache (bytes)"] = cache_bytes
+            found["KV cache bytes"] = cache_bytes
         return found
 
 
