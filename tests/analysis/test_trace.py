@@ -149,7 +149,11 @@ def test_a_run(tmp_path: Path, events: list[Event | Span]) -> None:
     einsums = intervals(found, "einsum")
     assert len(einsums) == len(recorded) > 0
     assert sum(each["args"]["flops"] for each in einsums) == sum(each.flops for each in recorded) > 0
-    assert {each["args"].get("weight") for each in einsums} >= {"layers.0.mlp.gate_proj", "lm_head.weight", None}
+    assert {each["args"].get("weight") for each in einsums} >= {
+        "layers.0.mlp.gate_proj",
+        "lm_head.weight",
+        None,
+    }
     assert {each["args"].get("layer") for each in einsums} == {None, 0, 1}
     about = found["otherData"]
     assert about["model"] == model.source

@@ -153,6 +153,8 @@ class Trace:
     def write(self, path: str | Path, model: str) -> None:
         """Write the file, atomically; model: its source. Raises InputError if it cannot be written."""
         path = Path(path)
+        if self._in_step:
+            self._end_step()
         about = self._about(model)
         try:
             with atomic_file(path) as file:
