@@ -18,7 +18,7 @@ import einsum_transformer as et
 from command_line import etx, save_with_tokenizer
 from einsum_transformer.analysis import trace
 from einsum_transformer.analysis.trace import Trace
-from einsum_transformer.engine import Recorder, blas, einsum, phase
+from einsum_transformer.engine import Recorder, blas, einsum, einsums, phase
 from einsum_transformer.engine.parallel import for_each
 from einsum_transformer.engine.recorder import Event, Span
 from tiny_models import tiny_model
@@ -72,6 +72,7 @@ def check_nesting(found: dict[str, Any]) -> None:
                 assert end <= around[-1][0], (each, around[-1][1])
                 inner = each["args"]["phase"]
                 assert inner.startswith(around[-1][1]["args"]["phase"])
+                assert around[-1][1]["cat"] == "phase"
             around.append((end, each))
 
 
@@ -182,6 +183,17 @@ def test_an_event_knows_when_and_where_it_ran() -> None:
     assert last <= span.start + span.seconds
 
 
+def test_parts_of_one_product_are_consecutive() -> None:
+    memory = np.ones(48 * 64, np.float32)
+    weights = memory[: 16 * 64].reshape(16, 64), memory[16 * 64 :].reshape(32, 64)
+    with Recorder(events=True) as recorder:
+        einsums(np.ones((2, 3, 64), np.float32), *[("btd,fd->btf", weight) for weight in weights])
+    first, second = recorder.events
+    assert first.how.startswith("2 in one")
+    assert second.start == first.start + first.seconds
+    assert math.isclose(second.seconds, 2 * first.seconds)
+
+
 def test_worker_threads_have_their_own_tracks(tmp_path: Path) -> None:
     """Intervals of parallel tasks are real ones on their thread; their phases, which are shares of the wall
     time, are apart from those of the main thread."""
@@ -238,6 +250,8 @@ def test_a_training(tmp_path: Path, events: list[Event | Span]) -> None:
     assert sum(flops) == sum(each.flops for each in events if isinstance(each, Event)) > 0
     assert any("gradient" in each["args"] for each in intervals(found, "einsum"))
     assert found["otherData"]["steps"] == found["otherData"]["steps_with_einsum_calls"] == 5
+    if trace.rss_bytes() is not None:
+        assert sum(each["name"] == "resident memory" for each in found["traceEvents"]) == 5
 
 
 @pytest.mark.parametrize("limit", [10, 100, 700, 2000])
@@ -300,6 +314,18 @@ def test_the_first_steps_and_every_kth_are_complete() -> None:
     assert max(inner) > 200 - 2 * stride
 
 
+def test_a_step_with_too_many_events_leaves_space_for_outer_phases() -> None:
+    tracing = Trace(limit=100)
+    for step in range(3):
+        for i in range(1000):
+            tracing._span(Span(("decode", "layer"), i, step + i / 2000, 1e-4))
+        tracing._span(Span(("decode",), None, float(step), 0.5))
+    samples = tracing._samples
+    assert samples["outer phase"].seen == tracing._written("outer phase") == 3
+    assert tracing._written("inner phase") == 100 - 100 // 8
+    assert samples["inner phase"].seen == 3000
+
+
 def test_an_unwritable_path_is_found_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +376,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ran = etx("run", folder, "-p", "abc", "-n", 3, "--trace", "run.json")
     assert ran.code == 0
     assert ran.err.endswith("wrote run.json\n")
-    assert read("run.json")["otherData"]["steps"] == 3
+    found = read("run.json")
+    assert found["otherData"]["steps"] == 3
+    check_schema(found)
+    check_nesting(found)
     ran = etx("run", folder, "-p", "abc", "--prefill-only", "--trace", "run.json", "--json")
     assert ran.code == 0
     assert ran.json["model"] == str(folder)

@@ -232,12 +232,9 @@ class Trace:
         return {"ph": "X", **times, "pid": os.getpid(), "tid": thread}
 
 
-def _order(record: Record) -> tuple[float, float, int]:
+def _order(record: Record) -> tuple[float, int]:
     """Return the sort key: by start; of two with one start, the outer one first."""
-    if isinstance(record, _Value):
-        return record.start, 0.0, 0
-    depth = len(record.path) + isinstance(record, Event)
-    return record.start, -record.start - record.seconds, depth
+    return record.start, 0 if isinstance(record, _Value) else len(record.path) + isinstance(record, Event)
 
 
 def _of_phase(span: Span) -> dict[str, Any]:

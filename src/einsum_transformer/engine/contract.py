@@ -424,7 +424,10 @@ def report(
     seconds: float,
 ) -> None:
     """Report a call of einsum to the readers of events; start: of time.perf_counter."""
-    spelled, indices = equation.spell([operand.shape for operand in operands])
+    # Without `...`, `spell` would only check the sizes, as `sizes` does below.
+    spelled, indices = equation, None
+    if "..." in "".join(equation.inputs) + equation.output:
+        spelled, indices = equation.spell([operand.shape for operand in operands])
     if indices is not None:
         operands = [operand[index] for operand, index in zip(operands, indices)]
     sizes = spelled.sizes([operand.shape for operand in operands])

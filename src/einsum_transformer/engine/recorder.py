@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -481,7 +482,12 @@ def event(
     written = result.size * result.dtype.itemsize
     time_and_cost = start, seconds, flops, read, written
     where = frame.path, frame.layer, weight, gradient, threading.get_ident()
-    frame.recorder._notify(readers, Event(equation, sizes, str(result.dtype), how, *time_and_cost, *where))
+    frame.recorder._notify(
+        readers, Event(equation, sizes, _dtype_name(result.dtype), how, *time_and_cost, *where)
+    )
+
+
+_dtype_name = lru_cache(str)  # str() of a dtype takes 5 us
 
 
 class _Tally:
