@@ -169,6 +169,18 @@ def test_a_run(tmp_path: Path, events: list[Event | Span]) -> None:
     }
 
 
+def test_a_draft_is_part_of_its_decode_step(tmp_path: Path) -> None:
+    model = tiny_model(eos_token_id=None)
+    options: dict[str, Any] = {"max_new_tokens": 9, "draft_layers": 1, "num_draft_tokens": 3}
+    et.profile(model, PROMPT, trace=tmp_path / "trace.json", **options)
+    found = read(tmp_path / "trace.json")
+    check_schema(found)
+    check_nesting(found)
+    names = [each["name"] for each in intervals(found, "phase") if "/" not in each["args"]["phase"]]
+    assert "draft" in names
+    assert found["otherData"]["steps"] == 1 + names.count("decode")
+
+
 def test_an_event_knows_when_and_where_it_ran() -> None:
     recorder = Recorder(events=True)
     with recorder, phase("outer"):

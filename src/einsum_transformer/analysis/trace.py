@@ -26,11 +26,11 @@ _EINSUM, _INNER, _OUTER = "einsum", "inner phase", "outer phase"
 """Kinds of records. An outer phase is not part of another phase, such as prefill, decode and forward; the
 counters of a step are counted as outer phases."""
 _KINDS = (_EINSUM, _INNER, _OUTER)
-_STEP_ENDS = {("prefill", "head"), ("draft", "head"), ("decode",), ("head",)}
-"""Phases that end a step: a pass of the prefill, of a draft model, or of a validation; a decode step."""
+_STEP_ENDS = {("prefill", "head"), ("decode",), ("head",)}
+"""Phases that end a step: a pass of the prefill, a decode step with its draft, a pass of a validation."""
 _STEP_BEGINS = ("batch",)
 """The first phase of a training step."""
-_BETWEEN = {("setup",), ("prefill",), ("draft",), ("sampling",), ("text",)}
+_BETWEEN = {("setup",), ("prefill",), ("sampling",), ("text",)}
 """Outer phases that are between the steps of a generation, or end after their last step."""
 
 
