@@ -298,6 +298,14 @@ def _ledgers(
     yield _ledger(f"LoRA r={lora.r} on {small and small.scheme}", packed, moments, timeline)
 
 
+def training_memory(
+    kind: str, config: ModelConfig, decoder: Decoder, batch: int, tokens: int, recompute: bool, moments: int
+) -> Ledger:
+    """Return the memory of a training step of a decoder whose weights have only shapes."""
+    _, timeline = _DryModel(config, decoder).training(batch, tokens, recompute)
+    return _ledger(kind, decoder, moments, timeline)
+
+
 def _ledger(kind: str, decoder: Decoder, moments: int, timeline: Timeline) -> Ledger:
     arrays = trainable(decoder).values()
     gradients = sum(array.nbytes for array in arrays)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.dry_plan import training_memory
+from einsum_transformer.analysis.dry_run import without_weights
 from einsum_transformer.analysis.plots import new_figure, write_figure
 from einsum_transformer.engine import blas
 from einsum_transformer.engine.phases import (
@@ -24,6 +26,7 @@ from einsum_transformer.engine.phases import (
 )
 from einsum_transformer.engine.recorder import Span
 from einsum_transformer.models.model import Model
+from einsum_transformer.models.parameters import shapes_of
 from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, with_lines
 from einsum_transformer.training.loop import StepReport, Trainer
 
@@ -244,17 +247,27 @@ def _table(title: str, stages: Sequence[Stage], indent: bool = False, heading: s
 
 
 def render_costs(trainer: Trainer) -> Any:
-    """Return the memory of gradients and optimizer as a table: for all weights, and for adapters if any."""
-    optimizer, lora = trainer.settings.optimizer, trainer.model.lora
-    parameters, weights = _parameters(trainer.model), trainer.weights.values()
-    kinds = {"all weights": parameters}
-    if lora is not None:
-        kinds[f"LoRA rank {lora.r}"] = sum(array.size for array in weights)
-    itemsize, state = next(iter(weights)).itemsize, f"state of {type(optimizer).__name__}"
-    table = terminal_table(("to train", "parameters", "share", "gradients", state))
-    for name, count in kinds.items():
-        sizes = [quantity(n * count * itemsize, "B") for n in (1, len(optimizer.moments))]
-        table.add_row(name, f"{count:,}", f"{100 * count / max(parameters, 1):.3f} %", *sizes)
+    """Return the memory of a step as a table, counted in dry runs: for all weights, and for adapters if any.
+
+    The peak contains weights, optimizer, and the most of activations and gradients in one micro-batch."""
+    optimizer, model = trainer.settings.optimizer, trainer.model
+    rows, tokens = trainer.batches.batch(0)[0][0].shape
+    several = len(trainer.batches.batch(0)) > 1
+    kinds = {"all weights": without_weights(model.config, model.source).decoder}
+    if model.lora is not None:
+        kinds[f"LoRA rank {model.lora.r}"] = shapes_of(model.decoder)
+    parameters = _parameters(model)
+    columns = ("weights", "gradients", type(optimizer).__name__, "saved", "peak")
+    table = terminal_table(("to train", "parameters", "share", *columns))
+    for name, decoder in kinds.items():
+        found = training_memory(
+            name, model.config, decoder, rows, tokens, trainer.settings.recompute, len(optimizer.moments)
+        )
+        # The gradients of earlier micro-batches.
+        peak = found.peak + found.gradients * several
+        sizes = (found.weights, found.gradients, found.optimizer, found.saved, peak)
+        share = f"{100 * found.trained / max(parameters, 1):.2f} %"
+        table.add_row(name, f"{found.trained:,}", share, *(quantity(size, "B") for size in sizes))
     return table
 
 
