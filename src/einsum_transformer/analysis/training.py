@@ -25,6 +25,7 @@ from einsum_transformer.engine.phases import (
     TRAINING,
 )
 from einsum_transformer.engine.recorder import Span
+from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import shapes_of
 from einsum_transformer.tables import peak_rss_bytes, quantity, terminal_table, with_lines
@@ -159,9 +160,9 @@ def training_report(
 
 
 def _parameters(model: Model) -> int:
-    """Return the number of parameters of a model without its adapters."""
-    adapters = model.adapter_parameters()
-    return sum(array.size for name, array in model.named_parameters().items() if name not in adapters)
+    """Return the number of parameters of a model without its adapters. The weights are not read: those of a
+    quantized model would be dequantized."""
+    return sum(math.prod(weight.stored) for weight in weights_of(model.config))
 
 
 def _stage(name: str, values: list[float], whole: float) -> Stage:
