@@ -22,7 +22,7 @@ from typer.main import get_command
 
 import einsum_transformer as et
 from command_line import Ran, etx, save_with_tokenizer
-from einsum_transformer.analysis import machine
+from einsum_transformer.analysis import machine, rates
 from einsum_transformer.cli.app import _application
 from einsum_transformer.loading import hub
 from einsum_transformer.models.parameters import trainable
@@ -41,7 +41,7 @@ TIMES = {
         *("prompt_tokens_per_second", "new_tokens_per_second", "peak_rss_bytes"),
     },
     "chat": {"seconds"},
-    "machine": {"gflops", "bandwidth", "choice", "date"},
+    "machine": {"gflops", "bandwidth", "choice", "date", "rates"},
     "train": {
         *("seconds", "outside_seconds", "mean", "p50", "p99", "share"),
         *("tokens_per_second", "peak_rss_bytes", "advice"),
@@ -57,7 +57,7 @@ KEYS = {
     "chat": "model messages turns",
     "explain": "model batch tokens parameters adapters letters steps totals note",
     "plan": "model batch tokens quantization kv_cache parameters active_parameters weight_bytes"
-    " kv_bytes_per_token kv_bytes phases training inference_bytes devices",
+    " kv_bytes_per_token kv_bytes phases training machine inference_bytes devices",
     "diff": "names batch tokens fields parameters components steps flops bytes_moved cache_per_token cache",
     "inspect": "source model_type config used defaulted ignored tensors missing problems parameters"
     " bytes_by_dtype",
@@ -77,7 +77,7 @@ KEYS = {
     "sensitivity": "model by schemes ctx_size chunks tokens bytes_before parts uniform budget mixed curve",
     "precision": "model tokens variants steps drift logits",
     "gradcheck": "model tolerance loss whole rows filled passed",
-    "machine": "processor threads libraries measured bandwidth choice date path",
+    "machine": "processor threads libraries measured bandwidth choice date rates path",
 }
 """Keys of the JSON objects, which are part of the public API."""
 
@@ -425,6 +425,8 @@ def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "_SECONDS", 1e-4)
     monkeypatch.setattr(machine, "_CACHED", 1 << 20)
     monkeypatch.setattr(machine, "_STREAM", 1 << 20)
+    monkeypatch.setattr(rates, "_SECONDS", 1e-4)
+    monkeypatch.setattr(rates, "_MODELS", ((128, 1), (256, 1)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert row_of("machine").call == "et.machine()"
     ran, result = etx("machine", "--threads", 2, "--json"), et.machine(threads=2)
@@ -433,6 +435,17 @@ def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert {each["kind"] for each in found["measured"]} == {"vector", "narrow", "matrix", "stack"}
     assert all(each["gflops"] > 0 for each in found["measured"])
     assert "GFLOP/s" in str(result)
+    assert "weights in int8 inside of a model" in str(result)
+    planned = et.plan("fast_lora", 1, 64)
+    assert planned.machine == result.processor
+    assert all((each.seconds or 0) > 0 for each in planned.phases)
+    assert {"Python", "compute", "memory"} >= {step.bound for step in planned.phase("decode").steps}
+    assert "predicted for this machine" in str(planned)
+    stored = Path(result.path or "")
+    broken = json.loads(stored.read_text())
+    broken["rates"]["tile"] = -1
+    stored.write_text(json.dumps(broken))
+    assert et.plan("fast_lora", 1, 64).machine is None
 
 
 def test_parity(files: Files) -> None:

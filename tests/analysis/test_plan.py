@@ -8,6 +8,7 @@ import math
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,12 @@ from einsum_transformer.tree import named_leaves
 from golden_files import MODELS, Models
 
 TOKENS = 23
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A measurement of this machine in the user's cache is not read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def config_of(**keys: Any) -> ModelConfig:

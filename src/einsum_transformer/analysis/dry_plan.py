@@ -21,7 +21,7 @@ from einsum_transformer.analysis.dry_run import (
 )
 from einsum_transformer.analysis.explain import in_layer, role_of
 from einsum_transformer.analysis.plan import Elementwise, Ledger, Plan, PlanPhase, PlanStep
-from einsum_transformer.components.cache_types import CacheType
+from einsum_transformer.components.cache_types import UNCHANGED, CacheType
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.components.masks import Mask
 from einsum_transformer.engine import Equation, Leaf, phase
@@ -74,6 +74,13 @@ def plan(
         phases,
         tuple(_ledgers(config, name, batch, tokens, quantization, lora, moments, recompute, timeline)),
     )
+
+
+def inference(config: ModelConfig, scheme: str | None, tokens: int) -> dict[str, PlanPhase]:
+    """Return prefill and decode of one row."""
+    dry = _DryModel(config, stored_decoder(config, Quantization.of(scheme)))
+    cache = dry.cache(1, tokens + 1, (UNCHANGED, UNCHANGED))
+    return {phase.name: phase for phase in dry.inference(1, tokens, cache)}
 
 
 def _idle_parameters(config: ModelConfig) -> int:

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.rates import STEPS as RATES_STEPS
+from einsum_transformer.analysis.rates import Rates
+from einsum_transformer.analysis.rates import measure as measure_rates
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine import blas, einsum
 from einsum_transformer.engine.libraries import Library, numpy_library
@@ -97,8 +100,10 @@ class Machine:
     choice: dict[str, str]
     """Kind of product -> library, for `--blas auto`; "kind, 1 thread" for products on one thread."""
     date: str
+    rates: Rates | None = None
+    """The rates by which `plan` predicts seconds."""
     path: str | None = None
-    """The file that `--blas auto` reads; None if it was not written."""
+    """The file that `--blas auto` and `plan` read; None if it was not written."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measurement in JSON types."""
@@ -119,7 +124,7 @@ def measure(threads: int, progress: Callable[[int, int], object], cases: Sequenc
         libraries["mkl"] = mkl
     counts = sorted({1, threads})
     found: list[Measured] = []
-    total = len(counts) * len(cases) + 1
+    total = len(counts) * len(cases) + 1 + RATES_STEPS
     settings = blas.settings()
     with blas.fixed_threads():
         try:
@@ -132,8 +137,10 @@ def measure(threads: int, progress: Callable[[int, int], object], cases: Sequenc
         finally:
             blas.use(*settings)
             blas.set_threads(threads)
-        progress(total - 1, total)
+        done = len(counts) * len(cases)
+        progress(done, total)
         bandwidth = _bandwidth(threads)
+    rates = measure_rates(threads, 1e9 * bandwidth, lambda i, _: progress(done + i, total))
     progress(total, total)
     return Machine(
         processor(),
@@ -143,6 +150,7 @@ def measure(threads: int, progress: Callable[[int, int], object], cases: Sequenc
         bandwidth,
         choose(found, threads) if len(libraries) > 1 else {},
         time.strftime("%Y-%m-%d"),
+        rates,
     )
 
 
@@ -223,8 +231,20 @@ def render(machine: Machine) -> Any:
         f"{machine.processor}, {machine.threads} threads, {machine.date}; "
         + ", ".join(machine.libraries.values()),
         f"memory bandwidth: {machine.bandwidth:.1f} GB/s",
+        *_rate_lines(machine.rates),
     ]
     return with_lines([table], [*lines, *_choice_lines(machine)])
+
+
+def _rate_lines(rates: Rates | None) -> list[str]:
+    """The products of weights inside of a model, by rows."""
+    lines: list[str] = []
+    if rates is None:
+        return lines
+    for dtype, by_rows in rates.products.items():
+        each = ", ".join(f"{rows}: {found.rate / 1e9:.0f}" for rows, found in by_rows.items())
+        lines.append(f"weights in {dtype} inside of a model, 10^9 operations/s by rows: {each}")
+    return lines
 
 
 def _choice_lines(machine: Machine) -> list[str]:

@@ -44,6 +44,10 @@ class PlanStep:
     """Bytes of keys and values, of latents, or of the cache."""
     activation_bytes: int
     """Bytes of all other operands and of the results."""
+    seconds: float | None = None
+    """Predicted seconds on this machine; None without a measurement."""
+    bound: str = ""
+    """What most of these seconds are: "compute", "memory" or "Python" (the overhead of calls)."""
 
     @property
     def times(self) -> int:
@@ -66,6 +70,8 @@ class Elementwise:
     layers: tuple[int, ...]
     calls: int
     elements: int
+    seconds: float | None = None
+    """Predicted seconds on this machine; None without a measurement."""
 
     @property
     def times(self) -> int:
@@ -96,6 +102,17 @@ class PlanPhase:
     def elements(self) -> int:
         """Elements of all elementwise operations in all layers."""
         return sum(each.times * each.elements for each in self.elementwise)
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted seconds on this machine; None without a measurement."""
+        parts = [(each.times, each.seconds) for each in (*self.steps, *self.elementwise)]
+        return sum(times * (seconds or 0.0) for times, seconds in parts) if self.is_timed else None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether seconds are predicted."""
+        return any(step.seconds is not None for step in self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +171,8 @@ class Plan:
     """Bytes of the cache for all rows and tokens."""
     phases: tuple[PlanPhase, ...]
     training: tuple[Ledger, ...]
+    machine: str | None = None
+    """The processor whose measured rates predict the seconds; None: `etx machine` has not measured it."""
 
     def phase(self, name: str) -> PlanPhase:
         """Return the phase of this name."""
@@ -174,6 +193,7 @@ class Plan:
         found = asdict(self)
         for own, each in zip(found["phases"], self.phases):
             own["totals"] = {name: each.total(name) for name in _AMOUNTS} | {"elements": each.elements}
+            own["seconds"] = each.seconds
         return found | {
             "inference_bytes": self.inference_bytes,
             "devices": list(map(asdict, self.estimates())),
@@ -192,6 +212,7 @@ class Plan:
         yield ""
         yield _devices_table(self)
         yield from _NOTES
+        yield _machine_line(self)
 
     def __str__(self) -> str:
         return as_text(*self.tables())
@@ -203,6 +224,12 @@ _NOTES = (
     "Bytes: each operand and result of an equation once per call. Elementwise operations are not in FLOPs.",
     "Machines: lower bounds by peak rates and bandwidths of data sheets, whose names are in to_dict().",
 )
+
+
+def _machine_line(plan: Plan) -> str:
+    if plan.machine is None:
+        return "Seconds on this machine: `etx machine` measures its rates once, in about 20 seconds."
+    return f"Seconds: predicted for this machine ({plan.machine}) by its measured rates; training: no update."
 
 
 def _estimate(plan: Plan, device: Device) -> Estimate:
@@ -258,18 +285,22 @@ def _heading(plan: Plan) -> Iterator[str]:
 
 def _phases_table(plan: Plan) -> Any:
     columns = ("FLOPs", "causal", "dense", "weights", "KV", "activations", "elementwise", "peak activations")
-    table = terminal_table(("phase", *columns))
+    timed = plan.machine is not None
+    table = terminal_table(("phase", *columns, *(["predicted"] if timed else [])))
     for each in plan.phases:
         amounts = [quantity(each.total(name), "" if "flops" in name else "B") for name in _AMOUNTS]
-        table.add_row(each.name, *amounts, quantity(each.elements), quantity(each.peak_bytes, "B"))
+        seconds = [] if each.seconds is None else [_duration(each.seconds)]
+        table.add_row(each.name, *amounts, quantity(each.elements), quantity(each.peak_bytes, "B"), *seconds)
     return table
 
 
 def _parts_table(phase: PlanPhase) -> Any:
     """The steps of a phase, summed over the layers by part of the program."""
-    columns = ("FLOPs", "weights", "KV", "activations", "elementwise", "FLOPs per byte")
-    table = terminal_table((f"{phase.name}, all layers", *columns))
+    columns = ("FLOPs", "weights", "KV", "activations", "elementwise", "FLOPs/B")
+    timed = ("predicted", "share", "bound") if phase.is_timed else ()
+    table = terminal_table((f"{phase.name}, all layers", *columns, *timed))
     parts: dict[tuple[str, Path], list[int]] = {}
+    bounds = _bounds(phase)
     for step in phase.steps:
         found = parts.setdefault(_part(phase, step.path), [0] * 5)
         amounts = (step.flops, step.weight_bytes, step.kv_bytes, step.activation_bytes)
@@ -281,7 +312,7 @@ def _parts_table(phase: PlanPhase) -> Any:
     for (stage, path), (flops, *sizes, elements) in sorted(
         parts.items(), key=lambda item: (_STAGES.index(item[0][0]), order.get(item[0][1], 99))
     ):
-        label = PASS.get(path, path[-1] if path else "cross-entropy")
+        label = PASS.get(path, path[-1] if path else "cross-entropy").partition(" (")[0]
         if path[:-1] in (ATTENTION, FEED_FORWARD):
             label = f"{path[-2]}: {label}"
         intensity = f"{flops / sum(sizes):.1f}" if flops and sum(sizes) else ""
@@ -293,8 +324,27 @@ def _parts_table(phase: PlanPhase) -> Any:
             *cells,
             quantity(elements) if elements else "",
             intensity,
+            *_timing(bounds.get((stage, path), {}), phase.seconds),
         )
     return table
+
+
+def _bounds(phase: PlanPhase) -> dict[tuple[str, Path], dict[str, float]]:
+    """Part of the program -> what bounds it -> seconds."""
+    found: dict[tuple[str, Path], dict[str, float]] = {}
+    for each in (*phase.steps, *phase.elementwise):
+        own = found.setdefault(_part(phase, each.path), {})
+        bound = each.bound if isinstance(each, PlanStep) else "elementwise"
+        own[bound] = own.get(bound, 0.0) + each.times * (each.seconds or 0.0)
+    return found
+
+
+def _timing(bounds: dict[str, float], whole: float | None) -> list[str]:
+    """The cells of the predicted seconds, their share of the phase, and what most of them are."""
+    if not whole:
+        return []
+    seconds = sum(bounds.values())
+    return [_duration(seconds), f"{100 * seconds / whole:.1f} %", max(bounds, key=lambda name: bounds[name])]
 
 
 _STAGES = ("prefill", "decode", "forward", "loss", "backward")

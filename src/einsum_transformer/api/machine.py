@@ -17,21 +17,23 @@ def machine(
     save: bool = True,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Machine:
-    """Measure the matrix products of each installed BLAS library and the memory bandwidth, in a few seconds.
+    """Measure matrix products of each installed BLAS library, the memory bandwidth, and the rates from which
+    `plan` predicts seconds, in about 20 seconds.
 
-    If MKL is installed, the faster library of each kind of product is stored for this processor, these
-    versions and this number of threads; `auto` (the default of `--blas`) uses it from then on. The machine
-    should be idle. threads: number of threads, by default the current one. save: store the choice.
-    progress: called with the number of finished measurements and their total.
+    The measurement is stored for this processor, these versions and this number of threads. If MKL is
+    installed, `auto` (the default of `--blas`) uses the faster library of each kind of product from then on.
+    The machine should be idle. threads: number of threads, by default the current one. save: store the
+    measurement. progress: called with the number of finished measurements and their total.
     Raises InputError for an impossible number of threads, OSError if the file cannot be written.
     """
     if threads is not None:
         blas.set_threads(threads)
     count = blas.get_threads()
     found = measure(count, progress)
-    if save and found.choice:
+    if save:
         path = libraries.table_path(count)
         found = replace(found, path=str(path))
         libraries.store(count, found.to_dict())
-        libraries.use("auto")
+        if found.choice:
+            libraries.use("auto")
     return found

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from einsum_transformer.analysis import dry_plan
+from einsum_transformer.analysis import dry_plan, rates
 from einsum_transformer.analysis.plan import Plan
 from einsum_transformer.api.sources import AnySource, described
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
+from einsum_transformer.loading import libraries
 from einsum_transformer.loading.hub import DEFAULT_MODEL
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.lora_config import LoRAConfig
@@ -48,8 +49,11 @@ def plan(
     "adamw" has two arrays of state per trained array, "sgd" none. recompute: recompute the activations of
     blocks in the backward pass instead of saving them.
 
-    offline, allow_links: as in `load`. The times of other machines are lower bounds, by their data sheets.
-    Raises InputError for sizes that are not possible.
+    offline, allow_links: as in `load`.
+
+    If `machine` has measured this machine, the seconds of each step are predicted from its rates. The times
+    of other machines are lower bounds, by their data sheets. Raises InputError for sizes that are not
+    possible.
     """
     found = described(source, None, offline, allow_links)
     config = found if isinstance(found, ModelConfig) else None
@@ -74,7 +78,7 @@ def plan(
     if chosen is not None and dtype == "bfloat16":
         raise InputError("`dtype` bfloat16 excludes `quantization`, which stores the matrices as integers")
     adapters = lora or (run.lora if run is not None else None) or LoRAConfig(target_modules="all-linear")
-    return dry_plan.plan(
+    plan = dry_plan.plan(
         config,
         _name(source, config),
         rows,
@@ -86,6 +90,8 @@ def plan(
         _MOMENTS[optimizer],
         recompute,
     )
+    known = rates.stored_rates()
+    return plan if known is None else rates.timed(plan, known, libraries.processor())
 
 
 def _name(source: AnySource | ModelConfig, config: ModelConfig) -> str:

@@ -11,7 +11,10 @@ from typing import Any, Unpack
 import numpy as np
 
 from einsum_transformer.analysis.compare import cache_bytes
+from einsum_transformer.analysis.equations import EquationTime, EquationTimes
+from einsum_transformer.analysis.equations import render as render_equations
 from einsum_transformer.analysis.quantization import lines_of_types, stored_types
+from einsum_transformer.analysis.rates import stored_rates
 from einsum_transformer.analysis.report import Report, Run, render, report, speculation_lines
 from einsum_transformer.analysis.routing import LayerRouting, RoutingReader
 from einsum_transformer.analysis.routing import render as render_routing
@@ -54,6 +57,8 @@ class Profile:
     """The quantization of the weights and its mode, such as "W8A16,channel (real)"."""
     kv_cache: tuple[str, str] = ("unchanged", "unchanged")
     """The types of cached keys and values."""
+    equations: tuple[EquationTime, ...] = ()
+    """The time of each equation, if it was asked for."""
 
     @property
     def text(self) -> str:
@@ -78,6 +83,8 @@ class Profile:
         }
         if self.likeliest_next is not None:
             found["likeliest_next"] = _one_or_all(list(self.likeliest_next))
+        if self.equations:
+            found["equations"] = list(map(asdict, self.equations))
         if self.routing:
             found["routing"] = [each.to_dict() for each in self.routing]
         if self.generations[0].speculation is not None:
@@ -89,6 +96,9 @@ class Profile:
         yield render(self.report)
         yield from lines_of_types(self.quantization, self.kv_cache)
         yield from speculation_lines(self.generations[0].speculation)
+        if self.equations:
+            yield ""
+            yield render_equations(self.equations)
         if self.routing:
             yield ""
             yield render_routing(list(self.routing))
@@ -107,6 +117,7 @@ def profile(
     load_seconds: float | None = None,
     on_text: Callable[[str], Any] | None = None,
     trace: str | Path | None = None,
+    equations: bool = False,
     **options: Unpack[GenerationOptions],
 ) -> Profile:
     """Continue a prompt and measure the time of each part.
@@ -119,7 +130,9 @@ def profile(
     of loading the model, for the time to first token with loading; measured if this function loads `source`.
     on_text: called with each piece of text as it is generated, if there is one prompt. trace: write a trace
     of the run, its phases and its einsum calls, to this JSON file for https://ui.perfetto.dev; recording it
-    makes the run slower.
+    makes the run slower. equations: also measure each einsum call, for `Profile.equations`; a decode step
+    then takes about one and a half times as long. If `machine` has measured this machine, the times are
+    compared with those that its rates predict.
     """
     if trace is not None:
         check_writable(Path(trace), "trace")
@@ -147,6 +160,9 @@ def profile(
     tracing = None if trace is None else Trace(job.counters)
     if tracing is not None:
         tracing.record(recorder)
+    times = EquationTimes(model.decoder, stored_rates()) if equations else None
+    if times is not None:
+        recorder.on_event(times)
     likeliest = None
     with recorder:
         started = time.perf_counter()
@@ -163,7 +179,8 @@ def profile(
     routing = tuple(routers.layers())
     if trace is not None and tracing is not None:
         tracing.write(trace, model.source)
-    return Profile(model.source, tuple(job.results), found, routing, likeliest, *stored_types(model))
+    rows = () if times is None else times.rows()
+    return Profile(model.source, tuple(job.results), found, routing, likeliest, *stored_types(model), rows)
 
 
 def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) -> None:

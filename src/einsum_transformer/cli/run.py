@@ -43,6 +43,9 @@ def run(
     ] = False,
     batch_size: options.Rows = None,
     trace: options.Trace = None,
+    equations: Annotated[
+        bool, typer.Option("--equations", help="Also show the time of each equation; makes the run slower.")
+    ] = False,
     loading: options.Loading,
     assignments: options.Assignments = None,
     hub: options.Hub,
@@ -60,7 +63,7 @@ def run(
     etx run model.gguf --prompt-file story.txt --prefill-only --json
     etx run --config configs/fast_lora.json --set n_layers=4 -n 16
     etx run --prompt-file notes.txt --prompt-lookup 3 --num-draft-tokens 8
-    etx run -p "The sky is" -n 16 --trace trace.json
+    etx run -p "The sky is" -n 16 --equations --trace trace.json
     """
     from einsum_transformer.api.profile import profile
 
@@ -85,6 +88,7 @@ def run(
             load_seconds=load_seconds,
             on_text=output.write if streamed else None,
             trace=trace,
+            equations=equations,
             **settings,
         )
     except KeyboardInterrupt:

@@ -81,6 +81,13 @@ def stored_choice(threads: int) -> dict[str, str] | None:
     return {str(key): str(value) for key, value in choice.items()}
 
 
+def stored_rates(threads: int) -> Mapping[str, Any] | None:
+    """Return the stored rates, which are not checked, or None if there are none."""
+    path = table_path(threads)
+    found = read_json(path, "measurement", _MOST).get("rates") if path.exists() else None
+    return found if isinstance(found, dict) else None
+
+
 def _valid(key: Any, value: Any) -> bool:
     return key in KEYS and value in ("numpy", "mkl")
 
