@@ -92,7 +92,7 @@ def test_seconds_of_a_plan() -> None:
     step = next(step for step in plan.phase("prefill").steps if step.role == "up_proj")
     assert step.seconds == pytest.approx(1e-5 + step.flops / 4e10)
     assert (step.times, step.bound) == (2, "memory")
-    norm = next(step for step in plan.phase("prefill").steps if step.equation == "btd,btd->bt")
+    norm = next(step for step in plan.phase("decode").steps if step.equation == "btd,btd->bt")
     assert norm.bound == "Python"
     total = plan.phase("decode").seconds
     decode = inference(config, None, 16)["decode"]
