@@ -36,7 +36,7 @@ class EquationTime:
     seconds: float
     """All calls, summed over the threads."""
     share: float
-    """Of the seconds of all equations of the stage."""
+    """The share of the seconds of all equations of the stage."""
     gflops: float
     """10^9 operations per second."""
     gbps: float

@@ -29,7 +29,7 @@ from einsum_transformer.generation.rows import prefill
 from einsum_transformer.loading import libraries
 from einsum_transformer.loading.load import load
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.run_config import RunConfig
+from einsum_transformer.models.ready import ready_config
 from einsum_transformer.notes import note_once
 
 Array = np.ndarray
@@ -59,7 +59,7 @@ _LIKE = {"log": "exp", "power": "exp", "expm1": "exp", "log1p": "exp", "sin": "t
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Products of weights with a number of rows: seconds = overhead per call + operations / rate."""
+    """Products of weights, for one number of rows: seconds = overhead per call + operations / rate."""
 
     overhead: float
     rate: float
@@ -202,8 +202,10 @@ def measure(
 
 def _passes(width: int, layers: int, scheme: str | None, known: Rates) -> Any:
     """Yield rows and (calls, operations, seconds) of the products in passes of a random model."""
-    keys: dict[str, Any] = {"d_model": width, "n_layers": layers, "d_ff": 3 * width, "n_heads": width // 64}
-    config = RunConfig("llama", n_kv_heads=width // 128, vocab_size=8192, **keys)
+    base = ready_config("fast_lora")
+    assert base is not None
+    heads = {"n_heads": width // 64, "n_kv_heads": width // 128}
+    config = replace(base, d_model=width, n_layers=layers, d_ff=3 * width, use_lora=False, **heads)
     model = load(config, quantization=scheme)
     for rows in ROWS:
         plan = dry_plan.inference(model.config, scheme, rows if rows > 1 else 64)
@@ -216,8 +218,8 @@ def _passes(width: int, layers: int, scheme: str | None, known: Rates) -> Any:
 
 
 def _seconds(model: Model, rows: int) -> float:
-    """The lower quartile of the seconds of a prefill of so many tokens, or of a decode step: other processes
-    only make passes slower."""
+    """The lower quartile of the seconds of a prefill of `rows` tokens, or of a decode step for one row: other
+    processes only make passes slower."""
     tokens = np.arange(max(rows, 64))[None]
     cache = model.cache(640)
     if rows == 1:
