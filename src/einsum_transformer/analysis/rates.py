@@ -39,7 +39,7 @@ ROWS = (1, 8, 32, 128, 512)
 _MODELS = ((512, 4), (1024, 2))
 """Width and layers of the random models; the weights of each take about 100 MB."""
 _SCHEMES = {"float32": None, "int8": "W8A8"}
-STEPS = 2 * len(_MODELS) + 1
+STEPS = 2 * len(ROWS) + 1
 """Number of reports of progress."""
 _SECONDS = 0.01
 _ROUNDS = 5
@@ -191,30 +191,36 @@ def measure(
         known = Rates(threads, bandwidth, 1 / call, 1 / short, {"float32": {1: free}}, tile, elements)
         products: dict[str, dict[int, Product]] = {}
         for i, (dtype, scheme) in enumerate(_SCHEMES.items()):
-            found: list[dict[int, tuple[int, int, float]]] = []
-            for width, layers in _MODELS:
-                progress(i * len(_MODELS) + len(found) + 1, STEPS)
-                found.append(dict(_passes(width, layers, scheme, known)))
-            products[dtype] = {rows: _solved(*(each[rows] for each in found)) for rows in ROWS}
+            models = [_model(width, layers, scheme) for width, layers in _MODELS]
+            products[dtype] = {}
+            for n, rows in enumerate(ROWS):
+                progress(i * len(ROWS) + n + 1, STEPS)
+                products[dtype][rows] = _solved(*(_pass(model, scheme, rows, known) for model in models))
+                # A prefill ends with a product of one row: known from here on.
+                known = replace(known, products={"float32": {1: products[dtype][1]}})
     progress(STEPS, STEPS)
     return replace(known, products=products)
 
 
-def _passes(width: int, layers: int, scheme: str | None, known: Rates) -> Any:
-    """Yield rows and (calls, operations, seconds) of the products in passes of a random model."""
+def _model(width: int, layers: int, scheme: str | None) -> Model:
+    """A model with random weights."""
     base = ready_config("fast_lora")
     assert base is not None
     heads = {"n_heads": width // 64, "n_kv_heads": width // 128}
     config = replace(base, d_model=width, n_layers=layers, d_ff=3 * width, use_lora=False, **heads)
-    model = load(config, quantization=scheme)
-    for rows in ROWS:
-        plan = dry_plan.inference(model.config, scheme, rows if rows > 1 else 64)
-        phase = plan["decode" if rows == 1 else "prefill"]
-        products = [step for step in phase.steps if is_product(step) and rows_of(step) == rows]
-        calls = sum(step.times * step.calls for step in products)
-        flops = sum(step.times * step.flops for step in products)
-        rest = known.seconds(phase)
-        yield rows, (calls, flops, max(_seconds(model, rows) - rest, 0.1 * rest))
+    return load(config, quantization=scheme)
+
+
+def _pass(model: Model, scheme: str | None, rows: int, known: Rates) -> tuple[int, int, float]:
+    """Return calls, operations and seconds of the products with `rows` rows in a pass of a model."""
+    plan = dry_plan.inference(model.config, scheme, rows if rows > 1 else 64)
+    phase = plan["decode" if rows == 1 else "prefill"]
+    products = [step for step in phase.steps if is_product(step) and rows_of(step) == rows]
+    others = tuple(step for step in phase.steps if step not in products)
+    calls = sum(step.times * step.calls for step in products)
+    flops = sum(step.times * step.flops for step in products)
+    rest = known.seconds(replace(phase, steps=others))
+    return calls, flops, max(_seconds(model, rows) - rest, 0.1 * rest)
 
 
 def _seconds(model: Model, rows: int) -> float:
