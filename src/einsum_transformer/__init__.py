@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.precision import Precision
     from einsum_transformer.analysis.quantization import QuantizationReport
     from einsum_transformer.analysis.sensitivity import Sensitivity
+    from einsum_transformer.analysis.sweep import Sweep
     from einsum_transformer.analysis.tasks import Evaluation
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
     from einsum_transformer.api.convert import convert
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from einsum_transformer.api.profile import Profile, profile
     from einsum_transformer.api.quantize import quantization_report, quantize
     from einsum_transformer.api.sensitivity import sensitivity
+    from einsum_transformer.api.sweep import sweep
     from einsum_transformer.api.train import Training, TrainingObserver, train
     from einsum_transformer.cluster.data_parallel import RayWorkers
     from einsum_transformer.engine.contract import einsum
@@ -93,6 +95,7 @@ __all__ = [
     "Schedule",
     "Sensitivity",
     "StepReport",
+    "Sweep",
     "TextBatches",
     "Tokenizer",
     "Trainer",
@@ -131,6 +134,7 @@ __all__ = [
     "save_adapter",
     "sensitivity",
     "stream",
+    "sweep",
     "train",
     "with_lora",
 ]
@@ -176,6 +180,7 @@ _HOMES = {
     "Schedule": "training.schedule",
     "Sensitivity": "analysis.sensitivity",
     "StepReport": "training.loop",
+    "Sweep": "analysis.sweep",
     "TextBatches": "training.data",
     "Tokenizer": "text.tokenizer",
     "Trainer": "training.loop",
@@ -214,6 +219,7 @@ _HOMES = {
     "save_adapter": "models.peft",
     "sensitivity": "api.sensitivity",
     "stream": "generation.decode",
+    "sweep": "api.sweep",
     "train": "api.train",
     "with_lora": "models.adapters",
 }

@@ -83,6 +83,12 @@ def inference(config: ModelConfig, scheme: str | None, tokens: int) -> dict[str,
     return {phase.name: phase for phase in dry.inference(1, tokens, cache)}
 
 
+def adapted_training(config: ModelConfig, name: str, batch: int, tokens: int, lora: LoRAConfig) -> PlanPhase:
+    """Return the training step of a model whose weights are frozen, and whose adapters are trained."""
+    decoder = with_lora(without_weights(config, name), lora)
+    return _DryModel(config, decoder).training(batch, tokens, False)[0]
+
+
 def _idle_parameters(config: ModelConfig) -> int:
     """The parameters of experts that are not selected for a token."""
     if config.moe is None:

@@ -31,6 +31,7 @@ from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.quantize import quantize
 from einsum_transformer.cli.run import run
 from einsum_transformer.cli.sensitivity import sensitivity
+from einsum_transformer.cli.sweep import sweep
 from einsum_transformer.cli.train import train
 from einsum_transformer.errors import InputError
 from einsum_transformer.notes import LOGGER
@@ -132,6 +133,7 @@ def _application() -> typer.Typer:
         eval,
         sensitivity,
         precision,
+        sweep,
         gradcheck,
         parity,
         pull,
@@ -172,6 +174,7 @@ def _etx(
     etx eval ppl -f notes.txt                      perplexity on a text; kld: divergence of a quantized model
     etx sensitivity -f notes.txt --budget 90M      which matrices suffer from few bits; a mixed scheme
     etx precision -f notes.txt                     the error of each step against float64
+    etx sweep fast_lora --vary seq_len=64,128,256  how time and memory grow with a key of the config
     etx gradcheck fast_lora                        hand-derived gradients against central differences
     etx machine                                    measure the BLAS libraries of this machine
     etx run fast_lora                              a model of random weights, described by a JSON file

@@ -200,17 +200,23 @@ def parse_run_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     """Apply `key=value` pairs of the command line; a value that is not valid JSON is a string."""
-    raw: dict[str, Any] = dataclasses.asdict(config)
-    raw["lora_target_modules"], source = list(config.lora_target_modules), raw.pop("source")
+    values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise InputError(f"--set {assignment!r}: expected key=value")
         try:
-            raw[key] = json.loads(text)
+            values[key] = json.loads(text)
         except ValueError:
-            raw[key] = text
-    return parse_run_config(raw, source)
+            values[key] = text
+    return with_keys(config, values)
+
+
+def with_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return the config with these values of its keys, checked like those of a file."""
+    raw: dict[str, Any] = dataclasses.asdict(config)
+    raw["lora_target_modules"], source = list(config.lora_target_modules), raw.pop("source")
+    return parse_run_config(raw | dict(values), source)
 
 
 def _checked(
