@@ -42,6 +42,10 @@ TIMES = {
     },
     "chat": {"seconds"},
     "machine": {"gflops", "bandwidth", "choice", "date", "rates"},
+    "sweep": {
+        *("seconds", "seconds_of_each", "peak_bytes"),
+        *("exponent", "standard_error", "low", "high", "r_squared"),
+    },
     "train": {
         *("seconds", "outside_seconds", "mean", "p50", "p99", "share"),
         *("tokens_per_second", "peak_rss_bytes", "advice"),
@@ -76,6 +80,7 @@ KEYS = {
     " reference_perplexity",
     "sensitivity": "model by schemes ctx_size chunks tokens bytes_before parts uniform budget mixed curve",
     "precision": "model tokens variants steps drift logits",
+    "sweep": "model measure varied repetitions seed threads processor blas points laws",
     "gradcheck": "model tolerance loss whole rows filled passed",
     "machine": "processor threads libraries measured bandwidth choice date rates path",
 }
@@ -419,6 +424,26 @@ def test_precision(files: Files) -> None:
     ran = etx("precision", "fast_lora", "--max-layers", 1, "-c", 8, "--seed", 2, "--scheme", "W8A8", "--json")
     model = et.load("fast_lora", max_layers=1, seed=2)
     same("precision", ran, et.precision(model, schemes=["W8A8"], ctx_size=8, seed=2))
+
+
+def test_sweep() -> None:
+    given = {"CONFIG": "fast_lora", "config": "fast_lora"}
+    flags = ["--measure", "none", "--csv", "sweep.csv", "--plot", "sweep.png"]
+    ran, result = both(row_of("sweep"), given, flags, {"measure": "none", "csv": "called.csv"})
+    assert isinstance(result, et.Sweep)
+    assert same("sweep", ran, result) == in_json_types(result)
+    assert len(ran.json["points"]) == 3
+    assert Path("sweep.csv").read_bytes() == Path("called.csv").read_bytes()
+    assert Path("sweep.png").read_bytes()[:4] == b"\x89PNG"
+    words = ["--vary", "seq_len=4,8", "--measure", "training", "--repetitions", 2, "--seed", 3, "--threads", 1]
+    words += ["--set", "n_layers=1", "--set", "vocab_size=64", "--set", "d_ff=64"]
+    ran = etx("sweep", "fast_lora", *words, "--results", "measured.jsonl", "--json")
+    config = dataclasses.replace(et.read_run_config("fast_lora"), n_layers=1, vocab_size=64, d_ff=64)
+    more = {"measure": "training", "repetitions": 2, "seed": 3, "threads": 1}
+    found = same("sweep", ran, et.sweep(config, {"seq_len": [4, 8]}, **more))
+    assert all(len(point["measured"]["losses"]) == 2 for point in found["points"])
+    again = etx("sweep", "fast_lora", *words, "--results", "measured.jsonl").out
+    assert again == f"{et.sweep(config, {'seq_len': [4, 8]}, results='measured.jsonl', **more)}\n"
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -346,13 +346,16 @@ def _plot(found: Sweep, path: str | Path) -> None:
         return
     figure.set_size_inches(6 * len(keys), 8)
     upper = "seconds" if found.measure != "none" else "flops"
-    rows = (_drawn(found, upper), [*_drawn(found, "memory_bytes"), *_drawn(found, "measured_bytes")])
+    lower = ("memory_bytes",) if found.measure == "none" else ("peak_bytes", "measured_bytes")
+    rows = (_drawn(found, upper), [law for name in lower for law in _drawn(found, name)])
     grid = figure.subplots(2, len(keys), squeeze=False)
     labels = ("seconds" if upper == "seconds" else "FLOPs", "bytes")
     for axes_row, laws, label in zip(grid, rows, labels):
         for axes, key in zip(axes_row, keys):
             _plot_key(axes, found, key, [law for law in laws if law.key == key])
             axes.set(xscale="log", yscale="log", xlabel=key, ylabel=label)
+            axes.set_xticks(found.varied[key], labels=list(map(shown, found.varied[key])))
+            axes.minorticks_off()
             axes.legend(frameon=False, fontsize=7)
     write_figure(figure, path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ def _checked_values(vary: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, .
         own = tuple(map(_in_json_types, values))
         if not own:
             raise InputError(f"`vary` {key} has no values: expected one or more")
-        texts = [f"{type(value).__name__} {shown(value)}" for value in own if _is_json(key, value)]
+        texts = [_text(key, value) for value in own]
         if twice := [value for i, value in enumerate(own) if texts[i] in texts[:i]]:
             raise InputError(f"`vary` {key} has the value {shown(twice[0])} twice")
         found[key] = own
@@ -161,18 +162,17 @@ def _checked_values(vary: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, .
 
 
 def _in_json_types(value: Any) -> Any:
+    items: Any = value
     if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, tuple):
-        items: tuple[Any, ...] = value
-        return list(items)
-    return value
+        return items.item()
+    return list(items) if isinstance(value, tuple) else value
 
 
-def _is_json(key: str, value: Any) -> bool:
-    if value is None or isinstance(value, (bool, int, float, str, list, dict)):
-        return True
-    raise InputError(f"`vary` {key} has the value {value!r:.60}: expected a number, a string or a list")
+def _text(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError):
+        raise InputError(f"`vary` {key} has the value {value!r:.60}, which is not a JSON value") from None
 
 
 def _cases(
