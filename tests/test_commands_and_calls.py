@@ -435,8 +435,8 @@ def test_sweep() -> None:
     assert len(ran.json["points"]) == 3
     assert Path("sweep.csv").read_bytes() == Path("called.csv").read_bytes()
     assert Path("sweep.png").read_bytes()[:4] == b"\x89PNG"
-    words = ["--vary", "seq_len=4,8", "--measure", "training", "--repetitions", 2, "--seed", 3, "--threads", 1]
-    words += ["--set", "n_layers=1", "--set", "vocab_size=64", "--set", "d_ff=64"]
+    words = ["--vary", "seq_len=4,8", "--measure", "training", "--repetitions", 2, "--seed", 3]
+    words += ["--threads", 1, "--set", "n_layers=1", "--set", "vocab_size=64", "--set", "d_ff=64"]
     ran = etx("sweep", "fast_lora", *words, "--results", "measured.jsonl", "--json")
     config = dataclasses.replace(et.read_run_config("fast_lora"), n_layers=1, vocab_size=64, d_ff=64)
     more = {"measure": "training", "repetitions": 2, "seed": 3, "threads": 1}

@@ -15,6 +15,7 @@ import numpy as np
 
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.engine import blas
+from einsum_transformer.engine.replay import WARM_UP
 from einsum_transformer.generation.rows import next_logits, prefill
 from einsum_transformer.loading.load import load
 from einsum_transformer.models.adapters import with_lora
@@ -27,6 +28,9 @@ from einsum_transformer.training.schedule import Schedule
 Array = np.ndarray
 Kind = Literal["prefill", "decode", "training"]
 
+DECODED = WARM_UP // 2
+"""Tokens per row that are decoded with one cache, so that all steps run as a program, not as a replay."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
@@ -38,7 +42,7 @@ class StepTimes:
     peak_bytes: int
     """Most bytes that NumPy and Python allocated during a step, in a repetition that was not timed."""
     losses: tuple[float | None, ...] = ()
-    """Of a training step: the loss before the update of each timed repetition; None if it was not finite."""
+    """The loss before the update in each timed training step; None if it was not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +52,16 @@ class _Step:
     prepare: Callable[[], Any]
     """Return what `run` changes, such as a cache; it is not timed."""
     run: Callable[[Any], float | None]
-    fresh: bool
-    """Whether each repetition begins with `prepare`; otherwise it continues the one before."""
+    most: int | None
+    """The number of repetitions after one `prepare`, each of which continues the one before; None: all."""
 
 
 def step_times(config: RunConfig, kind: Kind, repetitions: int, seed: int) -> StepTimes:
     """Measure a step of the model of a run config, with random weights and tokens of a seed.
 
     "prefill": of `batch_size` rows of `seq_len` random tokens, into a cache whose memory is allocated.
-    "decode": one more token per row; the repetitions follow each other. "training": a step of SGD on one
-    batch. The first step is not timed.
+    "decode": one more token per row; eight tokens are decoded with one cache, the first of which is not
+    timed. "training": a step of SGD on one batch; the first one is not timed.
     """
     dtype = "bfloat16" if stores_bfloat16(config) and kind != "training" else "float32"
     model = load(config, dtype, seed=seed)
@@ -66,7 +70,7 @@ def step_times(config: RunConfig, kind: Kind, repetitions: int, seed: int) -> St
     if kind == "prefill":
         step = _prefill(model, tokens)
     elif kind == "decode":
-        step = _decode(model, tokens, repetitions)
+        step = _decode(model, tokens)
     else:
         step = _training(model, config, seed, repetitions)
     with blas.fixed_threads():
@@ -83,15 +87,15 @@ def _measured(step: _Step, repetitions: int) -> StepTimes:
     step.run(state)
     seconds: list[float] = []
     losses: list[float | None] = []
-    for _ in range(repetitions):
-        if step.fresh:
+    for i in range(repetitions):
+        if step.most is not None and i % step.most == 0:
             state = step.prepare()
         begin = time.perf_counter()
         loss = step.run(state)
         seconds.append(time.perf_counter() - begin)
         if loss is not None:
             losses.append(loss if math.isfinite(loss) else None)
-    if step.fresh:
+    if step.most is not None:
         state = step.prepare()
     peak = _peak_bytes(lambda: step.run(state))
     return StepTimes(statistics.median(seconds), tuple(seconds), peak, tuple(losses))
@@ -125,24 +129,20 @@ def _prefill(model: Model, tokens: Array) -> _Step:
     def run(cache: KVCache) -> None:
         prefill(model, tokens, cache)
 
-    return _Step(lambda: _allocated(model, *tokens.shape), run, True)
+    return _Step(lambda: _allocated(model, *tokens.shape), run, 1)
 
 
-def _decode(model: Model, tokens: Array, repetitions: int) -> _Step:
-    def prepare() -> KVCache:
-        cache = _allocated(model, len(tokens), tokens.shape[1] + decoded(repetitions))
-        prefill(model, tokens, cache)
-        return cache
-
+def _decode(model: Model, tokens: Array) -> _Step:
     def run(cache: KVCache) -> None:
         next_logits(model, tokens[:, :1], cache, "last")
 
-    return _Step(prepare, run, False)
+    def prepare() -> KVCache:
+        cache = _allocated(model, len(tokens), tokens.shape[1] + DECODED)
+        prefill(model, tokens, cache)
+        run(cache)
+        return cache
 
-
-def decoded(repetitions: int) -> int:
-    """Return the number of tokens per row that are decoded to measure decode steps."""
-    return repetitions + 2
+    return _Step(prepare, run, DECODED - 1)
 
 
 def _training(model: Model, config: RunConfig, seed: int, repetitions: int) -> _Step:
@@ -153,7 +153,7 @@ def _training(model: Model, config: RunConfig, seed: int, repetitions: int) -> _
         settings = TrainingSettings(Schedule(config.learning_rate, steps), seed=seed, max_bad_steps=steps)
         return Trainer(adapted, batches, settings)
 
-    return _Step(prepare, lambda trainer: trainer.step().loss, False)
+    return _Step(prepare, lambda trainer: trainer.step().loss, None)
 
 
 def with_random_weights(config: RunConfig) -> RunConfig:

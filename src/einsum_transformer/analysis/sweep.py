@@ -277,7 +277,7 @@ def _heading(found: Sweep) -> Iterator[str]:
     if found.measure == "none":
         yield f"{found.model}: {count}, counted"
         return
-    threads = "" if "threads" in found.varied else f", {found.threads} threads"
+    threads = "" if "threads" in found.varied else f", {found.threads} thread{'s' * (found.threads != 1)}"
     yield f"{found.model}: {count}, {found.measure}; median of {found.repetitions} repetitions"
     yield f"{found.processor}, {found.blas}{threads}"
 

@@ -20,8 +20,8 @@ from einsum_transformer.analysis.dry_plan import adapted_training
 from einsum_transformer.analysis.measurements import ResultFile
 from einsum_transformer.analysis.plots import check_plot
 from einsum_transformer.analysis.step_times import (
+    DECODED,
     StepTimes,
-    decoded,
     step_times,
     stores_bfloat16,
     with_random_weights,
@@ -116,7 +116,7 @@ def sweep(
         check_plot(plot)
     use_default()
     threads = blas.get_threads() if threads is None else threads
-    cases = _cases(base, varied, measure, threads, repetitions)
+    cases = _cases(base, varied, measure, threads)
     _note_unused(base, varied, measure)
     file = ResultFile(
         None if results is None else Path(results), lambda: _header(base, measure, repetitions, seed)
@@ -180,7 +180,6 @@ def _cases(
     varied: Mapping[str, Sequence[Any]],
     measure: Measure,
     threads: int,
-    repetitions: int,
 ) -> list[_Case]:
     """The planned combinations, in order. Raises InputError for those that cannot be run."""
     for count in varied.get(THREADS, (threads,)):
@@ -191,7 +190,7 @@ def _cases(
         keys = {key: value for key, value in values.items() if key != THREADS}
         with _of_point(values):
             config = with_random_weights(with_keys(base, keys))
-            _check_config(config, measure, repetitions)
+            _check_config(config, measure)
         made.append((values, config))
     planned: dict[str, Point] = {}
     found: list[_Case] = []
@@ -224,7 +223,7 @@ def _check_threads(count: Any) -> None:
             raise InputError(f"`threads` is {count}: this BLAS uses at most {most}")
 
 
-def _check_config(config: RunConfig, measure: Measure, repetitions: int) -> None:
+def _check_config(config: RunConfig, measure: Measure) -> None:
     model = config.model_config()
     quantized = Quantization.of(config.quantization) is not None
     if config.weight_dtype == "float64":
@@ -233,7 +232,7 @@ def _check_config(config: RunConfig, measure: Measure, repetitions: int) -> None
         raise ConfigError(
             f"{config.source}: quantized weights cannot be trained: set use_lora, or no quantization"
         )
-    longest = config.seq_len + (decoded(repetitions) if measure == "decode" else 0)
+    longest = config.seq_len + (DECODED if measure == "decode" else 0)
     if model.learned_positions and longest > model.max_position_embeddings:
         known = model.max_position_embeddings
         raise ConfigError(f"{config.source}: {longest} tokens exceed the {known} learned positions")
