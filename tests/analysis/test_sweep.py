@@ -16,11 +16,12 @@ import pytest
 
 import einsum_transformer as et
 from command_line import etx
+from einsum_transformer.analysis import step_times
 from einsum_transformer.analysis.growth import fit, quantile
 from einsum_transformer.analysis.step_times import StepTimes
 from einsum_transformer.analysis.sweep import numeric
 from einsum_transformer.api import sweep as api
-from einsum_transformer.engine import blas
+from einsum_transformer.engine import blas, replay
 from einsum_transformer.models.decoder import Decoder
 
 TINY = et.RunConfig(
@@ -213,14 +214,15 @@ def test_a_learning_rate_that_diverges_is_a_point() -> None:
     assert "not finite" in str(found)
 
 
-def test_the_model_of_a_point_is_freed_before_the_next() -> None:
+@pytest.mark.parametrize("measure", ["prefill", "decode", "training"])
+def test_the_model_of_a_point_is_freed_before_the_next(measure: Any) -> None:
     gc.collect()
     before = sum(isinstance(each, Decoder) for each in gc.get_objects())
 
     def check(done: int, total: int) -> None:
         assert sum(isinstance(each, Decoder) for each in gc.get_objects()) == before
 
-    et.sweep(TINY, {"n_layers": [1, 2]}, "training", repetitions=1, progress=check)
+    et.sweep(TINY, {"n_layers": [1, 2]}, measure, repetitions=1, progress=check)
 
 
 class Fake:
@@ -228,9 +230,11 @@ class Fake:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
+        self.threads: list[int] = []
 
     def __call__(self, config: et.RunConfig, kind: str, repetitions: int, seed: int) -> StepTimes:
         self.calls.append((config.seq_len, config.n_layers))
+        self.threads.append(blas.get_threads())
         seconds = 1e-3 * config.seq_len * config.n_layers
         return StepTimes(seconds, (seconds,) * repetitions, 1000 * config.seq_len)
 
@@ -266,6 +270,102 @@ def test_an_interrupted_sweep_continues(tmp_path: Path, monkeypatch: pytest.Monk
     header, *records = map(json.loads, path.read_text().splitlines())
     assert (header["measure"], header["config"]["d_model"], len(records)) == ("prefill", 64, 7)
     assert {"package", "processor", "blas", "seed", "repetitions"} <= set(header)
+
+
+def test_each_point_has_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the number before is restored."""
+    fake = Fake()
+    monkeypatch.setattr(api, "step_times", fake)
+    before = blas.get_threads()
+    try:
+        for present in (1, 2):
+            blas.set_threads(present)
+            fake.threads.clear()
+            et.sweep(TINY, {"threads": [2, 1]})
+            assert fake.threads == [2, 1]
+            assert et.sweep(TINY, {"seq_len": [8]}, threads=2).threads == 2
+            assert et.sweep(TINY, {"seq_len": [8]}).threads == present
+            assert fake.threads == [2, 1, 2, present]
+            assert blas.get_threads() == present
+    finally:
+        blas.set_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(None, "pr rrrr r"), (1, "pr prprprpr pr"), (3, "pr prrrpr pr")],
+)
+def test_repetitions_begin_with_what_they_need(most: int | None, expected: str) -> None:
+    """p: prepare, r: run, of four repetitions after the first, which is not timed, and before the traced."""
+    calls: list[str] = []
+    states = itertools.count()
+
+    def prepare() -> int:
+        calls.append("p")
+        return next(states)
+
+    def run(state: int) -> None:
+        assert state == calls.count("p") - 1
+        calls.append("r")
+
+    found = step_times._measured(step_times._Step(prepare, run, most), 4)
+    assert "".join(calls) == expected.replace(" ", "")
+    assert len(found.seconds_of_each) == 4
+
+
+def test_decode_steps_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[int] = []
+    original = replay.Trace
+
+    class Counted(original):  # type: ignore[misc, valid-type]
+        def __init__(self, *given: Any, **more: Any) -> None:
+            traces.append(1)
+            super().__init__(*given, **more)
+
+    monkeypatch.setattr(replay, "Trace", Counted)
+    et.sweep(TINY, {"seq_len": [100]}, "decode", repetitions=40)
+    assert not traces
+    et.generate(et.load(TINY, seed=0), [[1, 2, 3]], max_new_tokens=100)
+    assert traces  # a long generation is replayed
+
+
+@pytest.mark.parametrize(
+    ("measure", "keys", "expected"),
+    [
+        ("prefill", {"weight_dtype": "bfloat16"}, "bfloat16"),
+        ("prefill", {"weight_dtype": "float16"}, "float32"),
+        ("decode", {"weight_dtype": "bfloat16", "quantization": "W8A16"}, "float32"),
+        ("training", {"weight_dtype": "bfloat16"}, "float32"),
+    ],
+)
+def test_types_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch, measure: Any, keys: dict[str, Any], expected: str
+) -> None:
+    """Training is in float32, as in `etx train`."""
+    types: list[str] = []
+
+    def load(config: et.RunConfig, dtype: str, seed: int) -> et.Model:
+        types.append(dtype)
+        return et.load(config, dtype, seed=seed)
+
+    monkeypatch.setattr(step_times, "load", load)
+    et.sweep(replace(TINY, **keys), {"seq_len": [8]}, measure, repetitions=1)
+    assert types == [expected]
+
+
+def test_stored_weights_are_measured() -> None:
+    """Of 16 and 8 bits; training adapters on 8 bits."""
+    varied = {"weight_dtype": ["float32", "bfloat16"], "quantization": [None, "W8A16"]}
+    found = et.sweep(TINY, varied, "decode", repetitions=1)
+    plain, quantized, half, both = (each.weight_bytes for each in found.points)
+    assert quantized == both < half < plain
+    config = replace(TINY, use_lora=True, quantization="W8A16")
+    (point,) = et.sweep(config, {"lora_rank": [4]}, "training", repetitions=2).points
+    assert point.weight_bytes == quantized
+    assert point.measured is not None
+    assert all(loss == pytest.approx(math.log(256), abs=0.1) for loss in point.measured.losses)
+    weights = point.phases["training"].memory_bytes - point.phases["training"].peak_bytes
+    assert quantized < weights < plain
 
 
 def test_a_real_measurement_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -288,7 +287,6 @@ def _points(
             if times is None:
                 with _using(case.threads):
                     times = step_times(case.config, measure, repetitions, seed)
-                gc.collect()
                 file.add({"point": identity, "measured": asdict(times)})
             yield replace(case.point, measured=times)
         progress(i + 1, len(cases))
