@@ -63,10 +63,10 @@ def sweep(
     libraries.use(machine.blas)
     more: dict[str, Any] = asdict(written) | {"measure": measure, "repetitions": repetitions}
     more |= {"threads": machine.threads} | ({} if seed is None else {"seed": seed})
-    with output.announced("counting the points ...", shown.silent):
-        source = options.source_of(config, assignments)
-    progress = output.progress("points", shown.silent)
-    found = call(source, _values(vary or []), progress=progress, **more)
+    more["progress"] = output.progress("points", shown.silent)
+    source, values = options.source_of(config, assignments), _values(vary or [])
+    with output.announced("planning all points, then one after the other ...", shown.silent):
+        found = call(source, values, **more)
     output.write_line(found.to_dict() if shown.json else str(found))
 
 
