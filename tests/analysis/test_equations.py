@@ -27,6 +27,7 @@ RATES = Rates(
         "int8": {1: Product(0.0, 5e10)},
     },
     tile=8e10,
+    keys=1e10,
     elements=dict.fromkeys(("multiply", "divide", "exp", "sqrt", "tanh", "copy", "add.reduce"), 1000000000.0),
 )
 
@@ -127,6 +128,7 @@ def test_stored_rates_are_checked() -> None:
     assert parsed(stored) == RATES
     for change in (
         {"tile": -1.0},
+        {"keys": None},
         {"bandwidth": float("nan")},
         {"call": "fast"},
         {"elements": {}},

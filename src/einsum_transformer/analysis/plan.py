@@ -228,7 +228,7 @@ _NOTES = (
 
 def _machine_line(plan: Plan) -> str:
     if plan.machine is None:
-        return "Seconds on this machine: `etx machine` measures its rates once, in about 20 seconds."
+        return "Seconds on this machine: `etx machine` measures its rates once, in half a minute."
     return f"Seconds: predicted for this machine ({plan.machine}) by its measured rates; training: no update."
 
 

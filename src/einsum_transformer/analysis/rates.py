@@ -17,6 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,8 @@ Array = np.ndarray
 
 ROWS = (1, 8, 32, 128, 512)
 """Rows of x for which products are measured; rates in between are interpolated."""
-_MODELS = ((512, 4), (1024, 2))
-"""Width and layers of the random models; the weights of each take about 100 MB."""
+_MODELS = ((512, 20), (1024, 6))
+"""Width and layers of the random models; their weights in 8 bits, 60 MB and more, are larger than caches."""
 _SCHEMES = {"float32": None, "int8": "W8A8"}
 STEPS = 2 * len(ROWS) + 1
 """Number of reports of progress."""
@@ -80,6 +81,8 @@ class Rates:
     """Type ("float32", "int8") -> rows -> products of weights, with all threads."""
     tile: float
     """Operations per second of the products of an attention tile, on one thread."""
+    keys: float
+    """Bytes per second of the keys and values that one query attends to, on one thread."""
     elements: Mapping[str, float]
     """NumPy function -> elements per second, on one thread."""
 
@@ -95,8 +98,9 @@ class Rates:
             return step.calls * found.overhead + step.flops / found.rate
         overhead = step.calls * self.call
         if {"t", "s", "h"} <= set(step.sizes):
-            rate = self.tile * (self.threads if step.calls > 1 else 1)
-            return overhead + max(step.flops / rate, step.kv_bytes / self.bandwidth)
+            if step.sizes["t"] == 1:
+                return overhead + (step.kv_bytes or step.activation_bytes) / self.keys
+            return overhead + step.flops / (self.tile * (self.threads if step.calls > 1 else 1))
         # A sum, or a product with a number per row: an elementwise pass.
         return overhead + step.activation_bytes / 8 / self.elements["multiply"]
 
@@ -178,17 +182,18 @@ def _weight_size(step: PlanStep) -> int:
 def measure(
     threads: int, bandwidth: float, progress: Callable[[int, int], object] = lambda done, total: None
 ) -> Rates:
-    """Measure the rates in about ten seconds. bandwidth: bytes per second."""
+    """Measure the rates in about 20 seconds. bandwidth: bytes per second."""
     rng = np.random.default_rng(0)
     with blas.fixed_threads():
         with blas.one_thread():
             tile = _tile(rng)
+        keys = _keys(rng)
         elements = {name: _elementwise(rng, run) for name, run in _FUNCTIONS.items()}
         one = np.ones((1, 1, 1), np.float32)
         call = _rate(lambda: einsum("btd,fd->btf", one, one[0]), 1)
         short = _rate(lambda: np.multiply(one, one, out=one), 1)
         free = Product(0.0, math.inf)
-        known = Rates(threads, bandwidth, 1 / call, 1 / short, {"float32": {1: free}}, tile, elements)
+        known = Rates(threads, bandwidth, 1 / call, 1 / short, {"float32": {1: free}}, tile, keys, elements)
         products: dict[str, dict[int, Product]] = {}
         for i, (dtype, scheme) in enumerate(_SCHEMES.items()):
             models = [_model(width, layers, scheme) for width, layers in _MODELS]
@@ -224,16 +229,15 @@ def _pass(model: Model, scheme: str | None, rows: int, known: Rates) -> tuple[in
 
 
 def _seconds(model: Model, rows: int) -> float:
-    """The lower quartile of the seconds of a prefill of `rows` tokens, or of a decode step for one row: other
-    processes only make passes slower."""
+    """The median seconds of a prefill of `rows` tokens, or of a decode step for one row."""
     tokens = np.arange(max(rows, 64))[None]
     cache = model.cache(640)
     if rows == 1:
         prefill(model, tokens, cache)
-        for _ in range(4):  # the first steps are recorded for the replay
+        for _ in range(24):  # a decode step is recorded and replayed after some steps
             model.decoder.forward(tokens[:, :1], cache)
     found: list[float] = []
-    for _ in range(_ROUNDS * (5 if rows <= 32 else 1)):
+    for _ in range(40 if rows <= 32 else _ROUNDS):
         if rows > 1:
             cache.truncate(0)
         start = time.perf_counter()
@@ -242,7 +246,7 @@ def _seconds(model: Model, rows: int) -> float:
         else:
             prefill(model, tokens[:, :rows], cache)
         found.append(time.perf_counter() - start)
-    return float(np.quantile(found, 0.25))
+    return statistics.median(found)
 
 
 def _solved(small: tuple[int, int, float], large: tuple[int, int, float]) -> Product:
@@ -285,6 +289,19 @@ def _tile(rng: np.random.Generator) -> float:
     return _rate(run, 2 * 2 * 3 * 128 * 512 * 64)
 
 
+def _keys(rng: np.random.Generator) -> float:
+    """Bytes per second of the products of one query of nine heads with 1,024 keys and values of three."""
+    q = rng.standard_normal((1, 1, 3, 3, 64), dtype=np.float32)
+    caches = rng.standard_normal((24, 1, 3, 64, 1040), dtype=np.float32)
+    views = cycle([cache[..., :1024].transpose(0, 3, 1, 2) for cache in caches])
+
+    def run() -> None:
+        p = einsum("btkgh,bskh->bkgts", q, next(views))
+        einsum("bkgts,bskh->btkgh", p, next(views))
+
+    return _rate(run, 2 * 4 * 3 * 64 * 1024)
+
+
 def _elementwise(rng: np.random.Generator, run: Callable[[Array, Array], object]) -> float:
     a = rng.random((_ELEMENTS >> 9, 512), dtype=np.float32) + 1
     out = np.empty_like(a)
@@ -314,7 +331,7 @@ def parsed(stored: Mapping[str, Any]) -> Rates:
             for dtype, by_rows in stored["products"].items()
         }
         elements = {str(name): _positive(rate) for name, rate in stored["elements"].items()}
-        names = ("bandwidth", "call", "short_call", "tile")
+        names = ("bandwidth", "call", "short_call", "tile", "keys")
         numbers = {name: _positive(stored[name]) for name in names}
         if not products["float32"] or set(elements) != set(_FUNCTIONS):
             raise ValueError("incomplete")

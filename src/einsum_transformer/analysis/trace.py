@@ -85,8 +85,8 @@ class Trace:
     """
 
     def __init__(self, counters: Callable[[], Mapping[str, int]] | None = None, limit: int = LIMIT) -> None:
-        self.limit = limit
-        self.start = 0.0
+        self.limit: int = limit
+        self.start: float = 0.0
         self._counters = counters
         self._samples = {kind: _Sample() for kind in _KINDS}
         self._steps = 0

@@ -18,7 +18,7 @@ def machine(
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Machine:
     """Measure matrix products of each installed BLAS library, the memory bandwidth, and the rates from which
-    `plan` predicts seconds, in about 20 seconds.
+    `plan` predicts seconds, in half a minute.
 
     The measurement is stored for this processor, these versions and this number of threads. If MKL is
     installed, `auto` (the default of `--blas`) uses the faster library of each kind of product from then on.
