@@ -38,6 +38,7 @@ TIMES = {
     "run": {
         *("seconds", "parts_seconds", "outside_seconds", "load_seconds", "p50", "p99", "share"),
         *("time_to_first_token", "time_to_first_token_with_load"),
+        *("feed_forward_per_attention", "weight_load_share", "decode_p99_per_p50"),
         *("prompt_tokens_per_second", "new_tokens_per_second", "peak_rss_bytes"),
     },
     "chat": {"seconds"},

@@ -146,6 +146,23 @@ def test_rates_and_first_token(found: Report) -> None:
     assert found.rope["positions"] == [0, 7]
 
 
+def test_ratios(found: Report) -> None:
+    assert found.feed_forward_per_attention == pytest.approx(10 / 18)
+    assert found.weight_load_share == pytest.approx(7 / 32)
+    assert found.decode_p99_per_p50 is None
+    lines = "\n".join(summary(found))
+    assert "ratios: feed-forward / attention 0.56; weight load 21.9 % of the layers" in lines
+    assert "advice: weights are read from the file in every pass" in lines
+    steps = [step for i in range(20) for step in forward("decode", 1, slow=9.0 if i == 7 else 1.0)]
+    slow = report(spans_of(*steps), RUN)
+    assert slow.decode_p99_per_p50 is not None
+    assert slow.decode_p99_per_p50 > 2
+    assert "advice: some steps take more than twice the median" in "\n".join(summary(slow))
+    none = report([], RUN)
+    assert (none.feed_forward_per_attention, none.weight_load_share) == (None, 0.0)
+    assert "ratios" not in "\n".join(summary(none))
+
+
 def test_loads_of_embedding_and_head_appear_only_if_there_are_any(found: Report) -> None:
     assert lines(found)["embedding"].part
     assert "embedding/load" not in lines(found)

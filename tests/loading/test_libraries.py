@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import einsum_transformer as et
-from einsum_transformer.analysis import machine
+from einsum_transformer.analysis import machine, rates
 from einsum_transformer.analysis.machine import Measured, choose
 from einsum_transformer.engine import blas, einsum
 from einsum_transformer.engine.contract import lowering
@@ -26,9 +26,9 @@ class Fake:
         self.calls: list[tuple[int, ...]] = []
         self.threads = 2
 
-    def matmul(self, a: Any, b: Any) -> Any:
+    def matmul(self, a: Any, b: Any, out: Any = None) -> Any:
         self.calls.append((*a.shape, b.shape[-1]))
-        return np.matmul(a, b)
+        return np.matmul(a, b, out=out)
 
     def library(self) -> Library:
         def set_threads(count: int) -> None:
@@ -172,6 +172,8 @@ def test_a_measurement_is_stored_and_used(fake: Fake, monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "_SECONDS", 1e-4)
     monkeypatch.setattr(machine, "_CACHED", 1 << 20)
     monkeypatch.setattr(machine, "_STREAM", 1 << 20)
+    monkeypatch.setattr(rates, "_SECONDS", 1e-4)
+    monkeypatch.setattr(rates, "_MODELS", ((128, 1), (256, 1)))
     done = []
     found = et.machine(threads=2, progress=lambda i, total: done.append((i, total)))
     assert done[-1][0] == done[-1][1]

@@ -103,6 +103,12 @@ class Report:
     blas: str
     threads: int
     rope: dict[str, Any]
+    feed_forward_per_attention: float | None
+    """Seconds of the feed-forward / seconds of attention; None if a model or run has none."""
+    weight_load_share: float
+    """Share of the seconds of the layers in which weights are read from a file (`weight_budget`)."""
+    decode_p99_per_p50: float | None
+    """99 % quantile / median of the decode steps; None for fewer than ten."""
 
 
 def report(spans: Sequence[Span], run: Run) -> Report:
@@ -132,7 +138,23 @@ def report(spans: Sequence[Span], run: Run) -> Report:
         blas=blas.description(),
         threads=blas.get_threads(),
         rope=rope_facts(run.config, max(map(sum, zip(run.prompt_lengths, run.new_lengths)), default=0)),
+        feed_forward_per_attention=_ratio(samples, FEED_FORWARD, ATTENTION),
+        weight_load_share=_ratio(samples, _LOADS, LAYER) or 0.0,
+        decode_p99_per_p50=_spread(samples.get(("decode",), [])),
     )
+
+
+def _ratio(samples: dict[Key, list[float]], one: Key, other: Key) -> float | None:
+    first, second = (math.fsum(samples.get(key, [])) for key in (one, other))
+    return first / second if first and second else None
+
+
+def _spread(values: list[float]) -> float | None:
+    """The 99 % quantile divided by the median."""
+    if len(values) < 10:
+        return None
+    p50, p99 = np.percentile(values, (50, 99))
+    return float(p99 / p50)
 
 
 def _samples(spans: Sequence[Span]) -> dict[Key, list[float]]:
@@ -264,7 +286,24 @@ def summary(found: Report) -> list[str]:
         f"KV cache {quantity(found.kv_cache_bytes, 'B')}; peak memory {peak}; "
         f"BLAS {found.blas}, {found.threads} thread{'s' * (found.threads != 1)}"
     )
-    return [*lines, rope_line(found.rope)]
+    return [*lines, *_ratio_lines(found), rope_line(found.rope)]
+
+
+def _ratio_lines(found: Report) -> Iterator[str]:
+    """Yield the ratios of the parts, and advice if one is unusual."""
+    parts: list[str] = []
+    if found.feed_forward_per_attention is not None:
+        parts.append(f"feed-forward / attention {found.feed_forward_per_attention:.2f}")
+    if found.weight_load_share:
+        parts.append(f"weight load {100 * found.weight_load_share:.1f} % of the layers")
+    if found.decode_p99_per_p50 is not None:
+        parts.append(f"decode steps p99 / p50 {found.decode_p99_per_p50:.2f}")
+    if parts:
+        yield f"ratios: {'; '.join(parts)}"
+    if found.weight_load_share > 0.2:
+        yield "advice: weights are read from the file in every pass: use a larger `weight_budget`"
+    if (found.decode_p99_per_p50 or 0) > 2:
+        yield "advice: some steps take more than twice the median: is the machine shared?"
 
 
 def speculation_lines(numbers: dict[str, Any] | None) -> list[str]:

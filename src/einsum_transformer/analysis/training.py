@@ -285,12 +285,21 @@ def summary(found: TrainingReport) -> list[str]:
         "",
         f"{found.steps} steps in {found.seconds:.1f} s{skipped}, {found.tokens_per_second:.1f} tokens/s",
         f"loss {found.loss_first:.4f} -> {found.loss_last:.4f}, {found.loss_trend:+.5f} per step",
+        *_backward_line(found),
         f"trained {quantity(found.trainable)} of {quantity(found.parameters)} parameters "
         f"({trained:.2f} %); gradients {quantity(found.gradient_bytes, 'B')}, "
         f"optimizer {quantity(found.optimizer_bytes, 'B')}, peak memory {peak}",
         f"BLAS {found.blas}, {found.threads} thread{'s' * (found.threads != 1)}",
         *(f"advice: {line}" for line in found.advice),
     ]
+
+
+def _backward_line(found: TrainingReport) -> list[str]:
+    """The seconds of the backward pass per second of the forward pass. With all weights trained, each matrix
+    has two products there and one in the forward pass; frozen weights need one."""
+    seconds = {stage.name: stage.seconds for stage in found.stages}
+    forward, backward = seconds.get("forward", 0.0), seconds.get("backward", 0.0)
+    return [f"backward / forward {backward / forward:.2f} (about 2 for all weights)"] if forward else []
 
 
 def plot_losses(
