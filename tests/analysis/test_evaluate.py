@@ -184,6 +184,8 @@ def test_an_interrupted_evaluation_continues(model: et.Model, tmp_path: Path) ->
             patch.setattr(evaluate, "_scored", None)  # nothing is computed again
             assert run(results=file) == expected
     file = tmp_path / "perplexity.jsonl"
+    with pytest.raises(et.InputError, match=r"`results` .*none.*: cannot be written"):
+        et.perplexity(model, TEXT, ctx_size=32, results=tmp_path / "none" / "a.jsonl")
     for wrong, message in (
         (lambda: et.perplexity(other, TEXT, ctx_size=32, results=file), "with other models: give another"),
         (lambda: et.perplexity(small, TEXT, ctx_size=32, results=file), "with other weights, quantization"),

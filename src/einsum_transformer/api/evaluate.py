@@ -13,6 +13,7 @@ from einsum_transformer.analysis.tasks import Evaluation
 from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
+from einsum_transformer.formats.files import check_writable
 
 
 @checked
@@ -43,8 +44,8 @@ def perplexity(
     continues, also with more windows, and returns the same result as an uninterrupted one.
     Raises InputError for a text that is shorter than a window and a model without tokenizer.
     """
-    selection = texts.Selection(convention, ctx_size, stride, chunks)
-    return texts.perplexity(model_of(source), text, selection, progress, _path(results))
+    selection, path = texts.Selection(convention, ctx_size, stride, chunks), _path(results)
+    return texts.perplexity(model_of(source), text, selection, progress, path)
 
 
 @checked
@@ -67,12 +68,15 @@ def divergence(
     `perplexity`, which scores the same tokens. The models need the same vocabulary: typically, `source` is a
     quantized form of `reference`.
     """
-    own = model_of(source)
+    path, own = _path(results), model_of(source)
     selection = texts.Selection(convention, ctx_size, stride, chunks)
-    return texts.divergence(own, model_of(reference), text, selection, progress, _path(results))
+    return texts.divergence(own, model_of(reference), text, selection, progress, path)
 
 
 def _path(results: str | Path | None) -> Path | None:
+    """The file of the results. Raises InputError if it cannot be written."""
+    if results is not None:
+        check_writable(Path(results), "results")
     return None if results is None else Path(results)
 
 
