@@ -19,7 +19,7 @@ from einsum_transformer.analysis.dry_run import (
     with_lora,
     without_weights,
 )
-from einsum_transformer.analysis.explain import in_layer, role_of
+from einsum_transformer.analysis.explain import matrices_of, role_of
 from einsum_transformer.analysis.plan import Elementwise, Ledger, Plan, PlanPhase, PlanStep
 from einsum_transformer.components.cache_types import UNCHANGED, CacheType
 from einsum_transformer.components.kv_cache import KVCache
@@ -27,11 +27,11 @@ from einsum_transformer.components.masks import Mask
 from einsum_transformer.engine import Equation, Leaf, phase
 from einsum_transformer.engine.recorder import Event, Path
 from einsum_transformer.generation.rows import PREFILL_CHUNK
-from einsum_transformer.models.builder import weights_of
+from einsum_transformer.models.builder import WeightSpec, weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.lora_config import LoRAConfig
-from einsum_transformer.models.model import EMBEDDING, HEAD
+from einsum_transformer.models.model import Model
 from einsum_transformer.models.parameters import trainable
 from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.tree import named_leaves
@@ -53,10 +53,10 @@ def plan(
 ) -> Plan:
     """Return the plan of a model; see `api.plan.plan`. lora: the adapters of the ledger; moments: arrays of
     the optimizer's state per trained array."""
-    decoder = stored_decoder(config, quantization, bfloat16)
-    dry, floats = _DryModel(config, decoder), _DryModel(config, stored_decoder(config, None))
+    decoder, plain = stored_decoder(config, quantization, bfloat16), without_weights(config, name)
+    dry = _DryModel(config, decoder)
     cache = dry.cache(batch, tokens + 1, types)
-    full, timeline = floats.training(batch, tokens, recompute)
+    full, timeline = _DryModel(config, plain.decoder).training(batch, tokens, recompute)
     phases = (*dry.inference(batch, tokens, cache), full)
     weights = weights_of(config)
     parameters = sum(prod(weight.stored) for weight in weights)
@@ -67,12 +67,12 @@ def plan(
         "bfloat16" if bfloat16 else None if quantization is None else str(quantization.scheme),
         (types[0].name, types[1].name),
         parameters,
-        parameters - _idle_parameters(config),
+        parameters - _idle_parameters(config, weights),
         sum(leaf.nbytes for _, leaf in named_leaves(decoder)),
-        dry.cache_bytes(1, 1, types),
-        dry.cache_bytes(batch, tokens, types),
+        dry.cache_bytes(cache, 1) // batch,
+        dry.cache_bytes(cache, tokens),
         phases,
-        tuple(_ledgers(config, name, batch, tokens, quantization, lora, moments, recompute, timeline)),
+        tuple(_ledgers(plain, batch, tokens, quantization, lora, moments, recompute, timeline)),
     )
 
 
@@ -89,11 +89,11 @@ def adapted_training(config: ModelConfig, name: str, batch: int, tokens: int, lo
     return _DryModel(config, decoder).training(batch, tokens, False)[0]
 
 
-def _idle_parameters(config: ModelConfig) -> int:
+def _idle_parameters(config: ModelConfig, weights: Sequence[WeightSpec]) -> int:
     """The parameters of experts that are not selected for a token."""
     if config.moe is None:
         return 0
-    experts = sum(prod(weight.stored) for weight in weights_of(config) if ".experts." in weight.path)
+    experts = sum(prod(weight.stored) for weight in weights if ".experts." in weight.path)
     return experts - experts * config.moe.num_experts_per_tok // config.moe.num_experts
 
 
@@ -147,8 +147,7 @@ class _DryModel:
             path: leaf.product_type if isinstance(leaf, Leaf) else str(leaf.dtype)
             for path, leaf in named_leaves(self.decoder)
         }
-        self.matrices = {in_layer(path) for path, leaf in named_leaves(self.decoder) if len(leaf.shape) > 1}
-        self.matrices |= {EMBEDDING, HEAD}
+        self.matrices = matrices_of(config)
 
     def cache(self, batch: int, capacity: int, types: tuple[CacheType, CacheType]) -> KVCache:
         """An empty cache whose memory is allocated."""
@@ -157,10 +156,8 @@ class _DryModel:
         cache.truncate(0)
         return cache
 
-    def cache_bytes(self, batch: int, tokens: int, types: tuple[CacheType, CacheType]) -> int:
-        """The bytes of the cached tokens in all layers, without reserved memory."""
-        cache = KVCache(self.windows, types=types)
-        self.decoder.forward(np.zeros((batch, 1), np.int64), cache, "none")
+    def cache_bytes(self, cache: KVCache, tokens: int) -> int:
+        """The bytes of the first tokens of all rows in all layers, without reserved memory."""
         return sum(
             len(members) * layer.token_bytes * (tokens if window is None else min(tokens, window))
             for members, layer, window in zip(self.members, cache.layers, self.windows)
@@ -289,8 +286,7 @@ def _visible(window: int | None, before: int, after: int) -> int:
 
 
 def _ledgers(
-    config: ModelConfig,
-    name: str,
+    plain: Model,
     batch: int,
     tokens: int,
     quantization: Quantization | None,
@@ -300,14 +296,13 @@ def _ledgers(
     full: Timeline,
 ) -> Iterator[Ledger]:
     """The memory of training all weights, adapters, and adapters on quantized weights."""
-    plain = without_weights(config, name)
     adapted = with_lora(plain, lora)
     yield _ledger("full", plain.decoder, moments, full)
     # Activations and gradients do not depend on the type of the frozen weights.
-    _, timeline = _DryModel(config, adapted).training(batch, tokens, recompute)
+    _, timeline = _DryModel(plain.config, adapted).training(batch, tokens, recompute)
     yield _ledger(f"LoRA r={lora.r}", adapted, moments, timeline)
     small = quantization or Quantization.of(QLORA)
-    packed = with_lora(replace(plain, decoder=stored_decoder(config, small)), lora)
+    packed = with_lora(replace(plain, decoder=stored_decoder(plain.config, small)), lora)
     yield _ledger(f"LoRA r={lora.r} on {small and small.scheme}", packed, moments, timeline)
 
 

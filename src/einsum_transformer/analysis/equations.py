@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from einsum_transformer.analysis.explain import in_layer, role_of
+from einsum_transformer.analysis.explain import in_layer, matrices_of, role_of
 from einsum_transformer.analysis.plan import PlanStep
 from einsum_transformer.analysis.rates import Rates
 from einsum_transformer.engine import Leaf
 from einsum_transformer.engine.recorder import Event
-from einsum_transformer.models.decoder import Decoder
-from einsum_transformer.models.model import EMBEDDING, HEAD
+from einsum_transformer.models.model import Model
 from einsum_transformer.tables import columns
 from einsum_transformer.tree import named_leaves
 
@@ -65,11 +64,10 @@ class EquationTimes:
 
     rates: those of this machine, or None."""
 
-    def __init__(self, decoder: Decoder, rates: Rates | None) -> None:
-        leaves = dict(named_leaves(decoder))
+    def __init__(self, model: Model, rates: Rates | None) -> None:
+        leaves = dict(named_leaves(model.decoder))
         self._rates = rates
-        self._matrices = {in_layer(path) for path, leaf in leaves.items() if len(leaf.shape) > 1}
-        self._matrices |= {EMBEDDING, HEAD}
+        self._matrices = matrices_of(model.config)
         self._types = {path: leaf.product_type for path, leaf in leaves.items() if isinstance(leaf, Leaf)}
         self._nbytes = {path: leaf.nbytes for path, leaf in leaves.items()}
         self._found: dict[tuple[str, str, str], _Calls] = {}

@@ -145,8 +145,7 @@ def explain(
     weights = weights_of(config)
     paths = {path for path, _ in named_leaves(decoder)}
     adapters = sum(prod(w.shape) for name, w in trainable(decoder).items() if name not in paths)
-    matrices = {in_layer(weight.path) for weight in weights if len(weight.stored) > 1} | {EMBEDDING, HEAD}
-    steps = tuple(_steps(recorder.events, members, matrices))
+    steps = tuple(_steps(recorder.events, members, matrices_of(config)))
     parameters = sum(prod(weight.stored) for weight in weights)
     return Program(config, batch, tokens, backward, parameters, steps, adapters)
 
@@ -160,6 +159,12 @@ def role_of(event: Event, matrices: Collection[str]) -> str:
         return event.path[-1]
     name = place.removesuffix(".weight").rpartition(".")[2]
     return f"{'d' * event.gradient}{name}{adapter}{part}"
+
+
+def matrices_of(config: ModelConfig) -> set[str]:
+    """Return the paths of the matrices of a model, without the indices of layers (see `role_of`)."""
+    matrices = {in_layer(weight.path) for weight in weights_of(config) if len(weight.stored) > 1}
+    return matrices | {EMBEDDING, HEAD}
 
 
 def in_layer(path: str) -> str:

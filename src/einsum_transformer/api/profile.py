@@ -160,7 +160,7 @@ def profile(
     tracing = None if trace is None else Trace(job.counters)
     if tracing is not None:
         tracing.record(recorder)
-    times = EquationTimes(model.decoder, stored_rates()) if equations else None
+    times = EquationTimes(model, stored_rates()) if equations else None
     if times is not None:
         recorder.on_event(times)
     likeliest = None
