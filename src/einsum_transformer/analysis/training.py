@@ -252,8 +252,8 @@ def render_costs(trainer: Trainer) -> Any:
 
     The peak contains weights, optimizer, and the most of activations and gradients in one micro-batch."""
     optimizer, model = trainer.settings.optimizer, trainer.model
-    rows, tokens = trainer.batches.batch(0)[0][0].shape
-    several = len(trainer.batches.batch(0)) > 1
+    batches = trainer.batches.batch(0)
+    (rows, tokens), several = batches[0][0].shape, len(batches) > 1
     kinds = {"all weights": without_weights(model.config, model.source).decoder}
     if model.lora is not None:
         kinds[f"LoRA rank {model.lora.r}"] = shapes_of(model.decoder)

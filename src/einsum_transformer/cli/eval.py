@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -67,7 +66,7 @@ def eval(
         raise InputError(f"metric {metric!r}: expected {' or '.join(METRICS)}")
     if metric == "ppl" and reference_model is not None:
         raise InputError("--reference-model is for kld")
-    source, path = named.source(), Path(file)
+    source = named.source()
     plain = replace(
         loading,
         quantization="none",
@@ -86,8 +85,7 @@ def eval(
         raise InputError(
             "kld compares two models: give --reference-model MODEL, or a change such as --quantization SCHEME"
         )
-    if not path.is_file():
-        raise InputError(f"{path}: not a file")
+    path = options.text_file(file)
     progress = output.progress("chunks", shown.silent)
     which: dict[str, Any] = {
         "ctx_size": ctx_size,

@@ -61,6 +61,14 @@ Seed = Annotated[
 ]
 
 
+def text_file(name: str) -> Path:
+    """Return the path of a text. Raises InputError, before the model is loaded, if it is not a file."""
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"{path}: not a file")
+    return path
+
+
 def _writable(path: str | None) -> str | None:
     """Check the file before the model is loaded."""
     if path is not None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from einsum_transformer.cli import options, output
-from einsum_transformer.errors import InputError
 
 
 def precision(
@@ -42,12 +40,10 @@ def precision(
     """
     from einsum_transformer.api.precision import precision as call
 
-    if file is not None and not Path(file).is_file():
-        raise InputError(f"{file}: not a file")
+    text = None if file is None else options.text_file(file)
     given = {"ctx_size": ctx_size, "schemes": schemes or None, "seed": seed}
     more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = {"max_layers": max_layers, "seed": seed, "quantization": "none"}
     model, _ = options.open_model(named.source(), hub, machine, quiet=shown.silent, **settings)
-    text = None if file is None else Path(file)
     found = call(model, text, progress=output.progress("runs", shown.silent), **more)
     output.write_line(found.to_dict() if shown.json else found.text(every))

@@ -63,9 +63,7 @@ def quantize(
     scheme = quantized.quantization
     if scheme is None:
         raise InputError("--quantization is required: a scheme such as W4A16g64")
-    text = None if chosen.calibration is None else Path(chosen.calibration)
-    if text is not None and not text.is_file():
-        raise InputError(f"{text}: not a file")
+    text = None if chosen.calibration is None else options.text_file(chosen.calibration)
     if chosen.calibration_chunks is not None and text is None:
         raise InputError("--calibration-chunks is used with --calibration only")
     settings: dict[str, Any] = {"mode": quantized.quantization_mode, "method": chosen.method}

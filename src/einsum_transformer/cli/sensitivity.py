@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from einsum_transformer.cli import options, output
 from einsum_transformer.cli.flags import flag
-from einsum_transformer.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +50,7 @@ def sensitivity(
     from einsum_transformer.analysis.plots import check_plot
     from einsum_transformer.api.sensitivity import sensitivity as call
 
-    path = Path(file)
-    if not path.is_file():
-        raise InputError(f"{path}: not a file")
+    path = options.text_file(file)
     if measured.plot is not None:
         check_plot(measured.plot)
     given: dict[str, Any] = {"ctx_size": ctx_size, "chunks": chunks, "results": measured.results}
