@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import einsum_transformer as et
 from einsum_transformer.components import mixing
 from einsum_transformer.components.cache_types import cache_type
 from einsum_transformer.components.kv_cache import KVCache
-from einsum_transformer.engine import Recorder, replay
+from einsum_transformer.engine import Recorder, phase, replay
 from einsum_transformer.leaves.frozen import Frozen
 from einsum_transformer.leaves.watched import watched
 from einsum_transformer.models.adapters import with_lora
@@ -20,6 +21,12 @@ from einsum_transformer.tree import map_named
 from golden_files import MODELS, Folders, Models
 
 PROMPT = 5
+ALL_PATHS = [
+    ("decode",),
+    ("decode", "layer"),
+    ("decode", "layer", "attention"),
+    ("decode", "layer", "attention", "scores"),
+]
 MIXTURES = ("mixtral", "moe", "deepseek")
 """In these names: the router's values decide which experts compute."""
 ALIBI = ("mpt_alibi", "mpt_clip")
@@ -37,6 +44,11 @@ def tokens_of(model: et.Model, rows: int, most: int = 60) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, count))
 
 
+def as_program() -> Recorder:
+    """A recorder under which steps are not replayed: it could replace values."""
+    return Recorder(spans=False).on_value(lambda *_: None, "no value has this name")
+
+
 def check(model: et.Model, tokens: np.ndarray, caches: list[KVCache] | None = None) -> int:
     """Decode with and without replays; returns how many steps were replayed."""
     cache, plain = caches or [model.cache(tokens.shape[1]) for _ in range(2)]
@@ -48,7 +60,7 @@ def check(model: et.Model, tokens: np.ndarray, caches: list[KVCache] | None = No
         before = cache.steps.repeated
         logits, _ = model.decoder.forward(tokens[:, i : i + 1], cache, "last")
         repeated += cache.steps.repeated - before
-        with Recorder():  # a recorder needs the program
+        with as_program():
             expected, _ = model.decoder.forward(tokens[:, i : i + 1], plain, "last")
         np.testing.assert_array_equal(logits, expected)
     assert plain.steps.repeated == 0
@@ -120,6 +132,74 @@ def test_memory_that_moves_and_comes_back(name: str, golden_model: Models) -> No
     assert repeated > 200
 
 
+def recorded(model: et.Model, tokens: np.ndarray, recorder: Recorder) -> tuple[list[Any], int]:
+    """Decode; return the records in their order without their times, and the number of replayed steps."""
+    records: list[Any] = []
+    recorder.on_span(lambda span: records.append(replace(span, start=0, seconds=0)))
+    recorder.on_event(lambda event: records.append(replace(event, start=0, seconds=0)))
+    cache = model.cache(tokens.shape[1])
+    with recorder:
+        for i in range(tokens.shape[1]):
+            with phase("decode"):
+                model.decoder.forward(tokens[:, i : i + 1], cache, "last")
+    return records, cache.steps.repeated
+
+
+@pytest.mark.parametrize("scheme", [None, "W8A8", "W4A16"])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "gemma2_caps", "gpt2_plain", "mistral_window", "deepseek_plain"]
+)
+def test_replays_have_the_records_of_the_program(name: str, scheme: str | None, golden_model: Models) -> None:
+    model = golden_model(name)
+    model = model if scheme is None else et.quantize(model, scheme)
+    tokens = tokens_of(model, 2)
+    found, repeated = recorded(model, tokens, Recorder(spans=False))
+    expected, none = recorded(model, tokens, as_program())
+    assert found == expected
+    assert none == 0
+    assert repeated > 10 or model.config.moe is not None
+
+
+def test_times_of_replays_are_inside_of_their_phases(golden_model: Models) -> None:
+    model, recorder = golden_model("llama_gqa"), Recorder(events=True)
+    _, repeated = recorded(model, tokens_of(model, 1), recorder)
+    assert repeated > 20
+    spans = {path: [span for span in recorder.spans if span.path == path] for path in ALL_PATHS}
+    for path in ALL_PATHS[1:]:
+        for span in spans[path]:
+            outer = [
+                each
+                for each in spans[path[:-1]]
+                if each.start <= span.start and span.start + span.seconds <= each.start + each.seconds + 1e-9
+            ]
+            assert len(outer) == 1
+    for event in recorder.events:
+        assert event.seconds >= 0
+        around = [
+            span
+            for span in recorder.spans
+            if span.path == event.path
+            and span.start <= event.start
+            and event.start + event.seconds <= span.start + span.seconds + 1e-9
+        ]
+        assert len(around) == 1
+
+
+def test_another_recorder_gets_records(golden_model: Models) -> None:
+    """A cache outlives a recording, as in a chat."""
+    model = golden_model("llama_gqa")
+    tokens, cache = tokens_of(model, 1), model.cache(80)
+    for start in (0, 20, 40):
+        recorder = Recorder(events=start > 0)
+        with recorder:
+            for i in range(start, start + 20):
+                model.decoder.forward(tokens[:, i : i + 1], cache, "last")
+        assert len([span for span in recorder.spans if span.path == ("head",)]) == 20
+        heads = [event for event in recorder.events if event.path == ("head",) and event.weight]
+        assert len(heads) == (20 if start else 0)
+    assert cache.steps.repeated > 40
+
+
 def test_rows_that_are_dropped(golden_model: Models) -> None:
     model = golden_model("llama_gqa")
     tokens = tokens_of(model, 3)
@@ -146,7 +226,7 @@ def test_the_weights_of_another_decoder(golden_model: Models) -> None:
     for i in range(40):
         current = model if i // 10 % 2 else other
         logits, _ = current.decoder.forward(tokens[:, i : i + 1], cache)
-        with Recorder():
+        with as_program():
             expected, _ = current.decoder.forward(tokens[:, i : i + 1], plain)
         np.testing.assert_array_equal(logits, expected)
 

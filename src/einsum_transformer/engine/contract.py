@@ -55,6 +55,15 @@ class Leaf(NDArrayOperatorsMixin, ABC):
         """Return the array in memory if a product with this leaf is the product with it, else None."""
         return None
 
+    def product_with_rows(self, count: int) -> str | None:
+        """Describe the product with `count` rows of x if it is one call, else return None."""
+        return None
+
+    @property
+    def stored_type(self) -> np.dtype:
+        """The type of the stored elements or codes."""
+        return self.dtype
+
     def joined(self, others: Sequence[Leaf]) -> Leaf | None:
         """Return a leaf (j, d) of which this one and the others, (..., d), are consecutive rows, or None: it
         computes their products at once."""
@@ -422,8 +431,10 @@ def report(
     how: str,
     start: float,
     seconds: float,
+    part: tuple[float, float] = (0.0, 1.0),
 ) -> None:
-    """Report a call of einsum to the readers of events; start: of time.perf_counter."""
+    """Report a call of einsum to the readers of events; start: of time.perf_counter; part: as in
+    `recorder.event`."""
     # Without `...`, `spell` would only check the sizes, as `sizes` does below.
     spelled, indices = equation, None
     if "..." in "".join(equation.inputs) + equation.output:
@@ -431,4 +442,4 @@ def report(
     if indices is not None:
         operands = [operand[index] for operand, index in zip(operands, indices)]
     sizes = spelled.sizes([operand.shape for operand in operands])
-    recorder.event(text, sizes, operands, result, how, start, seconds, spelled.flops(sizes))
+    recorder.event(text, sizes, operands, result, how, start, seconds, spelled.flops(sizes), part)

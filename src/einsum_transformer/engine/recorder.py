@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,6 +77,15 @@ class Span:
         return self.path[-1]
 
 
+class Taped(NamedTuple):
+    """A record, and the start and the seconds of the calls that were timed for it: for the equations of one
+    joined product, the whole product."""
+
+    record: Span | Event
+    start: float
+    seconds: float
+
+
 class _Readers:
     """Callbacks, each with the patterns of the names that it reads."""
 
@@ -126,6 +135,7 @@ class Recorder:
         self._entered = False
         self._stores_spans = spans
         self._weights: dict[int, _Weights] = {}
+        self._tape: list[Taped] | None = None
         if events:
             self.on_event(self.events.append)
         if values:
@@ -184,10 +194,31 @@ class Recorder:
         self.values[name] = np.array(value)
 
     def _span(self, span: Span) -> None:
+        if self._tape is not None:
+            self._tape.append(Taped(span, span.start, span.seconds))
         if self._stores_spans:
             self.spans.append(span)
         if self._span_readers and (readers := self._span_readers.of(span.path)):
             self._notify(readers, span)
+
+    def _repeat(self, records: Iterable[Span | Event]) -> None:
+        """Store the spans and call the readers, as during the run of a program."""
+        frame = _frame.get()
+        _frame.set(None)
+        try:
+            with self._lock:
+                for record in records:
+                    if isinstance(record, Event):
+                        readers = self._event_readers
+                    else:
+                        readers = self._span_readers
+                        if self._stores_spans:
+                            self.spans.append(record)
+                    if readers:
+                        for reader in readers.of(record.path):
+                            reader(record)
+        finally:
+            _frame.set(frame)
 
     def _notify(self, readers: tuple[Callable[..., Any], ...], record: Event | Span) -> None:
         """Call the readers one after the other, with recording paused in this context."""
@@ -383,9 +414,43 @@ def position() -> tuple[Path, int | None]:
     return ((), None) if frame is None else (frame.path, frame.layer)
 
 
-def is_recording() -> bool:
-    """Return whether a recorder is active in any thread."""
-    return active > 0
+def destination() -> tuple[Recorder, Path] | None:
+    """Return the active recorder and the enclosing phases, None without an active recorder."""
+    frame = _frame.get()
+    return None if frame is None else (frame.recorder, frame.path)
+
+
+@contextmanager
+def paused() -> Generator[None]:
+    """Context manager whose calls are not recorded."""
+    frame = _frame.get()
+    _frame.set(None)
+    try:
+        yield
+    finally:
+        _frame.set(frame)
+
+
+@contextmanager
+def taped() -> Generator[list[Taped]]:
+    """Context manager that also collects the records of the active recorder in a list."""
+    records: list[Taped] = []
+    frame = _frame.get()
+    if frame is None:
+        yield records
+        return
+    frame.recorder._tape = records
+    try:
+        yield records
+    finally:
+        frame.recorder._tape = None
+
+
+def repeat(records: Iterable[Span | Event]) -> None:
+    """Send the records of a step to the readers of the active recorder."""
+    frame = _frame.get()
+    assert frame is not None
+    frame.recorder._repeat(records)
 
 
 def tap_at(path: str, value: Array) -> Array:
@@ -465,8 +530,12 @@ def event(
     start: float,
     seconds: float,
     flops: int,
+    part: tuple[float, float] = (0.0, 1.0),
 ) -> None:
-    """Report one einsum call to the readers of events; the elements of the arrays are not read."""
+    """Report one einsum call to the readers of events; the elements of the arrays are not read.
+
+    part: where in these seconds the call begins, and its share of them, if several calls were timed at once.
+    """
     frame = _frame.get()
     assert frame is not None
     readers = frame.recorder._event_readers.of(frame.path)
@@ -480,11 +549,12 @@ def event(
                 break
     read = sum(operand.size * operand.dtype.itemsize for operand in operands)
     written = result.size * result.dtype.itemsize
-    time_and_cost = start, seconds, flops, read, written
+    time_and_cost = start + part[0] * seconds, part[1] * seconds, flops, read, written
     where = frame.path, frame.layer, weight, gradient, threading.get_ident()
-    frame.recorder._notify(
-        readers, Event(equation, sizes, _dtype_name(result.dtype), how, *time_and_cost, *where)
-    )
+    found = Event(equation, sizes, _dtype_name(result.dtype), how, *time_and_cost, *where)
+    if frame.recorder._tape is not None:
+        frame.recorder._tape.append(Taped(found, start, seconds))
+    frame.recorder._notify(readers, found)
 
 
 _dtype_name = lru_cache(str)  # str() of a dtype takes 5 us

@@ -17,15 +17,19 @@ tables of RoPE) or an array; a Python number is a constant of the replay.
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from einsum_transformer.engine import blas
+from einsum_transformer.engine import blas, recorder
+from einsum_transformer.engine.recorder import Taped
+from einsum_transformer.engine.replay_records import Records, Unrepeatable
 
 Array = np.ndarray
 Function = Callable[..., Any]
@@ -149,10 +153,6 @@ def not_repeatable(operands: Sequence[Any]) -> None:
             each.trace.fail("a weight is not in memory")
 
 
-class Unrepeatable(Exception):
-    """A step that cannot be repeated; the message says why."""
-
-
 class _Call(NamedTuple):
     """A call of a NumPy function. arguments: arrays and constants; outs: the arrays that it writes."""
 
@@ -168,6 +168,10 @@ class Trace:
     def __init__(self, inputs: Sequence[Array]) -> None:
         self.inputs: list[Array] = [np.array(a) for a in inputs]
         self.calls: list[_Call] = []
+        self.times: list[float] = []
+        """time.perf_counter() at the start of each call."""
+        self.records: list[Taped] = []
+        """The spans and events of the active recorder."""
         self.result: Array | None = None
         self.reason: str = ""
         """Why the step cannot be repeated; empty if nothing is known against it."""
@@ -182,7 +186,8 @@ class Trace:
                 if not isinstance(each.matmul, np.ufunc):
                     each.matmul = partial(_recorded, each.matmul)
             try:
-                self.result = _plain(function(*map(self._traced, self.inputs)))
+                with recorder.taped() as self.records:
+                    self.result = _plain(function(*map(self._traced, self.inputs)))
             finally:
                 for each, library in zip(products, libraries):
                     each.matmul = library
@@ -195,6 +200,7 @@ class Trace:
         """
         arguments, outs = tuple(map(_plain, arguments)), tuple(map(_plain, outs))
         given = {"out": outs if isinstance(function, np.ufunc) else outs[0]} if outs else {}
+        start = time.perf_counter()
         result = function(*arguments, **keywords, **given)
         if self._thread != threading.get_ident():
             self.fail("several threads call NumPy")
@@ -203,19 +209,23 @@ class Trace:
             return result
         if any(isinstance(value, Array) for value in keywords.values()):
             self.fail("a keyword of a call is an array")
-        self.calls.append(_Call(function, arguments, (result,), dict(keywords)))
+        self._add(start, _Call(function, arguments, (result,), dict(keywords)))
         return self._traced(result)
 
     def condition(self, test: Callable[[Array], bool], a: Array) -> bool:
         """Return test(a) and record that a replay must have the same result."""
-        a = _plain(a)
+        a, start = _plain(a), time.perf_counter()
         expected = test(a)
-        self.calls.append(_Call(_Expected(test, expected), (a,), (), {}))
+        self._add(start, _Call(_Expected(test, expected), (a,), (), {}))
         return expected
 
     def fail(self, reason: str) -> None:
         """Record why the step cannot be repeated."""
         self.reason = self.reason or reason
+
+    def _add(self, start: float, call: _Call) -> None:
+        self.calls.append(call)
+        self.times.append(start)
 
     def _traced(self, a: Array) -> Traced:
         traced = a.view(Traced)
@@ -327,7 +337,7 @@ class Replay:
             raise Unrepeatable(reason)
         if len(first.calls) != len(second.calls):
             raise Unrepeatable("the steps make different calls")
-        self._inputs = second.inputs
+        self._inputs, self._records = second.inputs, Records(first.records, second.records, second.times)
         # No array of the traces is freed before all are compared, so an id means one array.
         self._located: dict[int, tuple[Array, int]] = {}
         self._memories: dict[tuple[int, int], _Memory] = {
@@ -351,6 +361,10 @@ class Replay:
         self._with_moving: list[tuple[int, Function, list[Any], list[tuple[int, int]]]] = []
         """Calls with arrays that move: (index, function, arguments, [(argument, index in _moving)])."""
         self._arrange(calls)
+        bounds = [0, *self._records.positions, len(calls)]
+        self._ranges = list(pairwise(bounds))
+        """The calls between two times that are taken, with those before the first and after the last."""
+        self._times: list[float] = []
 
     def run(self, step: int, inputs: Sequence[Array]) -> Array | None:
         """Return the result of the step with this number after the second trace, or None if a condition has
@@ -362,13 +376,22 @@ class Replay:
             for argument, n in moving:
                 arguments[argument] = moved[n]
             calls[i] = function, tuple(arguments)
+        self._times = times = []
+        now = time.perf_counter
         try:
             with np.errstate(over="ignore"):
-                for function, arguments in calls:
-                    function(*arguments)
+                for begin, end in self._ranges:
+                    for function, arguments in calls[begin:end]:
+                        function(*arguments)
+                    times.append(now())
         except _Differs:
             return None
         return np.array(self._result)
+
+    def send_records(self, step: int) -> None:
+        """Send the spans and events of the last run to the active recorder, if there is one."""
+        if self._records.positions:
+            self._records.send(step, self._times)
 
     def _compared(self, i: int, first: _Call, second: _Call) -> tuple[Function, list[Any]]:
         """Return the function of call i and its arguments, results included."""
@@ -460,8 +483,9 @@ class Steps:
         """
         products = [each.matmul for each in blas.PRODUCTS.values()]
         forms = [(a.shape, a.strides, a.dtype) for a in inputs]
-        if self._depends_on[0] is not owner or self._depends_on[1] != (memory, products, forms):
-            self._depends_on = owner, (memory, products, forms)
+        context = memory, products, forms, recorder.destination()
+        if self._depends_on[0] is not owner or self._depends_on[1] != context:
+            self._depends_on = owner, context
             self._restart()
         if self._replay is not None:
             step = number - self._first
@@ -497,6 +521,7 @@ class Steps:
         blas.follow_load(False)
         result = replay.run(step, inputs)
         if result is not None and self._checked:
+            replay.send_records(step)
             advance()
             self.repeated += 1
             return result

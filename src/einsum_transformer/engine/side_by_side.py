@@ -15,6 +15,7 @@ import numpy as np
 from einsum_transformer.engine import plans, recorder
 from einsum_transformer.engine.contract import Leaf, einsum, report
 from einsum_transformer.engine.equation import Equation
+from einsum_transformer.engine.shapes import ShapeArray
 
 Array = np.ndarray
 Term = tuple[str, Any]
@@ -36,19 +37,28 @@ def einsums(x: Array, *terms: Term) -> list[Array]:
     if not (recorder.active_for_events and recorder.reads_events()):
         run = joined.runs.get((x.shape, x.strides))
         return (run or joined.plan(x, terms))(x)
-    if isinstance(joined.matrix, Leaf):
-        return [einsum(equation, x, weight) for equation, weight in terms]  # so that each has an event
     run = joined.plan(x, terms)
+    if isinstance(joined.matrix, Leaf):
+        how = joined.matrix.product_with_rows(math.prod(x.shape[:-1]))
+        if how is None:
+            return [einsum(equation, x, weight) for equation, weight in terms]  # so that each has an event
+    else:
+        how = joined.how
     start = time.perf_counter()
-    results = run(x)
+    with recorder.paused():
+        results = run(x)
     seconds = time.perf_counter() - start
-    arrays = [_resident(weight) for _, weight in terms]
-    size = sum(array.size for array in arrays if array is not None)
-    for (equation, _), array, result in zip(terms, arrays, results):
-        assert array is not None
-        own, how = seconds * array.size / size, f"{len(terms)} in one {joined.how}"
-        report(equation, Equation.parse(equation), [x, array], result, how, start, own)
-        start += own
+    size, first = sum(math.prod(weight.shape) for _, weight in terms), 0
+    for (equation, weight), result in zip(terms, results):
+        own = math.prod(weight.shape)
+        array = _resident(weight)
+        if array is None:
+            array = ShapeArray.unallocated(weight.shape, weight.stored_type)
+        with recorder.using(weight):
+            operands, text = [x, array], f"{len(terms)} in one {how}"
+            part = first / size, own / size
+            report(equation, Equation.parse(equation), operands, result, text, start, seconds, part)
+        first += own
     return results
 
 

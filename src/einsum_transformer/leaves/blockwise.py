@@ -60,6 +60,15 @@ class Blockwise(Leaf):
     def by_rows(self, count: int) -> ByRows | None:
         """Return how the matrix is multiplied with `count` rows of x; None: in blocks."""
 
+    def product_with_rows(self, count: int) -> str | None:
+        how = self.by_rows(count)
+        stored = next(iter(self.parts().values()))
+        return None if how is None else f"{how.how}: {len(stored)} x {self.width} x {count}"
+
+    @property
+    def stored_type(self) -> np.dtype:
+        return next(iter(self.parts().values())).dtype
+
     def prepared(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Return x for a product in blocks; axes: those of the inputs of the weight."""
         return x
@@ -122,10 +131,8 @@ class Blockwise(Leaf):
         y = y.reshape(*self.shape[: self.out_axes], *shape)
         y = y.transpose([(outputs + outer).index(letter) for letter in parsed.output])
         if reads_events():
-            stored = next(iter(self.parts().values()))
-            operands = [x, ShapeArray.unallocated(self.shape, stored.dtype)]
-            text = f"{how.how}: {len(stored)} x {self.width} x {count}"
-            seconds = time.perf_counter() - start
+            operands = [x, ShapeArray.unallocated(self.shape, self.stored_type)]
+            text, seconds = self.product_with_rows(count) or "", time.perf_counter() - start
             report(equation, parsed, operands[::-1] if position == 0 else operands, y, text, start, seconds)
         return y
 
