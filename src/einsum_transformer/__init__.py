@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.parity import Parity
     from einsum_transformer.analysis.plan import Plan
     from einsum_transformer.analysis.precision import Precision
+    from einsum_transformer.analysis.profiler import Profiler
     from einsum_transformer.analysis.quantization import QuantizationReport
     from einsum_transformer.analysis.sensitivity import Sensitivity
     from einsum_transformer.analysis.sweep import Sweep
@@ -86,6 +87,7 @@ __all__ = [
     "Plan",
     "Precision",
     "Profile",
+    "Profiler",
     "Program",
     "QuantizationReport",
     "RandomTokens",
@@ -170,6 +172,7 @@ _HOMES = {
     "Plan": "analysis.plan",
     "Precision": "analysis.precision",
     "Profile": "api.profile",
+    "Profiler": "analysis.profiler",
     "QuantizationReport": "analysis.quantization",
     "Program": "analysis.explain",
     "RandomTokens": "training.data",

@@ -32,7 +32,7 @@ from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.decoder import Decoder
 from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import Model
-from einsum_transformer.models.parameters import trainable
+from einsum_transformer.models.parameters import shapes_of, trainable
 from einsum_transformer.models.scheme import Quantization
 from einsum_transformer.tree import named_leaves
 
@@ -81,6 +81,21 @@ def inference(config: ModelConfig, scheme: str | None, tokens: int) -> dict[str,
     dry = _DryModel(config, stored_decoder(config, Quantization.of(scheme)))
     cache = dry.cache(1, tokens + 1, (UNCHANGED, UNCHANGED))
     return {phase.name: phase for phase in dry.inference(1, tokens, cache)}
+
+
+def of_run(model: Model, rows: int, prompt: int, context: int) -> tuple[PlanPhase, PlanPhase]:
+    """Return the prefill of `prompt` tokens per row, and the decode step that follows `context` tokens."""
+    dry = _DryModel(model.config, shapes_of(model.decoder))
+    found: list[PlanPhase] = []
+    for tokens in (prompt, context):
+        cache = dry.cache(rows, tokens + 1, model.cache_types)
+        found.append(list(dry.inference(rows, tokens, cache))[len(found)])
+    return found[0], found[1]
+
+
+def of_training(model: Model, rows: int, tokens: int, recompute: bool) -> PlanPhase:
+    """Return a training step of a model, without the update."""
+    return _DryModel(model.config, shapes_of(model.decoder)).training(rows, tokens, recompute)[0]
 
 
 def adapted_training(config: ModelConfig, name: str, batch: int, tokens: int, lora: LoRAConfig) -> PlanPhase:

@@ -153,7 +153,7 @@ def explain(
 def role_of(event: Event, matrices: Collection[str]) -> str:
     """Return the matrix or adapter of an equation, `dq_proj` for its gradient; else the innermost phase."""
     if event.weight is None:
-        return event.path[-1]
+        return event.path[-1] if event.path else ""
     place, adapter, part = event.weight.partition(".lora_")
     if in_layer(place) not in matrices:
         return event.path[-1]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
+from einsum_transformer.analysis import dry_plan
 from einsum_transformer.analysis.compare import cache_bytes
-from einsum_transformer.analysis.equations import EquationTime, EquationTimes
-from einsum_transformer.analysis.equations import render as render_equations
+from einsum_transformer.analysis.profiler import EquationTime, Profiler, StageTime
+from einsum_transformer.analysis.profiler import tables as profiler_tables
 from einsum_transformer.analysis.quantization import lines_of_types, stored_types
-from einsum_transformer.analysis.rates import stored_rates
 from einsum_transformer.analysis.report import Report, Run, render, report, speculation_lines
 from einsum_transformer.analysis.routing import LayerRouting, RoutingReader
 from einsum_transformer.analysis.routing import render as render_routing
@@ -22,6 +22,7 @@ from einsum_transformer.analysis.trace import Trace
 from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Recorder, phase
+from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import check_writable
 from einsum_transformer.generation.context import LengthNote, context_limit
@@ -58,7 +59,9 @@ class Profile:
     kv_cache: tuple[str, str] = ("unchanged", "unchanged")
     """The types of cached keys and values."""
     equations: tuple[EquationTime, ...] = ()
-    """The time of each equation, if it was asked for."""
+    """The time of each equation and of the rest of each phase, if `equations` is given."""
+    stages: tuple[StageTime, ...] = ()
+    """The time of each stage beside its prediction, if `equations` is given."""
 
     @property
     def text(self) -> str:
@@ -84,6 +87,7 @@ class Profile:
         if self.likeliest_next is not None:
             found["likeliest_next"] = _one_or_all(list(self.likeliest_next))
         if self.equations:
+            found["stages"] = [asdict(stage) | {"residual": stage.residual} for stage in self.stages]
             found["equations"] = list(map(asdict, self.equations))
         if self.routing:
             found["routing"] = [each.to_dict() for each in self.routing]
@@ -98,7 +102,7 @@ class Profile:
         yield from speculation_lines(self.generations[0].speculation)
         if self.equations:
             yield ""
-            yield render_equations(self.equations)
+            yield from profiler_tables(self.stages, self.equations)
         if self.routing:
             yield ""
             yield render_routing(list(self.routing))
@@ -130,9 +134,9 @@ def profile(
     of loading the model, for the time to first token with loading; measured if this function loads `source`.
     on_text: called with each piece of text as it is generated, if there is one prompt. trace: write a trace
     of the run, its phases and its einsum calls, to this JSON file for https://ui.perfetto.dev; recording it
-    makes the run slower. equations: also measure each einsum call, for `Profile.equations`; a decode step
-    then takes about one and a half times as long. If `machine` has measured this machine, the times are
-    compared with those that its rates predict.
+    makes the run slower. equations: also measure each einsum call, for `Profile.equations` and
+    `Profile.stages` (see `Profiler`). If `machine` has measured this machine, the times are compared with
+    those that its rates predict.
     """
     if trace is not None:
         check_writable(Path(trace), "trace")
@@ -160,9 +164,9 @@ def profile(
     tracing = None if trace is None else Trace(job.counters)
     if tracing is not None:
         tracing.record(recorder)
-    times = EquationTimes(model, stored_rates()) if equations else None
-    if times is not None:
-        recorder.on_event(times)
+    profiler = Profiler(model) if equations else None
+    if profiler is not None:
+        profiler.record(recorder)
     likeliest = None
     with recorder:
         started = time.perf_counter()
@@ -179,8 +183,25 @@ def profile(
     routing = tuple(routers.layers())
     if trace is not None and tracing is not None:
         tracing.write(trace, model.source)
-    rows = () if times is None else times.rows()
-    return Profile(model.source, tuple(job.results), found, routing, likeliest, *stored_types(model), rows)
+    measured: tuple[Any, Any] = (), ()
+    if profiler is not None:
+        _compare(profiler, model, prompt_lengths, new_lengths, recorder.spans)
+        measured = profiler.rows(), profiler.stages()
+    types = stored_types(model)
+    return Profile(model.source, tuple(job.results), found, routing, likeliest, *types, *measured)
+
+
+def _compare(
+    profiler: Profiler, model: Model, prompts: Sequence[int], new: Sequence[int], spans: Sequence[Span]
+) -> None:
+    """Compare the passes with dry runs; all decode steps with the one in the middle."""
+    steps = sum(span.path == ("decode",) for span in spans)
+    if any(span.path == ("draft",) for span in spans):
+        return  # steps of several tokens
+    length = max(prompts)
+    prefilled, decoded = dry_plan.of_run(model, len(prompts), length, length + max(new) // 2)
+    profiler.compare(prefilled)
+    profiler.compare(decoded, steps)
 
 
 def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) -> None:

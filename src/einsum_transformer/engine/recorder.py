@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,13 +69,18 @@ class Span:
     layer: int | None
     start: float
     seconds: float
-    divided: bool = False
-    """Whether the phase ran in parallel tasks: start and seconds are then its share of their wall time, and
-    not the time when it ran."""
+    busy: float | None = None
+    """If the phase ran in parallel tasks: its seconds, summed over the threads. Start and seconds are then
+    its share of the wall time of the tasks, and not the time when it ran."""
 
     @property
     def name(self) -> str:
         return self.path[-1]
+
+    @property
+    def divided(self) -> bool:
+        """Whether the phase ran in parallel tasks."""
+        return self.busy is not None
 
 
 class Taped(NamedTuple):
@@ -136,6 +142,9 @@ class Recorder:
         self._stores_spans = spans
         self._weights: dict[int, _Weights] = {}
         self._tape: list[Taped] | None = None
+        self._pending: list[Callable[[], Iterable[Span | Event]]] = []
+        """Return the records of repeated steps, which are stored and read when the enclosing phase ends, so
+        that this takes none of its time."""
         if events:
             self.on_event(self.events.append)
         if values:
@@ -184,6 +193,7 @@ class Recorder:
         with _lock:
             active -= 1
             active_for_events -= bool(self._event_readers)
+        self._repeat()
         self._entered = False
         if (frame := _frame.get()) is not None and frame.recorder is self:
             _frame.set(self._outer)
@@ -194,6 +204,7 @@ class Recorder:
         self.values[name] = np.array(value)
 
     def _span(self, span: Span) -> None:
+        self._repeat()
         if self._tape is not None:
             self._tape.append(Taped(span, span.start, span.seconds))
         if self._stores_spans:
@@ -201,13 +212,16 @@ class Recorder:
         if self._span_readers and (readers := self._span_readers.of(span.path)):
             self._notify(readers, span)
 
-    def _repeat(self, records: Iterable[Span | Event]) -> None:
-        """Store the spans and call the readers, as during the run of a program."""
+    def _repeat(self) -> None:
+        """Store the pending spans and call the readers, as during the run of a program."""
+        if not self._pending:
+            return
         frame = _frame.get()
         _frame.set(None)
         try:
             with self._lock:
-                for record in records:
+                pending, self._pending = self._pending, []
+                for record in chain.from_iterable(records() for records in pending):
                     if isinstance(record, Event):
                         readers = self._event_readers
                     else:
@@ -446,11 +460,13 @@ def taped() -> Generator[list[Taped]]:
         frame.recorder._tape = None
 
 
-def repeat(records: Iterable[Span | Event]) -> None:
-    """Send the records of a step to the readers of the active recorder."""
+def repeat(records: Callable[[], Iterable[Span | Event]]) -> None:
+    """Send the records of a step to the active recorder; it calls the function when this phase ends."""
     frame = _frame.get()
     assert frame is not None
-    frame.recorder._repeat(records)
+    frame.recorder._pending.append(records)
+    if not frame.path:
+        frame.recorder._repeat()
 
 
 def tap_at(path: str, value: Array) -> Array:
@@ -552,6 +568,7 @@ def event(
     time_and_cost = start + part[0] * seconds, part[1] * seconds, flops, read, written
     where = frame.path, frame.layer, weight, gradient, threading.get_ident()
     found = Event(equation, sizes, _dtype_name(result.dtype), how, *time_and_cost, *where)
+    frame.recorder._repeat()
     if frame.recorder._tape is not None:
         frame.recorder._tape.append(Taped(found, start, seconds))
     frame.recorder._notify(readers, found)
@@ -585,7 +602,7 @@ class _Tally:
             # The outer phase has the same layer, unless this phase sets it.
             outer = (inner[:-1], layer)
             outer = outer if outer in begins else outers.get(inner[:-1], top)
-            span = Span((*self.outer.path, *inner), layer, begins[outer], wall * seconds / busy, True)
+            span = Span((*self.outer.path, *inner), layer, begins[outer], wall * seconds / busy, seconds)
             begins[outer] += span.seconds
             begins[key] = span.start
             outers.setdefault(inner, key)

@@ -43,7 +43,7 @@ class Records:
     def send(self, step: int, times: Sequence[float]) -> None:
         """Send the records of the step to the active recorder."""
         recorder.repeat(
-            [at(step, times[begin], times[end] - times[begin]) for at, begin, end in self._records]
+            lambda: [at(step, times[begin], times[end] - times[begin]) for at, begin, end in self._records]
         )
 
 
@@ -53,8 +53,10 @@ def _repeated(before: Span | Event, taped: Taped) -> _At:
     record, start, seconds = taped
     if isinstance(before, Span) and isinstance(record, Span):
         _check(before, record, "path", "layer", "divided")
-        path, layer, divided = record.path, record.layer, record.divided
-        return lambda _, start, seconds: Span(path, layer, start, seconds, divided)
+        path, layer = record.path, record.layer
+        if record.divided:
+            raise Unrepeatable("a phase runs in parallel tasks")
+        return lambda _, start, seconds: Span(path, layer, start, seconds)
     if isinstance(before, Span) or isinstance(record, Span):
         raise Unrepeatable(_DIFFERENT)
     _check(before, record, "equation", "dtype", "path", "layer", "weight", "gradient")

@@ -44,7 +44,7 @@ def store() -> None:
 def test_all_calls_of_a_run() -> None:
     model = et.load("fast_lora", max_layers=2)
     found = et.profile(model, [[5, 6, 7]], max_new_tokens=3, equations=True, ignore_eos=True)
-    rows = {(row.stage, row.role, row.equation): row for row in found.equations}
+    rows = {(row.stage, row.role, row.equation): row for row in found.equations if row.equation}
     with Recorder(spans=False, events=True) as recorder:
         et.generate(model, [[5, 6, 7]], max_new_tokens=3, ignore_eos=True)
     events = recorder.events
@@ -65,8 +65,59 @@ def test_all_calls_of_a_run() -> None:
         )
         assert own * 1e9 == pytest.approx(flops)
     assert "up_proj" in str(found)
-    assert json.loads(json.dumps(found.to_dict()))["equations"][0]["stage"] == "prefill"
+    assert json.loads(json.dumps(found.to_dict()))["equations"][0]["stage"] == "setup"
     assert et.profile(model, [[5]], max_new_tokens=1).equations == ()
+
+
+def test_the_rest_of_each_phase() -> None:
+    """Equations and rest make up the seconds of a stage, if no phase runs in parallel tasks."""
+    model = et.load("fast_lora", max_layers=2)
+    with et.Profiler(model) as profiler:
+        et.generate(model, [[5, 6, 7]], max_new_tokens=30, ignore_eos=True)
+    stages = {stage.stage: stage for stage in profiler.stages()}
+    rows = profiler.rows()
+    assert stages["decode"].calls == 29
+    for stage in stages.values():
+        assert stage.equations + stage.rest == pytest.approx(stage.seconds, rel=0.02)
+        own = [row for row in rows if row.stage == stage.stage]
+        assert sum(row.seconds for row in own if row.equation) == pytest.approx(stage.equations)
+        assert (stage.predicted, stage.residual) == (None, None)
+    rest = {(row.stage, row.role): row for row in rows if not row.equation}
+    assert rest["decode", "norm"].calls == 29 * 2 * 2
+    assert rest["decode", "norm"].elements is None
+    assert rest["decode", "norm"].bound == ""
+    assert all(row.gflops == 0 and row.roofline is None for row in rest.values())
+    assert "(elementwise, Python)" in str(profiler)
+
+
+def test_elementwise_operations_are_those_of_dry_runs() -> None:
+    store()
+    model = et.load("fast_lora", max_layers=2)
+    found = et.profile(model, [[5, 6, 7]], max_new_tokens=5, equations=True, ignore_eos=True)
+    rest = {(row.stage, row.role): row for row in found.equations if not row.equation}
+    plan = inference(model.config, None, 3)
+    for stage, times in (("prefill", 1), ("decode", 4)):
+        norms = [each for each in plan[stage].elementwise if each.path[-1] == "norm"]
+        row = rest[stage, "norm"]
+        assert row.elements == times * sum(each.times * each.elements for each in norms)
+        assert row.predicted == pytest.approx(times * sum(each.times * RATES.of_pass(each) for each in norms))
+        assert row.bound == "elementwise"
+    scores = sum(row.elements or 0 for row in rest.values() if row.role == "scores")
+    assert scores > 0
+    stages = {stage.stage: stage for stage in found.stages}
+    assert stages["prefill"].predicted == pytest.approx(RATES.seconds(plan["prefill"]))
+    residual = stages["prefill"].seconds / RATES.seconds(plan["prefill"]) - 1
+    assert stages["prefill"].residual == pytest.approx(residual)
+    assert stages["setup"].predicted is None
+
+
+def test_passes_without_a_stage() -> None:
+    model = et.load("fast_lora", max_layers=1)
+    with et.Profiler(model) as profiler:
+        model.logits([[5, 6, 7]])
+        et.einsum("ij,jk->ik", np.ones((2, 3)), np.ones((3, 4)))
+    assert {stage.stage for stage in profiler.stages()} == {"pass"}
+    assert ("pass", "", "ij,jk->ik") in {(row.stage, row.role, row.equation) for row in profiler.rows()}
 
 
 def test_predictions_of_a_measured_machine() -> None:
