@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ TIMES = {
         *("prompt_tokens_per_second", "new_tokens_per_second", "peak_rss_bytes"),
     },
     "chat": {"seconds"},
+    "profile": {"stages", "equations"},
     "machine": {"gflops", "bandwidth", "choice", "date", "rates"},
     "sweep": {
         *("seconds", "seconds_of_each", "peak_bytes"),
@@ -52,6 +54,7 @@ TIMES = {
         *("tokens_per_second", "peak_rss_bytes", "advice"),
     },
 }
+TIMES["profile"] |= TIMES["run"]
 """Keys of times and memory, which differ from run to run: they are not compared. The advice of a training
 depends on its times."""
 
@@ -59,6 +62,8 @@ depends on its times."""
 KEYS = {
     "run": "model quantization kv_cache text tokens finish_reason prompt_tokens timings table blas threads"
     " kv_cache_bytes peak_rss_bytes rope",
+    "profile": "model quantization kv_cache text tokens finish_reason prompt_tokens timings table blas"
+    " threads kv_cache_bytes peak_rss_bytes rope stages equations",
     "chat": "model messages turns",
     "explain": "model batch tokens parameters adapters letters steps totals note",
     "plan": "model batch tokens quantization kv_cache parameters active_parameters weight_bytes"
@@ -250,6 +255,20 @@ def test_run(files: Files) -> None:
     assert generation.text == result.text
     streamed = "".join(et.stream(et.load(files.model), "abc", **more))
     assert streamed == generation.text
+
+
+def test_profile(files: Files) -> None:
+    given = {"MODEL": files.model, "model": files.model, "TEXT": "abc"}
+    row = next(row for row in ROWS if row.command == "profile")
+    ran, result = both(row, given, ["-n", 6, "--seed", 3], {"max_new_tokens": 6, "seed": 3})
+    found = same("profile", ran, result)
+    assert len(result.equations) == len(found["equations"])
+    names = "stage", "role", "equation", "calls", "elements"
+    for own, each in zip(sorted(found["equations"], key=str), sorted(map(asdict, result.equations), key=str)):
+        assert set(own) == set(each)
+    assert sorted([own[name] for name in names] for own in found["equations"] if own["equation"]) == sorted(
+        [getattr(each, name) for name in names] for each in result.equations if each.equation
+    )
 
 
 def test_run_of_a_packaged_config(files: Files) -> None:

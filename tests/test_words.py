@@ -64,7 +64,7 @@ ROPE_FILES = ("rope.py", "rotation.py", "attention.py", "latent_attention.py")
 
 EXCEPTIONS = {
     ("src/einsum_transformer/api/profile.py", "likeliest"): "the key likeliest_next of the JSON output",
-    ("src/einsum_transformer/cli/run.py", "likeliest"): "the field likeliest_next of Profile",
+    ("src/einsum_transformer/cli/run_flags.py", "likeliest"): "the field likeliest_next of Profile",
 }
 """(file, word) -> why it may be there."""
 

@@ -128,7 +128,7 @@ def training_report(
     learned.
     """
     losses, seconds = [report.loss for report in reports], [report.seconds for report in reports]
-    weights, moments, clip = trainer.weights.values(), trainer.compute.moments(), trainer.settings.clip_norm
+    weights, clip = trainer.weights.values(), trainer.settings.clip_norm
     clipped = sum(clip is not None and report.norm > clip for report in reports)
     whole = math.fsum(seconds)
     stages = tuple(_stage(name, times.of((name,)), whole) for name in TRAINING if (name,) in times.by_path)
@@ -151,12 +151,18 @@ def training_report(
         parameters=_parameters(trainer.model),
         trainable=sum(array.size for array in weights),
         gradient_bytes=sum(array.nbytes for array in weights),
-        optimizer_bytes=sum(array.nbytes for arrays in moments.values() for array in arrays.values()),
+        optimizer_bytes=optimizer_bytes(trainer),
         peak_rss_bytes=peak_rss_bytes(),
         blas=blas.description(),
         threads=blas.get_threads(),
         advice=tuple(_advice(np.array(losses)[finite], step, trainer.bad_steps, clipped, random_vocabulary)),
     )
+
+
+def optimizer_bytes(trainer: Trainer) -> int:
+    """Return the bytes of the optimizer's state."""
+    moments = trainer.compute.moments()
+    return sum(array.nbytes for arrays in moments.values() for array in arrays.values())
 
 
 def _parameters(model: Model) -> int:

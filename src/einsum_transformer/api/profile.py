@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -12,6 +12,7 @@ import numpy as np
 
 from einsum_transformer.analysis import dry_plan
 from einsum_transformer.analysis.compare import cache_bytes
+from einsum_transformer.analysis.memory_use import MemoryReader, MemoryUse
 from einsum_transformer.analysis.profiler import EquationTime, Profiler, StageTime
 from einsum_transformer.analysis.profiler import tables as profiler_tables
 from einsum_transformer.analysis.quantization import lines_of_types, stored_types
@@ -22,7 +23,6 @@ from einsum_transformer.analysis.trace import Trace
 from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
 from einsum_transformer.engine import Recorder, phase
-from einsum_transformer.engine.recorder import Span
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import check_writable
 from einsum_transformer.generation.context import LengthNote, context_limit
@@ -62,6 +62,8 @@ class Profile:
     """The time of each equation and of the rest of each phase, if `equations` is given."""
     stages: tuple[StageTime, ...] = ()
     """The time of each stage beside its prediction, if `equations` is given."""
+    memory: MemoryUse | None = None
+    """The memory over time by owner, if `memory` is given."""
 
     @property
     def text(self) -> str:
@@ -89,6 +91,8 @@ class Profile:
         if self.equations:
             found["stages"] = [asdict(stage) | {"residual": stage.residual} for stage in self.stages]
             found["equations"] = list(map(asdict, self.equations))
+        if self.memory is not None:
+            found["memory"] = self.memory.to_dict()
         if self.routing:
             found["routing"] = [each.to_dict() for each in self.routing]
         if self.generations[0].speculation is not None:
@@ -103,6 +107,9 @@ class Profile:
         if self.equations:
             yield ""
             yield from profiler_tables(self.stages, self.equations)
+        if self.memory is not None:
+            yield ""
+            yield from self.memory.tables()
         if self.routing:
             yield ""
             yield render_routing(list(self.routing))
@@ -122,6 +129,7 @@ def profile(
     on_text: Callable[[str], Any] | None = None,
     trace: str | Path | None = None,
     equations: bool = False,
+    memory: bool = False,
     **options: Unpack[GenerationOptions],
 ) -> Profile:
     """Continue a prompt and measure the time of each part.
@@ -135,8 +143,9 @@ def profile(
     on_text: called with each piece of text as it is generated, if there is one prompt. trace: write a trace
     of the run, its phases and its einsum calls, to this JSON file for https://ui.perfetto.dev; recording it
     makes the run slower. equations: also measure each einsum call, for `Profile.equations` and
-    `Profile.stages` (see `Profiler`). If `machine` has measured this machine, the times are compared with
-    those that its rates predict.
+    `Profile.stages` (see `Profiler`). memory: measure the memory of each owner over time, for
+    `Profile.memory`; this makes the run slower. If `machine` has measured this machine, the times are
+    compared with those that its rates predict.
     """
     if trace is not None:
         check_writable(Path(trace), "trace")
@@ -167,6 +176,10 @@ def profile(
     profiler = Profiler(model) if equations else None
     if profiler is not None:
         profiler.record(recorder)
+    reader = None
+    if memory:
+        reader = MemoryReader(model, lambda: job.counters().get("KV cache bytes", 0))
+        reader.record(recorder)
     likeliest = None
     with recorder:
         started = time.perf_counter()
@@ -184,24 +197,21 @@ def profile(
     if trace is not None and tracing is not None:
         tracing.write(trace, model.source)
     measured: tuple[Any, Any] = (), ()
+    predicted = None
+    drafts = any(span.path == ("draft",) for span in recorder.spans)  # then steps have several tokens
+    if (profiler is not None or memory) and not drafts:
+        length, steps = max(prompt_lengths), sum(span.path == ("decode",) for span in recorder.spans)
+        # All decode steps are compared with the one in the middle.
+        phases = dry_plan.of_run(model, len(job.results), length, length + max(new_lengths) // 2)
+        predicted = max(phase.peak_bytes for phase in phases)
+        if profiler is not None:
+            profiler.compare(phases[0])
+            profiler.compare(phases[1], steps)
     if profiler is not None:
-        _compare(profiler, model, prompt_lengths, new_lengths, recorder.spans)
         measured = profiler.rows(), profiler.stages()
+    use = None if reader is None else reader.stop(predicted)
     types = stored_types(model)
-    return Profile(model.source, tuple(job.results), found, routing, likeliest, *types, *measured)
-
-
-def _compare(
-    profiler: Profiler, model: Model, prompts: Sequence[int], new: Sequence[int], spans: Sequence[Span]
-) -> None:
-    """Compare the passes with dry runs; all decode steps with the one in the middle."""
-    steps = sum(span.path == ("decode",) for span in spans)
-    if any(span.path == ("draft",) for span in spans):
-        return  # steps of several tokens
-    length = max(prompts)
-    prefilled, decoded = dry_plan.of_run(model, len(prompts), length, length + max(new) // 2)
-    profiler.compare(prefilled)
-    profiler.compare(decoded, steps)
+    return Profile(model.source, tuple(job.results), found, routing, likeliest, *types, *measured, use)
 
 
 def _generate(model: Model, job: Request, on_text: Callable[[str], Any] | None) -> None:

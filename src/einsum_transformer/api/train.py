@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from einsum_transformer.analysis import dry_plan
+from einsum_transformer.analysis.memory_use import MemoryReader, MemoryUse
 from einsum_transformer.analysis.plots import check_plot
+from einsum_transformer.analysis.profiler import EquationTime, Profiler, StageTime
+from einsum_transformer.analysis.profiler import tables as profiler_tables
 from einsum_transformer.analysis.trace import Trace
 from einsum_transformer.analysis.training import (
     StepTimes,
     TrainingReport,
+    optimizer_bytes,
     plot_losses,
     render,
     step_line,
@@ -74,11 +79,25 @@ class Training:
     """The folder of the log and the metrics, or None."""
     checkpoint: str | None = None
     """The folder of the last checkpoint, or None without `output`."""
+    equations: tuple[EquationTime, ...] = ()
+    """The time of each equation and of the rest of each phase, if `equations` is given."""
+    stages: tuple[StageTime, ...] = ()
+    """The time of each stage beside its prediction, if `equations` is given."""
+    memory: MemoryUse | None = None
+    """The memory over time by owner, if `memory` is given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report, the losses and the folder in JSON types."""
         curves = {"losses": list(self.losses.values()), "validation": self.validation, "folder": self.folder}
-        return {"model": self.model.source} | asdict(self.report) | curves
+        found = {"model": self.model.source} | asdict(self.report) | curves
+        if self.equations:
+            found["stages_of_equations"] = [
+                asdict(stage) | {"residual": stage.residual} for stage in self.stages
+            ]
+            found["equations"] = list(map(asdict, self.equations))
+        if self.memory is not None:
+            found["memory"] = self.memory.to_dict()
+        return found
 
     def plot(self, path: str | Path) -> None:
         """Plot the losses to a PNG file (needs matplotlib)."""
@@ -90,6 +109,10 @@ class Training:
         if self.validation:
             curve = ", ".join(f"{loss:.4f} after step {step}" for step, loss in self.validation.items())
             found.append(f"validation loss {curve}")
+        if self.equations:
+            found += ["", *profiler_tables(self.stages, self.equations)]
+        if self.memory is not None:
+            found += ["", *self.memory.tables()]
         return found
 
     def __str__(self) -> str:
@@ -128,6 +151,8 @@ def train(
     eval_every: int | None = None,
     plot: str | Path | None = None,
     trace: str | Path | None = None,
+    equations: bool = False,
+    memory: bool = False,
     workers: int | RayWorkers | None = None,
     seed: int = 0,
     on_step: Callable[[StepReport], Any] | None = None,
@@ -161,7 +186,8 @@ def train(
     removed. resume: continue from the newest checkpoint in `output`, bit for bit. eval_every: steps between
     validations, in addition to those at the start and the end. plot: plot the losses to this PNG file. trace:
     write a trace of the steps, their phases and einsum calls, to this JSON file for https://ui.perfetto.dev;
-    recording it makes the steps slower.
+    recording it makes the steps slower. equations, memory: measure each einsum call, and the memory of each
+    owner over time, as in `profile`; not with `workers`.
 
     workers: number of Ray workers that share each batch, or a RayWorkers. seed: of batches, dropout and new
     adapters. on_step: called with the StepReport of every step. observer: see TrainingObserver.
@@ -171,6 +197,8 @@ def train(
     """
     if output is None and (resume or save_every):
         raise InputError("`resume` and `save_every` need `output`, the folder of the checkpoints")
+    if workers is not None and (equations or memory):
+        raise InputError("`equations` and `memory` measure this process: use them without `workers`")
     if plot is not None:
         check_plot(plot)
     if trace is not None:
@@ -211,7 +239,10 @@ def train(
         run = _Run(trainer, journal, steps, validation, rows, observer or TrainingObserver(), on_step)
         run.begin(resume)
         tracing = None if trace is None else Trace()
-        run.train(save_every, keep_last, eval_every, tracing)
+        profiler = Profiler(adapted) if equations else None
+        reader = None if not memory else MemoryReader(adapted, optimizer=lambda: optimizer_bytes(trainer))
+        done = trainer.steps_done
+        run.train(save_every, keep_last, eval_every, [each for each in (tracing, profiler, reader) if each])
         if output is not None:
             run.save(keep_last)
             if merge:
@@ -224,7 +255,14 @@ def train(
         if trace is not None and tracing is not None:
             tracing.write(trace, loaded.source)
             run.message(f"wrote {trace}")
-    return found
+    if profiler is None and reader is None:
+        return found
+    # A step computes its batch in parts.
+    planned = dry_plan.of_training(adapted, rows // grad_accumulation_steps, length, grad_checkpoint)
+    if profiler is not None:
+        profiler.compare(planned, (steps - done) * grad_accumulation_steps)
+        found = replace(found, equations=profiler.rows(), stages=profiler.stages())
+    return found if reader is None else replace(found, memory=reader.stop(planned.peak_bytes))
 
 
 def _schedule(lr: float, steps: int, shape: str, warmup_steps: int, min_lr: float | None) -> Schedule:
@@ -303,10 +341,16 @@ class _Run:
             self.validate()
 
     def train(
-        self, save_every: int | None, keep_last: int, eval_every: int | None, tracing: Trace | None = None
+        self,
+        save_every: int | None,
+        keep_last: int,
+        eval_every: int | None,
+        readers: Sequence[Trace | Profiler | MemoryReader],
     ) -> None:
         """Run the remaining steps."""
-        recorder = Recorder() if tracing is None else tracing.record(Recorder())
+        recorder = Recorder()
+        for each in readers:
+            each.record(recorder)
         with recorder:
             for report in self.trainer.run(self.steps):
                 done = report.step + 1

@@ -27,6 +27,7 @@ from einsum_transformer.cli.merge import merge
 from einsum_transformer.cli.parity import parity
 from einsum_transformer.cli.plan import plan
 from einsum_transformer.cli.precision import precision
+from einsum_transformer.cli.profile import profile
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.quantize import quantize
 from einsum_transformer.cli.run import run
@@ -124,6 +125,7 @@ def _application() -> typer.Typer:
         chat,
         explain,
         plan,
+        profile,
         diff,
         inspect,
         train,
@@ -166,6 +168,7 @@ def _etx(
     \b
     etx run -p "The capital of France is" -n 8     continue a text, with a table of the time of each part
     etx chat                                       talk to the default model, SmolLM2-135M-Instruct
+    etx profile -p "The sky is" -n 32              the time of each equation, beside its prediction
     etx explain llama --backward                   the program of a model: equations, FLOPs, bytes
     etx inspect my-model                           what a checkpoint contains, and which keys are used
     etx train --lora --data notes.txt -o my-run    train adapters of the default model on a text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from einsum_transformer.cli import options, output
@@ -23,6 +23,7 @@ def chat(
     sampled: options.Sampled,
     context: options.Context,
     drafting: options.Drafting,
+    equations: options.Equations = False,
     loading: options.Loading,
     hub: options.Hub,
     shown: options.Shown,
@@ -31,7 +32,7 @@ def chat(
 
     The KV cache is reused between turns, unless the chat template rewrites earlier messages. /system TEXT
     sets the system message and starts a new conversation, /reset starts a new conversation, /exit ends the
-    program. In Python: et.Chat.
+    program. --equations shows the times of all turns at the end. In Python: et.Chat, and et.Profiler.
 
     \b
     etx chat
@@ -39,6 +40,7 @@ def chat(
     etx chat qwen3/ --no-thinking --tools tools.json
     printf 'Hello!\\nWhat did I say?\\n' | etx chat --temp 0 --quiet
     """
+    from einsum_transformer.analysis.profiler import Profiler
     from einsum_transformer.generation.chat import Chat
 
     loaded, _ = loading.open(named.source(), hub, sampled.seed, shown.silent)
@@ -47,12 +49,17 @@ def chat(
     settings = options.generation_options(sampled, context, drafting, loading, hub, shown.silent)
     chosen = {name: given.pop(name, None) for name in ("tools", "chat_template")}
     talk = Chat(loaded, template.system_prompt, template_kwargs=given, **chosen, **settings)
+    profiler = Profiler(loaded) if equations else None
     try:
-        _converse(talk, shown, terminal=sys.stdin.isatty() and not shown.silent)
+        with profiler or nullcontext():
+            _converse(talk, shown, terminal=sys.stdin.isatty() and not shown.silent)
     finally:
         # Write the answers so far, also if a later turn fails.
         if shown.json:
-            output.write_line(talk.to_dict())
+            output.write_line(talk.to_dict() | (profiler.to_dict() if profiler else {}))
+        elif profiler is not None and not shown.quiet:
+            for part in profiler.tables():
+                output.console().print(part)
 
 
 def _converse(talk: Chat, shown: options.Shown, terminal: bool) -> None:

@@ -86,6 +86,12 @@ Trace = Annotated[
         help="Write a trace of phases and einsum calls for https://ui.perfetto.dev.",
     ),
 ]
+Equations = Annotated[
+    bool, typer.Option("--equations", help="Also show the time of each equation, and the rest of each phase.")
+]
+Memory = Annotated[
+    bool, typer.Option("--memory", help="Also show the memory of each owner over time; makes the run slower.")
+]
 TokenFile = Annotated[
     str | None,
     typer.Option("--tokens", metavar="FILE.npy", help="Token ids of shape (time) or (batch, time)."),
