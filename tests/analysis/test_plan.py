@@ -220,6 +220,63 @@ def test_public_figures(name: str) -> None:
     assert found.kv_bytes_per_token == 4 * cached
 
 
+CHINCHILLA = [
+    # Layers, d_model, ffw_size, heads: Table A4 of Hoffmann et al. (2022).
+    (10, 640, 2560, 10), (20, 1024, 4096, 16), (24, 1280, 5120, 10),
+    (26, 1792, 7168, 14), (28, 2048, 8192, 16), (40, 3584, 14336, 28),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "width", "inner", "heads"), CHINCHILLA)
+def test_flops_of_the_paper_of_chinchilla(layers: int, width: int, inner: int, heads: int) -> None:
+    """Appendix F of Hoffmann et al. (2022), without its two terms that are no products here: the embedding as
+    a product with one-hot rows, and the softmax. As there, the backward pass costs twice the forward pass."""
+    length, vocabulary = 1024, 32000
+    keys = {"model_type": "mpt", "d_model": width, "n_heads": heads, "n_layers": layers}
+    more = {"expansion_ratio": inner // width, "vocab_size": vocabulary, "max_seq_len": length}
+    found = et.plan(config_of(**keys, **more), 1, length).phase("training")
+    attention = 2 * 3 * length * width * width + 2 * 2 * length * length * width + 2 * length * width * width
+    dense = 2 * length * 2 * width * inner
+    logits = 2 * length * width * vocabulary
+    forward = layers * (attention + dense) + logits
+    counts = {"forward": 0, "backward": 0}
+    for step in found.steps:
+        is_product = {"h", "s"} <= set(step.sizes) or (len(step.sizes) > 3 and "d" in step.sizes)
+        if is_product and step.path[0] in counts:
+            counts[step.path[0]] += step.times * step.flops_dense
+    assert counts["forward"] == forward
+    # The backward pass computes the scores again instead of saving them.
+    assert counts["backward"] == 2 * forward + layers * 2 * length * length * width
+
+
+def test_flops_of_published_trainings() -> None:
+    """The paper of Llama 3 (2024) reports 3.8e25 FLOPs for 15.6e12 tokens: six times parameters and tokens.
+
+    Products of matrices are 0.5 % fewer, because the embedding is a look-up. Causal attention over 8,192
+    tokens, which the estimate leaves out, adds 4 %. The paper of GPT-3 reports 2.25e20 FLOPs for 300e9 tokens
+    of its smallest model, with 125e6 for 124.4e6 parameters.
+    """
+    found = et.plan(config_of(**PUBLIC["Llama-3.1-405B"][0]), 1, 128).phase("training")
+    matrices = sum(
+        step.times * step.flops
+        for step in found.steps
+        if step.path[0] == "forward" and not {"s"} & set(step.sizes)
+    )
+    trained = 3 * matrices / 128 * 15.6e12
+    assert trained == pytest.approx(3.8e25, rel=0.01)
+    parameters = 405_853_388_800
+    assert 3 * matrices / 128 == pytest.approx(6 * (parameters - 128256 * 16384), rel=1e-3)
+    attention = 3 * 126 * 2 * 2 * 16384 * 8192 / 2
+    assert attention / (3 * matrices / 128) == pytest.approx(0.042, abs=0.002)
+    small = et.plan(config_of(model_type="gpt2"), 1, 128).phase("training")
+    matrices = sum(
+        step.times * step.flops
+        for step in small.steps
+        if step.path[0] == "forward" and not {"s"} & set(step.sizes)
+    )
+    assert 3 * matrices / 128 * 300e9 == pytest.approx(2.25e20 * 124.4 / 125, rel=0.01)
+
+
 def test_peak_memory_of_a_run() -> None:
     """The peak of all arrays that NumPy allocates, within 10 %."""
     model = et.load("fast_lora", max_layers=4)

@@ -230,9 +230,15 @@ class _DryModel:
         for event in events:
             role = role_of(event, self.matrices)
             alike[event.layer, event.path, role, event.equation].append(event)
+        # Pairs of a query and a key in the tiles of all heads: those of equations that use each tile once.
+        tiles: dict[tuple[int | None, Path], int] = {}
+        for (layer, path, _, _), calls in alike.items():
+            if computed := _pairs(calls):
+                tiles[layer, path[:-1]] = min(computed, tiles.get((layer, path[:-1]), computed))
         for (layer, path, role, equation), calls in alike.items():
             window = None if layer is None else self.windows[layer]
-            yield self._step(path, role, equation, calls, layer, pairs[window])
+            once = tiles.get((layer, path[:-1]), 0)
+            yield self._step(path, role, equation, calls, layer, pairs[window], once)
 
     def _step(
         self,
@@ -242,15 +248,17 @@ class _DryModel:
         calls: Sequence[Event],
         layer: int | None,
         pairs: tuple[int, int],
+        once: int,
     ) -> PlanStep:
+        """once: pairs of a query and a key in all tiles."""
         parsed = Equation.parse(equation)
         flops = sum(call.flops for call in calls)
         sizes = {letter: max(call.sizes[letter] for call in calls) for letter in parsed.letters}
         causal = dense = flops
-        if set("bkgts") <= set(parsed.letters):
-            # Pairs of a query and a key, in the tiles of all heads.
-            computed = sum(prod(call.sizes[letter] for letter in "bkgts") for call in calls)
-            causal, dense = (flops * heads_pairs // computed for heads_pairs in pairs)
+        if computed := _pairs(calls):
+            # The backward pass uses this equation twice per tile: for the scores, and for their gradient.
+            products = round(computed / once)
+            causal, dense = (flops * products * heads_pairs // computed for heads_pairs in pairs)
         weight, cached, other = (sum(each) for each in zip(*map(self._bytes, calls)))
         layers = () if layer is None else self.members[layer]
         dtype = self.types.get(calls[0].weight or "", "float32")
@@ -291,6 +299,13 @@ class _DryModel:
         for each in counts.passes:
             layers = () if each.layer is None else self.members[each.layer]
             yield Elementwise(each.path, each.function, each.dtype, layers, each.calls, each.elements)
+
+
+def _pairs(calls: Sequence[Event]) -> int:
+    """The pairs of a query and a key in the calls of an equation of attention, over all heads; else 0."""
+    return sum(
+        prod(call.sizes[letter] for letter in "bkgts") for call in calls if set("bkgts") <= set(call.sizes)
+    )
 
 
 def _visible(window: int | None, before: int, after: int) -> int:
