@@ -11,7 +11,7 @@ from einsum_transformer.components import mixing as core
 from einsum_transformer.components.context import Context
 from einsum_transformer.components.mixing import Mixing
 from einsum_transformer.components.qk_norm import QKNorm
-from einsum_transformer.engine import einsum, einsums, is_trained, phase, tap, weight_grad
+from einsum_transformer.engine import einsum, einsums, is_trained, phase, tap, tap_gradient, weight_grad
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -61,6 +61,7 @@ class Attention:
                 q += self.q_bias
                 k += self.k_bias
                 v += self.v_bias
+            q, k, v = _tapped(q, k, v)
             if self.q_norm is not None and self.k_norm is not None:
                 q, saved_q = self.q_norm.forward(q)
                 k, saved_k = self.k_norm.forward(k[:, :, :, None])
@@ -90,6 +91,7 @@ class Attention:
                 dq, dq_norm = self.q_norm.backward(dq, saved.q_norm)
                 dk, dk_norm = self.k_norm.backward(dk[:, :, :, None], saved.k_norm)
                 dk = dk[:, :, :, 0]
+            _tap_gradients(dq, dk, dv)
             # q = einsum("btd,kghd->btkgh", x, q_proj) + q_bias, k and v = einsum("btd,khd->btkh", ...) + bias
             dx = einsum("btkgh,kghd->btd", dq, self.q_proj)
             dx += einsum("btkh,khd->btd", dk, self.k_proj)
@@ -149,7 +151,7 @@ class FusedAttention:
             if self.clip is not None:
                 unclipped = np.abs(qkv) <= self.clip
                 np.clip(qkv, -self.clip, self.clip, out=qkv)
-            q, k, v = self._views(qkv)
+            q, k, v = _tapped(*self._views(qkv))
         mixed, saved_mix = attend(q, k, v, context, self.mixing)
         with phase("output"):
             y = einsum("btkgh,dkgh->btd", mixed, self.o_proj)
@@ -166,6 +168,7 @@ class FusedAttention:
             do_bias = weight_grad(self.o_bias, "btd->d", dy)
         parts = attend_backward(dmixed, saved.mix, context, self.mixing)
         with phase("qkv"):
+            _tap_gradients(*parts)
             dqkv = np.empty_like(dy, shape=(*dy.shape[:2], self.qkv_proj.shape[0]))
             for part, value in zip(self._views(dqkv), parts):
                 part[...] = value
@@ -197,6 +200,17 @@ class FusedAttention:
         return q.reshape(b, t, kv_heads, groups, size), k.reshape(shape), v.reshape(shape)
 
 
+def _tapped(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """The projected queries, keys and values, before q_norm, k_norm and RoPE."""
+    return tap("q", q, requested=True), tap("k", k, requested=True), tap("v", v, requested=True)
+
+
+def _tap_gradients(dq: Array, dk: Array, dv: Array) -> None:
+    tap_gradient("q", dq)
+    tap_gradient("k", dk)
+    tap_gradient("v", dv)
+
+
 def attend(
     q: Array, k: Array, v: Array, context: Context, mixing: Mixing, sinks: Any = None
 ) -> tuple[Array, core.Saved]:
@@ -205,6 +219,7 @@ def attend(
     with phase("rope"):
         if rotation is not None:
             q, k = rotation.forward(q), rotation.forward(k)
+            q, k = tap("rot_q", q, requested=True), tap("rot_k", k, requested=True)
     index = context.positions
     if cache is not None:
         with phase("cache"):
@@ -223,6 +238,8 @@ def attend_backward(
         dq, dk, dv = mixing.backward(dmixed, saved)
     if context.rotation is not None:
         with phase("rope"):
+            tap_gradient("rot_q", dq)
+            tap_gradient("rot_k", dk)
             # q, k = rotation(q), rotation(k)
             dq, dk = context.rotation.backward(dq), context.rotation.backward(dk)
     return dq, dk, dv

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from einsum_transformer.engine import einsum, einsums, is_trained, weight_grad
+from einsum_transformer.engine import einsum, einsums, is_trained, tap, tap_gradient, weight_grad
 from einsum_transformer.numerics.activations import SILU, Activation
 from einsum_transformer.tree import static
 
@@ -39,8 +39,10 @@ class GatedMLP:
         if self.gate_bias is not None:
             gate += self.gate_bias
             up += self.up_bias
+        gate, up = tap("gate", gate, requested=True), tap("up", up, requested=True)
         hidden = self.activation.forward(gate)
         hidden *= up
+        hidden = tap("hidden", hidden, requested=True)
         y = einsum("btf,df->btd", hidden, self.down_proj)
         if self.down_bias is not None:
             y += self.down_bias
@@ -51,6 +53,7 @@ class GatedMLP:
         activated, dactivated = self.activation.with_derivative(gate)
         # y = einsum("btf,df->btd", hidden, down_proj) + down_bias
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
+        tap_gradient("hidden", dhidden)
         hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         del hidden  # free it early: it is as large as gate and up
@@ -59,6 +62,8 @@ class GatedMLP:
         dgate = dhidden
         dgate *= up
         dgate *= dactivated
+        tap_gradient("gate", dgate)
+        tap_gradient("up", dup)
         # gate, up = einsum("btd,fd->btf", x, gate_proj / up_proj) + gate_bias / up_bias
         dx = einsum("btf,fd->btd", dgate, self.gate_proj)
         dx += einsum("btf,fd->btd", dup, self.up_proj)
@@ -92,8 +97,10 @@ class FusedGatedMLP:
     def forward(self, x: Array) -> tuple[Array, FusedSaved]:
         gate_up = einsum("btd,jd->btj", x, self.gate_up_proj)
         gate, up = _halves(gate_up)
+        gate, up = tap("gate", gate, requested=True), tap("up", up, requested=True)
         hidden = self.activation.forward(gate)
         hidden *= up
+        hidden = tap("hidden", hidden, requested=True)
         return einsum("btf,df->btd", hidden, self.down_proj), FusedSaved(x, gate_up)
 
     def backward(self, dy: Array, saved: FusedSaved) -> tuple[Array, FusedGatedMLP]:
@@ -102,6 +109,7 @@ class FusedGatedMLP:
         activated, dactivated = self.activation.with_derivative(gate)
         # y = einsum("btf,df->btd", hidden, down_proj)
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
+        tap_gradient("hidden", dhidden)
         hidden = activated * up if is_trained(self.down_proj) else None
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         del hidden  # free it early: it is as large as gate and up
@@ -111,6 +119,8 @@ class FusedGatedMLP:
         np.multiply(dhidden, activated, out=dup)
         np.multiply(dhidden, up, out=dgate)
         dgate *= dactivated
+        tap_gradient("gate", dgate)
+        tap_gradient("up", dup)
         # gate_up = einsum("btd,jd->btj", x, gate_up_proj)
         dx = einsum("btj,jd->btd", dgate_up, self.gate_up_proj)
         dgate_up_proj = weight_grad(self.gate_up_proj, "btj,btd->jd", dgate_up, x)

@@ -15,9 +15,10 @@ import numpy as np
 
 from einsum_transformer.components.masks import Mask, add_mask, alibi_slopes
 from einsum_transformer.components.tiles import TILE_BYTES, Box, Tile, tiling
-from einsum_transformer.engine import einsum, phase, requested, tap, weight_grad
+from einsum_transformer.engine import einsum, phase, requested, tap, tap_gradient, weight_grad
 from einsum_transformer.engine.blas import FEW, follow_load
 from einsum_transformer.engine.parallel import for_each
+from einsum_transformer.engine.recorder import gradient_requested
 from einsum_transformer.engine.replay import condition
 from einsum_transformer.numerics.softcap import softcap, softcap_derivative
 
@@ -41,6 +42,37 @@ class Saved(NamedTuple):
     def lse(self) -> Array:
         """(b, t, k, g): log-sum-exp of each query's scores."""
         return np.log(self.sums) + self.shifts
+
+
+class Kept(NamedTuple):
+    """What a recorder requests of all tiles (b, k, g, t, s); None: not requested."""
+
+    scores: Array | None
+    """Before the softmax, with mask and biases; -inf where a query does not attend to a key."""
+    pattern: Array | None
+    """Attention weights."""
+
+    @staticmethod
+    def of(q: Array, k: Array) -> Kept:
+        """The arrays that are requested of queries (b, t, k, g, h) and keys (b, s, k, h)."""
+        b, t, kv_heads, groups, _ = q.shape
+        shape = b, kv_heads, groups, t, k.shape[1]
+        scores = np.full_like(q, -np.inf, shape=shape) if requested("scores") else None
+        return Kept(scores, np.zeros_like(q, shape=shape) if requested("pattern") else None)
+
+    def replaced(self, mixed: Array, v: Array, sinks: Array | None) -> Array:
+        """The result, or that of the scores or attention weights that a reader returns in place of these."""
+        pattern = self.pattern
+        if self.scores is not None and (scores := tap("scores", self.scores, True)) is not self.scores:
+            p = np.array(scores)
+            total, _ = shifted_exponentials(p, None if sinks is None else sinks[..., None])
+            pattern = p / total[..., None]
+            mixed = einsum("bkgts,bskh->btkgh", pattern, v)
+        if pattern is None or self.pattern is None:
+            return mixed
+        if (replaced := tap("pattern", pattern, requested=True)) is pattern:
+            return mixed
+        return einsum("bkgts,bskh->btkgh", replaced, v)
 
 
 class Biases(NamedTuple):
@@ -74,35 +106,35 @@ class Mixing:
 
         sinks (k, g): for each query head, the score of an extra key whose value is zero (Xiao et al., 2024).
         """
-        pattern = _empty_pattern(q, k) if requested("pattern") else None
+        kept = Kept.of(q, k)
         biases = Biases(mask, self._slopes(q), sinks)
         tiles, parts = tiling(mask, q, self.query_block, TILE_BYTES, q.shape[3])
         if len(tiles) == len(parts) == 1:
-            return self._whole(q, k, v, parts[0], tiles[0], biases, pattern)
+            return self._whole(q, k, v, parts[0], tiles[0], biases, kept)
         mixed = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
         sums, shifts = np.empty_like(q[..., 0]), np.zeros_like(q[..., 0])
 
         def run(box: Box, tile: Tile) -> None:
             q_index, k_index = box.of_queries(tile), box.of_keys(tile)
             with phase("scores"):
-                p, total, shift = self._weights(q[q_index], k[k_index], box, tile, biases)
+                p, total, shift = self._weights(q[q_index], k[k_index], box, tile, biases, kept)
                 if shift is not None:
                     shifts[q_index] = shift
                 sums[q_index] = total
             with phase("mix"):
                 part = einsum("bkgts,bskh->btkgh", p, v[k_index])
                 np.divide(part, total[..., None], out=mixed[q_index])
-            if pattern is not None:
-                pattern[box.of_scores(tile)] = _normalized(p, total)
+            if kept.pattern is not None:
+                kept.pattern[box.of_scores(tile)] = _normalized(p, total)
 
         # Above about a millisecond of work, one cache-sized tile per thread is faster than threaded BLAS.
         coarse = q[..., 0].size * k.shape[1] >= 1 << 20
         for_each(run, [(box, tile) for tile in tiles for box in parts], coarse)
-        mixed = _with_pattern(pattern, mixed, v)
+        mixed = tap("z", kept.replaced(mixed, v, biases.sinks), requested=True)
         return mixed, Saved(q, k, v, mixed, sums, shifts, mask)
 
     def _whole(
-        self, q: Array, k: Array, v: Array, box: Box, tile: Tile, biases: Biases, pattern: Array | None
+        self, q: Array, k: Array, v: Array, box: Box, tile: Tile, biases: Biases, kept: Kept
     ) -> tuple[Array, Saved]:
         """`forward` with a single tile, as in a decode step."""
         follow_load(q.shape[0] * q.shape[1] > FEW)
@@ -112,21 +144,23 @@ class Mixing:
         else:
             kb, vb = k, v
         with phase("scores"):
-            p, total, shift = self._weights(q, kb, box, tile, biases)
+            p, total, shift = self._weights(q, kb, box, tile, biases, kept)
         with phase("mix"):
             mixed = einsum("bkgts,bskh->btkgh", p, vb)
             mixed /= total[..., None]
-        if pattern is not None:
-            pattern[box.of_scores(tile)] = _normalized(p, total)
-            mixed = _with_pattern(pattern, mixed, v)
+        if kept.pattern is not None:
+            kept.pattern[box.of_scores(tile)] = _normalized(p, total)
+        mixed = tap("z", kept.replaced(mixed, v, biases.sinks), requested=True)
         return mixed, Saved(q, k, v, mixed, total, 0.0 if shift is None else shift, biases.mask)
 
     def _weights(
-        self, q: Array, k: Array, box: Box, tile: Tile, biases: Biases
+        self, q: Array, k: Array, box: Box, tile: Tile, biases: Biases, kept: Kept
     ) -> tuple[Array, Array, Array | None]:
         """exp(scores - shift) of a tile (b, k, g, t, s), its sums and the shift (b, t, k, g); None for 0."""
         q = q * q.dtype.type(self.scale)
         p = self._biased(self._scores(q, k), box, tile, biases)
+        if kept.scores is not None:
+            kept.scores[box.of_scores(tile)] = p
         sink = None if biases.sinks is None else biases.sinks[box.kv_heads, box.groups, None]
         total = exponentials(p, sink)
         if total is not None:
@@ -139,6 +173,10 @@ class Mixing:
         """The gradients with respect to q, k and v."""
         q, k, v, mixed, *_, mask = saved
         lse, scale, biases = saved.lse, q.dtype.type(self.scale), Biases(mask, self._slopes(q), None)
+        tap_gradient("z", dmixed)
+        of_scores = q.shape[0], *q.shape[2:4], q.shape[1], k.shape[1]
+        dpattern = np.zeros_like(q, shape=of_scores) if gradient_requested("pattern") else None
+        dkept = np.zeros_like(q, shape=of_scores) if gradient_requested("scores") else None
         # dscores = p * (dp - sum_s p dp), and sum_s p dp = sum_h dmixed mixed
         p_dp = einsum("btkgh,btkgh->bkgt", dmixed, mixed)
         # dk and dv are separate for each query head until the end, so that boxes write to disjoint memory.
@@ -158,8 +196,12 @@ class Mixing:
                 # mixed = einsum("bkgts,bskh->btkgh", p, v)
                 dv[*k_index, box.groups] += einsum("bkgts,btkgh->bskh", p, db)[..., None, :]
                 dscores = einsum("btkgh,bskh->bkgts", db, vb)
+                if dpattern is not None:
+                    dpattern[box.of_scores(tile)] = dscores
                 dscores -= p_dp[box.rows, box.kv_heads, box.groups, tile.queries, None]
                 dscores *= p
+                if dkept is not None:
+                    dkept[box.of_scores(tile)] = dscores
                 if slope is not None:
                     dscores *= slope
                 # scores = einsum("btkgh,bskh->bkgts", scale * q, k)
@@ -171,6 +213,9 @@ class Mixing:
         # dv, and at least two boxes per group.
         tiles, parts = tiling(mask, q, self.query_block, TILE_BYTES // 2, 1, least=2 * q.shape[3])
         for_each(run, [(box,) for box in parts], coarse)
+        for name, gradient in (("pattern", dpattern), ("scores", dkept)):
+            if gradient is not None:
+                tap_gradient(name, gradient)
         dq *= scale
         return dq, dk.sum(axis=3), dv.sum(axis=3)
 
@@ -256,16 +301,3 @@ def shifted_exponentials(scores: Array, sink: Array | None = None) -> tuple[Arra
 def _normalized(p: Array, total: Array) -> Array:
     """p (b, k, g, t, s) divided by its sums (b, t, k, g)."""
     return p / total.transpose(0, 2, 3, 1)[..., None]
-
-
-def _with_pattern(pattern: Array | None, mixed: Array, v: Array) -> Array:
-    """The result with the attention weights that a reader returns in place of `pattern`."""
-    if pattern is None or (replaced := tap("pattern", pattern, requested=True)) is pattern:
-        return mixed
-    return einsum("bkgts,bskh->btkgh", replaced, v)
-
-
-def _empty_pattern(q: Array, k: Array) -> Array:
-    """Zeros (b, k, g, t, s) for the attention weights, allocated only if a recorder requests them."""
-    b, t, kv_heads, groups, _ = q.shape
-    return np.zeros_like(q, shape=(b, kv_heads, groups, t, k.shape[1]))

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from einsum_transformer.engine import einsum, weight_grad
+from einsum_transformer.engine import einsum, tap, tap_gradient, weight_grad
 from einsum_transformer.numerics.activations import GELU, Activation
 from einsum_transformer.tree import static
 
@@ -35,7 +35,9 @@ class MLP:
         up = einsum("btd,fd->btf", x, self.up_proj)
         if self.up_bias is not None:
             up += self.up_bias
-        y = einsum("btf,df->btd", self.activation.forward(up), self.down_proj)
+        up = tap("up", up, requested=True)
+        hidden = tap("hidden", self.activation.forward(up), requested=True)
+        y = einsum("btf,df->btd", hidden, self.down_proj)
         if self.down_bias is not None:
             y += self.down_bias
         return y, Saved(x, up)
@@ -45,10 +47,12 @@ class MLP:
         hidden, dhidden_dup = self.activation.with_derivative(up)
         # y = einsum("btf,df->btd", hidden, down_proj) + down_bias
         dhidden = einsum("btd,df->btf", dy, self.down_proj)
+        tap_gradient("hidden", dhidden)
         ddown_proj = weight_grad(self.down_proj, "btd,btf->df", dy, hidden)
         # hidden = activation(up)
         dup = dhidden
         dup *= dhidden_dup
+        tap_gradient("up", dup)
         # up = einsum("btd,fd->btf", x, up_proj) + up_bias
         return einsum("btf,fd->btd", dup, self.up_proj), MLP(
             up_proj=weight_grad(self.up_proj, "btf,btd->fd", dup, x),

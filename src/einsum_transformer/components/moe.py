@@ -17,6 +17,7 @@ from einsum_transformer.components.gated_mlp import GatedMLP
 from einsum_transformer.components.mlp import MLP
 from einsum_transformer.engine import einsum, phase, tap, weight_grad
 from einsum_transformer.engine.parallel import for_each
+from einsum_transformer.engine.recorder import scoped
 from einsum_transformer.numerics.activations import sigmoid
 from einsum_transformer.numerics.softmax import softmax
 from einsum_transformer.numerics.top_k import mask_groups, top_k
@@ -147,7 +148,8 @@ class MoE:
             saved: list[Any] = [None] * len(self.experts)
 
             def run(e: int, pairs: Array) -> None:
-                y, saved[e] = self.experts[e].forward(rows[plan.token(pairs)][None])
+                with scoped(f"experts.{e}"):
+                    y, saved[e] = self.experts[e].forward(rows[plan.token(pairs)][None])
                 out_rows[pairs] = _rows(y)
 
             for_each(run, plan.tasks(), coarse=self._is_coarse(len(plan.order)))
@@ -172,7 +174,8 @@ class MoE:
                 if saved_expert is None:
                     saved_expert = expert.forward(rows[:0][None])[1]
                 dexpert_out = dy_rows[plan.token(pairs)] * weights[pairs]
-                dx_part, dexperts[e] = expert.backward(dexpert_out[None], saved_expert)
+                with scoped(f"experts.{e}"):
+                    dx_part, dexperts[e] = expert.backward(dexpert_out[None], saved_expert)
                 dx_rows[pairs] = _rows(dx_part)
 
             for_each(run, plan.tasks(idle=True), coarse=self._is_coarse(len(plan.order)))
@@ -200,7 +203,8 @@ class MoE:
         """y += sigmoid(x . shared_expert_gate) * shared_expert(x)"""
         if self.shared_expert is None:
             return None
-        shared_out, saved = self.shared_expert.forward(x)
+        with scoped("shared_expert"):
+            shared_out, saved = self.shared_expert.forward(x)
         shared_out = tap("shared_expert", shared_out)
         if self.shared_expert_gate is None:
             y += shared_out
@@ -216,10 +220,12 @@ class MoE:
             return None, None
         gate = saved.gate
         if gate is None:
-            dx_part, dshared = shared.backward(dy, saved.expert)
+            with scoped("shared_expert"):
+                dx_part, dshared = shared.backward(dy, saved.expert)
             dx += dx_part
             return dshared, None
-        dx_part, dshared = shared.backward(dy * gate, saved.expert)
+        with scoped("shared_expert"):
+            dx_part, dshared = shared.backward(dy * gate, saved.expert)
         dx += dx_part
         # gate = sigmoid(logit), logit = einsum("btd,ed->bte", x, shared_expert_gate)
         dlogit = einsum("btd,btd->bt", dy, saved.shared_out)[..., None] * gate * (1 - gate)

@@ -2,7 +2,7 @@
 
 from einsum_transformer.engine.contract import Gradients, Leaf, einsum, is_trained, weight_grad
 from einsum_transformer.engine.equation import Equation, EquationError
-from einsum_transformer.engine.recorder import Recorder, phase, requested, tap
+from einsum_transformer.engine.recorder import Recorder, phase, requested, tap, tap_gradient
 from einsum_transformer.engine.shapes import ShapeArray
 from einsum_transformer.engine.side_by_side import einsums
 
@@ -19,5 +19,6 @@ __all__ = [
     "phase",
     "requested",
     "tap",
+    "tap_gradient",
     "weight_grad",
 ]

@@ -136,6 +136,7 @@ class Recorder:
         self.events: list[Event] = []
         self.values: dict[str, Array] = {}
         self._span_readers, self._event_readers, self._value_readers = _Readers(), _Readers(), _Readers()
+        self._gradient_readers = _Readers()
         self._lock = threading.RLock()
         self._outer: _Frame | None = None
         self._entered = False
@@ -175,6 +176,12 @@ class Recorder:
         if self._entered:
             raise RuntimeError("readers of values must be added before the Recorder is entered")
         self._value_readers.add(names or ("*",), reader)
+        return self
+
+    def on_gradient(self, reader: Callable[[str, Array], object], *names: str) -> Recorder:
+        """Call reader(name, gradient) in backward passes, with the gradient of every value whose name
+        matches. The program may overwrite the array later: copy it to store it."""
+        self._gradient_readers.add(names or ("*",), reader)
         return self
 
     def __enter__(self) -> Recorder:
@@ -245,6 +252,16 @@ class Recorder:
         finally:
             _frame.set(frame)
 
+    def _pass(self, readers: tuple[Callable[..., Any], ...], name: str, value: Array) -> None:
+        frame = _frame.get()
+        _frame.set(None)
+        try:
+            with self._lock:
+                for reader in readers:
+                    reader(name, value)
+        finally:
+            _frame.set(frame)
+
     def _replaced(self, name: str, value: Array, ending: str = "") -> Array:
         """Return the value, or the replacement that a reader returned."""
         readers = self._value_readers.of(name, ending)
@@ -256,20 +273,24 @@ class Recorder:
             with self._lock:
                 for reader in readers:
                     replacement = reader(name, value)
-                    if replacement is not None and replacement is not value:
-                        value = _like(name, value, replacement)
+                    if replacement is None or replacement is value:
+                        continue
+                    value = _like(name, value, replacement)
         finally:
             _frame.set(frame)
         return value
 
 
 def _like(name: str, value: Array, replacement: Array) -> Array:
-    """Copy `replacement` to the type and memory layout of `value`: the program may write to it."""
+    """Copy `replacement` to the type and memory layout of `value`: the program may write to it. If they are
+    equal, return `value`, so that the rest of the pass has the same bits as without a reader."""
     if (shape := np.shape(replacement)) != np.shape(value):
         raise ValueError(f"{name} has shape {np.shape(value)}, but a reader returned shape {shape}")
     copy = np.empty_like(value)
     if isinstance(copy, ShapeArray):
         return copy
+    if np.array_equal(value, replacement, equal_nan=True):
+        return value
     np.copyto(copy, replacement, casting="same_kind")
     return copy
 
@@ -407,6 +428,21 @@ def phase(name: str, layer: int | None = None, scope: str | None = None) -> Any:
     return _Phase(frame, name, layer, scope)
 
 
+@contextmanager
+def _in_scope(frame: _Frame, scope: str) -> Generator[None]:
+    _frame.set(replace(frame, scope=_named(frame, scope)))
+    try:
+        yield
+    finally:
+        _frame.set(frame)
+
+
+def scoped(scope: str) -> Any:
+    """Return a context manager that adds a scope to the names of values, as a phase does, without a phase."""
+    frame = _frame.get() if active else None
+    return _NOTHING if frame is None else _in_scope(frame, scope)
+
+
 def tap(name: str, value: Array, requested: bool = False) -> Array:
     """Return the value to use from here on: `value`, or a reader's replacement.
 
@@ -420,6 +456,25 @@ def tap(name: str, value: Array, requested: bool = False) -> Array:
     if frame is None or not frame.recorder._value_readers:
         return value
     return frame.recorder._replaced(_named(frame, name), value, name if requested else "")
+
+
+def tap_gradient(name: str, gradient: Array) -> None:
+    """Pass the gradient of a value to its readers; name: as for `tap`."""
+    if not active:
+        return
+    frame = _frame.get()
+    if frame is None or not frame.recorder._gradient_readers:
+        return
+    if readers := frame.recorder._gradient_readers.of(full := _named(frame, name)):
+        frame.recorder._pass(readers, full, gradient)
+
+
+def gradient_requested(name: str) -> bool:
+    """`requested` for readers of gradients."""
+    frame = _frame.get()
+    if frame is None or not frame.recorder._gradient_readers:
+        return False
+    return bool(frame.recorder._gradient_readers.of(_named(frame, name), name))
 
 
 def position() -> tuple[Path, int | None]:

@@ -18,7 +18,7 @@ from einsum_transformer.components.layernorm import LayerNorm
 from einsum_transformer.components.mlp import MLP
 from einsum_transformer.components.moe import MoE
 from einsum_transformer.components.rmsnorm import RMSNorm
-from einsum_transformer.engine import phase, tap
+from einsum_transformer.engine import phase, tap, tap_gradient
 from einsum_transformer.tree import static
 
 Array = np.ndarray
@@ -49,24 +49,33 @@ class Block:
     residual_multiplier: float = static(default=1.0)
 
     def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
+        x = tap("resid_pre", x, requested=True)
         normed, saved_norm = _norm("input_layernorm", self.input_layernorm, x)
         y, saved_attn = _attention(self.self_attn, normed, context)
-        x = np.add(x, _times(self.residual_multiplier, y), out=y)
+        x = np.add(x, _times(self.residual_multiplier, y, "attn_out"), out=y)
+        x = tap("resid_mid", x, requested=True)
         normed, saved_post = _norm("post_attention_layernorm", self.post_attention_layernorm, x)
         y, saved_mlp = _feed_forward(self.mlp, normed)
-        y = np.add(x, _times(self.residual_multiplier, y), out=y)
+        y = np.add(x, _times(self.residual_multiplier, y, "mlp_out"), out=y)
         return y, Saved(saved_norm, saved_attn, saved_post, saved_mlp)
 
     def backward(self, dy: Array, saved: Saved, context: Context) -> tuple[Array, Block]:
         # y = x + m mlp(norm(x))
-        dnormed, dmlp = _feed_forward_backward(self.mlp, _scaled(dy, self.residual_multiplier), saved.mlp)
-        dx, dpost = _norm_backward(self.post_attention_layernorm, dnormed, saved.post_attention_layernorm)
+        dmlp_out = _scaled(dy, self.residual_multiplier, "mlp_out")
+        dnormed, dmlp = _feed_forward_backward(self.mlp, dmlp_out, saved.mlp)
+        dx, dpost = _norm_backward(
+            "post_attention_layernorm", self.post_attention_layernorm, dnormed, saved.post_attention_layernorm
+        )
         dx += dy
+        tap_gradient("resid_mid", dx)
         # x = x + m attention(norm(x))
-        dattended = _scaled(dx, self.residual_multiplier)
-        dnormed, dattn = _attention_backward(self.self_attn, dattended, saved.self_attn, context)
-        dinput, dnorm = _norm_backward(self.input_layernorm, dnormed, saved.input_layernorm)
+        dattn_out = _scaled(dx, self.residual_multiplier, "attn_out")
+        dnormed, dattn = _attention_backward(self.self_attn, dattn_out, saved.self_attn, context)
+        dinput, dnorm = _norm_backward(
+            "input_layernorm", self.input_layernorm, dnormed, saved.input_layernorm
+        )
         dinput += dx
+        tap_gradient("resid_pre", dinput)
         return dinput, Block(
             input_layernorm=dnorm,
             self_attn=dattn,
@@ -89,31 +98,47 @@ class PostNormBlock:
     residual_multiplier: float = static(default=1.0)
 
     def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
+        x = tap("resid_pre", x, requested=True)
         normed, saved_input = _norm("input_layernorm", self.input_layernorm, x)
         y, saved_attn = _attention(self.self_attn, normed, context)
         y, saved_post = _norm("post_attention_layernorm", self.post_attention_layernorm, y)
-        x = np.add(x, _times(self.residual_multiplier, y), out=y)
+        x = np.add(x, _times(self.residual_multiplier, y, "attn_out"), out=y)
+        x = tap("resid_mid", x, requested=True)
         normed, saved_pre = _norm("pre_feedforward_layernorm", self.pre_feedforward_layernorm, x)
         y, saved_mlp = _feed_forward(self.mlp, normed)
         y, saved_last = _norm("post_feedforward_layernorm", self.post_feedforward_layernorm, y)
-        y = np.add(x, _times(self.residual_multiplier, y), out=y)
+        y = np.add(x, _times(self.residual_multiplier, y, "mlp_out"), out=y)
         return y, Saved(saved_input, saved_attn, saved_post, saved_mlp, saved_pre, saved_last)
 
     def backward(self, dy: Array, saved: Saved, context: Context) -> tuple[Array, PostNormBlock]:
         # y = x + m norm(mlp(norm(x)))
-        dnormed = _scaled(dy, self.residual_multiplier)
-        last = self.post_feedforward_layernorm
-        dmlp_out, dpost_feedforward = _norm_backward(last, dnormed, saved.post_feedforward_layernorm)
+        dnormed = _scaled(dy, self.residual_multiplier, "mlp_out")
+        dmlp_out, dpost_feedforward = _norm_backward(
+            "post_feedforward_layernorm",
+            self.post_feedforward_layernorm,
+            dnormed,
+            saved.post_feedforward_layernorm,
+        )
         dnormed, dmlp = _feed_forward_backward(self.mlp, dmlp_out, saved.mlp)
-        dx, dpre = _norm_backward(self.pre_feedforward_layernorm, dnormed, saved.pre_feedforward_layernorm)
+        dx, dpre = _norm_backward(
+            "pre_feedforward_layernorm",
+            self.pre_feedforward_layernorm,
+            dnormed,
+            saved.pre_feedforward_layernorm,
+        )
         dx += dy
+        tap_gradient("resid_mid", dx)
         # x = x + m norm(attention(norm(x)))
-        dnormed = _scaled(dx, self.residual_multiplier)
-        post = self.post_attention_layernorm
-        dattended, dpost_attention = _norm_backward(post, dnormed, saved.post_attention_layernorm)
+        dnormed = _scaled(dx, self.residual_multiplier, "attn_out")
+        dattended, dpost_attention = _norm_backward(
+            "post_attention_layernorm", self.post_attention_layernorm, dnormed, saved.post_attention_layernorm
+        )
         dnormed, dattn = _attention_backward(self.self_attn, dattended, saved.self_attn, context)
-        dinput, dnorm = _norm_backward(self.input_layernorm, dnormed, saved.input_layernorm)
+        dinput, dnorm = _norm_backward(
+            "input_layernorm", self.input_layernorm, dnormed, saved.input_layernorm
+        )
         dinput += dx
+        tap_gradient("resid_pre", dinput)
         return dinput, PostNormBlock(
             input_layernorm=dnorm,
             self_attn=dattn,
@@ -136,30 +161,39 @@ class ParallelBlock:
     residual_multiplier: float = static(default=1.0)
 
     def forward(self, x: Array, context: Context) -> tuple[Array, Saved]:
+        x = tap("resid_pre", x, requested=True)
         normed, saved_norm = _norm("input_layernorm", self.input_layernorm, x)
         attended, saved_attn = _attention(self.self_attn, normed, context)
         saved_post = None
         if self.post_attention_layernorm is not None:
             normed, saved_post = _norm("post_attention_layernorm", self.post_attention_layernorm, x)
         y, saved_mlp = _feed_forward(self.mlp, normed)
-        y += attended
-        y = np.add(x, _times(self.residual_multiplier, y), out=y)
+        multiplier = self.residual_multiplier
+        y = _times(multiplier, y, "mlp_out")
+        y += _times(multiplier, attended, "attn_out")
+        y = np.add(x, y, out=y)
         return y, Saved(saved_norm, saved_attn, saved_post, saved_mlp)
 
     def backward(self, dy: Array, saved: Saved, context: Context) -> tuple[Array, ParallelBlock]:
         # y = x + m (attention(norm(x)) + mlp(norm(x)))
-        dsum = _scaled(dy, self.residual_multiplier)
-        dmlp_input, dmlp = _feed_forward_backward(self.mlp, dsum, saved.mlp)
-        dnormed, dattn = _attention_backward(self.self_attn, dsum, saved.self_attn, context)
+        dmlp_out = _scaled(dy, self.residual_multiplier, "mlp_out")
+        dattn_out = _scaled(dy, self.residual_multiplier, "attn_out")
+        dmlp_input, dmlp = _feed_forward_backward(self.mlp, dmlp_out, saved.mlp)
+        dnormed, dattn = _attention_backward(self.self_attn, dattn_out, saved.self_attn, context)
         dpost = None
         if self.post_attention_layernorm is None:
             dnormed += dmlp_input
-        dx, dnorm = _norm_backward(self.input_layernorm, dnormed, saved.input_layernorm)
+        dx, dnorm = _norm_backward("input_layernorm", self.input_layernorm, dnormed, saved.input_layernorm)
         if self.post_attention_layernorm is not None:
-            post = self.post_attention_layernorm
-            dx_part, dpost = _norm_backward(post, dmlp_input, saved.post_attention_layernorm)
+            dx_part, dpost = _norm_backward(
+                "post_attention_layernorm",
+                self.post_attention_layernorm,
+                dmlp_input,
+                saved.post_attention_layernorm,
+            )
             dx += dx_part
         dx += dy
+        tap_gradient("resid_pre", dx)
         return dx, ParallelBlock(
             input_layernorm=dnorm,
             self_attn=dattn,
@@ -181,10 +215,11 @@ def _norm(name: str, norm: Norm | None, x: Array) -> tuple[Array, Any]:
         return tap(name, y), saved
 
 
-def _norm_backward(norm: Norm | None, dy: Array, saved: Any) -> tuple[Array, Any]:
+def _norm_backward(name: str, norm: Norm | None, dy: Array, saved: Any) -> tuple[Array, Any]:
     if norm is None:
         return dy, None
     with phase("norm"):
+        tap_gradient(name, dy)
         return norm.backward(dy, saved)
 
 
@@ -195,7 +230,8 @@ def _attention(attention: AnyAttention, x: Array, context: Context) -> tuple[Arr
 
 
 def _attention_backward(attention: Any, dy: Array, saved: Any, context: Context) -> tuple[Array, Any]:
-    with phase("attention"):
+    with phase("attention", scope="self_attn"):
+        tap_gradient("", dy)
         return attention.backward(dy, saved, context)
 
 
@@ -206,16 +242,19 @@ def _feed_forward(mlp: FeedForward, x: Array) -> tuple[Array, Any]:
 
 
 def _feed_forward_backward(mlp: Any, dy: Array, saved: Any) -> tuple[Array, Any]:
-    with phase("feed-forward"):
+    with phase("feed-forward", scope="mlp"):
+        tap_gradient("", dy)
         return mlp.backward(dy, saved)
 
 
-def _times(multiplier: float, y: Array) -> Array:
-    """multiplier * y, in place."""
+def _times(multiplier: float, y: Array, name: str) -> Array:
+    """multiplier * y, in place: what is added to the residual stream, the value `name`."""
     if multiplier != 1:
         y *= y.dtype.type(multiplier)
-    return y
+    return tap(name, y, requested=True)
 
 
-def _scaled(dy: Array, multiplier: float) -> Array:
+def _scaled(dy: Array, multiplier: float, name: str) -> Array:
+    """The gradient before the multiplication; dy is that of the value `name`."""
+    tap_gradient(name, dy)
     return dy if multiplier == 1 else dy * dy.dtype.type(multiplier)

@@ -15,7 +15,7 @@ from einsum_transformer.components.head import Head
 from einsum_transformer.components.kv_cache import KVCache
 from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
-from einsum_transformer.engine import Leaf, phase, tap
+from einsum_transformer.engine import Leaf, phase, tap, tap_gradient
 from einsum_transformer.engine.parallel import LARGE, for_each
 from einsum_transformer.engine.recorder import name_weights, reads_values
 from einsum_transformer.errors import InputError
@@ -175,24 +175,29 @@ class Decoder:
         """The gradient of a loss with respect to every weight, given that of the logits (b, t, v)."""
         name_weights(self, self._weights)
         with phase("head"):
+            tap_gradient("logits", dlogits)
             dx, dhead = self.head.backward(dlogits, saved.lm_head)
+            tap_gradient("norm", dx)
             dx, dnorm = self.norm.backward(dx, saved.norm)
         dlayers: list[AnyBlock] = []
         for i in reversed(range(len(self.layers))):
             with phase("layer", layer=i):
                 # Popped, so that a layer's activations are freed as soon as its gradient is computed.
                 saved_block = saved.layers.pop()
+                tap_gradient("", dx)
                 if saved.recompute:
                     with phase("recomputed"):
                         _, saved_block = self.layers[i].forward(saved_block, saved.contexts[i])
                 dx, dblock = self.layers[i].backward(dx, saved_block, saved.contexts[i])
             dlayers.append(dblock)
         with phase("embedding"):
+            tap_gradient("embed_tokens", dx)
             # Tied embeddings: the gradient is the sum of both uses.
             tied = dhead.weight if self.lm_head is None else None
             dembed = self.embed_tokens.backward(dx, saved.embed_tokens, tied)
             dpositions = None
             if self.embed_positions is not None:
+                tap_gradient("embed_positions", dx)
                 dpositions = self.embed_positions.backward(dx, saved.token_positions)
         return Decoder(
             embed_tokens=dembed,
