@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from einsum_transformer.analysis.capture import Capture
     from einsum_transformer.analysis.compare import Comparison
     from einsum_transformer.analysis.evaluate import Divergence, Perplexity
     from einsum_transformer.analysis.explain import Program
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.sensitivity import Sensitivity
     from einsum_transformer.analysis.sweep import Sweep
     from einsum_transformer.analysis.tasks import Evaluation
+    from einsum_transformer.api.capture import capture, patch
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
     from einsum_transformer.api.convert import convert
     from einsum_transformer.api.evaluate import divergence, evaluate, perplexity
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SGD",
     "AdamW",
+    "Capture",
     "Chat",
     "Comparison",
     "ConfigError",
@@ -106,6 +109,7 @@ __all__ = [
     "TrainingSettings",
     "Turn",
     "available_configs",
+    "capture",
     "convert",
     "diff",
     "divergence",
@@ -125,6 +129,7 @@ __all__ = [
     "machine",
     "merge",
     "parity",
+    "patch",
     "perplexity",
     "plan",
     "precision",
@@ -151,6 +156,7 @@ os.environ["OPENBLAS_THREAD_TIMEOUT"] = os.environ.get("OPENBLAS_THREAD_TIMEOUT"
 # The module of each name, imported when it is first used: the command line's --help needs none of them.
 _HOMES = {
     "AdamW": "training.optimizers",
+    "Capture": "analysis.capture",
     "Chat": "generation.chat",
     "Comparison": "analysis.compare",
     "ConfigError": "errors",
@@ -191,6 +197,7 @@ _HOMES = {
     "TrainingObserver": "api.train",
     "TrainingSettings": "training.loop",
     "Turn": "generation.chat",
+    "capture": "api.capture",
     "convert": "api.convert",
     "diff": "api.compare",
     "divergence": "api.evaluate",
@@ -211,6 +218,7 @@ _HOMES = {
     "machine": "api.machine",
     "merge": "api.merge",
     "parity": "api.compare",
+    "patch": "api.capture",
     "perplexity": "api.evaluate",
     "plan": "api.plan",
     "precision": "api.precision",

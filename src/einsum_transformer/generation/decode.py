@@ -99,7 +99,7 @@ def request(
 ) -> Request:
     """Return the prompts and settings of a call; stated: as in `settings_of`."""
     settings = settings_of(model, given, stated)
-    prompts, single = _prompts(model, prompt)
+    prompts, single = prompts_of(model, prompt)
     return Request([Generation(tokens) for tokens in prompts], single, *settings)
 
 
@@ -268,7 +268,7 @@ def _cached_tokens(cache: KVCache, rows: int) -> list[list[int]]:
     return [row[pad:] for row, pad in zip(cache.tokens.tolist(), pads, strict=True)]
 
 
-def _prompts(model: Model, prompt: Sequence[Any] | Array) -> tuple[list[list[int]], bool]:
+def prompts_of(model: Model, prompt: Sequence[Any] | Array) -> tuple[list[list[int]], bool]:
     """Return the token ids of each row, and whether one prompt was given instead of a batch."""
     if isinstance(prompt, str):
         return [encode(model, prompt)], True

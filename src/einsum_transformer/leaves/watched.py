@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,16 @@ class Watched(Leaf):
         return y if seen is whole else seen if self.bias is None else seen - self.bias
 
 
-def watched(decoder: Any, kind: type[Watched] = Watched) -> Any:
+def watched(decoder: Any, kind: type[Watched] = Watched, paths: Collection[str] | None = None) -> Any:
     """The decoder with its matrices watched, except those of experts, which process only some of the tokens,
-    and those whose output is a value already."""
+    and those whose output is a value already. paths: only these matrices."""
     biases = {path: leaf for path, leaf in named_leaves(decoder) if path.endswith("_bias")}
 
     def leaf(path: str, weight: Any) -> Any:
         # Embeddings, the head and norms are called `weight`.
         if ".experts." in path or path.endswith((".weight", "bias")):
+            return weight
+        if paths is not None and path not in paths:
             return weight
         return kind(path, weight, biases.get(path.removesuffix("_proj") + "_bias"))
 
