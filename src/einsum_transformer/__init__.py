@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from einsum_transformer.analysis.explain import Program
     from einsum_transformer.analysis.gradcheck import GradCheck
     from einsum_transformer.analysis.inspect import Inspection
+    from einsum_transformer.analysis.interventions import Effects
+    from einsum_transformer.analysis.lens import Attribution, HeadSummary, LogitLens, NextTokens
     from einsum_transformer.analysis.machine import Machine
     from einsum_transformer.analysis.parity import Parity
     from einsum_transformer.analysis.plan import Plan
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
     from einsum_transformer.api.compare import diff, explain, gradcheck, inspect, parity
     from einsum_transformer.api.convert import convert
     from einsum_transformer.api.evaluate import divergence, evaluate, perplexity
+    from einsum_transformer.api.look_inside import (
+        ablate_heads,
+        attribute_positions,
+        head_summary,
+        logit_attribution,
+        logit_lens,
+        next_tokens,
+        patch_positions,
+    )
     from einsum_transformer.api.machine import machine
     from einsum_transformer.api.merge import Merge, merge
     from einsum_transformer.api.plan import plan
@@ -68,23 +79,28 @@ if TYPE_CHECKING:
 __all__ = [
     "SGD",
     "AdamW",
+    "Attribution",
     "Capture",
     "Chat",
     "Comparison",
     "ConfigError",
     "Divergence",
+    "Effects",
     "Evaluation",
     "FormatError",
     "Generation",
     "GenerationOptions",
     "GradCheck",
+    "HeadSummary",
     "InputError",
     "Inspection",
     "LoRAConfig",
+    "LogitLens",
     "Machine",
     "Merge",
     "Model",
     "ModelConfig",
+    "NextTokens",
     "Parity",
     "Perplexity",
     "Plan",
@@ -108,6 +124,8 @@ __all__ = [
     "TrainingObserver",
     "TrainingSettings",
     "Turn",
+    "ablate_heads",
+    "attribute_positions",
     "available_configs",
     "capture",
     "convert",
@@ -124,12 +142,17 @@ __all__ = [
     "explain",
     "generate",
     "gradcheck",
+    "head_summary",
     "inspect",
     "load",
+    "logit_attribution",
+    "logit_lens",
     "machine",
     "merge",
+    "next_tokens",
     "parity",
     "patch",
+    "patch_positions",
     "perplexity",
     "plan",
     "precision",
@@ -233,6 +256,18 @@ _HOMES = {
     "sweep": "api.sweep",
     "train": "api.train",
     "with_lora": "models.adapters",
+    "Attribution": "analysis.lens",
+    "HeadSummary": "analysis.lens",
+    "LogitLens": "analysis.lens",
+    "NextTokens": "analysis.lens",
+    "Effects": "analysis.interventions",
+    "ablate_heads": "api.look_inside",
+    "attribute_positions": "api.look_inside",
+    "head_summary": "api.look_inside",
+    "logit_attribution": "api.look_inside",
+    "logit_lens": "api.look_inside",
+    "next_tokens": "api.look_inside",
+    "patch_positions": "api.look_inside",
 }
 
 

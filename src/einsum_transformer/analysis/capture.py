@@ -224,13 +224,14 @@ def _recorder(reading: _Reading, replaced: _Replacing) -> Recorder:
 
 
 def _captured(model: Model, tokens: Array, logits: Array, reading: _Reading, **more: Any) -> Capture:
-    texts = _texts(model, tokens)
+    texts = texts_of(model, tokens)
     found = reading.found
     letters = {name: reading.letters[name] for name in found}
     return Capture(model.source, tokens, np.array(logits), found, letters, token_texts=texts, **more)
 
 
-def _texts(model: Model, tokens: Array) -> tuple[tuple[str, ...], ...]:
+def texts_of(model: Model, tokens: Array) -> tuple[tuple[str, ...], ...]:
+    """Return the text of each token (b, t); empty without a tokenizer."""
     if model.tokenizer is None:
         return ()
     decode = model.tokenizer.decode
@@ -285,6 +286,16 @@ def token_id(model: Model, token: Any) -> int:
     if not isinstance(token, numbers.Integral) or not 0 <= int(token) < size:
         raise InputError(f"expected a token, as text or as an id below {size}, got {token!r}")
     return int(token)
+
+
+def ids_of(model: Model, token: Any, logits: Array) -> tuple[int, ...]:
+    """Return the ids of a token or of a pair of tokens; None: the most probable token of logits (v,)."""
+    if token is None:
+        return (int(logits.argmax()),)
+    given: list[Any] = [*token] if isinstance(token, (tuple, list)) else [token]
+    if not 1 <= len(given) <= 2:
+        raise InputError("`token`: expected a token or a pair of tokens")
+    return tuple(token_id(model, each) for each in given)
 
 
 def _generated(

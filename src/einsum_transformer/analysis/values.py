@@ -26,10 +26,9 @@ from einsum_transformer.components.moe import MoE
 from einsum_transformer.components.rmsnorm import RMSNorm
 from einsum_transformer.engine import einsum
 from einsum_transformer.errors import InputError
-from einsum_transformer.leaves.watched import Watched, watched
+from einsum_transformer.leaves.watched import watched_paths
 from einsum_transformer.models.blocks import AnyBlock, ParallelBlock, PostNormBlock
 from einsum_transformer.models.model import Model
-from einsum_transformer.tree import named_leaves
 
 Array = np.ndarray
 Letters = tuple[str, ...]
@@ -128,14 +127,13 @@ def _own(model: Model) -> Iterator[tuple[str, str, str, bool]]:
             yield full, full, letters, False
     yield "norm", "norm", "btd", False
     yield "logits", "logits", "btv", False
-    for path, leaf in named_leaves(watched(decoder)):
-        if isinstance(leaf, Watched):
-            layer, _, name = path.partition(".")[2].partition(".")
-            value = f"layers.{layer}.{_OUTPUTS.get(name, '')}"
-            if value in known:
-                yield path, value, known[value], False
-            else:
-                yield path, path, _LETTERS.get(path.rpartition(".")[2], ""), True
+    for path in watched_paths(decoder):
+        layer, _, name = path.partition(".")[2].partition(".")
+        value = f"layers.{layer}.{_OUTPUTS.get(name, '')}"
+        if value in known:
+            yield path, value, known[value], False
+        else:
+            yield path, path, _LETTERS.get(path.rpartition(".")[2], ""), True
 
 
 def _of_block(block: AnyBlock) -> Iterator[tuple[str, str]]:

@@ -46,11 +46,18 @@ def watched(decoder: Any, kind: type[Watched] = Watched, paths: Collection[str] 
     biases = {path: leaf for path, leaf in named_leaves(decoder) if path.endswith("_bias")}
 
     def leaf(path: str, weight: Any) -> Any:
-        # Embeddings, the head and norms are called `weight`.
-        if ".experts." in path or path.endswith((".weight", "bias")):
-            return weight
-        if paths is not None and path not in paths:
+        if not _is_watched(path) or (paths is not None and path not in paths):
             return weight
         return kind(path, weight, biases.get(path.removesuffix("_proj") + "_bias"))
 
     return map_named(leaf, decoder)
+
+
+def watched_paths(decoder: Any) -> list[str]:
+    """Return the paths of the matrices that `watched` replaces."""
+    return [path for path, _ in named_leaves(decoder) if _is_watched(path)]
+
+
+def _is_watched(path: str) -> bool:
+    # Embeddings, the head and norms are called `weight`.
+    return ".experts." not in path and not path.endswith((".weight", "bias"))
