@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "einsum_transformer"
 HOME = f"src/{PACKAGE}/"
 RANKS = {
-    **dict.fromkeys(("errors", "notes", "tables"), -2),
+    **dict.fromkeys(("displays", "errors", "notes", "tables"), -2),
     "arguments": -1,
     **dict.fromkeys(("choices", "engine", "numerics", "formats", "text", "tree"), 0),
     **dict.fromkeys(("components", "leaves"), 1),

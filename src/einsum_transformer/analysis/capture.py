@@ -11,6 +11,7 @@ import numpy as np
 
 from einsum_transformer.analysis.values import Letters, Value, Values, as_array
 from einsum_transformer.arguments import checked
+from einsum_transformer.displays import Markup, as_html, heat_map
 from einsum_transformer.engine import Recorder, blas
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.decode import prompts_of
@@ -25,6 +26,8 @@ Replacement = Any
 """An array, a number, or a function of the array that returns one of these."""
 Scalar = Any
 """A scalar of the logits: see `capture`."""
+_PICTURES = 4
+"""Values that a notebook draws."""
 
 
 @checked
@@ -104,6 +107,23 @@ class Capture:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables(), *map(self._picture, list(self.values)[:_PICTURES]))
+
+    def _picture(self, name: str) -> str:
+        """A heat map of the first row: one per head for attention, else positions by the last axis."""
+        array, letters = self.values[name][0], self.letters[name]
+        tokens = list(self.token_texts[0]) if self.token_texts else list(map(str, self.tokens[0].tolist()))
+        if letters[-2:] == ("t", "s"):
+            heads = array.reshape(-1, *array.shape[-2:])
+            keys = [str(i) for i in range(heads.shape[2])] if heads.shape[2] != len(tokens) else tokens
+            maps = (heat_map(each, tokens, keys, f"{name}, head {h}") for h, each in enumerate(heads))
+            return Markup("".join(maps))
+        if letters[:2] != ("b", "t"):
+            return Markup("")
+        flat = array.reshape(len(array), -1)
+        return heat_map(flat, tokens, list(map(str, range(flat.shape[1]))), name)
 
 
 def capture(

@@ -11,6 +11,7 @@ from typing import Any
 
 from einsum_transformer.analysis.explain import Program, explain
 from einsum_transformer.arguments import checked
+from einsum_transformer.displays import as_html
 from einsum_transformer.models.builder import weights_of
 from einsum_transformer.models.config import ModelConfig
 from einsum_transformer.models.model import Model
@@ -61,6 +62,9 @@ class Comparison:
 
     def __str__(self) -> str:
         return render(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
 
 def compare(

@@ -14,6 +14,7 @@ import numpy as np
 
 from einsum_transformer.analysis.dry_run import DTYPE, config_of, decoder_of_shapes, distinct
 from einsum_transformer.arguments import checked
+from einsum_transformer.displays import as_html
 from einsum_transformer.engine import Equation, Recorder, blas, phase
 from einsum_transformer.engine.equation import LEGEND
 from einsum_transformer.engine.recorder import Event
@@ -119,6 +120,9 @@ class Program:
         for direction in self._directions():
             lines.append(_total_line(direction, self.totals(direction)))
         return "\n".join([*lines, *textwrap.wrap(NOT_COUNTED, _WIDTH)])
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
 
 def explain(

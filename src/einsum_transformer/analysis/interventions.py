@@ -13,6 +13,7 @@ import numpy as np
 
 from einsum_transformer.analysis.capture import capture, ids_of, rows_of, texts_of
 from einsum_transformer.arguments import checked
+from einsum_transformer.displays import as_html, heat_map
 from einsum_transformer.engine import Recorder, blas
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.model import Model
@@ -71,6 +72,10 @@ class Effects:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        rows, title = [f"layer {layer}" for layer in self.layers], f"change of the logit by {self.value}"
+        return as_html(heat_map(self.effects, rows, self.columns, title), *self.tables())
 
 
 def ablate_heads(

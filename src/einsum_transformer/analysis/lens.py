@@ -14,6 +14,7 @@ from einsum_transformer.arguments import checked
 from einsum_transformer.components.attention import Attention, FusedAttention
 from einsum_transformer.components.layernorm import LayerNorm
 from einsum_transformer.components.rmsnorm import norm_scale
+from einsum_transformer.displays import as_html, heat_map
 from einsum_transformer.engine import Recorder, blas, einsum
 from einsum_transformer.engine.contract import take_rows
 from einsum_transformer.errors import InputError
@@ -77,6 +78,12 @@ class LogitLens:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        layers = ["embedding", *(f"layer {i}" for i in range(len(self.entropy) - 1))]
+        tokens = self.token_texts[0] if self.token_texts else list(map(str, self.tokens[0].tolist()))
+        title = "probability of the most probable next token after each layer"
+        return as_html(heat_map(self.top_probabilities[:, 0, :, 0], layers, tokens, title), *self.tables())
 
 
 def logit_lens(model: Model, prompt: Any, token: Any = None, top: int = 5) -> LogitLens:
@@ -167,6 +174,9 @@ class NextTokens:
     def __str__(self) -> str:
         return as_text(*self.tables())
 
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables())
+
 
 def next_tokens(model: Model, prompt: Any, top: int = 5) -> NextTokens:
     """See `api.look_inside.next_tokens`."""
@@ -226,6 +236,9 @@ class Attribution:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables())
 
 
 def attribution(
@@ -329,6 +342,12 @@ class HeadSummary:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        rows = [f"layer {i}" for i in range(len(self.entropy))]
+        heads = [f"head {h}" for h in range(self.entropy.shape[1])]
+        values = {"entropy in nats": self.entropy, "first token": self.first, "previous token": self.previous}
+        return as_html(*(heat_map(each, rows, heads, name) for name, each in values.items()))
 
 
 def head_summary(model: Model, prompt: Any) -> HeadSummary:

@@ -13,6 +13,7 @@ import numpy as np
 
 from einsum_transformer.analysis.plots import new_figure, write_figure
 from einsum_transformer.analysis.trace import rss_bytes
+from einsum_transformer.displays import as_html
 from einsum_transformer.engine import Recorder
 from einsum_transformer.engine.recorder import Path as Phase
 from einsum_transformer.engine.recorder import Span
@@ -114,6 +115,9 @@ class MemoryUse:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables())
 
 
 class MemoryReader:

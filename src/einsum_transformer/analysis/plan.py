@@ -11,6 +11,7 @@ from typing import Any
 
 from einsum_transformer.analysis.devices import Device, devices
 from einsum_transformer.arguments import checked
+from einsum_transformer.displays import as_html
 from einsum_transformer.engine.phases import ATTENTION, COUNTED_AS, FEED_FORWARD, PASS
 from einsum_transformer.engine.recorder import Path
 from einsum_transformer.tables import as_text, quantity, terminal_table
@@ -216,6 +217,9 @@ class Plan:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables())
 
 
 _AMOUNTS = ("flops", "flops_causal", "flops_dense", "weight_bytes", "kv_bytes", "activation_bytes")

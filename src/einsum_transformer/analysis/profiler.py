@@ -14,6 +14,7 @@ from einsum_transformer.analysis.explain import in_layer, matrices_of, role_of
 from einsum_transformer.analysis.plan import PlanPhase, PlanStep
 from einsum_transformer.analysis.rates import Rates, stored_rates
 from einsum_transformer.arguments import checked
+from einsum_transformer.displays import as_html
 from einsum_transformer.engine import Leaf, Recorder
 from einsum_transformer.engine.phases import PASS
 from einsum_transformer.engine.recorder import Event, Path, Span
@@ -251,6 +252,9 @@ class Profiler:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables())
 
 
 def _stage(path: Path) -> str:

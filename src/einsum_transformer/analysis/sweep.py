@@ -19,6 +19,7 @@ from einsum_transformer.analysis.plan import Plan, PlanPhase, PlanStep
 from einsum_transformer.analysis.plots import new_figure, write_figure
 from einsum_transformer.analysis.step_times import StepTimes
 from einsum_transformer.arguments import checked, nearest
+from einsum_transformer.displays import as_html
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import atomic_file
 from einsum_transformer.models.builder import weights_of
@@ -140,6 +141,9 @@ class Sweep:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables())
 
 
 def point_of(

@@ -22,6 +22,7 @@ from einsum_transformer.analysis.routing import render as render_routing
 from einsum_transformer.analysis.trace import Trace
 from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
+from einsum_transformer.displays import as_html
 from einsum_transformer.engine import Recorder, phase
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import check_writable
@@ -116,6 +117,9 @@ class Profile:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.tables())
 
 
 @checked

@@ -29,6 +29,7 @@ from einsum_transformer.api.sources import AnySource, model_of
 from einsum_transformer.arguments import checked
 from einsum_transformer.cluster.data_parallel import RayWorkers, check_rows
 from einsum_transformer.components.cache_types import UNCHANGED
+from einsum_transformer.displays import as_html, curve
 from einsum_transformer.engine import Recorder
 from einsum_transformer.errors import InputError
 from einsum_transformer.formats.files import check_writable
@@ -117,6 +118,10 @@ class Training:
 
     def __str__(self) -> str:
         return as_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        curves = {"loss": self.losses, "validation loss": self.validation}
+        return as_html(*(curve(each, name) for name, each in curves.items()), *self.tables())
 
 
 @checked
