@@ -46,7 +46,8 @@ class Capture:
     letters: dict[str, Letters]
     """Name -> the letter of each axis."""
     gradients: dict[str, Array] = field(default_factory=dict[str, Array])
-    """Name -> gradient of the scalar `gradient_of` by the value."""
+    """Name -> gradient of the scalar `gradient_of` by the value; without values that are computed from another
+    one, and without products of fused matrices."""
     scalar: float | None = None
     """The value of `gradient_of`, if it is a logit or a difference of logits."""
     token_texts: tuple[tuple[str, ...], ...] = ()
@@ -150,7 +151,8 @@ def capture(
     if gradient_of is not None:
         return _with_gradients(model, tokens, values, gradient_of)
     reading = _Reading(values)
-    positions = "all" if any(value.own in ("norm", "logits") for value in values) else "last"
+    used = (*values, *replaced.values)
+    positions = "all" if any(value.own in ("norm", "logits") for value in used) else "last"
     with blas.fixed_threads(), _recorder(reading, replaced):
         logits, _ = model.decoder.forward(tokens, None, positions)
     replaced.check_used()

@@ -19,7 +19,7 @@ import numpy as np
 from einsum_transformer.arguments import nearest
 from einsum_transformer.components.attention import Attention, FusedAttention
 from einsum_transformer.components.gated_mlp import FusedGatedMLP, GatedMLP
-from einsum_transformer.components.latent_attention import LatentAttention
+from einsum_transformer.components.latent_attention import LatentAttention, LatentQuery
 from einsum_transformer.components.layernorm import LayerNorm
 from einsum_transformer.components.mlp import MLP
 from einsum_transformer.components.moe import MoE
@@ -150,6 +150,8 @@ def _of_block(block: AnyBlock) -> Iterator[tuple[str, str]]:
         if isinstance(attention, Attention) and attention.q_norm is not None:
             yield from (("self_attn.q_norm", "btkgh"), ("self_attn.k_norm", "btkh"))
     if isinstance(attention, LatentAttention):
+        if isinstance(attention.query, LatentQuery):
+            yield "self_attn.query.q_a_layernorm", "btc"
         yield "self_attn.kv_a_layernorm", "btc"
     yield from (("self_attn.scores", "bkgts"), ("self_attn.pattern", "bkgts"), ("self_attn.z", "btkgh"))
     yield from (("self_attn", "btd"), ("attn_out", "btd"))

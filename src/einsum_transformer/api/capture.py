@@ -32,7 +32,9 @@ def capture(
 
     gradient_of: a token, as text or id: its logit after the last token; a pair of tokens: the difference of
     their logits; the gradient of any other scalar by the logits (b, t, v), as an array or as a function that
-    computes it from the logits. `Capture.gradients` then has the gradient of the scalar by each value.
+    computes it from the logits. `Capture.gradients` then has the gradient of the scalar by each value that is
+    not computed from another one (`hook_scale`, `hook_normalized`, `hook_result`), nor the product of a fused
+    matrix.
 
     max_new_tokens: also generate so many tokens, each the most probable one, and capture the values of each
     pass, in `Capture.steps`.
