@@ -119,7 +119,7 @@ def test_a_value_replaced_by_itself_changes_no_bit(name: str, golden_model: Mode
         for value in values
         if not (value.is_computed or value.output_of_matrix)
     }
-    logits, _ = model.decoder.forward(tokens, None, "last")
+    logits, _ = model.decoder.forward(tokens)
     changed = et.patch(model, tokens, patches)
     np.testing.assert_array_equal(changed.logits, logits[:, -1])
 

@@ -46,8 +46,8 @@ class Capture:
     letters: dict[str, Letters]
     """Name -> the letter of each axis."""
     gradients: dict[str, Array] = field(default_factory=dict[str, Array])
-    """Name -> gradient of the scalar `gradient_of` by the value; without values that are computed from another
-    one, and without products of fused matrices."""
+    """Name -> gradient of the scalar `gradient_of` by the value; without values that are computed from
+    others, and without products of fused matrices."""
     scalar: float | None = None
     """The value of `gradient_of`, if it is a logit or a difference of logits."""
     token_texts: tuple[tuple[str, ...], ...] = ()
