@@ -224,3 +224,8 @@ def test_the_table_and_the_plot(model: et.Model, tmp_path: Path) -> None:
     assert all(row.part in found.text(every=True) for row in found.parts)
     found.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_an_unwritable_file_of_results_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(et.InputError, match="`results`"):
+        et.sensitivity("no-such-model", "text", results=tmp_path / "missing" / "results.jsonl")

@@ -25,6 +25,7 @@ import numpy as np
 from einsum_transformer.analysis import dry_plan
 from einsum_transformer.analysis.plan import Elementwise, Plan, PlanPhase, PlanStep
 from einsum_transformer.engine import blas, einsum
+from einsum_transformer.engine.replay import WARM_UP
 from einsum_transformer.errors import InputError
 from einsum_transformer.generation.rows import prefill
 from einsum_transformer.loading import libraries
@@ -234,7 +235,7 @@ def _seconds(model: Model, rows: int) -> float:
     cache = model.cache(640)
     if rows == 1:
         prefill(model, tokens, cache)
-        for _ in range(24):  # a decode step is recorded and replayed after some steps
+        for _ in range(WARM_UP + 8):  # two steps are traced, and one replay is checked
             model.decoder.forward(tokens[:, :1], cache)
     found: list[float] = []
     for _ in range(40 if rows <= 32 else _ROUNDS):

@@ -10,10 +10,9 @@ from einsum_transformer.analysis import evaluate as texts
 from einsum_transformer.analysis import tasks as harness
 from einsum_transformer.analysis.evaluate import Divergence, Perplexity
 from einsum_transformer.analysis.tasks import Evaluation
-from einsum_transformer.api.sources import AnySource, model_of
+from einsum_transformer.api.sources import AnySource, model_of, results_path
 from einsum_transformer.arguments import checked
 from einsum_transformer.errors import InputError
-from einsum_transformer.formats.files import check_writable
 
 
 @checked
@@ -44,7 +43,7 @@ def perplexity(
     continues, also with more windows, and returns the same result as an uninterrupted one.
     Raises InputError for a text that is shorter than a window and a model without tokenizer.
     """
-    selection, path = texts.Selection(convention, ctx_size, stride, chunks), _path(results)
+    selection, path = texts.Selection(convention, ctx_size, stride, chunks), results_path(results)
     return texts.perplexity(model_of(source), text, selection, progress, path)
 
 
@@ -68,16 +67,9 @@ def divergence(
     `perplexity`, which scores the same tokens. The models need the same vocabulary: typically, `source` is a
     quantized form of `reference`.
     """
-    path, own = _path(results), model_of(source)
+    path, own = results_path(results), model_of(source)
     selection = texts.Selection(convention, ctx_size, stride, chunks)
     return texts.divergence(own, model_of(reference), text, selection, progress, path)
-
-
-def _path(results: str | Path | None) -> Path | None:
-    """The file of the results. Raises InputError if it cannot be written."""
-    if results is not None:
-        check_writable(Path(results), "results")
-    return None if results is None else Path(results)
 
 
 @checked

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from einsum_transformer.analysis import sensitivity as analysis
 from einsum_transformer.analysis.sensitivity import Sensitivity
-from einsum_transformer.api.sources import AnySource, model_of
+from einsum_transformer.api.sources import AnySource, model_of, results_path
 from einsum_transformer.arguments import checked
 
 SCHEMES = ("W8A16", "W4A16g32", "W4A16g128")
@@ -40,6 +40,5 @@ def sensitivity(
     The codes of all schemes are in memory at once. Raises InputError for a budget below the smallest schemes,
     and for a file of results of another model or text.
     """
-    path = None if results is None else Path(results)
-    model = model_of(source)
+    path, model = results_path(results), model_of(source)
     return analysis.sensitivity(model, text, schemes, by, budget, ctx_size, chunks, path, progress)

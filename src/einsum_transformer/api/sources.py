@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from einsum_transformer.analysis.dry_run import without_weights
+from einsum_transformer.formats.files import check_writable
 from einsum_transformer.loading.configs import folder_keys, read_config
 from einsum_transformer.loading.load import load
 from einsum_transformer.loading.sources import Folder, Options, find, name_of
@@ -24,6 +25,13 @@ packaged config."""
 def model_of(source: AnySource, **settings: Any) -> Model:
     """Return the source if it is a model, else load it with these settings."""
     return source if isinstance(source, Model) else load(source, **settings)
+
+
+def results_path(results: str | Path | None) -> Path | None:
+    """Return the file of results. Raises InputError, before a model is loaded, if it cannot be written."""
+    if results is not None:
+        check_writable(Path(results), "results")
+    return None if results is None else Path(results)
 
 
 def described(
