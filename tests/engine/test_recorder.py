@@ -488,3 +488,42 @@ def test_readers_come_before_the_run() -> None:
             recorder.on_value(lambda name, value: None)
         with pytest.raises(RuntimeError, match="before"):
             recorder.on_event(lambda event: None)
+        with pytest.raises(RuntimeError, match="before"):
+            recorder.on_arrays(lambda event, operands, result: None)
+
+
+def test_readers_of_arrays_see_operands_and_results() -> None:
+    found = []
+    recorder = Recorder(spans=False).on_arrays(lambda *call: found.append(call), "*/here")
+    a, b = np.ones((1, 2, 3)), np.ones((4, 3))
+    with recorder, phase("outer"):
+        einsum("btd,fd->btf", a, b)
+        with phase("here"):
+            result = einsum("btd,fd->btf", a, b)
+    (event, operands, seen), *others = found
+    assert others == []
+    assert event.path == ("outer", "here")
+    assert operands[0] is a
+    assert operands[1] is b
+    assert seen is result
+    assert event.flops == 2 * 2 * 3 * 4
+
+
+def test_readers_of_arrays_see_every_decode_step() -> None:
+    """Also those that would be replayed, with the same results."""
+    model = tiny_model()
+
+    def run(recorder: Recorder) -> tuple[list[np.ndarray], int]:
+        cache = model.cache(128)
+        with recorder:
+            logits = [model.decoder.forward(IDS[:1, i % 11][:, None], cache)[0].copy() for i in range(40)]
+        return logits, cache.steps.repeated
+
+    steps = []
+    recorder = Recorder(spans=False).on_arrays(lambda event, *_: steps.append(event.equation), "layer/norm")
+    expected, repeated = run(Recorder(spans=False, events=True))
+    assert repeated > 0
+    found, repeated = run(recorder)
+    assert repeated == 0
+    assert len(steps) == 40 * 4 * model.config.num_hidden_layers  # two equations in each of two norms
+    np.testing.assert_array_equal(found, expected)

@@ -137,6 +137,7 @@ class Recorder:
         self.values: dict[str, Array] = {}
         self._span_readers, self._event_readers, self._value_readers = _Readers(), _Readers(), _Readers()
         self._gradient_readers = _Readers()
+        self._array_readers = _Readers()
         self._lock = threading.RLock()
         self._outer: _Frame | None = None
         self._entered = False
@@ -165,6 +166,21 @@ class Recorder:
         self._event_readers.add(phases or ("*",), reader)
         return self
 
+    def on_arrays(
+        self, reader: Callable[[Event, Sequence[Any], Any], object], *phases: str
+    ) -> Recorder:
+        """Call reader(event, operands, result) after every einsum, in all phases or those whose path matches.
+        Readers must be added before the recorder is entered.
+
+        The arrays are those of the program, which may overwrite them later: copy what is stored. Operands
+        that are not in memory as arrays have only a shape. Decode steps run as a program while arrays are
+        read, and not as a replay.
+        """
+        if self._entered:
+            raise RuntimeError("readers of arrays must be added before the Recorder is entered")
+        self._array_readers.add(phases or ("*",), reader)
+        return self
+
     def on_value(self, reader: Callable[[str, Array], Array | None], *names: str) -> Recorder:
         """Call reader(name, value) for every value whose name matches, such as "layers.3.self_attn". Readers
         must be added before the recorder is entered.
@@ -190,7 +206,7 @@ class Recorder:
         global active, active_for_events
         with _lock:
             active += 1
-            active_for_events += bool(self._event_readers)
+            active_for_events += self._reads_events
         self._entered, self._outer = True, _frame.get()
         _frame.set(_Frame(self))
         return self
@@ -199,13 +215,17 @@ class Recorder:
         global active, active_for_events
         with _lock:
             active -= 1
-            active_for_events -= bool(self._event_readers)
+            active_for_events -= self._reads_events
         self._repeat()
         self._entered = False
         if (frame := _frame.get()) is not None and frame.recorder is self:
             _frame.set(self._outer)
         self._outer = None
         self._weights.clear()
+
+    @property
+    def _reads_events(self) -> bool:
+        return bool(self._event_readers) or bool(self._array_readers)
 
     def _store(self, name: str, value: Array) -> None:
         self.values[name] = np.array(value)
@@ -241,14 +261,14 @@ class Recorder:
         finally:
             _frame.set(frame)
 
-    def _notify(self, readers: tuple[Callable[..., Any], ...], record: Event | Span) -> None:
+    def _notify(self, readers: tuple[Callable[..., Any], ...], record: Event | Span, *arrays: Any) -> None:
         """Call the readers one after the other, with recording paused in this context."""
         frame = _frame.get()
         _frame.set(None)
         try:
             with self._lock:
                 for reader in readers:
-                    reader(record)
+                    reader(record, *arrays)
         finally:
             _frame.set(frame)
 
@@ -552,9 +572,15 @@ def reads_values() -> bool:
 
 
 def reads_events() -> bool:
-    """Return whether the active recorder has readers of events."""
+    """Return whether the active recorder has readers of events or of their arrays."""
     frame = _frame.get()
-    return frame is not None and bool(frame.recorder._event_readers)
+    return frame is not None and frame.recorder._reads_events
+
+
+def reads_arrays() -> bool:
+    """Return whether the active recorder has readers of the arrays of events."""
+    frame = _frame.get()
+    return frame is not None and bool(frame.recorder._array_readers)
 
 
 def name_weights(owner: object, named: Callable[[], Iterable[tuple[str, Any]]]) -> None:
@@ -563,7 +589,7 @@ def name_weights(owner: object, named: Callable[[], Iterable[tuple[str, Any]]]) 
     named: returns (path, array or leaf) of each weight; called once per owner, and only if events are read.
     """
     frame = _frame.get()
-    if frame is None or not frame.recorder._event_readers:
+    if frame is None or not frame.recorder._reads_events:
         return
     cached = frame.recorder._weights
     weights = cached.get(id(owner))
@@ -603,14 +629,16 @@ def event(
     flops: int,
     part: tuple[float, float] = (0.0, 1.0),
 ) -> None:
-    """Report one einsum call to the readers of events; the elements of the arrays are not read.
+    """Report one einsum call to the readers of events and of arrays; the elements of the arrays are not read
+    here.
 
     part: where in these seconds the call begins, and its share of them, if several calls were timed at once.
     """
     frame = _frame.get()
     assert frame is not None
     readers = frame.recorder._event_readers.of(frame.path)
-    if not readers:
+    array_readers = frame.recorder._array_readers.of(frame.path)
+    if not readers and not array_readers:
         return
     weight, gradient = frame.weight, frame.gradient
     if frame.weights is not None:
@@ -627,6 +655,8 @@ def event(
     if frame.recorder._tape is not None:
         frame.recorder._tape.append(Taped(found, start, seconds))
     frame.recorder._notify(readers, found)
+    if array_readers:
+        frame.recorder._notify(array_readers, found, operands, result)
 
 
 _dtype_name = lru_cache(str)  # str() of a dtype takes 5 us

@@ -17,7 +17,7 @@ from einsum_transformer.components.masks import Mask
 from einsum_transformer.components.rope import RopeConfig, Rotation, rotation
 from einsum_transformer.engine import Leaf, phase, tap, tap_gradient
 from einsum_transformer.engine.parallel import LARGE, for_each
-from einsum_transformer.engine.recorder import name_weights, reads_values
+from einsum_transformer.engine.recorder import name_weights, reads_arrays, reads_values
 from einsum_transformer.errors import InputError
 from einsum_transformer.models.blocks import AnyBlock, Norm
 from einsum_transformer.numerics.softmax import cross_entropy, cross_entropy_backward
@@ -79,7 +79,8 @@ class Decoder:
             token_positions, rotations = self._rotations(tokens, cache)
             x, saved_embedding = self._embedded(tokens, token_positions)
         one_token = tokens.shape[1] == 1 and positions != "none" and not keep
-        if one_token and cache is not None and isinstance(x, Array) and not reads_values():
+        is_read = reads_values() or reads_arrays()
+        if one_token and cache is not None and isinstance(x, Array) and not is_read:
             return self._step(x, rotations, cache), None
         contexts = self._contexts(start, tokens.shape[1], rotations, cache)
         logits, saved = self._layers(x, contexts, positions, keep, recompute)
