@@ -164,12 +164,10 @@ def profile(
         prefill_only = config is not None and config.prefill_only
     if prefill_only and any(options.get(name) for name in ("draft_model", "draft_layers", "prompt_lookup")):
         raise InputError("`prefill_only` excludes speculative decoding, because it does not generate tokens")
-    if prompt is None and model.tokenizer is None:
-        prompt = _random_prompt(model, batch_size, options.get("seed") or 0)
-    elif batch_size is not None:
+    if batch_size is not None and not (prompt is None and model.tokenizer is None):
         raise InputError("`batch_size` applies only to random tokens (no prompt and no tokenizer)")
-    elif prompt is None:
-        prompt = _question(model)
+    if prompt is None:
+        prompt = default_prompt(model, batch_size, options.get("seed") or 0)
     job = request(model, prompt, options, stated_options(model))
     recorder, routers = Recorder(), RoutingReader()
     if model.config.moe is not None:
@@ -245,6 +243,11 @@ def _check_length(model: Model, settings: Settings, length: int) -> None:
     if length > limit:
         raise InputError(f"the prompt has {length} tokens, expected at most {limit} (the context)")
     LengthNote(model.config).grown(length)
+
+
+def default_prompt(model: Model, rows: int | None, seed: int) -> Any:
+    """Return a short question, or rows of random tokens for a model without tokenizer; a note describes it."""
+    return _random_prompt(model, rows, seed) if model.tokenizer is None else _question(model)
 
 
 def _question(model: Model) -> Any:
