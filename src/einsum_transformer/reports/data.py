@@ -136,10 +136,17 @@ class Report:
     comparison: Comparison | None = None
     """The comparison of two models from their configs, as `diff` returns it."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A short name of each model: the last part of its source."""
+        short = tuple(Path(run.model).name or run.model for run in self.runs)
+        return short if len(set(short)) == len(short) else ("A", "B")
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything that the page shows in JSON types."""
         letters = {letter: LEGEND.get(letter, "") for run in self.runs for letter in run.program.letters()}
         return {
+            "names": list(self.names),
             "runs": [run.to_dict() for run in self.runs],
             "machine": asdict(self.machine),
             "letters": letters,
