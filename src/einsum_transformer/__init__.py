@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from einsum_transformer.api.precision import precision
     from einsum_transformer.api.profile import Profile, profile
     from einsum_transformer.api.quantize import quantization_report, quantize
+    from einsum_transformer.api.report import report
     from einsum_transformer.api.sensitivity import sensitivity
     from einsum_transformer.api.sweep import sweep
     from einsum_transformer.api.train import Training, TrainingObserver, train
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         enable_speculative_decoding,
         read_run_config,
     )
+    from einsum_transformer.reports.data import Report
     from einsum_transformer.text.tokenizer import Tokenizer
     from einsum_transformer.training.data import RandomTokens, TextBatches
     from einsum_transformer.training.loop import StepReport, Trainer, TrainingSettings
@@ -112,6 +114,7 @@ __all__ = [
     "RandomTokens",
     "RayWorkers",
     "Recorder",
+    "Report",
     "RunConfig",
     "Schedule",
     "Sensitivity",
@@ -161,6 +164,7 @@ __all__ = [
     "quantization_report",
     "quantize",
     "read_run_config",
+    "report",
     "save_adapter",
     "sensitivity",
     "stream",
@@ -207,6 +211,7 @@ _HOMES = {
     "RandomTokens": "training.data",
     "RayWorkers": "cluster.data_parallel",
     "Recorder": "engine.recorder",
+    "Report": "reports.data",
     "RunConfig": "models.run_config",
     "SGD": "training.optimizers",
     "Schedule": "training.schedule",
@@ -250,6 +255,7 @@ _HOMES = {
     "quantization_report": "api.quantize",
     "quantize": "api.quantize",
     "read_run_config": "models.switches",
+    "report": "api.report",
     "save_adapter": "models.peft",
     "sensitivity": "api.sensitivity",
     "stream": "generation.decode",

@@ -246,7 +246,7 @@ def _check_length(model: Model, settings: Settings, length: int) -> None:
 
 
 def default_prompt(model: Model, rows: int | None, seed: int) -> Any:
-    """Return a short question, or rows of random tokens for a model without tokenizer; a note describes it."""
+    """Return a short question, or rows of random tokens for a model without tokenizer, and note it."""
     return _random_prompt(model, rows, seed) if model.tokenizer is None else _question(model)
 
 

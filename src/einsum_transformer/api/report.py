@@ -31,8 +31,6 @@ def report(
     reference: AnySource | None = None,
     training: bool = False,
     tokens_shown: int = TOKENS_SHOWN,
-    max_new_tokens: int | None = 8,
-    seed: int | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Report:
     """Continue a prompt and show the run as one HTML page: the program with its arrays, times, memory,
@@ -43,8 +41,8 @@ def report(
     is shown beside the first. reference: the model without quantization, for the errors of quantized weights.
 
     training: also train some steps on the tokens of the text; the weights are restored afterwards.
-    tokens_shown: tokens whose attention and predictions are shown. max_new_tokens, seed and options: as in
-    `generate`.
+    tokens_shown: tokens whose attention and predictions are shown. options: as in `generate`; the default of
+    max_new_tokens is 8.
 
     The model runs several times: for the times, for the memory, and for the arrays and predictions. If
     `machine` has measured this machine, the times are compared with its rates.
@@ -55,9 +53,11 @@ def report(
         raise InputError(f"`tokens_shown` is {tokens_shown}: expected 2 to {_MOST}")
     models = [model_of(each) for each in (source, other) if each is not None]
     original = None if reference is None else model_of(reference)
-    given: GenerationOptions = {**options, "max_new_tokens": max_new_tokens, "seed": seed}
+    given: GenerationOptions = {**options}
+    if given.get("max_new_tokens") is None and given.get("max_length") is None:
+        given["max_new_tokens"] = _NEW_TOKENS
     if prompt is None:
-        prompt = default_prompt(models[0], None, seed or 0)
+        prompt = default_prompt(models[0], None, given.get("seed") or 0)
     runs = tuple(_run(model, prompt, given, tokens_shown, training, original) for model in models)
     comparison = None
     if len(models) == 2:
@@ -70,6 +70,7 @@ def report(
     return found
 
 
+_NEW_TOKENS = 8
 _MOST = 256
 """Maximum of `tokens_shown`: the weights of each head grow with its square."""
 

@@ -30,6 +30,7 @@ from einsum_transformer.cli.precision import precision
 from einsum_transformer.cli.profile import profile
 from einsum_transformer.cli.pull import pull
 from einsum_transformer.cli.quantize import quantize
+from einsum_transformer.cli.report import report
 from einsum_transformer.cli.run import run
 from einsum_transformer.cli.sensitivity import sensitivity
 from einsum_transformer.cli.sweep import sweep
@@ -138,6 +139,7 @@ def _application() -> typer.Typer:
         sweep,
         gradcheck,
         parity,
+        report,
         pull,
         machine,
     )
@@ -178,6 +180,7 @@ def _etx(
     etx sensitivity -f notes.txt --budget 90M      which matrices suffer from few bits; a mixed scheme
     etx precision -f notes.txt                     the error of each step against float64
     etx sweep fast_lora --vary seq_len=64,128,256  how time and memory grow with a key of the config
+    etx report -p "The sky is" -o report.html      a run as one HTML page: program, arrays, times, attention
     etx gradcheck fast_lora                        hand-derived gradients against central differences
     etx machine                                    measure the BLAS libraries of this machine
     etx run fast_lora                              a model of random weights, described by a JSON file

@@ -69,20 +69,24 @@ def text_file(name: str) -> Path:
     return path
 
 
-def _writable(path: str | None) -> str | None:
-    """Check the file before the model is loaded."""
-    if path is not None:
-        from einsum_transformer.formats.files import check_writable
+def _writable(name: str) -> Any:
+    """Return a callback that checks the file before the model is loaded; name: of the argument."""
 
-        check_writable(Path(path), "trace")
-    return path
+    def checked(path: str | None) -> str | None:
+        if path is not None:
+            from einsum_transformer.formats.files import check_writable
+
+            check_writable(Path(path), name)
+        return path
+
+    return checked
 
 
 Trace = Annotated[
     str | None,
     typer.Option(
         metavar="FILE.json",
-        callback=_writable,
+        callback=_writable("trace"),
         help="Write a trace of phases and einsum calls for https://ui.perfetto.dev.",
     ),
 ]
@@ -109,6 +113,16 @@ Rows = Annotated[
 Length = Annotated[int, typer.Option("--seq-len", metavar="N", min=1, help="Tokens of each row.")]
 Output = Annotated[
     str | None, typer.Option("--output", "-o", metavar="PATH", help="Folder to write the result to.")
+]
+Page = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        callback=_writable("output"),
+        help="HTML file to write the result to.",
+    ),
 ]
 Results = Annotated[
     str | None,

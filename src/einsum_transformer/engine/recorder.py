@@ -166,9 +166,7 @@ class Recorder:
         self._event_readers.add(phases or ("*",), reader)
         return self
 
-    def on_arrays(
-        self, reader: Callable[[Event, Sequence[Any], Any], object], *phases: str
-    ) -> Recorder:
+    def on_arrays(self, reader: Callable[[Event, Sequence[Any], Any], object], *phases: str) -> Recorder:
         """Call reader(event, operands, result) after every einsum, in all phases or those whose path matches.
         Readers must be added before the recorder is entered.
 

@@ -83,8 +83,12 @@ def sample(term: str, array: Array, most: int = MOST) -> Sample:
     row_step, column_step = max(1, -(-row_count // most)), max(1, -(-column_count // most))
     # Indices of the joined axes, so that a large array that is not contiguous is not copied.
     picked = np.ix_(np.arange(0, row_count, row_step), np.arange(0, column_count, column_step))
-    at = [each for letters, i in ((rows, picked[0]), (columns, picked[1])) for each in _split(letters, sizes, i)]
-    values = np.broadcast_to(np.asarray(matrix[tuple(at)], np.float64), np.broadcast_shapes(*map(np.shape, picked)))
+    at = [
+        each for letters, i in ((rows, picked[0]), (columns, picked[1])) for each in _split(letters, sizes, i)
+    ]
+    values = np.broadcast_to(
+        np.asarray(matrix[tuple(at)], np.float64), np.broadcast_shapes(*map(np.shape, picked))
+    )
     steps = row_count, column_count, row_step, column_step
     return Sample(term, tuple(array.shape), str(array.dtype), rows, columns, *steps, fixed, _rounded(values))
 

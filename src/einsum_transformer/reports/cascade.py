@@ -21,7 +21,9 @@ _INSIDE.remove(ATTENTION)
 _INSIDE.insert(_INSIDE.index((*ATTENTION, "scores")), ATTENTION)
 _LABELS = PASS | {_MIX: "mix", (*ATTENTION, "output"): "output projection"}
 _NAMES = {
-    "norm": "norm",
+    "embedding": "look up",
+    "head": "normalize",
+    "norm": "normalize",
     "rope": "rotate",
     "cache": "append",
     "scores": "softmax",
@@ -64,7 +66,9 @@ class Step:
             return found | {name: getattr(self.plan, name) for name in names} | {"bytes": self.plan.bytes}
         functions = [asdict(each) for each in self.elementwise]
         return found | {
-            "functions": [{name: each[name] for name in ("function", "calls", "elements")} for each in functions]
+            "functions": [
+                {name: each[name] for name in ("function", "calls", "elements")} for each in functions
+            ]
         }
 
 

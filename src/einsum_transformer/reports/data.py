@@ -168,7 +168,9 @@ class Report:
         lines: list[str] = []
         for run in self.runs:
             sums = {stage.stage: stage.seconds for stage in run.measured.stages}
-            times = ", ".join(f"{name} {1e3 * sums[name]:.1f} ms" for name in ("prefill", "decode") if name in sums)
+            times = ", ".join(
+                f"{name} {1e3 * sums[name]:.1f} ms" for name in ("prefill", "decode") if name in sums
+            )
             lines.append(
                 f"{run.model}: {run.prompt_tokens} prompt tokens, {run.new_tokens} new tokens; {times}; "
                 f"peak memory {quantity(run.memory.peak, 'B')}"

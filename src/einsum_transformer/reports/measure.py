@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -218,7 +218,7 @@ class _Text:
 
 
 @contextmanager
-def _restored(model: Model) -> Iterator[None]:
+def _restored(model: Model) -> Generator[None]:
     """Context manager that restores the weights at its end; those of a read-only file do not change."""
     before = {name: a.copy() for name, a in trainable(model.decoder).items() if a.flags.writeable}
     try:
@@ -239,9 +239,7 @@ def _shown(spans: Sequence[Span]) -> tuple[Span, ...]:
     decodes = [span.start for span in spans if span.path == ("decode",)]
     picked = {decodes[i] for i in (0, len(decodes) // 2, -1)} if decodes else set[float]()
     detailed = [
-        span
-        for span in spans
-        if len(span.path) == 1 and (span.path[0] in _DETAILED or span.start in picked)
+        span for span in spans if len(span.path) == 1 and (span.path[0] in _DETAILED or span.start in picked)
     ]
     ranges = [(span.start, span.start + span.seconds) for span in detailed]
 

@@ -44,7 +44,7 @@ def _environment() -> Environment:
     environment = Environment(
         autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"quantity": quantity}
+    environment.filters["quantity"] = quantity  # pyright: ignore[reportUnknownMemberType]
     return environment
 
 

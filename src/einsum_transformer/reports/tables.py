@@ -30,7 +30,10 @@ def tables_of(run: dict[str, Any]) -> dict[str, list[Table]]:
         "change": [_change(run, measured)],
         "equations": [_equations(each["equations"]) for each in measured],
         "timings": [_timings(run["timings"])],
-        "memory": [_memory(each) for each in (run["memory"], *(part["memory"] for part in measured[1:]))],
+        "memory": [
+            _memory(run["memory"]),
+            *(_memory(part["memory"], " of training") for part in measured[1:]),
+        ],
         "quantization": [],
     }
     if run["quantization_report"] is not None:
@@ -64,7 +67,9 @@ def _stages(measured: Sequence[dict[str, Any]]) -> Table:
 
 def _change(run: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table:
     """Each equation in all stages: operations, bytes, and their ratio."""
-    times = {(row["stage"], row["role"], row["equation"]): row for part in measured for row in part["equations"]}
+    times = {
+        (row["stage"], row["role"], row["equation"]): row for part in measured for row in part["equations"]
+    }
     stages = run["stages"]
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for stage in stages:
@@ -77,16 +82,33 @@ def _change(run: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table:
             cells = [quantity(step["flops"]), quantity(step["bytes"]), f"{ratio:.2g}", p50]
             rows.setdefault((step["role"], step["equation"]), {}).setdefault(stage["name"], cells)
     columns = ("FLOPs", "bytes", "FLOP/byte", "p50 \u00b5s")
-    headings = ["weight or phase", "equation", *(f"{each['name']}: {name}" for each in stages for name in columns)]
+    headings = [
+        "weight or phase",
+        "equation",
+        *(f"{each['name']}: {name}" for each in stages for name in columns),
+    ]
     table = [
-        [role, equation, *(cell for stage in stages for cell in found.get(stage["name"], [""] * len(columns)))]
+        [
+            role,
+            equation,
+            *(cell for stage in stages for cell in found.get(stage["name"], [""] * len(columns))),
+        ]
         for (role, equation), found in rows.items()
     ]
     return Table("Each equation in one layer, in all stages", headings, table, 2)
 
 
 def _equations(equations: Sequence[dict[str, Any]]) -> Table:
-    headings = ["stage", "weight or phase", "equation", "runs as", "calls", "p50 \u00b5s", "p90 \u00b5s", "p99 \u00b5s"]
+    headings = [
+        "stage",
+        "weight or phase",
+        "equation",
+        "runs as",
+        "calls",
+        "p50 \u00b5s",
+        "p90 \u00b5s",
+        "p99 \u00b5s",
+    ]
     headings += ["total ms", "share", "GFLOP/s", "GB/s", "elements", "predicted ms", "of roofline", "bound"]
     rows = [
         [
@@ -106,7 +128,9 @@ def _equations(equations: Sequence[dict[str, Any]]) -> Table:
         ]
         for row in equations
     ]
-    return Table("Time of each equation and of the rest of each phase", *_filled(headings, rows), left=4)
+    stages = ", ".join(dict.fromkeys(row["stage"] for row in equations))
+    caption = f"Time of each equation and of the rest of each phase: {stages}"
+    return Table(caption, *_filled(headings, rows), left=4)
 
 
 def _timings(timings: dict[str, Any]) -> Table:
@@ -125,7 +149,7 @@ def _timings(timings: dict[str, Any]) -> Table:
     return Table("Seconds of each part of the model", headings, rows)
 
 
-def _memory(memory: dict[str, Any]) -> Table:
+def _memory(memory: dict[str, Any], what: str = "") -> Table:
     owners = [name for name in OWNERS if any(sample[name] for sample in memory["samples"])]
     stages: dict[str, dict[str, Any]] = {}
     for sample in memory["samples"]:
@@ -139,7 +163,7 @@ def _memory(memory: dict[str, Any]) -> Table:
     ]
     predicted = memory["predicted"]
     note = "" if predicted is None else f", predicted {quantity(predicted, 'B')}"
-    caption = f"Most bytes of each stage; peak {quantity(memory['peak'], 'B')}{note}"
+    caption = f"Most bytes of each stage{what}; peak {quantity(memory['peak'], 'B')}{note}"
     return Table(caption, ["stage", *owners, "total"], rows)
 
 
@@ -176,12 +200,22 @@ def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     ]
     fields = [[name, *map(_field, pair)] for name, pair in comparison["fields"].items()]
     steps = [
-        [f"{step['where']} {step['role']}", step["equation"], *map(str, step["times"]), *map(quantity, step["flops"])]
+        [
+            f"{step['where']} {step['role']}",
+            step["equation"],
+            *map(str, step["times"]),
+            *map(quantity, step["flops"]),
+        ]
         for step in comparison["steps"]
     ]
-    headings = ["step", "equation", *(f"times: {name}" for name in names), *(f"FLOPs: {name}" for name in names)]
+    headings = [
+        "step",
+        "equation",
+        *(f"times: {name}" for name in names),
+        *(f"FLOPs: {name}" for name in names),
+    ]
     return [
-        Table("Parameters and costs in float32", ["", *names], totals),
+        Table("Parameters and costs in float32", ["quantity", *names], totals),
         Table("Settings that differ", ["setting", *names], fields, 3),
         Table("Equations in all layers", headings, steps, 2),
     ]

@@ -40,7 +40,7 @@ const cascade = (run, stage, layer) => {
 
   for (const group of stage.groups) {
     if (group.layers.length && !group.layers.includes(layer)) continue;
-    const item = el("li", { class: "group" }, el("h4", { text: group.label === "residual" ? "+ residual" : group.label }));
+    const item = el("li", { class: "group" }, el("h3", { text: group.label === "residual" ? "+ residual" : group.label }));
     for (const index of group.steps) {
       const step = stage.steps[index];
       const row = measuredRow(run, stage, step);

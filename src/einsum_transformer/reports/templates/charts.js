@@ -1,4 +1,4 @@
-const COLOURS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
+const COLOURS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8", "--c9"];
 const colour = (i) => `var(${COLOURS[i % COLOURS.length]})`;
 
 /* Numbers for an axis: 1, 2 or 5 times a power of ten. */
@@ -26,7 +26,7 @@ const marker = (i, x, y, r = 5) => {
 const keysOf = (entries) => el("ul", { class: "keys" }, entries.map(([mark, text]) =>
   el("li", null, svg("svg", { width: 14, height: 14, viewBox: "0 0 14 14", "aria-hidden": "true" }, mark), text)));
 const swatch = (i) => {
-  const node = svg("rect", { x: 1, y: 1, width: 12, height: 12 });
+  const node = svg("rect", { x: 1, y: 1, width: 12, height: 12, "fill-opacity": i < COLOURS.length ? 1 : 0.5 });
   node.style.fill = colour(i);
   return node;
 };
@@ -39,7 +39,7 @@ draw.timeline = (run, node) => {
     const stages = spans.filter((s) => !s.path.includes("/"));
     const detailed = stages.filter((s) => spans.some((t) => inside(t, s)));
     const whole = el("div"), part = el("div");
-    node.append(el("h4", { text: `Time line: ${name}` }), whole);
+    node.append(el("h3", { text: `Time line: ${name}` }), whole);
     responsive(whole, (width) => stageChart(stages, width, name));
     const decodes = stages.filter((s) => s.path === "decode");
     const nameOf = (s) => (s.path === "decode" ? `decode step ${decodes.indexOf(s) + 1} of ${decodes.length}` : s.path);
@@ -77,15 +77,15 @@ const phaseChart = (stage, spans, width, name) => {
     const path = t.path.slice(stage.path.length + 1);
     const bar = svg("rect", { x: 1 + (t.start - stage.start) * scale, y: depth(t) * 26 + 4, width: Math.max(0.5, t.seconds * scale - 0.4), height: 22 },
       svg("title", { text: `${path}${t.layer === null ? "" : ` ${t.layer}`}: ${seconds(t.seconds)}` }));
-    bar.style.fill = colour(names.indexOf(path));
-    if (path === "layer") bar.setAttribute("fill-opacity", t.layer % 2 ? "0.45" : "0.75");
+    bar.style.fill = path === "layer" ? "var(--soft)" : colour(names.indexOf(path));
+    bar.setAttribute("fill-opacity", path === "layer" ? (t.layer % 2 ? "0.15" : "0.3") : names.indexOf(path) < COLOURS.length ? "1" : "0.5");
     return bar;
   });
   const layers = own.filter((t) => t.path.endsWith("/layer")).filter((t) => t.seconds * scale > 16)
     .map((t) => label(1 + (t.start - stage.start + t.seconds / 2) * scale, 19, String(t.layer), { "text-anchor": "middle" }));
   const rows = names.map((n) => { const found = own.filter((t) => t.path === `${stage.path}/${n}`); const sum = found.reduce((s, t) => s + t.seconds, 0); return [n, found.length, seconds(sum), percent(sum / stage.seconds)]; });
   return el("figure", null, picture(width, (deepest + 1) * 26 + 8, `Phases of ${name}`, rows.map(([n, , s]) => `${n} ${s}`).join(", "), bars, layers),
-    keysOf(names.map((n, i) => [swatch(i), n])),
+    keysOf(names.map((n, i) => [swatch(i), n]).filter(([, n]) => n !== "layer")),
     lazy("numbers", () => table(`Phases of ${name}`, ["phase", "times", "seconds", "share"], rows)));
 };
 
@@ -98,16 +98,16 @@ draw.roofline = (run, node) => {
 
 const rooflineChart = (rows, width) => {
   const stages = [...new Set(rows.map((r) => r.stage))], peak = data.machine.peak && data.machine.peak / 1e9, bandwidth = data.machine.bandwidth && data.machine.bandwidth / 1e9;
-  const height = 380, left = 52, bottom = 42, xs = rows.map((r) => r.gflops / r.gbps), ys = rows.map((r) => r.gflops);
+  const height = 400, left = 52, top = 30, bottom = 42, xs = rows.map((r) => r.gflops / r.gbps), ys = rows.map((r) => r.gflops);
   const log = Math.log10;
   const x0 = Math.floor(log(Math.min(...xs))), x1 = Math.ceil(log(Math.max(...xs, peak ? 2 * peak / bandwidth : 0)));
   const y0 = Math.floor(log(Math.min(...ys))), y1 = Math.ceil(log(Math.max(...ys, peak || 0)));
-  const px = (x) => left + (log(x) - x0) / (x1 - x0 || 1) * (width - left - 14), py = (y) => height - bottom - (log(y) - y0) / (y1 - y0 || 1) * (height - bottom - 12);
+  const px = (x) => left + (log(x) - x0) / (x1 - x0 || 1) * (width - left - 14), py = (y) => height - bottom - (log(y) - y0) / (y1 - y0 || 1) * (height - bottom - top);
   const power = (e) => (Math.abs(e) <= 3 ? String(10 ** e) : `1e${e}`).replace(/(\.\d*?[1-9])0+$/, "$1");
   const axis = [];
-  for (let e = x0; e <= x1; e++) axis.push(svg("line", { x1: px(10 ** e), x2: px(10 ** e), y1: 12, y2: height - bottom, class: "axis" }), label(px(10 ** e), height - bottom + 16, power(e), { class: "soft", "text-anchor": e === x1 ? "end" : "middle" }));
+  for (let e = x0; e <= x1; e++) axis.push(svg("line", { x1: px(10 ** e), x2: px(10 ** e), y1: top, y2: height - bottom, class: "axis" }), label(px(10 ** e), height - bottom + 16, power(e), { class: "soft", "text-anchor": e === x1 ? "end" : "middle" }));
   for (let e = y0; e <= y1; e++) axis.push(svg("line", { x1: left, x2: width - 14, y1: py(10 ** e), y2: py(10 ** e), class: "axis" }), label(left - 6, py(10 ** e) + 4, power(e), { class: "soft", "text-anchor": "end" }));
-  axis.push(label(width - 14, height - 6, "operations per byte", { class: "soft", "text-anchor": "end" }), label(4, 10, "GFLOP/s", { class: "soft" }));
+  axis.push(label(width - 14, height - 6, "operations per byte", { class: "soft", "text-anchor": "end" }), label(4, 12, "GFLOP/s", { class: "soft" }));
   const roof = peak ? [svg("path", { class: "roof", d: `M${px(10 ** x0)} ${py(Math.max(10 ** y0, 10 ** x0 * bandwidth))}L${px(peak / bandwidth)} ${py(peak)}H${px(10 ** x1)}` }),
     label(width - 18, py(peak) - 6, `${quantity(1e9 * peak, "FLOP/s")}`, { "text-anchor": "end" })] : [];
   const points = rows.map((r) => { const point = marker(stages.indexOf(r.stage), px(r.gflops / r.gbps), py(r.gflops)); point.append(svg("title", { text: `${r.stage}, ${r.role} ${r.equation}: ${r.gflops.toFixed(2)} GFLOP/s, ${(r.gflops / r.gbps).toPrecision(3)} per byte` })); return point; });
@@ -121,7 +121,7 @@ const OWNERS = ["weights", "cache", "optimizer", "gradients", "saved", "temporar
 draw.memory = (run, node) => {
   for (const [name, use] of [["prompt and continuation", run.memory], ...(run.training ? [["training", run.training.memory]] : [])]) {
     const box = el("div");
-    node.append(el("h4", { text: `Memory: ${name}` }), box);
+    node.append(el("h3", { text: `Memory: ${name}` }), box);
     responsive(box, (width) => memoryChart(use, width, name));
   }
 };

@@ -45,7 +45,7 @@ const equation = (text) => {
 
 const cell = (value) => (value instanceof Node ? value : String(value));
 const table = (caption, headings, rows, left = 1, className = "") =>
-  el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+  el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": caption },
     el("table", { class: className },
       el("caption", { text: caption }),
       el("thead", null, el("tr", null, headings.map((h, i) => el("th", { scope: "col", class: i >= left ? "number" : null }, cell(h))))),

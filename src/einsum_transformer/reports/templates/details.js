@@ -13,7 +13,7 @@ const joined = (letters) => [...letters].join(" × ") || "1";
 const partText = (s) => {
   const one = (letters, count, step) => {
     const shown = Math.ceil(count / step);
-    return step === 1 ? `all ${count} of ${joined(letters)}` : `every ${step}th of ${count} of ${joined(letters)} (${shown})`;
+    return step === 1 ? `all ${count} of ${joined(letters)}` : `${shown} of ${count} of ${joined(letters)}, in steps of ${step}`;
   };
   const fixed = Object.entries(s.fixed).filter(([letter]) => letter !== "b" || s.shape[0] > 1).map(([letter, i]) => `${letter} = ${i}`);
   const rows = s.rows ? `rows: ${one(s.rows, s.row_count, s.row_step)}; ` : "";
@@ -34,14 +34,14 @@ const heatMap = (s, name) => {
   const description = `${rows} rows, ${columns} columns, from ${number(s.lowest)} to ${number(s.highest)}. The numbers are in the table below.`;
   const image = picture(columns * size, rows * tall, title, description, rects,
     svg("rect", { x: 0, y: 0, width: columns * size, height: rows * tall, class: "frame" }));
-  const readout = el("p", { class: "readout", text: `from ${number(s.lowest)} (blue if negative) to ${number(s.highest)} (orange)` });
+  const readout = el("p", { class: "readout", text: `from ${number(s.lowest)} to ${number(s.highest)}; blue is negative, orange positive` });
   image.addEventListener("pointermove", (event) => {
     const box = image.getBoundingClientRect();
     const x = Math.min(columns - 1, Math.max(0, Math.floor((event.clientX - box.left) / box.width * columns)));
     const y = Math.min(rows - 1, Math.max(0, Math.floor((event.clientY - box.top) / box.height * rows)));
     readout.textContent = `row ${y * s.row_step}, column ${x * s.column_step}: ${number(s.values[y][x])}`;
   });
-  const headings = ["", ...s.values[0].map((_, x) => x * s.column_step)];
+  const headings = ["row", ...s.values[0].map((_, x) => x * s.column_step)];
   return el("figure", null,
     el("figcaption", null, el("strong", { text: `${name} ` }), equation(s.term), ` (${s.shape.join(" × ")}, ${s.dtype}). ${partText(s)}.`),
     image, readout,
@@ -60,7 +60,7 @@ const costTable = (step) => {
        ["of keys and values", quantity(step.kv_bytes, "B")], ["of other arrays", quantity(step.activation_bytes, "B")],
        ["FLOPs per byte", (step.flops / Math.max(1, step.bytes)).toPrecision(3)], ["calls", step.calls], ["type", step.dtype]]
     : step.functions.map((f) => [`${f.function} (×${f.calls})`, `${quantity(f.elements)} elements`]);
-  return table(step.equation ? "Cost in one layer" : "NumPy functions in one layer", ["", "amount"], rows);
+  return table(step.equation ? "Cost in one layer" : "NumPy functions in one layer", [step.equation ? "quantity" : "function", "amount"], rows);
 };
 
 const timeTable = (row, stage) => {
@@ -70,7 +70,7 @@ const timeTable = (row, stage) => {
   if (row.predicted !== null) rows.push(["predicted, all calls", seconds(row.predicted)]);
   if (row.roofline !== null) rows.push(["of the roofline", percent(row.roofline)]);
   if (row.bound) rows.push(["bound by", row.bound]);
-  return table(`Measured in ${stage.name}, all layers`, ["", "measured"], rows);
+  return table(`Measured in ${stage.name}, all layers`, ["quantity", "measured"], rows);
 };
 
 const detail = (run, stage, step, layer, visit) => {

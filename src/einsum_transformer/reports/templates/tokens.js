@@ -25,7 +25,7 @@ const paint = (canvas, weights, head) => {
   const n = weights.n, context = canvas.getContext("2d"), image = context.createImageData(n, n);
   const paper = rgb("--paper"), ink = rgb("--weight");
   for (let t = 0; t < n; t++) for (let s = 0; s < n; s++) {
-    const share = Math.sqrt(weights.at(head, t, s) / 255), at = 4 * (t * n + s);
+    const share = (weights.at(head, t, s) / 255) ** 0.4, at = 4 * (t * n + s);
     for (let c = 0; c < 3; c++) image.data[at + c] = paper[c] + (ink[c] - paper[c]) * share;
     image.data[at + 3] = 255;
   }
