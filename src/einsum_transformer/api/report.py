@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -59,12 +60,10 @@ def report(
     if prompt is None:
         prompt = default_prompt(models[0], None, given.get("seed") or 0)
     runs = tuple(_run(model, prompt, given, tokens_shown, training, original) for model in models)
-    comparison = None
+    found = Report(runs, Machine.current(stored_rates()))
     if len(models) == 2:
-        names = (models[0].source, models[1].source)
-        names = names if names[0] != names[1] else ("A", "B")
-        comparison = compare(models[0], models[1], 1, runs[0].prompt_tokens, names)
-    found = Report(runs, Machine.current(stored_rates()), comparison)
+        names = found.names[0], found.names[1]
+        found = replace(found, comparison=compare(models[0], models[1], 1, runs[0].prompt_tokens, names))
     if path is not None:
         found.write(path)
     return found

@@ -140,7 +140,9 @@ class Report:
     def names(self) -> tuple[str, ...]:
         """A short name of each model: the last part of its source."""
         short = tuple(Path(run.model).name or run.model for run in self.runs)
-        return short if len(set(short)) == len(short) else ("A", "B")
+        if len(set(short)) == len(short):
+            return short
+        return tuple(f"{name} ({letter})" for name, letter in zip(short, "AB"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything that the page shows in JSON types."""

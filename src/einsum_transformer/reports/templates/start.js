@@ -3,6 +3,6 @@ document.querySelectorAll("[data-draw]").forEach((node) => draw[node.dataset.dra
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaintAll);
 window.addEventListener("beforeprint", () => {
   repaintAll();
-  document.querySelectorAll("main > section > .pair details, main > section .pair > .run > details").forEach((d) => { d.open = true; });
+  document.querySelectorAll("details[data-print]").forEach((d) => { d.open = true; });
 });
 window.addEventListener("afterprint", repaintAll);
