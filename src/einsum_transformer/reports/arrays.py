@@ -133,6 +133,8 @@ class ArrayReader:
     def __call__(self, event: Event, operands: Sequence[Any], result: Any) -> None:
         if event.layer is not None and event.layer not in self._layers:
             return
+        if not result.size or not all(operand.size for operand in operands):  # an expert without tokens
+            return
         stage, *inside = event.path
         key = stage, event.layer, tuple(inside), role_of(event, self._matrices), event.equation
         calls = self.calls.setdefault(key, [])

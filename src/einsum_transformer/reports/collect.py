@@ -40,7 +40,7 @@ def collect(
     tokens = [*result.prompt_tokens, *result.tokens]
     memory = memory_of(model, requested, measured.planned)
     trained = training_of(model, tokens, seed) if training else None
-    reader = arrays_of(model, tokens, len(result.tokens), training)
+    reader = arrays_of(model, tokens, len(result.tokens), measured.planned, training)
     attention, lens = looked_at(model, tokens[:tokens_shown])
     following = next_tokens(model, tokens, len(result.tokens))[:tokens_shown]
     quantization, kv_cache = stored_types(model)

@@ -146,14 +146,17 @@ def memory_of(model: Model, requested: Requested, planned: Sequence[PlanPhase]) 
     return reader.stop(max(phase.peak_bytes for phase in planned))
 
 
-def arrays_of(model: Model, tokens: Sequence[int], new: int, training: bool) -> ArrayReader:
+def arrays_of(
+    model: Model, tokens: Sequence[int], new: int, planned: Sequence[PlanPhase], training: bool
+) -> ArrayReader:
     """Run prompt, one decode step and, with `training`, one pass forward and backward; returns samples of the
-    arrays of the first, the middle and the last layer.
+    arrays of the first, the middle and the last layer, and of the first layer of each kind.
 
     tokens: the prompt and the new tokens, of which there are `new`.
     """
     last = model.config.num_hidden_layers - 1
-    reader = ArrayReader({0, last // 2, last}, matrices_of(model.config))
+    kinds = {step.layers[0] for each in planned for step in each.steps if step.layers}
+    reader = ArrayReader({0, last // 2, last, *kinds}, matrices_of(model.config))
     ids, prompt = np.array([tokens]), len(tokens) - new
     cache = model.cache(len(tokens), horizon=len(tokens))
     with Recorder(spans=False).on_arrays(reader):
