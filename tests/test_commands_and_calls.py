@@ -49,6 +49,7 @@ TIMES = {
         *("seconds", "seconds_of_each", "peak_bytes"),
         *("exponent", "standard_error", "low", "high", "r_squared"),
     },
+    "report": {"measured", "timings", "memory", "training"},
     "train": {
         *("seconds", "outside_seconds", "mean", "p50", "p99", "share"),
         *("tokens_per_second", "peak_rss_bytes", "advice"),
@@ -87,6 +88,7 @@ KEYS = {
     "sensitivity": "model by schemes ctx_size chunks tokens bytes_before parts uniform budget mixed curve",
     "precision": "model tokens variants steps drift logits",
     "sweep": "model measure varied repetitions seed threads processor blas points laws",
+    "report": "names runs machine letters comparison",
     "gradcheck": "model tolerance loss whole rows filled passed",
     "machine": "processor threads libraries measured bandwidth choice date rates path",
 }
@@ -464,6 +466,17 @@ def test_sweep() -> None:
     assert all(len(point["measured"]["losses"]) == 2 for point in found["points"])
     again = etx("sweep", "fast_lora", *words, "--results", "measured.jsonl").out
     assert again == f"{et.sweep(config, {'seq_len': [4, 8]}, results='measured.jsonl', **more)}\n"
+
+
+def test_report(files: Files) -> None:
+    given = {"MODEL": files.model, "TEXT": "abc", "FILE": "report.html", "model": files.model}
+    flags = ["-n", 3, "--seed", 3, "--tokens-shown", 4, "--training"]
+    more = {"max_new_tokens": 3, "seed": 3, "tokens_shown": 4, "training": True}
+    ran, result = both(row_of("report"), given, flags, more)
+    assert isinstance(result, et.Report)
+    (run,) = same("report", ran, result)["runs"]
+    assert (run["prompt_tokens"], run["new_tokens"], len(run["tokens"])) == (3, 3, 4)
+    assert Path("report.html").read_text(encoding="utf-8") == result.html()
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
