@@ -476,7 +476,7 @@ def test_report(files: Files) -> None:
     assert isinstance(result, et.Report)
     (run,) = same("report", ran, result)["runs"]
     assert (run["prompt_tokens"], run["new_tokens"], len(run["tokens"])) == (3, 3, 4)
-    assert Path("report.html").read_text(encoding="utf-8") == result.html()
+    assert Path("report.html").read_bytes() == result.html().encode()
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_many_flags_are_shared() -> None:
     assert {"--tokens", "-b", "--dtype", "--seq-len", "--seed", "--json", "-o", "--adapter-path"} <= set(
         SHARED
     )
-    assert set(FLAGS["--tokens"]) == {"run", "profile", "parity"}
+    assert set(FLAGS["--tokens"]) == {"run", "profile", "parity", "report"}
     assert set(FLAGS["--seq-len"]) == {"explain", "plan", "diff", "train", "gradcheck"}
     assert set(FLAGS["-b"]) == {"run", "profile", "explain", "plan", "diff", "train", "gradcheck"}
     assert set(FLAGS["--save-dtype"]) == {"merge"}

@@ -77,6 +77,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         "Parity": et.parity(gpt2, reference),
         "Profile": et.profile(model, "a", max_new_tokens=1),
         "Program": et.explain(model),
+        "Report": et.report(model, "a", max_new_tokens=1),
         "RunConfig": config,
         "Tokenizer": model.tokenizer,
         "Training": et.train(tiny_model(), steps=1, seq_len=4),
@@ -92,8 +93,10 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
     settings = et.TrainingSettings(schedule)
     for names, arguments in {
         ("SGD", "AdamW", "LoRAConfig", "Recorder", "available_configs", "load", "pull", "machine"): {},
-        ("gradcheck", "explain", "plan", "train", "profile", "inspect", "merge"): {"source": folder},
-        ("Chat", "generate", "stream", "with_lora", "Trainer"): {"model": model},
+        ("gradcheck", "explain", "plan", "train", "profile", "report", "inspect", "merge"): {
+            "source": folder
+        },
+        ("Chat", "generate", "stream", "with_lora", "Trainer", "Profiler"): {"model": model},
         ("RandomTokens",): {"vocab_size": 61, "batch_size": 2, "length": 4},
         ("RayWorkers",): {"workers": 2},
         ("Schedule",): {"lr": 0.1, "steps": 2},
@@ -284,6 +287,7 @@ FREE = {
     ("generate", "prompt"): (*PROMPTS, None),
     ("stream", "prompt"): (*PROMPTS, None),
     ("profile", "prompt"): PROMPTS,
+    ("report", "prompt"): PROMPTS,
     ("gradcheck", "tokens"): TOKENS,
     ("gradcheck", "targets"): TOKENS,
     ("parity", "tokens"): TOKENS,

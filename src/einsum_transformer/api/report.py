@@ -58,7 +58,7 @@ def report(
     if given.get("max_new_tokens") is None and given.get("max_length") is None:
         given["max_new_tokens"] = _NEW_TOKENS
     if prompt is None:
-        prompt = default_prompt(models[0], None, given.get("seed") or 0)
+        prompt = default_prompt(models[0], 1, given.get("seed") or 0)
     runs = tuple(_run(model, prompt, given, tokens_shown, training, original) for model in models)
     found = Report(runs, Machine.current(stored_rates()))
     if len(models) == 2:

@@ -15,10 +15,15 @@ from einsum_transformer.models.blocks import AnyBlock, ParallelBlock, PostNormBl
 
 RESIDUAL = "residual"
 _MIX = (*ATTENTION, "mix")
-_INSIDE = [path for path in PASS if path[:1] == LAYER]
-_INSIDE.insert(_INSIDE.index((*ATTENTION, "output")), _MIX)
-_INSIDE.remove(ATTENTION)
-_INSIDE.insert(_INSIDE.index((*ATTENTION, "scores")), ATTENTION)
+_BEFORE: dict[Path, Path] = {(*ATTENTION, "scores"): ATTENTION, (*ATTENTION, "output"): _MIX}
+"""Phase -> the one before it, which PASS lists elsewhere or not at all."""
+_INSIDE = [
+    each
+    for path in PASS
+    if path[:1] == LAYER and path != ATTENTION
+    for each in ([_BEFORE[path]] if path in _BEFORE else []) + [path]
+]
+"""The phases inside of a layer in the order of a forward pass."""
 _LABELS = PASS | {_MIX: "mix", (*ATTENTION, "output"): "output projection"}
 _NAMES = {
     "embedding": "look up",

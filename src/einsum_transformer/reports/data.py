@@ -21,6 +21,7 @@ from einsum_transformer.reports.arrays import Key, Sample
 from einsum_transformer.reports.cascade import Stage
 from einsum_transformer.reports.lens import Attention, Lens, NextToken
 from einsum_transformer.reports.measure import Measured, TrainingRun
+from einsum_transformer.reports.page import html
 from einsum_transformer.tables import quantity
 
 
@@ -157,9 +158,7 @@ class Report:
 
     def html(self) -> str:
         """Return the page: one HTML file that needs no other file."""
-        from einsum_transformer.reports.page import html
-
-        return html(self)
+        return html(self.to_dict())
 
     def write(self, path: str | Path) -> None:
         """Write the page; an existing file is replaced once the new one is on disk."""

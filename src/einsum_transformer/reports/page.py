@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from einsum_transformer.reports.data import Report
 from einsum_transformer.reports.tables import comparison_tables, tables_of
 from einsum_transformer.tables import quantity
 
@@ -17,16 +16,15 @@ _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u20
 _SCRIPTS = ("core.js", "details.js", "cascade.js", "charts.js", "tokens.js", "start.js")
 
 
-def html(report: Report) -> str:
-    """Return the page of a report."""
-    data = report.to_dict()
+def html(data: dict[str, Any]) -> str:
+    """Return the page of a report, of `Report.to_dict()`."""
     template = _environment().get_template("page.html")
     return template.render(
         data=data,
         json=embedded(data),
         tables=[tables_of(run) for run in data["runs"]],
-        comparison=[] if report.comparison is None else comparison_tables(data["comparison"]),
-        has_quantization=any(run.quantization_report is not None for run in report.runs),
+        comparison=[] if data["comparison"] is None else comparison_tables(data["comparison"]),
+        has_quantization=any(run["quantization_report"] for run in data["runs"]),
         style=_file("style.css"),
         script=Markup("\n").join(_file(name) for name in _SCRIPTS),
     )
