@@ -87,7 +87,7 @@ const detail = (run, stage, step, layer, visit) => {
   const row = measuredRow(run, stage, step);
   if (row) columns.append(timeTable(row, stage));
   node.append(columns);
-  if (row && row.lowering) node.append(el("p", null, "Runs as ", el("code", { text: row.lowering }), "."));
+  if (row && row.lowering) node.append(el("p", null, "Runs as ", el("code", { text: row.lowering }), `. BLAS library: ${data.machine.blas}.`));
   if (step.gradients && step.gradients.length) {
     node.append(el("p", null, "Gradient equations, of the first and the second operand: ",
       step.gradients.map((text, i) => [i ? "; " : "", equation(text)]).flat(), "."));

@@ -99,6 +99,8 @@ draw.next = (run, node) => {
       el("span", null, probable(run, t.predicted.ids.slice(0, 5), t.predicted.probabilities))]), 4));
 };
 
+/* Positions that a printed table has side by side. */
+const PRINTED = 16;
 draw.lens = (run, node) => {
   const layers = run.lens.ids.length, shown = run.tokens.length, order = Array.from({ length: layers }, (_, i) => layers - 1 - i);
   const holder = el("div");
@@ -106,16 +108,18 @@ draw.lens = (run, node) => {
     order.map((layer) => [layer, el("span", null, probable(run, run.lens.ids[layer][t], run.lens.probabilities[layer][t]))]), 2));
   node.append(el("div", { class: "controls" }, select("position", run.tokens.map((t, i) => [i, `${i}: ${visible(t.text)}`]), Math.min(run.prompt_tokens, shown) - 1, (v) => show(Number(v)))), holder);
   show(Math.min(run.prompt_tokens, shown) - 1);
-  const body = () => {
+  const part = (first, last) => {
     const box = table("Most probable next token after each layer (rows) at each position (columns); the colour is its probability",
-      ["layer", ...run.tokens.map((t, i) => el("span", null, `${i} `, token(t.text)))],
-      order.map((layer) => [layer, ...run.lens.ids[layer].map((ids) => token(word(run, ids[0])))]), shown + 1, "lens");
-    box.querySelectorAll("tbody tr").forEach((row, y) => row.querySelectorAll("td").forEach((td, t) => {
-      const p = run.lens.probabilities[order[y]][t][0];
+      ["layer", ...run.tokens.slice(first, last).map((t, i) => el("span", null, `${first + i} `, token(t.text)))],
+      order.map((layer) => [layer, ...run.lens.ids[layer].slice(first, last).map((ids) => token(word(run, ids[0])))]), shown + 1, "lens");
+    box.querySelectorAll("tbody tr").forEach((row, y) => row.querySelectorAll("td").forEach((td, i) => {
+      const t = first + i, p = run.lens.probabilities[order[y]][t][0];
       td.style.setProperty("--p", p ?? 0);
       td.setAttribute("title", `layer ${order[y]}, position ${t}: ${number(p)}`);
     }));
     return box;
   };
-  node.append(el("h4", { text: "All positions" }), body());
+  const whole = el("div", { class: shown > PRINTED ? "screen-only" : null }, part(0, shown)), printed = el("div", { class: "print-only" });
+  node.append(el("h4", { text: "All positions" }), whole, printed);
+  if (shown > PRINTED) window.addEventListener("beforeprint", () => { for (let t = 0; !printed.dataset.built && t < shown; t += PRINTED) printed.append(part(t, t + PRINTED)); printed.dataset.built = "1"; });
 };
