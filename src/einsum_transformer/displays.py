@@ -20,7 +20,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#
 """Colours that colour-blind readers can distinguish (Okabe and Ito, 2008), and three more."""
 _ORDER = "bdtskghfvenrcj"
 """Letters in the order in which they get colours."""
-_POSITIVE, _NEGATIVE = "#0072b2", "#d55e00"
+_POSITIVE, _NEGATIVE = "#d55e00", "#0072b2"
 _CELL = 16
 """Pixels of a cell."""
 _TABLE = "border-collapse:collapse;font-size:0.9em;margin:0.5em 0 1em"
@@ -89,7 +89,7 @@ def _letter(letter: str) -> str:
 def heat_map(
     values: Any, rows: Sequence[str], columns: Sequence[str], title: str, texts: Sequence[Sequence[str]] = ()
 ) -> Markup:
-    """Return a matrix as SVG: blue for positive and orange for negative values, by their share of the largest
+    """Return a matrix as SVG: orange for positive and blue for negative values, by their share of the largest
     magnitude. The value of a cell is its tooltip; texts: to write into the cells.
 
     Of a larger matrix, at most 64 rows and columns are shown, which the title says.
@@ -160,5 +160,5 @@ def curve(points: Mapping[int, float], title: str) -> Markup:
         f"{title} by step",
         f'<svg width="{width}" height="{height}" role="img" font-size="11" font-family="sans-serif" '
         f'fill="currentColor"><title>{escape(title)} by step</title>{labels}'
-        f'<polyline points="{line}" fill="none" stroke="{_POSITIVE}" stroke-width="1.5"/></svg>',
+        f'<polyline points="{line}" fill="none" stroke="{_NEGATIVE}" stroke-width="1.5"/></svg>',
     )

@@ -16,8 +16,9 @@ import pytest
 import einsum_transformer as et
 from command_line import etx, save_with_tokenizer
 from einsum_transformer.analysis import dry_plan
+from einsum_transformer.analysis.lens import probabilities, project
 from einsum_transformer.reports.arrays import sample
-from einsum_transformer.reports.lens import lens_logits, looked_at, predictions, probabilities
+from einsum_transformer.reports.lens import looked_at, predictions
 from einsum_transformer.reports.page import embedded
 from golden_files import MODELS, Models, load_golden
 from tiny_models import tiny_model
@@ -217,7 +218,7 @@ def test_the_lens_of_the_last_layer_equals_the_logits(model: et.Model) -> None:
     with et.Recorder(values="layers.1") as recorder:
         logits = model.decoder.forward(np.array([IDS]))[0]
     outputs = recorder.values
-    np.testing.assert_array_equal(lens_logits(model, outputs["layers.1"]), logits)
+    np.testing.assert_array_equal(project(model, outputs["layers.1"]), logits)
 
 
 def test_attention_weights_are_those_of_the_model(model: et.Model) -> None:

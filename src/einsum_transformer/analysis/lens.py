@@ -105,8 +105,8 @@ def logit_lens(model: Model, prompt: Any, token: Any = None, top: int = 5) -> Lo
         i = 0 if name.endswith("resid_pre") else int(name.partition(".")[2]) + 1
         for start in range(0, tokens.shape[1], _POSITIONS):
             part = slice(start, start + _POSITIONS)
-            p = _probabilities(project(model, stream[:, part]))
-            best[i, :, part], shares[i, :, part], entropy[i, :, part] = _best(p, top)
+            p = probabilities(project(model, stream[:, part]))
+            best[i, :, part], shares[i, :, part], entropy[i, :, part] = most_probable(p, top)
             own = np.take_along_axis(p, target[:, part, None], axis=-1)
             found[i, :, part] = own[..., 0]
             ranks[i, :, part] = (p > own).sum(axis=-1)
@@ -131,7 +131,8 @@ def _predictions(model: Model, tokens: Array) -> Array:
     return logits.argmax(axis=-1)
 
 
-def _probabilities(logits: Array) -> Array:
+def probabilities(logits: Array) -> Array:
+    """Return the softmax of the logits (..., v) in float64."""
     p = logits.astype(np.float64)
     p -= p.max(axis=-1, keepdims=True)
     np.exp(p, out=p)
@@ -188,14 +189,15 @@ def next_tokens(model: Model, prompt: Any, top: int = 5) -> NextTokens:
         logits, _ = model.decoder.forward(tokens)
     for start in range(0, tokens.shape[1], _POSITIONS):
         part = slice(start, start + _POSITIONS)
-        p = _probabilities(logits[:, part])
-        best[:, part], shares[:, part], entropy[:, part] = _best(p, top)
+        p = probabilities(logits[:, part])
+        best[:, part], shares[:, part], entropy[:, part] = most_probable(p, top)
     texts = texts_of(model, tokens), texts_of(model, best[0])
     return NextTokens(model.source, tokens, texts[0], best, texts[1], shares, entropy)
 
 
-def _best(p: Array, top: int) -> tuple[Array, Array, Array]:
-    """The most probable tokens (b, t, top), their probabilities, and the entropy (b, t)."""
+def most_probable(p: Array, top: int) -> tuple[Array, Array, Array]:
+    """Return the most probable tokens (..., top), the most probable first, their probabilities, and the
+    entropy (...), of probabilities (..., v)."""
     order = np.argpartition(-p, top - 1, axis=-1)[..., :top]
     values = np.take_along_axis(p, order, axis=-1)
     by_value = np.argsort(-values, axis=-1, kind="stable")

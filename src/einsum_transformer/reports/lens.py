@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from einsum_transformer.analysis.lens import most_probable, probabilities, project
 from einsum_transformer.engine import Recorder
 from einsum_transformer.models.model import Model
 
@@ -81,13 +82,6 @@ class NextToken:
         return found | {"probability": _digits(self.probability)}
 
 
-def lens_logits(model: Model, x: Array) -> Array:
-    """Return the logits (b, t, v) that the model's final norm and output head give for the output x (b, t, d)
-    of a layer; for the last layer these are the model's logits."""
-    decoder = model.decoder
-    return decoder.head.forward(decoder.norm.forward(x)[0], keep=False)[0]
-
-
 def looked_at(model: Model, tokens: Sequence[int]) -> tuple[Attention, Lens]:
     """Run the tokens; returns the attention weights, and the predictions after each layer."""
     patterns: dict[int, Array] = {}
@@ -104,7 +98,7 @@ def looked_at(model: Model, tokens: Sequence[int]) -> tuple[Attention, Lens]:
     names = [f"layers.{layer}" for layer in range(count)]
     with Recorder(spans=False).on_value(read, "layers.*.self_attn.pattern", *names):
         model.decoder.forward(np.array([tokens]), positions="none")
-    layers = tuple(predictions(lens_logits(model, outputs[layer])[0], TOP) for layer in range(count))
+    layers = tuple(predictions(project(model, outputs[layer])[0], TOP) for layer in range(count))
     return _packed(patterns, len(tokens)), Lens(layers)
 
 
@@ -117,7 +111,7 @@ def next_tokens(model: Model, tokens: Sequence[int], new: int) -> tuple[NextToke
     last = f"layers.{model.config.num_hidden_layers - 1}"
     with Recorder(spans=False).on_value(lambda _, x: found.append(x[:, first - 1 : -1].copy()), last):
         model.decoder.forward(np.array([tokens]), positions="none")
-    logits = lens_logits(model, found[0])[0]
+    logits = project(model, found[0])[0]
     p = probabilities(logits)
     chosen = tokens[first:]
     pairs = zip(chosen, predictions(logits, NEXT))
@@ -128,19 +122,8 @@ def next_tokens(model: Model, tokens: Sequence[int], new: int) -> tuple[NextToke
 
 def predictions(logits: Array, most: int) -> tuple[Prediction, ...]:
     """Return the most probable tokens of each row of the logits (t, v), the most probable first."""
-    most = min(most, logits.shape[-1])
-    p = probabilities(logits)
-    top = np.argpartition(-p, most - 1, axis=-1)[:, :most]
-    own = np.take_along_axis(p, top, -1)
-    order = np.argsort(-own, axis=-1, kind="stable")
-    ids, values = np.take_along_axis(top, order, -1), np.take_along_axis(own, order, -1)
+    ids, values, _ = most_probable(probabilities(logits), min(most, logits.shape[-1]))
     return tuple(Prediction(tuple(map(int, i)), tuple(map(float, v))) for i, v in zip(ids, values))
-
-
-def probabilities(logits: Array) -> Array:
-    """Return the softmax of the logits in float64."""
-    p = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return p / p.sum(axis=-1, keepdims=True)
 
 
 def _packed(patterns: dict[int, Array], tokens: int) -> Attention:
