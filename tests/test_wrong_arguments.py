@@ -59,7 +59,10 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
     ids = np.array([[1, 2, 3]])
     reference = FOLDER / "reference_gpt2_plain.npz"
     results = {
+        "Attribution": et.logit_attribution(model, ids),
+        "Capture": et.capture(model, ids, "layers.0"),
         "Comparison": et.diff(model, model),
+        "Effects": et.ablate_heads(model, ids),
         "Generation": et.generate(model, "a", max_new_tokens=1),
         "GradCheck": et.gradcheck(folder, parameters="norm", seq_len=2),
         "Perplexity": et.perplexity(model, "a b c d " * 9, ctx_size=4),
@@ -70,10 +73,13 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         "Sweep": et.sweep(config, {"seq_len": [4, 8, 16]}, "none"),
         "Divergence": et.divergence(model, model, "a b c d " * 9, ctx_size=4),
         "Evaluation": et.Evaluation("a model", None, ("float32", "float32"), "0.4.13", {}, {}, {}, {}),
+        "HeadSummary": et.head_summary(model, ids),
         "Inspection": et.inspect(folder),
+        "LogitLens": et.logit_lens(model, ids),
         "Merge": et.merge(model, top / "adapter"),
         "Model": model,
         "ModelConfig": model.config,
+        "NextTokens": et.next_tokens(model, ids),
         "Parity": et.parity(gpt2, reference),
         "Profile": et.profile(model, "a", max_new_tokens=1),
         "Program": et.explain(model),
@@ -102,6 +108,13 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., A
         ("Schedule",): {"lr": 0.1, "steps": 2},
         ("TextBatches",): {"rows": rows, "batch_size": 1},
         ("TrainingSettings",): {"schedule": schedule},
+        ("next_tokens", "logit_lens", "logit_attribution", "head_summary", "ablate_heads"): {
+            "source": folder,
+            "prompt": ids,
+        },
+        ("patch_positions", "attribute_positions"): {"source": folder, "prompt": ids, "other": ids},
+        ("capture",): {"source": folder, "prompt": ids, "names": "layers.0"},
+        ("patch",): {"source": folder, "prompt": ids, "values": {"layers.0": 0}},
         ("diff",): {"a": config, "b": config},
         ("enable_gqa", "enable_moe", "enable_mqa", "enable_prefill_decode_split"): {"config": config},
         ("enable_quantization", "enable_speculative_decoding"): {"config": config},
@@ -283,11 +296,21 @@ def test_a_missing_argument(valid: Callable[..., Any]) -> None:
 
 TOKENS = ("abc", 1.5, [[0.5]], [["a"]], {}, Unfit(), [[1, [2]]])
 PROMPTS = (1.5, Unfit(), {}, [1.5], [None], [["a", 1]])
+ONE_TOKEN = (1.5, Unfit(), {}, [1, 2, 3], [], "several words", 10**9, -1)
+LOOKS = (
+    *("capture", "patch", "next_tokens", "logit_lens", "logit_attribution", "head_summary", "ablate_heads"),
+    *("patch_positions", "attribute_positions"),
+)
 FREE = {
     ("generate", "prompt"): (*PROMPTS, None),
     ("stream", "prompt"): (*PROMPTS, None),
     ("profile", "prompt"): PROMPTS,
     ("report", "prompt"): PROMPTS,
+    **{(name, "prompt"): (*PROMPTS, None) for name in LOOKS},
+    ("patch_positions", "other"): (*PROMPTS, None),
+    ("attribute_positions", "other"): (*PROMPTS, None),
+    **{(name, "token"): ONE_TOKEN for name in LOOKS if "token" in hints(name)},
+    ("capture", "gradient_of"): (*ONE_TOKEN, np.zeros(3)),
     ("gradcheck", "tokens"): TOKENS,
     ("gradcheck", "targets"): TOKENS,
     ("parity", "tokens"): TOKENS,

@@ -159,12 +159,18 @@ def capture(
     return _captured(model, tokens, logits[:, -1], reading)
 
 
-def rows_of(model: Model, prompt: Any) -> Array:
-    """Return the token ids (b, t) of a text, of token ids, of messages, or of a batch of equal lengths."""
-    rows, _ = prompts_of(model, prompt)
+def rows_of(model: Model, prompt: Any, name: str = "prompt") -> Array:
+    """Return the token ids (b, t) of a text, of token ids, of messages, or of a batch of equal lengths.
+
+    name: the argument, for messages.
+    """
+    try:
+        rows, _ = prompts_of(model, prompt)
+    except InputError as error:
+        raise InputError(str(error).replace("`prompt`", f"`{name}`")) from None
     if len(set(map(len, rows))) > 1:
-        raise InputError(f"`prompt`: the rows have {sorted(set(map(len, rows)))} tokens: expected one length")
-    return model.checked(np.array(rows), "`prompt`")
+        raise InputError(f"`{name}`: the rows have {sorted(set(map(len, rows)))} tokens: expected one length")
+    return model.checked(np.array(rows), f"`{name}`")
 
 
 class _Reading:
@@ -284,40 +290,39 @@ def _scalar(model: Model, logits: Array, given: Scalar) -> tuple[Array, float | 
         if array.shape != logits.shape:
             raise InputError(f"`gradient_of` has shape {array.shape}, but the logits have {logits.shape}")
         return array, None
-    wanted: list[Any] = [*given] if isinstance(given, (tuple, list)) else [given]
-    if not 1 <= len(wanted) <= 2:
-        raise InputError("`gradient_of`: expected a token, a pair of tokens, an array or a function")
     dlogits, scalar = np.zeros_like(logits), 0.0
-    for sign, token in zip((1, -1), wanted):
-        i = token_id(model, token)
+    for sign, i in zip((1, -1), ids_of(model, given, logits[0, -1], "gradient_of")):
         dlogits[:, -1, i] += sign
         scalar += sign * float(logits[:, -1, i].sum())
     return dlogits, scalar
 
 
-def token_id(model: Model, token: Any) -> int:
-    """Return the id of a token that is given as id or as text. Raises InputError if it is not one token."""
-    if isinstance(token, str):
-        if model.tokenizer is None:
-            raise InputError(f"{model.source}: has no tokenizer; give the id of a token")
-        ids = model.tokenizer.encode(token, add_special_tokens=False)
-        if len(ids) != 1:
-            raise InputError(f"{token!r} is {len(ids)} tokens of {model.source}, expected one: {ids}")
-        return ids[0]
-    size = model.config.vocab_size
-    if not isinstance(token, numbers.Integral) or not 0 <= int(token) < size:
-        raise InputError(f"expected a token, as text or as an id below {size}, got {token!r}")
-    return int(token)
+def ids_of(model: Model, token: Any, logits: Array, name: str = "token") -> tuple[int, ...]:
+    """Return the ids of a token or of a pair of tokens; None: the most probable token of logits (v,).
 
-
-def ids_of(model: Model, token: Any, logits: Array) -> tuple[int, ...]:
-    """Return the ids of a token or of a pair of tokens; None: the most probable token of logits (v,)."""
+    name: the argument, for messages.
+    """
     if token is None:
         return (int(logits.argmax()),)
     given: list[Any] = [*token] if isinstance(token, (tuple, list)) else [token]
     if not 1 <= len(given) <= 2:
-        raise InputError("`token`: expected a token or a pair of tokens")
-    return tuple(token_id(model, each) for each in given)
+        raise InputError(f"`{name}`: expected a token or a pair of tokens, got {len(given)}")
+    return tuple(token_id(model, each, name) for each in given)
+
+
+def token_id(model: Model, token: Any, name: str = "token") -> int:
+    """Return the id of a token that is given as id or as text. Raises InputError if it is not one token."""
+    if isinstance(token, str):
+        if model.tokenizer is None:
+            raise InputError(f"`{name}`: {model.source} has no tokenizer; give the id of a token")
+        ids = model.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise InputError(f"`{name}`: {token!r} is {len(ids)} tokens, expected one: {ids}")
+        return ids[0]
+    size = model.config.vocab_size
+    if not isinstance(token, numbers.Integral) or not 0 <= int(token) < size:
+        raise InputError(f"`{name}`: expected a token, as text or as an id below {size}, got {token!r}")
+    return int(token)
 
 
 def _generated(

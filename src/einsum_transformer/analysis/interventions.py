@@ -201,15 +201,15 @@ def _metric(logits: Array, ids: tuple[int, ...]) -> Array:
     return first - logits[:, ids[1]] if len(ids) > 1 else first
 
 
-def _one_row(model: Model, prompt: Any) -> Array:
-    tokens = rows_of(model, prompt)
+def _one_row(model: Model, prompt: Any, name: str = "prompt") -> Array:
+    tokens = rows_of(model, prompt, name)
     if len(tokens) > 1:
-        raise InputError(f"`prompt` has {len(tokens)} rows: expected one")
+        raise InputError(f"`{name}` has {len(tokens)} rows: expected one")
     return tokens
 
 
 def _pair(model: Model, prompt: Any, other: Any) -> tuple[Array, Array]:
-    tokens, sources = _one_row(model, prompt), _one_row(model, other)
+    tokens, sources = _one_row(model, prompt), _one_row(model, other, "other")
     if tokens.shape != sources.shape:
         counts = tokens.shape[1], sources.shape[1]
         raise InputError(
