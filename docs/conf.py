@@ -11,13 +11,20 @@ project = "Einsum Transformer"
 copyright = "the Einsum Transformer authors"
 release = version = einsum_transformer.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "extension"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton", "extension"]
 exclude_patterns = ["_build", "reference/_commands.md"]
 default_role = "code"
 smartquotes = False  # it makes one dash of the two of an option
 
 myst_enable_extensions = ["deflist", "fieldlist"]
 myst_heading_anchors = 4
+
+# The notebooks of tutorials/ (docs/decisions.md): each build runs them, and a cell that fails is an error.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+nb_output_stderr = "remove-warn"  # -W makes it an error
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
