@@ -199,4 +199,4 @@ def test_smollm2_moves_a_fact_to_the_last_position() -> None:
     assert shares[0, 3] > 0.9
     assert shares[1, 4] > 0.9
     lens = et.logit_lens(model, "The capital of France is")
-    assert lens.top_texts[-1][0] == " Paris"
+    assert lens.top_texts[-1][-1][0] == " Paris"

@@ -305,6 +305,15 @@ def test_peak_memory_of_a_run() -> None:
     assert measured == pytest.approx(found.phase("prefill").peak_bytes, rel=0.15)
 
 
+def test_bfloat16_replaces_the_quantization_of_a_config(caplog: pytest.LogCaptureFixture) -> None:
+    config = et.RunConfig("llama", quantization="W8A16")
+    plan = et.plan(config, 1, 8, dtype="bfloat16")
+    assert plan.quantization == "bfloat16"
+    assert "the quantization W8A16 is not used with `dtype` bfloat16" in caplog.text
+    with pytest.raises(et.InputError, match="excludes"):
+        et.plan(config, 1, 8, dtype="bfloat16", quantization="W8A16")
+
+
 def test_recomputed_blocks_save_less() -> None:
     config = et.RunConfig("llama").model_config()
     kept, recomputed = (et.plan(config, 4, 256, recompute=each).training[0] for each in (False, True))

@@ -262,8 +262,8 @@ def texts_of(model: Model, tokens: Array) -> tuple[tuple[str, ...], ...]:
     """Return the text of each token (b, t); empty without a tokenizer."""
     if model.tokenizer is None:
         return ()
-    decode = model.tokenizer.decode
-    return tuple(tuple(decode([int(token)], False) for token in row) for row in tokens)
+    texts = {int(token): model.tokenizer.decode([int(token)], False) for token in np.unique(tokens)}
+    return tuple(tuple(texts[int(token)] for token in row) for row in tokens)
 
 
 def _with_gradients(model: Model, tokens: Array, values: Sequence[Value], gradient_of: Scalar) -> Capture:

@@ -48,8 +48,8 @@ class LogitLens:
     top_tokens: Array
     """(layers + 1, b, t, top): the most probable tokens."""
     top_probabilities: Array
-    top_texts: tuple[tuple[str, ...], ...]
-    """The texts of `top_tokens` at the last position of the first row; empty without a tokenizer."""
+    top_texts: tuple[tuple[tuple[str, ...], ...], ...]
+    """The texts of `top_tokens` in the first row, by layer and position; empty without a tokenizer."""
     entropy: Array
     """(layers + 1, b, t): entropy of the distribution in nats."""
     target: Array
@@ -67,7 +67,7 @@ class LogitLens:
         """Yield the last position of the first row: one line per layer."""
         rows = [["after", "entropy", "rank", "probability", "most probable"]]
         for i in range(len(self.entropy)):
-            names = self.top_texts[i] if self.top_texts else map(str, self.top_tokens[i, 0, -1])
+            names = self.top_texts[i][-1] if self.top_texts else map(str, self.top_tokens[i, 0, -1])
             shares = self.top_probabilities[i, 0, -1]
             best = ", ".join(f"{text!r} {share:.3f}" for text, share in zip(names, shares))
             numbers = f"{self.entropy[i, 0, -1]:.2f}", str(self.target_ranks[i, 0, -1])
@@ -114,7 +114,7 @@ def logit_lens(model: Model, prompt: Any, token: Any = None, top: int = 5) -> Lo
     recorder = Recorder(spans=False).on_value(read, "layers.0.resid_pre", *_outputs(layers))
     with blas.fixed_threads(), recorder:
         model.decoder.forward(tokens, None, "none")
-    texts = texts_of(model, best[:, 0, -1])
+    texts = () if model.tokenizer is None else tuple(texts_of(model, each[0]) for each in best)
     return LogitLens(
         model.source, tokens, texts_of(model, tokens), best, shares, texts, entropy, target, found, ranks
     )

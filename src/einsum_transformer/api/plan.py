@@ -17,6 +17,7 @@ from einsum_transformer.models.lora_config import LoRAConfig
 from einsum_transformer.models.model import Model
 from einsum_transformer.models.run_config import RunConfig
 from einsum_transformer.models.scheme import Quantization, cache_types
+from einsum_transformer.notes import note
 
 _MOST = 1 << 18
 _MOMENTS = {"adamw": 2, "sgd": 0}
@@ -44,10 +45,10 @@ def plan(
     rows of `tokens` tokens, the decode of one more token per row, and a training step on these rows.
     source: a model or config, or any source that `load` takes. batch, tokens: default those of a run config,
     else 1 and 512. dtype: of the matrices. quantization, cache_type_k, cache_type_v: as in `load`; the
-    default quantization is that of a run config, "none" ignores it. lora: the adapters in the table of
-    training memory; default those of a run config, else rank 8 on all matrices of the blocks. optimizer:
-    "adamw" has two arrays of state per trained array, "sgd" none. recompute: recompute the activations of
-    blocks in the backward pass instead of saving them.
+    default quantization is that of a run config, which `dtype` bfloat16 and "none" ignore. lora: the adapters
+    in the table of training memory; default those of a run config, else rank 8 on all matrices of the blocks.
+    optimizer: "adamw" has two arrays of state per trained array, "sgd" none. recompute: recompute the
+    activations of blocks in the backward pass instead of saving them.
 
     offline, allow_links: as in `load`.
 
@@ -74,6 +75,9 @@ def plan(
             f"`tokens` is {length}: expected at most {most}, one less than the learned positions"
         )
     scheme = quantization if quantization is not None or run is None else run.quantization
+    if run is not None and quantization is None and dtype == "bfloat16" and Quantization.of(scheme):
+        note(f"{run.source}: the quantization {scheme} is not used with `dtype` bfloat16")
+        scheme = None
     chosen = Quantization.of(scheme)
     if chosen is not None and dtype == "bfloat16":
         raise InputError("`dtype` bfloat16 excludes `quantization`, which stores the matrices as integers")
