@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +187,20 @@ def test_results_are_json_and_tables(golden_model: Models) -> None:
         et.ablate_heads(model, tokens_of("llama_gqa", 2))
     with pytest.raises(et.InputError, match="has 8 tokens"):
         et.logit_attribution(model, tokens, position=8)
+
+
+def test_plots(golden_model: Models, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, tokens = golden_model("llama_gqa"), tokens_of("llama_gqa")
+    for name, found in (
+        ("lens", et.logit_lens(model, tokens)),
+        ("heads", et.head_summary(model, tokens)),
+        ("effects", et.ablate_heads(model, tokens)),
+    ):
+        found.plot(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        with pytest.raises(et.InputError, match="plot"):
+            found.plot(tmp_path / "missing" / "plot.png")
 
 
 def test_smollm2_moves_a_fact_to_the_last_position() -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from einsum_transformer.analysis.capture import capture, ids_of, rows_of, texts_of
+from einsum_transformer.analysis.plots import plot_maps
 from einsum_transformer.arguments import checked
 from einsum_transformer.displays import as_html, heat_map
 from einsum_transformer.engine import Recorder, blas
@@ -69,6 +71,11 @@ class Effects:
         yield "\n".join(columns(rows, range(1, len(self.columns) + 1)))
         other = "" if self.target is None else f", of the other prompt {self.target:.3f}"
         yield f"change of the logit; without replacement {self.plain:.3f}{other}"
+
+    def plot(self, path: str | Path) -> None:
+        """Plot the effects by layer and column to a PNG file (needs matplotlib)."""
+        rows, title = [f"layer {layer}" for layer in self.layers], f"change of the logit by {self.value}"
+        plot_maps(path, {title: self.effects}, rows, self.columns, signed=True)
 
     def __str__(self) -> str:
         return as_text(*self.tables())

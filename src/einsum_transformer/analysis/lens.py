@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from einsum_transformer.analysis.capture import capture, ids_of, rows_of, texts_of, token_id
+from einsum_transformer.analysis.plots import plot_maps
 from einsum_transformer.arguments import checked
 from einsum_transformer.components.attention import Attention, FusedAttention
 from einsum_transformer.components.layernorm import LayerNorm
@@ -76,12 +78,22 @@ class LogitLens:
         yield "\n".join(columns(rows, (1, 2, 3)))
         yield "rank and probability: of the token that the whole model predicts, or of the given token"
 
+    def plot(self, path: str | Path) -> None:
+        """Plot the probability of the most probable token of the first row by layer and position, and that of
+        the target, to a PNG file (needs matplotlib)."""
+        layers, tokens = self._labels()
+        maps = {"most probable token": self.top_probabilities[:, 0, :, 0]}
+        plot_maps(path, maps | {"target": self.target_probabilities[:, 0]}, layers, tokens)
+
+    def _labels(self) -> tuple[list[str], list[str]]:
+        layers = ["embedding", *(f"layer {i}" for i in range(len(self.entropy) - 1))]
+        return layers, list(self.token_texts[0] if self.token_texts else map(str, self.tokens[0].tolist()))
+
     def __str__(self) -> str:
         return as_text(*self.tables())
 
     def _repr_html_(self) -> str:
-        layers = ["embedding", *(f"layer {i}" for i in range(len(self.entropy) - 1))]
-        tokens = self.token_texts[0] if self.token_texts else list(map(str, self.tokens[0].tolist()))
+        layers, tokens = self._labels()
         title = "probability of the most probable next token after each layer"
         return as_html(heat_map(self.top_probabilities[:, 0, :, 0], layers, tokens, title), *self.tables())
 
@@ -342,13 +354,22 @@ class HeadSummary:
         yield "\n".join(columns(rows, range(1, heads + 4)))
         yield "first, previous, itself: mean weight of the heads of a layer on these tokens"
 
+    def plot(self, path: str | Path) -> None:
+        """Plot entropy and weights by layer and head to a PNG file (needs matplotlib)."""
+        rows, heads, values = self._maps()
+        plot_maps(path, values, rows, heads)
+
+    def _maps(self) -> tuple[list[str], list[str], dict[str, Array]]:
+        rows = [f"layer {i}" for i in range(len(self.entropy))]
+        heads = [f"head {h}" for h in range(self.entropy.shape[1])]
+        values = {"entropy in nats": self.entropy, "first token": self.first}
+        return rows, heads, values | {"previous token": self.previous, "own token": self.itself}
+
     def __str__(self) -> str:
         return as_text(*self.tables())
 
     def _repr_html_(self) -> str:
-        rows = [f"layer {i}" for i in range(len(self.entropy))]
-        heads = [f"head {h}" for h in range(self.entropy.shape[1])]
-        values = {"entropy in nats": self.entropy, "first token": self.first, "previous token": self.previous}
+        rows, heads, values = self._maps()
         return as_html(*(heat_map(each, rows, heads, name) for name, each in values.items()))
 
 

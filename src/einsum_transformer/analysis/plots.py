@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,5 +40,34 @@ def write_figure(figure: Any, path: str | Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: str | Path) -> None:
     with atomic_file(Path(path)) as file:
         figure.savefig(file, dpi=150, format="png")
+
+
+def plot_maps(
+    path: str | Path,
+    maps: Mapping[str, Any],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    signed: bool = False,
+) -> None:
+    """Write matrices as heat maps beside each other to a PNG file.
+
+    maps: title -> matrix (rows, columns). signed: colours on both sides of 0.
+    """
+    height = 1.5 + 0.17 * len(rows)
+    figure = new_figure(path, 2 + len(maps) * (1.5 + 0.22 * len(columns)))
+    figure.set_figheight(height)
+    for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items()):
+        largest = float(abs(values).max()) or 1.0
+        colours = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest} if signed else {"cmap": "viridis"}
+        image = axes.imshow(values, aspect="auto", **colours)
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(columns)), labels=columns, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(rows)), labels=rows, fontsize=7)
+        figure.colorbar(image, ax=axes)
+    _write(figure, path)
