@@ -259,24 +259,14 @@ class Recorder:
         finally:
             _frame.set(frame)
 
-    def _notify(self, readers: tuple[Callable[..., Any], ...], record: Event | Span, *arrays: Any) -> None:
+    def _notify(self, readers: tuple[Callable[..., Any], ...], *arguments: Any) -> None:
         """Call the readers one after the other, with recording paused in this context."""
         frame = _frame.get()
         _frame.set(None)
         try:
             with self._lock:
                 for reader in readers:
-                    reader(record, *arrays)
-        finally:
-            _frame.set(frame)
-
-    def _pass(self, readers: tuple[Callable[..., Any], ...], name: str, value: Array) -> None:
-        frame = _frame.get()
-        _frame.set(None)
-        try:
-            with self._lock:
-                for reader in readers:
-                    reader(name, value)
+                    reader(*arguments)
         finally:
             _frame.set(frame)
 
@@ -484,7 +474,7 @@ def tap_gradient(name: str, gradient: Array) -> None:
     if frame is None or not frame.recorder._gradient_readers:
         return
     if readers := frame.recorder._gradient_readers.of(full := _named(frame, name)):
-        frame.recorder._pass(readers, full, gradient)
+        frame.recorder._notify(readers, full, gradient)
 
 
 def gradient_requested(name: str) -> bool:
