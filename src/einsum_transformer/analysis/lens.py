@@ -63,7 +63,7 @@ class LogitLens:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arrays as lists."""
-        return {name: _plain(value) for name, value in _fields(self).items()}
+        return _lists(asdict(self))
 
     def tables(self) -> Iterator[str]:
         """Yield the last position of the first row: one line per layer."""
@@ -171,7 +171,7 @@ class NextTokens:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arrays as lists."""
-        return {name: _plain(value) for name, value in _fields(self).items()}
+        return _lists(asdict(self))
 
     def tables(self) -> Iterator[str]:
         """Yield one line per position of the first row."""
@@ -236,7 +236,7 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields in JSON types."""
-        return {name: _plain(value) for name, value in _fields(self).items()}
+        return _lists(asdict(self))
 
     def tables(self) -> Iterator[str]:
         """Yield the components with the largest contributions to the first row."""
@@ -342,7 +342,7 @@ class HeadSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arrays as lists."""
-        return {name: _plain(value) for name, value in _fields(self).items()}
+        return _lists(asdict(self))
 
     def tables(self) -> Iterator[str]:
         """Yield the entropy of each head, one line per layer."""
@@ -392,9 +392,6 @@ def head_summary(model: Model, prompt: Any) -> HeadSummary:
     return HeadSummary(model.source, *arrays)
 
 
-def _fields(found: Any) -> dict[str, Any]:
-    return asdict(found)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
+def _lists(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with lists in place of arrays."""
+    return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in fields.items()}

@@ -76,6 +76,10 @@ class StageTime:
         """(measured - predicted) / predicted."""
         return (self.seconds - self.predicted) / self.predicted if self.predicted else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the residual in JSON types."""
+        return asdict(self) | {"residual": self.residual}
+
 
 @dataclass(slots=True)
 class _Calls:
@@ -243,7 +247,7 @@ class Profiler:
 
     def to_dict(self) -> dict[str, Any]:
         """Return stages and rows in JSON types."""
-        stages = [asdict(stage) | {"residual": stage.residual} for stage in self.stages()]
+        stages = [stage.to_dict() for stage in self.stages()]
         return {"stages": stages, "equations": list(map(asdict, self.rows()))}
 
     def tables(self) -> Iterator[Any]:

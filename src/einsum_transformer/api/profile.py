@@ -90,7 +90,7 @@ class Profile:
         if self.likeliest_next is not None:
             found["likeliest_next"] = _one_or_all(list(self.likeliest_next))
         if self.equations:
-            found["stages"] = [asdict(stage) | {"residual": stage.residual} for stage in self.stages]
+            found["stages"] = [stage.to_dict() for stage in self.stages]
             found["equations"] = list(map(asdict, self.equations))
         if self.memory is not None:
             found["memory"] = self.memory.to_dict()

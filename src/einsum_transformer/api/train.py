@@ -92,9 +92,7 @@ class Training:
         curves = {"losses": list(self.losses.values()), "validation": self.validation, "folder": self.folder}
         found = {"model": self.model.source} | asdict(self.report) | curves
         if self.equations:
-            found["stages_of_equations"] = [
-                asdict(stage) | {"residual": stage.residual} for stage in self.stages
-            ]
+            found["stages_of_equations"] = [stage.to_dict() for stage in self.stages]
             found["equations"] = list(map(asdict, self.equations))
         if self.memory is not None:
             found["memory"] = self.memory.to_dict()

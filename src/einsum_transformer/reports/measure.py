@@ -78,7 +78,7 @@ class Measured:
             asdict(row) | {"lowering": self.lowerings.get((row.stage, row.role, row.equation), "")}
             for row in self.equations
         ]
-        stages = [asdict(stage) | {"residual": stage.residual} for stage in self.stages]
+        stages = [stage.to_dict() for stage in self.stages]
         return {"stages": stages, "equations": rows, "timeline": self.timeline.to_dict()}
 
 
